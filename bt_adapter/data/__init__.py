@@ -1,0 +1,18 @@
+"""Video files in, normalised frames out."""
+
+from .sampling import sample_indices
+from .transforms import CLIP_MEAN, CLIP_STD, TrainTransform, normalise, preprocess
+from .video import Video, VideoError, read_video, write_video
+
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "TrainTransform",
+    "Video",
+    "VideoError",
+    "normalise",
+    "preprocess",
+    "read_video",
+    "sample_indices",
+    "write_video",
+]

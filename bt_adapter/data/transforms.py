@@ -1,0 +1,187 @@
+"""From uint8 frames to what a CLIP tower takes: resize, crop, normalise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+# Per-channel mean and standard deviation of CLIP's training images, RGB in [0, 1].
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Off the CPU, frames are resized in float32 this many at a time: a long clip needs no float copy of itself.
+_CHUNK = 16
+
+
+def preprocess(
+    frames: torch.Tensor,
+    size: int,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """CLIP's evaluation transform of the frames of a clip.
+
+    The short side is resized to `size` (the long one to `int(size · long / short)`), bicubic with
+    antialiasing; the centre `size × size` is cropped; then `(x / 255 - mean) / std`. Resized values are
+    rounded to whole levels within 0..255 as an image library does, at most one level from Pillow's bicubic.
+
+    Args:
+        frames: uint8 `[T, 3, H, W]`, RGB, any memory format (fastest on the CPU: channels last, as
+            `read_video` gives).
+        size: side of the result in pixels.
+        mean, std: per channel, on the scale [0, 1].
+        dtype: floating-point dtype of the result; arithmetic is float32.
+
+    Returns:
+        `[T, 3, size, size]` on the device of `frames`.
+
+    Raises:
+        TypeError: `frames` is no uint8 tensor, `dtype` no floating-point dtype, or `size` no int.
+        ValueError: another rank or channel count, an empty side, `size` below 1, or wrong `mean` or `std`.
+    """
+    check_frames(frames)
+    _check_size(size)
+    height, width = frames.shape[-2:]
+    if height <= width:
+        target = (size, max(size, int(size * width / height)))
+    else:
+        target = (max(size, int(size * height / width)), size)
+    frames = _resize(frames, target)
+    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    return normalise(frames[:, :, top : top + size, left : left + size], mean, std, dtype)
+
+
+class TrainTransform:
+    """Training transform of a clip: one random resized crop for all its frames, then CLIP's normalisation.
+
+    The crop covers a share of the frame's area drawn from `scale` at an aspect ratio (width : height) drawn
+    log-uniformly from `ratio`, and is resized to `size × size`, bicubic with antialiasing. Defaults are those
+    of the published pretraining recipe, which flips nothing: a mirrored clip makes captions such as "moves
+    left" wrong.
+
+    Args:
+        size: side of the result in pixels.
+        scale: least and greatest share of the area, in (0, 1].
+        ratio: least and greatest aspect ratio, above 0.
+        flip: probability of a horizontal flip of the whole clip.
+        mean, std, dtype: as for `preprocess`.
+
+    Raises:
+        TypeError, ValueError: as `preprocess`, or ranges outside those above.
+    """
+
+    def __init__(
+        self,
+        size: int = 224,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.0,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        _check_size(size)
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale must be ascending within (0, 1], got {scale}")
+        if not 0 < ratio[0] <= ratio[1]:
+            raise ValueError(f"ratio must be ascending and above 0, got {ratio}")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip must be a probability, got {flip}")
+        self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
+        self.mean, self.std, self.dtype = mean, std, dtype
+
+    def box(
+        self, height: int, width: int, generator: torch.Generator | None = None
+    ) -> tuple[int, int, int, int]:
+        """Draw a crop `(top, left, height, width)` in pixels inside a frame of `height × width`."""
+        for _ in range(10):
+            share = self._uniform(*self.scale, generator)
+            aspect = math.exp(self._uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), generator))
+            h = round(math.sqrt(share * height * width / aspect))
+            w = round(math.sqrt(share * height * width * aspect))
+            if 1 <= h <= height and 1 <= w <= width:
+                top = round(self._uniform(0, height - h, generator))
+                left = round(self._uniform(0, width - w, generator))
+                return top, left, h, w
+        # No draw fitted (a very long or flat frame): the largest centre crop of an allowed aspect ratio.
+        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
+        h, w = min(height, max(1, round(width / aspect))), min(width, max(1, round(height * aspect)))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def __call__(self, frames: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """uint8 `[T, 3, H, W]` to `[T, 3, size, size]`; draws from `generator`, or torch's global one."""
+        check_frames(frames)
+        top, left, h, w = self.box(frames.shape[-2], frames.shape[-1], generator)
+        frames = _resize(frames[:, :, top : top + h, left : left + w], (self.size, self.size))
+        if self._uniform(0, 1, generator) < self.flip:
+            frames = frames.flip(-1)
+        return normalise(frames, self.mean, self.std, self.dtype)
+
+    @staticmethod
+    def _uniform(low: float, high: float, generator: torch.Generator | None) -> float:
+        device = generator.device if generator is not None else "cpu"
+        return low + (high - low) * float(torch.rand((), generator=generator, device=device))
+
+
+def normalise(
+    frames: torch.Tensor,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """uint8 `[T, 3, H, W]` to `(frames / 255 - mean) / std`, contiguous. Raises as `preprocess`."""
+    check_frames(frames)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean and std must hold 3 values, std above 0; got mean={mean}, std={std}")
+    shift = torch.tensor(tuple(mean), dtype=torch.float32, device=frames.device)[:, None, None] * 255
+    scale = torch.tensor(tuple(std), dtype=torch.float32, device=frames.device)[:, None, None] * 255
+    return frames.float().sub_(shift).div_(scale).to(dtype).contiguous()
+
+
+def _resize(frames: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
+    if tuple(frames.shape[-2:]) == target:
+        return frames
+    if frames.device.type == "cpu" and target != (1, 1):  # torch 2.13's uint8 kernel fails for one pixel
+        # torch resizes uint8 on the CPU in fixed point, as Pillow does, and an order of magnitude faster than
+        # float32.
+        return F.interpolate(frames, size=target, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([_resize_float(chunk, target) for chunk in frames.split(_CHUNK)])
+
+
+def _resize_float(frames: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
+    # Width first, then height, rounded and clamped after each, as Pillow does: without the clamp in between
+    # bicubic overshoot at hard edges comes out up to tens of levels differently.
+    for size in ((frames.shape[-2], target[1]), target):
+        wide = F.interpolate(frames.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
+        frames = wide.round_().clamp_(0, 255).to(torch.uint8)
+    return frames
+
+
+def check_frames(frames: torch.Tensor) -> None:
+    """Raise unless `frames` is a non-empty uint8 tensor `[T, 3, H, W]`."""
+    if not isinstance(frames, torch.Tensor):
+        raise TypeError(f"frames must be a torch.Tensor, got {type(frames).__name__}")
+    if frames.ndim != 4:
+        raise ValueError(
+            f"frames must have rank 4, [T, 3, H, W], got rank {frames.ndim}: {list(frames.shape)}"
+        )
+    if frames.dtype != torch.uint8:
+        raise TypeError(f"frames must be uint8 with values 0..255, got {frames.dtype}")
+    if frames.shape[1] != 3:
+        hint = "; channels come second" if frames.shape[-1] == 3 else ""
+        raise ValueError(f"frames must have 3 channels, [T, 3, H, W], got {list(frames.shape)}{hint}")
+    if 0 in frames.shape:
+        raise ValueError(f"frames must not be empty, got {list(frames.shape)}")
+
+
+def _check_size(size: int) -> None:
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"size must be an int, got {type(size).__name__} ({size!r})")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")

@@ -1,0 +1,216 @@
+"""Answers of the mini stack to questions about held-out clips, and what the branch is worth in them.
+
+Primary score: the greedily generated answer, parsed for what it says (`questions.parse`). Second score: the answer of
+the highest likelihood among all of its kind. Four systems answer the same questions about the same clips, which are
+composed of the shipped items (in no training split):
+
+- ``image``: the image chat model on the mean of the frames;
+- ``untuned``: the same with the pretrained branch; no question about a video in its training;
+- ``tuned``: projector, adapters and branch tuned on questions about moving clips;
+- ``control``: the same tuning, seeds and clips with the branch off, on the mean of the frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from bt_adapter.chat.attach import attach, branch_enabled
+from bt_adapter.model import BTAdapterVisionModel
+
+from . import questions
+from .clip import load_clip, normalise
+from .items import load_items
+from .llava import branch_folder, load_chat
+from .retrieval import mcnemar
+from .scenes import MOTIONS, clips, random_labels
+from .trees import Prompts, TreeBatch, collate, hidden_states
+
+SYSTEMS = {"image": ("projector", False), "untuned": ("projector", True), "tuned": ("tuned", True), "control": ("control", False)}
+KINDS = ("motion", "item", "colour")
+
+
+class Scores(NamedTuple):
+    """Of one question to B visuals: likelihood float [B, answers], and each greedily generated answer."""
+
+    likelihood: Tensor
+    generated: list[str]
+
+
+def visual_tokens(chat: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """Stills [B, 3, h, w] or clips [B, T, 3, h, w] -> what the language model sees of them, [B, V, D]."""
+    layer, select = chat.config.vision_feature_layer, chat.config.vision_feature_select_strategy
+    features = chat.model.get_image_features(pixels, vision_feature_layer=layer, vision_feature_select_strategy=select)
+    return torch.stack(list(features.pooler_output))
+
+
+@torch.no_grad()
+def score(
+    chat: LlavaForConditionalGeneration, prompts: Prompts, visual: Tensor, asked: Sequence[tuple[str, str]]
+) -> list[Scores]:
+    """Ask every visual [B, V, D] each (kind, question) of asked, in one pass.
+
+    All answers of a kind hang on its question as a tree that shares beginnings. Their likelihoods are read off it, and
+    so is the greedy generation, step by step, as long as it follows the tree; where it leaves it, it is generated anew.
+    """
+    tree, trunk = prompts.trunk(visual.shape[1])
+    paths = []  # of each question: the node its answers hang on, and the nodes of each answer
+    for kind, question in asked:
+        last = prompts.question(tree, trunk, question)
+        paths.append((last, [prompts.answer(tree, last, text, share=True) for text in questions.answers(kind)]))
+    batch = collate([tree], prompts.image_token)
+    size = len(visual)
+    batch = TreeBatch(batch.ids.expand(size, -1), batch.positions.expand(size, -1), batch.mask.expand(size, -1, -1, -1))
+    hidden = hidden_states(chat, batch, visual)
+
+    results = []
+    for (_, question), (last, answers) in zip(asked, paths, strict=True):
+        inner = sorted({last, *(node for nodes in answers for node in nodes[:-1])})
+        place = {node: i for i, node in enumerate(inner)}
+        log_p = chat.lm_head(hidden[:, inner]).log_softmax(-1)  # [B, inner, vocabulary]
+        likelihood = torch.stack(
+            [
+                sum(log_p[:, place[parent], tree.ids[node]] for parent, node in zip([last, *nodes], nodes, strict=False))
+                for nodes in answers
+            ],
+            dim=1,
+        )
+        best = log_p.argmax(-1).tolist()
+        follow = {(tree.parents[node], tree.ids[node]): node for nodes in answers for node in nodes}
+        generated = [_walk(tree.ids, follow, last, dict(zip(inner, row, strict=True))) for row in best]
+        astray = [i for i, ids in enumerate(generated) if ids is None]
+        texts = ["" if ids is None else prompts.tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
+        if astray:
+            for i, text in zip(astray, generate(chat, prompts, visual[astray], question), strict=True):
+                texts[i] = text
+        results.append(Scores(likelihood, texts))
+    return results
+
+
+def _walk(ids: list[int], follow: dict[tuple[int, int], int], node: int, best: dict[int, int]) -> list[int] | None:
+    """Greedy decoding down the tree; None when the most likely token is not on it."""
+    found = []
+    while node in best:
+        child = follow.get((node, best[node]))
+        if child is None:
+            return None
+        found.append(ids[child])
+        node = child
+    return found
+
+
+@torch.no_grad()
+def generate(
+    chat: LlavaForConditionalGeneration, prompts: Prompts, visual: Tensor, question: str, max_new_tokens: int = 12
+) -> list[str]:
+    """Greedy answers to one question about each visual [B, V, D]."""
+    tree, trunk = prompts.trunk(visual.shape[1])
+    prompts.question(tree, trunk, question)
+    ids = torch.tensor([tree.ids]).expand(len(visual), -1)
+    embeds = chat.get_input_embeddings()(ids)
+    places = (ids == prompts.image_token)[..., None].expand_as(embeds)
+    embeds = embeds.masked_scatter(places, visual.to(embeds.dtype))
+    attention = torch.ones_like(ids)
+    out = chat.generate(
+        inputs_embeds=embeds, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=False
+    )
+    return prompts.tokenizer.batch_decode(out, skip_special_tokens=True)
+
+
+def held_out(each: int = 30, seed: int = 2309, split: str = "shipped", data: str | None = None) -> tuple[Tensor, Tensor]:
+    """Clips in random order, `each` of every motion: uint8 [9·each, 8, 3, 48, 48], labels int64 [9·each, 3]."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = random_labels(each * len(MOTIONS), True, generator)
+    labels[:, 2] = torch.arange(len(MOTIONS)).repeat_interleave(each)
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    return clips(load_items(split, data), len(labels), generator=generator, labels=labels)
+
+
+def ask_all(
+    chat: LlavaForConditionalGeneration,
+    prompts: Prompts,
+    frames: Tensor,
+    labels: Tensor,
+    others: int = 3,
+    batch: int = 30,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Motion questions about every clip, item and colour questions about every `others`-th (0: none).
+
+    Phrasings take turns, a batch each. Returns {"motion": {"generated": bool [n], "likelihood": bool [n], "label":
+    int64 [n], "said": int64 [n], -1 where nothing was}, "item": …, "colour": …}.
+    """
+    told: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {kind: [] for kind in KINDS}
+    order = torch.arange(len(frames))
+    also = order % others == 0 if others else torch.zeros(len(frames), dtype=torch.bool)
+    groups = [(part, KINDS) for part in order[also].split(batch)] + [(part, KINDS[:1]) for part in order[~also].split(batch)]
+    for turn, (part, kinds) in enumerate(groups):
+        if not len(part):
+            continue
+        asked = [(kind, questions.QUESTIONS[kind][turn % len(questions.QUESTIONS[kind])]) for kind in kinds]
+        with torch.no_grad():
+            visual = visual_tokens(chat, normalise(frames[part]))
+        for kind, scores in zip(kinds, score(chat, prompts, visual, asked), strict=True):
+            truth = labels[part, {"item": 0, "colour": 1, "motion": 2}[kind]]
+            said = torch.tensor([-1 if (v := questions.parse(kind, text)) is None else v for text in scores.generated])
+            told[kind].append((truth, said, scores.likelihood.argmax(1)))
+        if progress:
+            progress(len(part))
+    result = {}
+    for kind, parts in told.items():
+        if parts:
+            truth, said, likely = (torch.cat(column) for column in zip(*parts, strict=True))
+            result[kind] = {"generated": said == truth, "likelihood": likely == truth, "label": truth, "said": said}
+    return result
+
+
+def load_system(name: str) -> tuple[LlavaForConditionalGeneration, Prompts, bool]:
+    """One of SYSTEMS with its branch attached (the pretrained one where it is off): chat model, prompts, branch on."""
+    stage, branch_on = SYSTEMS[name]
+    chat, tokenizer = load_chat(stage)
+    clip, _ = load_clip()
+    attach(chat, BTAdapterVisionModel.from_pretrained(branch_folder(stage), clip=clip))
+    return chat, Prompts(tokenizer, chat.config.image_token_id), branch_on
+
+
+def evaluate(each: int = 30, seed: int = 2309, progress: Callable[[str, int], None] | None = None) -> dict:
+    """All systems on the same held-out clips: accuracies overall and per motion, and paired tests. Plain data."""
+    frames, labels = held_out(each, seed)
+    answers = {}
+    for name in SYSTEMS:
+        chat, prompts, branch_on = load_system(name)
+        with branch_enabled(chat, branch_on):
+            answers[name] = ask_all(chat, prompts, frames, labels, progress=progress and (lambda n, s=name: progress(s, n)))
+    systems = {name: {kind: _accuracy(kind, value) for kind, value in result.items()} for name, result in answers.items()}
+    pairs = (("tuned", "control"), ("tuned", "image"), ("untuned", "image"))
+    tests = {
+        f"{a} against {b}": {
+            way: _paired(answers[a]["motion"][way], answers[b]["motion"][way]) for way in ("generated", "likelihood")
+        }
+        for a, b in pairs
+    }
+    return {"clips": len(frames), "seed": seed, "primary": "generated", "systems": systems, "mcnemar": tests}
+
+
+def _accuracy(kind: str, result: dict[str, Tensor]) -> dict:
+    values = {"n": len(result["label"])}
+    for way in ("generated", "likelihood"):
+        values[way] = round(result[way].float().mean().item(), 4)
+    if kind == "motion":
+        values["per_motion"] = {
+            name: {
+                "n": int((result["label"] == i).sum()),
+                "generated": round(result["generated"][result["label"] == i].float().mean().item(), 4),
+            }
+            for i, name in enumerate(MOTIONS)
+        }
+    return values
+
+
+def _paired(a: Tensor, b: Tensor) -> dict[str, float | int]:
+    """Successes of one alone, of the other alone, and p of the exact two-sided McNemar test."""
+    return {"only_first": int((a & ~b).sum()), "only_second": int((b & ~a).sum()), "p": mcnemar(a, b)}

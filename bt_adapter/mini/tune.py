@@ -1,0 +1,229 @@
+"""Training of the mini chat model, in three stages; losses are on answers only, the language model itself is frozen.
+
+``python -m bt_adapter.mini.tune projector``  projector and adapters, from questions about still images
+``python -m bt_adapter.mini.tune tuned``      projector, adapters and branch, from questions about moving clips
+``python -m bt_adapter.mini.tune control``    the same from the same clips with the branch off
+
+Each step draws fresh scenes from a generator seeded by the run's seed and the step, so ``tuned`` and ``control`` see
+the same clips and questions in the same order, and a resumed run sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bt_adapter.chat.attach import attach, attached_branch, branch_enabled
+from bt_adapter.model import BTAdapterVisionModel
+
+from . import BRANCH_FOLDER, WEIGHTS, lora, training
+from .answers import ask_all, held_out, score, visual_tokens
+from .clip import load_clip, normalise
+from .items import Items, load_items
+from .language import load_language_model
+from .llava import STAGES, load_stage, make_llava, part, save_stage
+from .questions import draw_turn
+from .scenes import clips, stills, to_labels
+from .trees import Prompts, collate, hidden_states
+
+LOG = "bench/results/mini"
+
+
+class _Adapters:
+    """The adapters of a language model as something a run can save and resume."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return lora.adapter_state(self.model)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        lora.load_adapters(self.model, state)
+
+
+def half_is_faster() -> bool:
+    """Whether this machine multiplies bfloat16 matrices clearly faster than float32 ones (it times both)."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.randn(512, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
+        laps = []
+        for _ in range(12):
+            begin = time.perf_counter()
+            x @ w.T
+            laps.append(time.perf_counter() - begin)
+        seconds[dtype] = min(laps)
+    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
+
+
+def draw(stage: str, items: Items, n: int, generator: torch.Generator) -> tuple[Tensor, list[list]]:
+    """n visuals (pixels of stills or clips) and the turns about each."""
+    if stage == "projector":
+        frames, labels = stills(items, n, generator)
+        kinds = [("item", "colour", "caption")] * n
+    else:
+        frames, labels = clips(items, n, generator=generator)
+        second = torch.randint(3, (n,), generator=generator).tolist()
+        kinds = [("motion", ("item", "colour", "caption")[k]) for k in second]
+    turns = [
+        [draw_turn(kind, label, generator) for kind in own] for own, label in zip(kinds, to_labels(labels), strict=True)
+    ]
+    return normalise(frames), turns
+
+
+def answer_loss(chat, prompts: Prompts, head: Tensor, visual: Tensor, turns: list[list]) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over all answer tokens, and over the first turn's alone. head: output embedding [V, D]."""
+    trees = [prompts.turns(own, visual.shape[1]) for own in turns]
+    hidden = hidden_states(chat, collate(trees, 2), visual)
+    targets = [(row, *target) for row, tree in enumerate(trees) for target in tree.targets]
+    rows, nodes, tokens, number = (torch.tensor(column) for column in zip(*targets, strict=True))
+    chosen = hidden[rows, nodes]
+    logits = lora._HalfProduct.apply(chosen, head) if head.dtype == torch.bfloat16 else F.linear(chosen, head)
+    losses = F.cross_entropy(logits, tokens, reduction="none")
+    return losses.mean(), losses.detach()[number == 0].mean()
+
+
+def build(options: argparse.Namespace):
+    """Chat model with adapters (and the branch attached), prompts, head."""
+    clip, _ = load_clip(options.clip)
+    language_model, tokenizer = load_language_model()
+    half = half_is_faster() if options.half == "auto" else options.half == "yes"
+    chat, tokenizer = make_llava(clip.requires_grad_(False), language_model, tokenizer)
+    chat.requires_grad_(False)
+    head = chat.lm_head.weight.bfloat16() if half else chat.lm_head.weight
+    lora.add_adapters(chat.model.language_model, options.rank, half)
+    if options.stage != "projector":
+        state = load_stage(options.start)
+        chat.model.multi_modal_projector.load_state_dict(part(state, "projector."))
+        if options.rank:
+            lora.load_adapters(chat.model.language_model, part(state, "lora."))
+        attach(chat, BTAdapterVisionModel.from_pretrained(options.branch, clip=clip))
+    chat.eval()
+    return chat, Prompts(tokenizer, chat.config.image_token_id), head, half
+
+
+def parameter_groups(chat, options: argparse.Namespace) -> list[dict]:
+    """Named groups with their rates: projector, adapters and, where it is tuned, the branch."""
+    projector = chat.model.multi_modal_projector.requires_grad_(True)
+    adapters = [(n, p) for n, p in chat.model.language_model.named_parameters() if "lora_" in n]
+    for _, parameter in adapters:
+        parameter.requires_grad_(True)
+    groups = [{"named": list(projector.named_parameters()), "lr": options.lr}, {"named": adapters, "lr": options.lr_lora}]
+    if options.stage == "tuned":
+        branch = attached_branch(chat).branch
+        wanted = [(n, p) for n, p in branch.named_parameters() if not n.startswith(("alignment_head", "output_gate"))]
+        for _, parameter in wanted:
+            parameter.requires_grad_(True)
+        fast = [(n, p) for n, p in wanted if n.startswith("temporal.")]
+        slow = [(n, p) for n, p in wanted if not n.startswith("temporal.")]
+        groups += [{"named": slow, "lr": options.lr_branch}, {"named": fast, "lr": 2 * options.lr_branch}]
+    return [group for group in groups if group["named"]]
+
+
+def train(options: argparse.Namespace) -> None:
+    torch.manual_seed(options.seed)
+    items = load_items("train", options.data)
+    chat, prompts, head, half = build(options)
+    tuned_branch = options.stage == "tuned"
+    optimizer = training.adamw(parameter_groups(chat, options), weight_decay=options.weight_decay)
+    language_model = chat.model.language_model
+    modules = {"projector": chat.model.multi_modal_projector, "lora": _Adapters(language_model), "optimizer": optimizer}
+    if tuned_branch:
+        modules["branch"] = attached_branch(chat).branch
+    options.half = "yes" if half else "no"
+    run = training.Run(options, modules)
+    learned = [p for group in optimizer.param_groups for p in group["params"]]
+    sums, count = torch.zeros(2), 0
+    with nullcontext() if options.stage == "projector" else branch_enabled(chat, tuned_branch):
+        while run.progress < 1:
+            training.set_rate(optimizer, training.cosine(run.progress))
+            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + run.step)
+            pixels, turns = draw(options.stage, items, options.batch, generator)
+            loss, first = answer_loss(chat, prompts, head, visual_tokens(chat, pixels), turns)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+            sums += torch.stack([loss.detach(), first])
+            count += 1
+            run.advance()
+            if run.step % options.every == 0 and run.progress < 1:
+                mean = [round(v, 4) for v in (sums / count).tolist()]
+                rate = round(run.step * options.batch / run.spent, 2)
+                scores = {}
+                if options.evaluate_every and run.step % options.evaluate_every == 0:
+                    scores = check(chat, prompts, options, 10)
+                run.log(progress=round(run.progress, 4), loss=mean[0], first_turn=mean[1], visuals_per_s=rate, **scores)
+                sums, count = torch.zeros(2), 0
+                run.pause()
+        run.save()
+        final = check(chat, prompts, options, 30)
+    run.log(event="end", visuals=run.step * options.batch, **final)
+    about = {"stage": options.stage, "steps": run.step, "batch": options.batch, "seed": options.seed, "rank": options.rank}
+    save_stage(options.out, chat.model.multi_modal_projector, language_model, about | {"held_out": final})
+    if tuned_branch:
+        attached_branch(chat).save_pretrained(Path(options.out) / "branch", dtype=torch.float16)
+
+
+@torch.no_grad()
+def check(chat, prompts: Prompts, options: argparse.Namespace, each: int) -> dict[str, float]:
+    """Accuracies on scenes of the test split, 9·each clips or 9·each stills: generated and by likelihood."""
+    if options.stage != "projector":
+        frames, labels = held_out(each, 77, "test", options.data)
+        told = ask_all(chat, prompts, frames, labels)
+        found = {}
+        for kind, result in told.items():
+            found[kind] = round(result["generated"].float().mean().item(), 4)
+            found[f"{kind}_likelihood"] = round(result["likelihood"].float().mean().item(), 4)
+        return found
+    images, labels = stills(load_items("test", options.data), 9 * each, torch.Generator().manual_seed(77))
+    from .questions import QUESTIONS, parse
+
+    right = {"item": [], "item_likelihood": [], "colour": [], "colour_likelihood": []}
+    for turn, (pixels, truth) in enumerate(zip(normalise(images).split(30), labels.split(30), strict=True)):
+        asked = [(kind, QUESTIONS[kind][turn % len(QUESTIONS[kind])]) for kind in ("item", "colour")]
+        for column, ((kind, _), scores) in enumerate(zip(asked, score(chat, prompts, visual_tokens(chat, pixels), asked), strict=True)):
+            right[kind] += [parse(kind, text) == t for text, t in zip(scores.generated, truth[:, column].tolist(), strict=True)]
+            right[f"{kind}_likelihood"] += (scores.likelihood.argmax(1) == truth[:, column]).tolist()
+    return {name: round(sum(values) / len(values), 4) for name, values in right.items()}
+
+
+DEFAULTS = {
+    "projector": {"steps": 200, "minutes": 8.0, "log": "projector", "lr": 1e-3, "lr_lora": 5e-4},
+    "tuned": {"steps": 400, "minutes": 30.0, "log": "tune", "lr": 1e-3, "lr_lora": 5e-4},
+    "control": {"steps": 400, "minutes": 30.0, "log": "control", "lr": 1e-3, "lr_lora": 5e-4},
+}
+
+
+def main() -> None:
+    choice = argparse.ArgumentParser(add_help=False)
+    choice.add_argument("stage", choices=STAGES, nargs="?", default="tuned")
+    stage = choice.parse_known_args()[0].stage
+    own = DEFAULTS[stage]
+    parser = training.arguments(
+        "Train the mini chat model.", steps=own["steps"], minutes=own["minutes"], batch=16,
+        log=f"{LOG}/{own['log']}.jsonl", out=WEIGHTS / stage,
+    )  # fmt: skip
+    parser.add_argument("stage", choices=STAGES, nargs="?", default="tuned")
+    parser.add_argument("--lr", type=float, default=own["lr"], help="of the projector")
+    parser.add_argument("--lr-lora", type=float, default=own["lr_lora"], help="of the adapters")
+    parser.add_argument("--lr-branch", type=float, default=3e-4, help="of the branch; its temporal layers take twice as much")
+    parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters; 0: none")
+    parser.add_argument("--half", choices=("auto", "yes", "no"), default="auto", help="frozen products in bfloat16")
+    parser.add_argument("--start", type=Path, default=WEIGHTS / "projector", help="stage to start from (tuned, control)")
+    parser.add_argument("--branch", type=Path, default=BRANCH_FOLDER, help="pretrained branch (tuned, control)")
+    parser.add_argument("--clip", type=Path, default=WEIGHTS / "clip")
+    parser.add_argument("--every", type=int, default=10, help="steps between lines of the log")
+    parser.add_argument("--evaluate-every", type=int, default=100, help="steps between checks on held-out scenes; 0: none")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""BT-Adapter: the frozen tower and the branch beside it, joined.
+
+Legend: B videos, T frames, P patches, N visible tokens, D width, F width of the shared video-text space, L tower
+layers, d branch layers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bt_adapter.branch import Branch
+from bt_adapter.config import BTAdapterConfig, TowerConfig
+from bt_adapter.losses import contrastive_loss
+from bt_adapter.tower import Tower
+from bt_kernels import VisibleTokens, alignment_loss, pool_video_tokens
+
+
+@dataclass
+class BTAdapterOutput:
+    """What a forward pass returns.
+
+    Attributes:
+        backbone_tokens: the tower's last state, ``[B, T, 1+P, D]``, CLS first.
+        branch_tokens: the branch's last state, ``[B, 1+N, D]``, CLS first.
+        frame_embeds: ``[B, T, F]``, not normalised.
+        video_embeds: ``[B, F]``, their mean over the real frames.
+        visible: the tokens the branch saw.
+    """
+
+    backbone_tokens: Tensor
+    branch_tokens: Tensor
+    frame_embeds: Tensor
+    video_embeds: Tensor
+    visible: VisibleTokens
+
+
+class BTAdapterVisionModel(nn.Module):
+    """A frozen CLIP or EVA-CLIP tower with the BT-Adapter branch (arXiv 2309.15785), random weights.
+
+    Use :meth:`from_clip` for a branch beside a trained tower, :meth:`from_pretrained` for saved branches, and
+    ``load_reference_checkpoint`` for published ones.
+
+    Args:
+        vision_config: a Hugging Face ``CLIPVisionConfig``, a dict with its keys, or a :class:`TowerConfig`.
+        adapter_config: of the branch.
+        stored_features: build only what video tokens from stored tower features need: tower layers L-d to L-2 and
+            d-1 branch layers.
+
+    Raises:
+        ValueError: a configuration value is missing or outside its range.
+    """
+
+    def __init__(
+        self,
+        vision_config: TowerConfig | Mapping[str, Any] | Any,
+        adapter_config: BTAdapterConfig | None = None,
+        stored_features: bool = False,
+    ):
+        super().__init__()
+        config = TowerConfig.of(vision_config)
+        adapter_config = adapter_config or BTAdapterConfig()
+        self.stored_features = stored_features
+        self.first_branch_layer = config.num_hidden_layers - adapter_config.depth
+        only = (self.first_branch_layer, config.num_hidden_layers - 1) if stored_features else None
+        self.tower = Tower(config, only)
+        self.branch = Branch(config, adapter_config, adapter_config.depth - 1 if stored_features else None)
+        self.tower_name: str | None = None
+
+    @property
+    def config(self) -> BTAdapterConfig:
+        """Configuration of the branch."""
+        return self.branch.config
+
+    @property
+    def vision_config(self) -> TowerConfig:
+        """Configuration of the tower."""
+        return self.tower.config
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        visible: VisibleTokens | None = None,
+        draws: Iterable[Tensor] | None = None,
+    ) -> BTAdapterOutput:
+        """Tower on every token, branch on the visible ones.
+
+        Args:
+            pixel_values: normalised frames ``[B, T, 3, h, w]``, T ≤ ``max_frames``.
+            visible: what the branch sees; None: every token.
+            draws: recorded draws of stochastic depth (0 = dropped, 1 = kept) in the order they are used: for each
+                branch layer of non-zero rate the temporal ``[B·K]`` and the spatial ``[B·T]`` one (and ``[B]`` with
+                ``drop_block``). None: drawn anew in training mode, none in evaluation mode.
+
+        Raises:
+            ValueError, TypeError: an argument has the wrong shape, dtype or device; the message names it.
+        """
+        self._check_pixels(pixel_values)
+        batch, frames = pixel_values.shape[:2]
+        visible = self._check_visible(visible, batch, frames, pixel_values.device)
+        tokens, z = self._run(self._embed(pixel_values), visible, 0, self.config.depth, draws)
+        cls = self.branch.mix_output(z[:, 0], tokens[:, :, 0].to(z.dtype))
+        frame_embeds = self._project(self._final_norm(cls))
+        if visible.frame_counts is None:
+            video_embeds = frame_embeds.mean(1)
+        else:
+            real = torch.arange(frames, device=cls.device) < visible.frame_counts[:, None]
+            video_embeds = (frame_embeds * real[:, :, None]).sum(1) / visible.frame_counts.clamp(min=1)[:, None]
+        return BTAdapterOutput(tokens, z, frame_embeds, video_embeds, visible)
+
+    def image_embeds(self, pixel_values: Tensor) -> Tensor:
+        """The frozen tower's embeddings of still images, ``[n, 3, h, w]`` to ``[n, F]``, without the branch."""
+        self._check_pixels(pixel_values, "[n, 3, h, w]")
+        with torch.no_grad():
+            return self.tower.image_embeds(pixel_values.to(self.tower.dtype))
+
+    def video_tokens(
+        self,
+        pixel_values: Tensor | None = None,
+        windows: str = "full",
+        features: Tensor | None = None,
+        start_layer: int | None = None,
+        draws: Iterable[Tensor] | None = None,
+    ) -> Tensor:
+        """Tokens of each video for a language model's projector: one set of P+1 whatever T is, CLS last.
+
+        With X the output of tower layer L-2 and z the branch after its layer d-2: half the mean of X over time, half
+        the mean of z. Neither's last layer runs. More than ``max_frames`` frames: neighbouring frames of X are
+        averaged before the branch, two by two up to 128 frames (the published 100 become 50), as many as needed
+        beyond. Source: arXiv 2309.15785 section 3.3.
+
+        Args:
+            pixel_values: normalised frames ``[B, T, 3, h, w]``, or None where ``features`` are given.
+            windows: "full" attends over all frames; "reference" takes the rows as the published code does, T // 2
+                slots wide (for published scores; it needs T ≥ 2 and T // 2 to divide P·T).
+            features: stored input of tower layer ``start_layer``, ``[B, T, 1+P, D]``.
+            start_layer: 0-based; None: L-d, the first layer with a branch layer beside it (20 for ViT-L/14).
+            draws: as in :meth:`forward`.
+
+        Returns:
+            ``[B, P+1, D]``.
+
+        Raises:
+            ValueError, TypeError: an argument has the wrong shape or value; the message names it.
+        """
+        if windows not in ("full", "reference"):
+            raise ValueError(f"windows must be 'full' or 'reference', but is {windows!r}")
+        if (pixel_values is None) == (features is None):
+            raise ValueError("exactly one of pixel_values and features must be given")
+        first = self.first_branch_layer
+        if self.config.depth < 2:
+            raise ValueError(f"video_tokens needs a branch of depth 2 or more, but depth is {self.config.depth}")
+        if features is None:
+            if start_layer is not None:
+                raise ValueError("start_layer goes with features, but pixel_values was given")
+            self._check_pixels(pixel_values)
+            tokens = self._embed(pixel_values)
+        else:
+            tokens = self._run_tower_from(features, first if start_layer is None else start_layer)
+        batch, frames, places = tokens.shape[:3]
+        merged = -(-frames // self.config.max_frames)
+        steps = -(-frames // merged)
+        slots = steps if windows == "full" else frames // 2
+        if slots < 1 or (places - 1) * steps % slots:
+            raise ValueError(
+                f"windows='reference' takes {places - 1} patches of {steps} steps in {slots} slots, which do not "
+                f"divide them; use windows='full' for {frames} frames"
+            )
+        visible = VisibleTokens.all(batch, places - 1, steps, tokens.device, slots)
+        tokens, z = self._run(tokens, visible, 0, self.config.depth - 1, draws, merged)
+        return pool_video_tokens(tokens.to(z.dtype), z, visible)
+
+    def frame_mean_tokens(self, pixel_values: Tensor) -> Tensor:
+        """What :meth:`video_tokens` becomes without the branch: the mean over time of tower layer L-2's tokens.
+
+        ``[B, T, 3, h, w]`` to ``[B, P+1, D]``, CLS last. The baseline of every comparison with the branch.
+        """
+        self._check_pixels(pixel_values)
+        with torch.no_grad():
+            tokens = self._embed(pixel_values)
+            for layer in range(self.first_branch_layer, self.vision_config.num_hidden_layers - 1):
+                tokens = self._run_tower_layer(layer, tokens)
+            mean = tokens.mean(1)
+        return torch.cat([mean[:, 1:], mean[:, :1]], 1)
+
+    def pretraining_losses(
+        self,
+        output: BTAdapterOutput,
+        text_embeds: Tensor,
+        visible: VisibleTokens | None = None,
+        temperature: float | Tensor = 0.01,
+        mbca_weight: float = 0.1,
+        mbta_weight: float = 0.1,
+    ) -> dict[str, Tensor]:
+        """The three losses of pretraining over the batch given, already weighted (arXiv 2309.15785 section 3.2).
+
+        Args:
+            output: of :meth:`forward`.
+            text_embeds: of the frozen text encoder, ``[B, F]``, any length.
+            visible: None: ``output.visible``.
+            temperature: τ of the contrastive losses.
+            mbca_weight: of the branch-text contrastive loss on the mean of the branch's patch tokens.
+            mbta_weight: of the alignment of branch tokens with the tower's.
+
+        Returns:
+            {"vtc", "mbca"} and, where the branch has an alignment head, "mbta".
+        """
+        visible = output.visible if visible is None else visible
+        tower, branch = self.tower, self.branch
+        rows = output.branch_tokens[:, 1:]
+        real = (visible.index >= 0)[:, :, None]
+        mean = (rows * real).sum(1) / real.sum(1).clamp(min=1)
+        losses = {
+            "vtc": contrastive_loss(output.video_embeds, text_embeds, temperature),
+            "mbca": mbca_weight * contrastive_loss(self._project(mean), text_embeds, temperature),
+        }
+        if branch.alignment_head is not None:
+            linear, norm = branch.alignment_head
+            dtype = output.branch_tokens.dtype
+            frozen = [tower.final_norm.weight, tower.final_norm.bias, tower.projection.weight, tower.projection.bias]
+            losses["mbta"] = mbta_weight * alignment_loss(
+                output.branch_tokens,
+                output.backbone_tokens.to(dtype),
+                visible,
+                *(p.to(dtype) for p in (linear.weight, linear.bias, norm.weight, norm.bias)),
+                *(None if p is None else p.to(dtype) for p in frozen),
+                head_norm_eps=norm.eps,
+                target_norm_eps=tower.final_norm.eps,
+            )
+        return losses
+
+    def parameter_groups(self, lr: float = 2e-6, weight_decay: float = 0.05) -> list[dict[str, Any]]:
+        """AdamW groups of the published recipe: lr ×10 for branch and alignment head, ×100 for temporal layers, gates.
+
+        Each group also has a "name": "branch" or "temporal".
+        """
+        fast = [p for n, p in self.branch.named_parameters() if n.startswith("temporal.") or n.endswith("_gate")]
+        chosen = {id(p) for p in fast}
+        slow = [p for p in self.branch.parameters() if id(p) not in chosen]
+        return [
+            {"params": slow, "lr": 10 * lr, "weight_decay": weight_decay, "name": "branch"},
+            {"params": fast, "lr": 100 * lr, "weight_decay": weight_decay, "name": "temporal"},
+        ]
+
+    @torch.no_grad()
+    def reset_spatial_layers(self) -> None:
+        """Start the spatial layers as a copy of the tower's layers beside them."""
+        for i, layer in enumerate(self.branch.spatial):
+            own = layer.state_dict()
+            source = self.tower.layers[self.first_branch_layer + i - self.tower.first_layer].state_dict()
+            layer.load_state_dict({name: source[name].to(own[name]) for name in own})
+
+    @staticmethod
+    def from_clip(
+        clip: nn.Module | str | os.PathLike, adapter_config: BTAdapterConfig | None = None, share: bool = False
+    ) -> BTAdapterVisionModel:
+        """A fresh branch beside a trained CLIP; see ``bt_adapter.checkpoint.model_from_clip``."""
+        from bt_adapter.checkpoint import model_from_clip
+
+        return model_from_clip(clip, adapter_config, share)
+
+    def save_pretrained(self, folder: str | os.PathLike, include_tower: bool = False, dtype=None) -> None:
+        """Write configuration and weights; see ``bt_adapter.checkpoint.save_model``."""
+        from bt_adapter.checkpoint import save_model
+
+        save_model(self, folder, include_tower, dtype)
+
+    @staticmethod
+    def from_pretrained(
+        folder: str | os.PathLike, clip: nn.Module | str | os.PathLike | None = None, share: bool = False
+    ) -> BTAdapterVisionModel:
+        """Read what :meth:`save_pretrained` wrote; see ``bt_adapter.checkpoint.load_model``."""
+        from bt_adapter.checkpoint import load_model
+
+        return load_model(folder, clip, share)
+
+    @torch.no_grad()
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        """Frames to the input of tower layer L-d, ``[B, T, 1+P, D]``."""
+        tower = self.tower
+        tokens = tower.embed(pixel_values.flatten(0, 1).to(tower.dtype))
+        for layer in range(self.first_branch_layer):
+            tokens = tower.run_layer(layer, tokens)
+        return tokens.unflatten(0, pixel_values.shape[:2])
+
+    @torch.no_grad()
+    def _run_tower_layer(self, layer: int, tokens: Tensor) -> Tensor:
+        return self.tower.run_layer(layer, tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+
+    def _run_tower_from(self, features: Tensor, start: int) -> Tensor:
+        config = self.vision_config
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            raise TypeError(f"features must be a float tensor [B, T, 1+P, D], but is {_describe(features)}")
+        if features.ndim != 4 or features.shape[2:] != (1 + config.patches, config.hidden_size):
+            raise ValueError(
+                f"features must be [B, T, 1+P, D] = [any, any, {1 + config.patches}, {config.hidden_size}], but the "
+                f"shape is {list(features.shape)}"
+            )
+        if not self.tower.first_layer <= start <= self.first_branch_layer:
+            raise ValueError(
+                f"start_layer must lie in [{self.tower.first_layer}, {self.first_branch_layer}], but is {start}"
+            )
+        tokens = features.to(self.tower.dtype)
+        for layer in range(start, self.first_branch_layer):
+            tokens = self._run_tower_layer(layer, tokens)
+        return tokens
+
+    def _run(
+        self,
+        tokens: Tensor,
+        visible: VisibleTokens,
+        start: int,
+        stop: int,
+        draws: Iterable[Tensor] | None,
+        merged: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """Tower and branch side by side over branch layers [start, stop): last X and last z."""
+        recorded: Iterator[Tensor] | None = None if draws is None else iter(draws)
+        z = None
+        for layer in range(start, stop):
+            tokens = self._run_tower_layer(self.first_branch_layer + layer, tokens)
+            seen = average_frames(tokens, merged)
+            z = (
+                self.branch.embed(seen, self.tower.position, visible)
+                if z is None
+                else self.branch.merge(seen, z, visible)
+            )
+            z = self.branch.run_layer(layer, z, visible, recorded)
+        return tokens, z
+
+    def _final_norm(self, tokens: Tensor) -> Tensor:
+        return self.tower.final_norm(tokens.to(self.tower.dtype))
+
+    def _project(self, tokens: Tensor) -> Tensor:
+        return self.tower.project(tokens.to(self.tower.dtype))
+
+    def _check_pixels(self, pixel_values: Tensor, legend: str = "[B, T, 3, h, w]") -> None:
+        if self.stored_features:
+            raise ValueError("this model holds no tower embeddings: give video_tokens stored features, not pixels")
+        if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+            raise TypeError(f"pixel_values must be a float tensor {legend}, but is {_describe(pixel_values)}")
+        size = self.vision_config.image_size
+        wanted = (3, size, size)
+        if pixel_values.ndim != legend.count(",") + 1 or tuple(pixel_values.shape[-3:]) != wanted:
+            raise ValueError(
+                f"pixel_values must be {legend} ending in {list(wanted)}, but the shape is {list(pixel_values.shape)}"
+            )
+        if pixel_values.ndim == 5 and pixel_values.shape[1] < 1:
+            raise ValueError("pixel_values must hold at least one frame, but T is 0")
+        if pixel_values.device != self.tower.position.device:
+            raise ValueError(
+                f"pixel_values must be on the model's {self.tower.position.device}, but is on {pixel_values.device}"
+            )
+
+    def _check_visible(
+        self, visible: VisibleTokens | None, batch: int, frames: int, device: torch.device
+    ) -> VisibleTokens:
+        patches = self.vision_config.patches
+        if frames > self.config.max_frames:
+            raise ValueError(
+                f"pixel_values has {frames} frames, but the branch's time table has {self.config.max_frames} rows "
+                "(only video_tokens averages neighbouring frames)"
+            )
+        if visible is None:
+            return VisibleTokens.all(batch, patches, frames, device)
+        if (visible.batch, visible.patches, visible.frames) != (batch, patches, frames):
+            raise ValueError(
+                f"visible is for {visible.batch} videos of {visible.frames} frames and {visible.patches} patches, but "
+                f"pixel_values holds {batch} of {frames} and {patches}"
+            )
+        return visible
+
+
+def average_frames(tokens: Tensor, count: int) -> Tensor:
+    """Means of ``count`` neighbouring frames, ``[B, T, 1+P, D]`` to ``[B, ⌈T/count⌉, 1+P, D]``; the last may be of fewer."""
+    if count == 1:
+        return tokens
+    whole = tokens.shape[1] // count * count
+    means = [tokens[:, :whole].unflatten(1, (-1, count)).mean(2)]
+    if whole < tokens.shape[1]:
+        means.append(tokens[:, whole:].mean(1, keepdim=True))
+    return torch.cat(means, 1)
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,142 @@
+"""The frozen tower: a CLIP or EVA-CLIP vision transformer, layer by layer.
+
+Legend: n images, P patches of an image, D width, H heads, E head width, F width of the shared video-text space.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bt_adapter.config import TowerConfig
+
+
+class ClipAttention(nn.Module):
+    """Projections of CLIP's attention: q, k, v and out, each with a bias."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., 3, H, E]``, in one matrix product."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        packed = F.linear(x, torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
+        return packed.unflatten(-1, (3, self.heads, -1))
+
+
+class EvaAttention(nn.Module):
+    """Projections of EVA's attention: packed qkv, biases on q and v alone."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.trunc_normal_(self.qkv_weight, std=0.02)
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., 3, H, E]``, in one matrix product."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return F.linear(x, self.qkv_weight, bias).unflatten(-1, (3, self.heads, -1))
+
+
+def make_attention(config: TowerConfig) -> ClipAttention | EvaAttention:
+    """The attention projections of the tower's kind."""
+    kind = EvaAttention if config.is_eva else ClipAttention
+    return kind(config.hidden_size, config.num_attention_heads)
+
+
+class EncoderLayer(nn.Module):
+    """One pre-norm transformer layer of the tower; the branch's spatial layers have the same parameters."""
+
+    def __init__(self, config: TowerConfig, eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps)
+        self.attention = make_attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.quick = config.hidden_act == "quick_gelu"
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """``fc2(act(fc1(x)))``; quick-GELU is x·sigmoid(1.702·x)."""
+        hidden = self.fc1(x)
+        hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick else F.gelu(hidden)
+        return self.fc2(hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, 1+P, D]`` to the same shape; every token attends to all of its image."""
+        q, k, v = self.attention.qkv(self.norm1(x)).permute(2, 0, 3, 1, 4).unbind(0)  # [n, H, 1+P, E]
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.attention.out_proj(attended)
+        return x + self.mlp(self.norm2(x))
+
+
+class Tower(nn.Module):
+    """A frozen CLIP or EVA-CLIP vision tower on single images.
+
+    With ``only_layers`` = (first, stop) it holds these layers alone and no embeddings, final norm or projection: what
+    a model of stored features needs. It never trains: parameters ask for no gradient and ``train()`` leaves it in
+    evaluation mode.
+    """
+
+    def __init__(self, config: TowerConfig, only_layers: tuple[int, int] | None = None):
+        super().__init__()
+        self.config = config
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.first_layer, stop = only_layers or (0, config.num_hidden_layers)
+        self.layers = nn.ModuleList(EncoderLayer(config, eps) for _ in range(self.first_layer, stop))
+        self.position = nn.Parameter(torch.randn(1 + config.patches, width) * 0.02)
+        if only_layers is None:
+            self.class_embedding = nn.Parameter(torch.randn(width) * 0.02)
+            self.patch_embedding = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=config.is_eva)
+            self.pre_norm = nn.Identity() if config.is_eva else nn.LayerNorm(width, eps)
+            self.final_norm = nn.LayerNorm(width, eps)
+            if config.projection_dim is not None:
+                self.projection = nn.Linear(width, config.projection_dim, bias=config.is_eva)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Tower:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.position.dtype
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Normalised images ``[n, 3, h, w]`` to the input of layer 0, ``[n, 1+P, D]``."""
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
+        cls = self.class_embedding.expand(len(images), 1, -1)
+        return self.pre_norm(torch.cat([cls, patches], 1) + self.position)
+
+    def run_layer(self, layer: int, x: Tensor) -> Tensor:
+        """Output of layer ``layer`` (0-based in the whole tower) on ``[n, 1+P, D]``."""
+        return self.layers[layer - self.first_layer](x)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """``[..., D]`` to the shared space ``[..., F]``, without the final LayerNorm.
+
+        Raises:
+            ValueError: the tower has no projection (``projection_dim`` None).
+        """
+        if self.config.projection_dim is None:
+            raise ValueError("this tower has no projection (projection_dim is None): only video_tokens can be computed")
+        return self.projection(tokens)
+
+    def image_embeds(self, images: Tensor) -> Tensor:
+        """Embeddings of single images, ``[n, 3, h, w]`` to ``[n, F]``: plain CLIP."""
+        x = self.embed(images)
+        for layer in self.layers:
+            x = layer(x)
+        return self.project(self.final_norm(x[:, 0]))

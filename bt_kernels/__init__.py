@@ -1,0 +1,26 @@
+"""Kernels for masked temporal attention and token gathering, usable alone as drop-in ops.
+
+Every op takes tensors and a :class:`VisibleTokens`, has a plain PyTorch reference beside its kernels, and is
+registered with ``torch.library`` (``torch.ops.bt_kernels.*``). ``python -m bt_kernels`` says what runs where.
+"""
+
+from bt_kernels._dispatch import BackendUnavailable, backend
+from bt_kernels.ops.alignment_loss import alignment_loss
+from bt_kernels.ops.gather_embed import gather_embed
+from bt_kernels.ops.gather_merge import gather_merge
+from bt_kernels.ops.pool_video_tokens import pool_video_tokens
+from bt_kernels.ops.spatial_attention import spatial_attention
+from bt_kernels.ops.temporal_attention import temporal_attention
+from bt_kernels.visible import VisibleTokens
+
+__all__ = [
+    "BackendUnavailable",
+    "VisibleTokens",
+    "alignment_loss",
+    "backend",
+    "gather_embed",
+    "gather_merge",
+    "pool_video_tokens",
+    "spatial_attention",
+    "temporal_attention",
+]

@@ -1,0 +1,43 @@
+"""Softmax attention over short sequences in plain PyTorch, forward and backward: shared by the references.
+
+Legend: ... leading dimensions, Q queries, K keys, H heads, E head width. Tensors are [..., Q or K, H, E].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """softmax(q·kᵀ/√E)·v, computed in float32 or wider. ``key_mask`` bool [..., K], True = may be attended to."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    p = _probabilities(q.to(wide), k.to(wide), key_mask)
+    return torch.einsum("...hqk,...khe->...qhe", p, v.to(wide)).to(q.dtype)
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v; the probabilities are recomputed.
+
+    dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ∘ (dP - rowsum(P ∘ dP)), dQ = dS·K/√E, dK = dSᵀ·Q/√E.
+    """
+    dtype = q.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    grad, q, k, v = (t.to(wide) for t in (grad, q, k, v))
+    p = _probabilities(q, k, key_mask)
+    dv = torch.einsum("...hqk,...qhe->...khe", p, grad)
+    dp = torch.einsum("...qhe,...khe->...hqk", grad, v)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    dq = torch.einsum("...hqk,...khe->...qhe", ds, k)
+    dk = torch.einsum("...hqk,...qhe->...khe", ds, q)
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def _probabilities(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+    scores = torch.einsum("...qhe,...khe->...hqk", q * q.shape[-1] ** -0.5, k)
+    if key_mask is not None:
+        # The lowest finite number and not -inf: a sequence without any visible token stays finite and is never read.
+        scores = scores.masked_fill(~key_mask[..., None, None, :], torch.finfo(scores.dtype).min)
+    return scores.softmax(-1)

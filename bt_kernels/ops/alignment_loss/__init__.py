@@ -1,0 +1,89 @@
+"""alignment_loss: masked branch token alignment (MBTA)."""
+
+from torch import Tensor
+
+from bt_kernels._checks import check_is_visible, check_tensor, check_visible
+from bt_kernels._dispatch import Kernel
+from bt_kernels._library import define_op, visible_arguments
+from bt_kernels.ops.alignment_loss import reference
+from bt_kernels.visible import VisibleTokens
+
+_OP = define_op(
+    "alignment_loss",
+    "Tensor branch, Tensor target, Tensor head_weight, Tensor head_bias, Tensor head_norm_weight, "
+    "Tensor head_norm_bias, Tensor target_norm_weight, Tensor target_norm_bias, Tensor target_projection, "
+    "Tensor? target_projection_bias",
+    differentiable=("branch", "head_weight", "head_bias", "head_norm_weight", "head_norm_bias"),
+    kernels=(Kernel("reference", reference.forward, reference.backward),),
+    fake=lambda branch, *_: branch.new_empty(()),
+    extra=", float head_norm_eps, float target_norm_eps",
+)
+
+
+def alignment_loss(
+    branch: Tensor,
+    target: Tensor,
+    visible: VisibleTokens,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    head_norm_weight: Tensor,
+    head_norm_bias: Tensor,
+    target_norm_weight: Tensor,
+    target_norm_bias: Tensor,
+    target_projection: Tensor,
+    target_projection_bias: Tensor | None = None,
+    head_norm_eps: float = 1e-5,
+    target_norm_eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean over the visible tokens of ``2 - 2·cos(a, b)``: branch tokens against the tower's at the same places.
+
+    Equivalent to::
+
+        a = F.layer_norm(F.linear(branch[:, 1:], head_weight, head_bias), (F,), head_norm_weight, head_norm_bias)
+        b = F.layer_norm(tower_rows, (D,), target_norm_weight, target_norm_bias) @ target_projection.T
+        loss = (2 - 2 * F.cosine_similarity(a, b, -1)).mean()
+
+    with ``tower_rows`` the rows of ``target`` named by ``visible.target_index``. Source: MBTA, arXiv 2309.15785
+    section 3.2. Gradients flow to ``branch`` and to the head's four tensors; the target side is the frozen tower.
+
+    Args:
+        branch: the branch's last state, ``[B, 1+N, D]``; its CLS row is not used.
+        target: the tower's last state, ``[B, T, 1+P, D]``.
+        visible: which tokens.
+        head_weight, head_bias: the alignment head's linear layer, ``[F, D]`` and ``[F]``.
+        head_norm_weight, head_norm_bias: its LayerNorm, ``[F]``.
+        target_norm_weight, target_norm_bias: the tower's final LayerNorm, ``[D]``.
+        target_projection, target_projection_bias: the tower's projection, ``[F, D]`` and ``[F]`` or None.
+        head_norm_eps, target_norm_eps: of the two LayerNorms.
+        backend: None, or "reference", "cpu", "triton", "cuda".
+
+    Returns:
+        A scalar of the dtype of ``branch``; 0 where nothing is visible.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not match; the message names the argument.
+        BackendUnavailable: ``backend`` cannot run this call.
+    """
+    check_is_visible(visible)
+    check_tensor("branch", branch, "[B, 1+N, D]", (None, 1 + visible.tokens, None))
+    check_visible(visible, "branch", branch)
+    width = branch.shape[2]
+    like = ("branch", branch)
+    check_tensor("target", target, "[B, T, 1+P, D]", (visible.batch, visible.frames, 1 + visible.patches, width), like)
+    check_tensor("head_weight", head_weight, "[F, D]", (None, width), like)
+    shared = head_weight.shape[0]
+    check_tensor("head_bias", head_bias, "[F]", (shared,), like)
+    check_tensor("head_norm_weight", head_norm_weight, "[F]", (shared,), like)
+    check_tensor("head_norm_bias", head_norm_bias, "[F]", (shared,), like)
+    check_tensor("target_norm_weight", target_norm_weight, "[D]", (width,), like)
+    check_tensor("target_norm_bias", target_norm_bias, "[D]", (width,), like)
+    check_tensor("target_projection", target_projection, "[F, D]", (shared, width), like)
+    if target_projection_bias is not None:
+        check_tensor("target_projection_bias", target_projection_bias, "[F]", (shared,), like)
+        target_projection_bias = target_projection_bias.detach()
+    return _OP(
+        branch, target.detach(), head_weight, head_bias, head_norm_weight, head_norm_bias,
+        target_norm_weight.detach(), target_norm_bias.detach(), target_projection.detach(), target_projection_bias,
+        *visible_arguments(visible, visible.target_index), head_norm_eps, target_norm_eps, backend,
+    )  # fmt: skip

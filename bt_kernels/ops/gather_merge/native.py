@@ -1,0 +1,35 @@
+"""gather_merge in C++ for CPU (csrc/cpu/gather_merge.cpp) and CUDA (csrc/cuda/gather_merge.cu)."""
+
+import torch
+from torch import Tensor
+
+from bt_kernels import _native
+
+
+def why_not_cpu(backbone, *_) -> str | None:
+    if backbone.device.type != "cpu":
+        return f"tensors are on {backbone.device}"
+    return _native.why_not_cpu()
+
+
+def why_not_cuda(backbone, *_) -> str | None:
+    if backbone.device.type != "cuda":
+        return f"tensors are on {backbone.device}"
+    return _native.why_not_cuda()
+
+
+def forward(backbone, branch, gate, index, frame_counts, patches, frames, slots) -> Tensor:
+    return torch.ops.bt_kernels_native.gather_merge(*_inner_contiguous(backbone, branch, gate), index, frame_counts)
+
+
+def backward(grad, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs):
+    grads = torch.ops.bt_kernels_native.gather_merge_backward(
+        grad.contiguous(), *_inner_contiguous(backbone, branch, gate), index, frame_counts, *needs
+    )
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def _inner_contiguous(backbone: Tensor, branch: Tensor, gate: Tensor | None):
+    if backbone.stride(-1) != 1:
+        backbone = backbone.contiguous()
+    return backbone, branch.contiguous(), None if gate is None else gate.contiguous()

@@ -1,0 +1,66 @@
+"""spatial_attention: attention inside each frame, with the one CLS of the video in every frame."""
+
+import torch
+from torch import Tensor
+
+from bt_kernels._checks import check_is_visible, check_tensor, check_visible
+from bt_kernels._dispatch import Kernel
+from bt_kernels._library import define_op, visible_arguments
+from bt_kernels.ops.spatial_attention import reference
+from bt_kernels.visible import VisibleTokens
+
+_OP = define_op(
+    "spatial_attention",
+    "Tensor qkv, Tensor? frame_weight",
+    differentiable=("qkv",),
+    kernels=(Kernel("reference", reference.forward, reference.backward),),
+    fake=lambda qkv, *_: qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[3], qkv.shape[4]),
+    autocast="lower",
+    uncast=("frame_weight",),
+)
+
+
+def spatial_attention(
+    qkv: Tensor,
+    visible: VisibleTokens,
+    frame_weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax attention inside each frame over CLS and the frame's visible patches, scale 1/√E.
+
+    The video has one CLS: it is query and key in every frame, and its row of the result is the weighted sum of its
+    results in the frames. A frame without visible patches has CLS alone. Equivalent to (regular grid)::
+
+        rows = qkv[:, 1:].unflatten(1, (K, S)).transpose(1, 2)                  # [B, S, K, 3, H, E]
+        x = torch.cat([qkv[:, None, :1].expand(-1, S, -1, -1, -1, -1), rows], 2)
+        out = F.scaled_dot_product_attention(*x.permute(3, 0, 1, 4, 2, 5)).transpose(2, 3)
+        out = torch.cat([out[:, :, 0].mean(1, keepdim=True), out[:, :, 1:].transpose(1, 2).flatten(1, 2)], 1)
+
+    Source: the branch's spatial layers, arXiv 2309.15785 section 3.1.
+
+    Args:
+        qkv: packed projections, ``[B, 1+N, 3, H, E]``, CLS first; any float dtype.
+        visible: which tokens, and in which order.
+        frame_weight: ``[B, S]`` (S slots of a grid, frames when ragged): weight of each frame in the CLS row, for
+            stochastic depth and padding; float32 or the dtype of ``qkv``; no gradient flows to it. None: the mean
+            over the real frames. Patch rows are not weighted.
+        backend: None, or "reference", "cpu", "triton", "cuda".
+
+    Returns:
+        ``[B, 1+N, H, E]``; padding rows (index -1) are zero.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not match; the message names the argument.
+        BackendUnavailable: ``backend`` cannot run this call.
+    """
+    check_is_visible(visible)
+    check_tensor("qkv", qkv, "[B, 1+N, 3, H, E]", (None, 1 + visible.tokens, 3, None, None))
+    check_visible(visible, "qkv", qkv)
+    if frame_weight is not None:
+        check_tensor("frame_weight", frame_weight, "[B, S]", (visible.batch, visible.steps))
+        if frame_weight.dtype not in (qkv.dtype, torch.float32):
+            raise TypeError(f"frame_weight must be float32 or {qkv.dtype}, but is {frame_weight.dtype}")
+        if frame_weight.device != qkv.device:
+            raise ValueError(f"frame_weight must be on {qkv.device}, but is on {frame_weight.device}")
+        frame_weight = frame_weight.detach()
+    return _OP(qkv, frame_weight, *visible_arguments(visible), backend)

@@ -1,0 +1,285 @@
+"""Which patch tokens of a video the branch sees, and in which order.
+
+Legend: B videos, P patches of a frame, T frames, N visible rows of a video, K groups, S slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_PADDING = -1
+
+
+@dataclass(frozen=True, eq=False)
+class VisibleTokens:
+    """The visible patch tokens of a batch of videos.
+
+    Rows are patch-major: ``index[b, n] = p * frames + t`` says that row ``n`` of video ``b`` is patch ``p`` of
+    frame ``t``. There are two forms.
+
+    * **Regular grid** (``slots`` is an int): the N rows are K groups of S = ``slots`` neighbouring rows. Temporal
+      attention runs inside a group (row ``n`` belongs to group ``n // S``), spatial attention over the rows of one
+      slot (``n % S``). With true tubes a group is a patch and a slot a frame.
+    * **Ragged** (``slots`` is None): any (patch, frame) may be visible. A token attends, in time, to the visible
+      tokens of its own patch, and in space, to CLS and the visible tokens of its own frame. Rows past a video's
+      last visible token hold index -1: their values are never read, and outputs there are zero.
+
+    Build one with :meth:`all`, :meth:`tube`, :meth:`random` or :meth:`from_reference_mask`; the constructor itself
+    checks shapes and types alone, :meth:`validate` also the values (it waits for the device).
+
+    Attributes:
+        index: int64 ``[B, N]``.
+        patches: P, patches of a frame.
+        frames: T, frames of a video.
+        slots: S of a regular grid, or None when ragged.
+        frame_counts: int64 ``[B]``, real frames of each video (the rest is padding and counts in no mean), or None
+            when every frame is real. Only with the ragged form.
+        target_index: int64 ``[B, N]``, the tower token each row is compared with in token alignment. It equals
+            ``index`` but for the reference's mask, which pairs other tokens (see :meth:`from_reference_mask`).
+    """
+
+    index: Tensor
+    patches: int
+    frames: int
+    slots: int | None = None
+    frame_counts: Tensor | None = None
+    target_index: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_index("index", self.index, None)
+        for name in ("patches", "frames"):
+            _check_count(name, getattr(self, name))
+        if self.slots is not None:
+            _check_count("slots", self.slots)
+            if self.index.shape[1] % self.slots:
+                raise ValueError(
+                    f"slots must divide the {self.index.shape[1]} rows of index, but {self.slots} does not"
+                )
+        if self.frame_counts is not None:
+            if self.slots is not None:
+                raise ValueError("frame_counts goes with the ragged form (slots=None), but slots was given")
+            _check_frame_counts(self.frame_counts, self.index.shape[0], self.index.device)
+        if self.target_index is None:
+            object.__setattr__(self, "target_index", self.index)
+        else:
+            _check_index("target_index", self.target_index, self.index.shape)
+
+    @property
+    def batch(self) -> int:
+        """B, the number of videos."""
+        return self.index.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """N, the number of rows of each video."""
+        return self.index.shape[1]
+
+    @property
+    def groups(self) -> int | None:
+        """K of a regular grid, or None when ragged."""
+        return None if self.slots is None else self.tokens // self.slots
+
+    @property
+    def sequences(self) -> int:
+        """Number of temporal sequences of a video: K of a regular grid, P when ragged."""
+        return self.patches if self.slots is None else self.tokens // self.slots
+
+    @property
+    def steps(self) -> int:
+        """Number of spatial sequences of a video: S of a regular grid, T when ragged."""
+        return self.frames if self.slots is None else self.slots
+
+    @property
+    def device(self) -> torch.device:
+        """Device of ``index``."""
+        return self.index.device
+
+    def sequence_ids(self) -> Tensor:
+        """int64 ``[B, N]``: temporal sequence of each row (0 where the row is padding)."""
+        if self.slots is None:
+            return self.index.clamp(min=0) // self.frames
+        return self._rows().div(self.slots, rounding_mode="floor").expand(self.batch, -1)
+
+    def step_ids(self) -> Tensor:
+        """int64 ``[B, N]``: spatial sequence (frame or slot) of each row (0 where the row is padding)."""
+        if self.slots is None:
+            return self.index.clamp(min=0) % self.frames
+        return self._rows().remainder(self.slots).expand(self.batch, -1)
+
+    def _rows(self) -> Tensor:
+        return torch.arange(self.tokens, device=self.device)
+
+    def to(self, device: torch.device | str) -> VisibleTokens:
+        """The same tokens with their tensors on ``device``."""
+        same_target = self.target_index is self.index
+        index = self.index.to(device)
+        return VisibleTokens(
+            index,
+            self.patches,
+            self.frames,
+            self.slots,
+            None if self.frame_counts is None else self.frame_counts.to(device),
+            index if same_target else self.target_index.to(device),
+        )
+
+    def validate(self) -> VisibleTokens:
+        """Check the values too, and return self. Waits for the device.
+
+        Raises:
+            ValueError: an index lies outside [0, patches·frames) (or is not -1 at the end of a ragged row), comes
+                twice or belongs to a padding frame, or a frame count lies outside [0, frames].
+        """
+        limit = self.patches * self.frames
+        low = 0 if self.slots is not None else _PADDING
+        for name in ("index", "target_index"):
+            values = getattr(self, name)
+            if values.numel() and (int(values.min()) < low or int(values.max()) >= limit):
+                raise ValueError(
+                    f"{name} must lie in [{low}, {limit}) for {self.patches} patches and {self.frames} frames, "
+                    f"but holds values from {int(values.min())} to {int(values.max())}"
+                )
+        if bool(((self.index[:, :-1] < 0) & (self.index[:, 1:] >= 0)).any()):
+            raise ValueError("index must hold -1 only at the end of a row, but a visible token follows one")
+        ordered = self.index.sort(dim=1).values
+        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+            raise ValueError("index must name a token once in a video, but names one twice")
+        counts = self.frame_counts
+        if counts is not None and counts.numel() and (int(counts.min()) < 0 or int(counts.max()) > self.frames):
+            raise ValueError(f"frame_counts must lie in [0, {self.frames}], but holds {counts.tolist()}")
+        if counts is not None and bool((self.index % self.frames >= counts[:, None]).logical_and(self.index >= 0).any()):
+            raise ValueError("index must name tokens of real frames, but names one at or past a video's frame_counts")
+        return self
+
+    @staticmethod
+    def all(
+        batch: int,
+        patches: int,
+        frames: int,
+        device: torch.device | str | None = None,
+        slots: int | None = None,
+    ) -> VisibleTokens:
+        """Every patch of every frame: ``index`` is ``[B, P·T]``.
+
+        ``slots`` other than ``frames`` takes the same rows as a grid of another width: the published chat code
+        uses ``frames // 2`` (arXiv 2309.15785's code; see ``BTAdapterVisionModel.video_tokens``). It must divide
+        P·T.
+        """
+        for name, value in (("batch", batch), ("patches", patches), ("frames", frames)):
+            _check_count(name, value, least=0 if name == "batch" else 1)
+        index = torch.arange(patches * frames, device=device).expand(batch, -1)
+        return VisibleTokens(index, patches, frames, frames if slots is None else slots)
+
+    @staticmethod
+    def tube(
+        batch: int,
+        patches: int,
+        frames: int,
+        ratio: float,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> VisibleTokens:
+        """Tube masking (section 3.2 of the paper): each video keeps K patches, each at all T frames.
+
+        K = P - int(ratio·P). ``ratio`` is the share masked, in [0, 1). ``generator`` must live on ``device``.
+        """
+        _check_ratio(ratio)
+        for name, value in (("batch", batch), ("patches", patches), ("frames", frames)):
+            _check_count(name, value, least=0 if name == "batch" else 1)
+        kept = patches - int(ratio * patches)
+        order = torch.rand(batch, patches, generator=generator, device=device).argsort(dim=1)
+        chosen = order[:, :kept].sort(dim=1).values  # [B, K]
+        index = chosen[:, :, None] * frames + torch.arange(frames, device=device)
+        return VisibleTokens(index.flatten(1), patches, frames, frames)
+
+    @staticmethod
+    def random(
+        batch: int,
+        patches: int,
+        frames: int,
+        ratio: float,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        frame_counts: Tensor | None = None,
+    ) -> VisibleTokens:
+        """N = P·T - int(ratio·P·T) tokens drawn for each video among its first ``frame_counts[b]`` frames.
+
+        A video with fewer tokens than N has its rows padded at the end with index -1. ``frame_counts`` is an int
+        tensor ``[B]`` of values in [0, T], or None: all frames are real.
+        """
+        _check_ratio(ratio)
+        for name, value in (("batch", batch), ("patches", patches), ("frames", frames)):
+            _check_count(name, value, least=0 if name == "batch" else 1)
+        total = patches * frames
+        score = torch.rand(batch, total, generator=generator, device=device)
+        if frame_counts is not None:
+            frame_counts = torch.as_tensor(frame_counts, device=score.device)
+            _check_frame_counts(frame_counts, batch, score.device)
+            frame_counts = frame_counts.long()
+            real = torch.arange(total, device=score.device) % frames < frame_counts[:, None]
+            score = score.masked_fill(~real, 2.0)  # above every draw: padding frames come last
+        score, order = score.sort(dim=1)
+        kept = total - int(ratio * total)
+        order = order[:, :kept].masked_fill(score[:, :kept] > 1.0, total).sort(dim=1).values
+        index = order.masked_fill(order == total, _PADDING)
+        return VisibleTokens(index, patches, frames, None, frame_counts)
+
+    @staticmethod
+    def from_reference_mask(mask: Tensor, frames: int) -> VisibleTokens:
+        """What the published training code makes of its mask: bool ``[B, T·P]``, True = masked.
+
+        That code draws the mask frame-major (flat position t·P + p) but applies it to patch-major tokens
+        (p·T + t), so the K·T visible rows are no tubes although its temporal attention takes each T neighbouring
+        rows for one; and its token alignment selects the tower's tokens frame-major by the same mask, hence
+        ``target_index`` differs from ``index``. Kept for parity with published numbers. Waits for the device.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
+            came = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask must be a bool tensor [B, T·P], but is {came}")
+        _check_count("frames", frames)
+        batch, total = mask.shape
+        if total % frames:
+            raise ValueError(f"mask has {total} columns, which {frames} frames do not divide")
+        visible = (~mask).sum(1)
+        kept = int(visible[0]) if batch else 0
+        if batch and bool((visible != kept).any()):
+            raise ValueError(f"mask must leave as many tokens in every video, but leaves {visible.tolist()}")
+        if kept % frames:
+            raise ValueError(f"mask leaves {kept} tokens a video, which {frames} frames do not divide")
+        flat = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]  # unmasked first, ascending
+        patches = total // frames
+        target = (flat % patches) * frames + flat // patches
+        return VisibleTokens(flat, patches, frames, frames, None, target)
+
+
+def _check_count(name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, torch.SymInt):  # under torch.compile: guarded by the shapes it comes from
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, but is {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, but is {value}")
+
+
+def _check_ratio(ratio: float) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise TypeError(f"ratio must be a float in [0, 1), but is {type(ratio).__name__}")
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio must lie in [0, 1), but is {ratio}")
+
+
+def _check_index(name: str, index: Tensor, shape: torch.Size | None) -> None:
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 2:
+        came = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+        raise ValueError(f"{name} must be an int64 tensor [B, N], but is {came}")
+    if shape is not None and index.shape != shape:
+        raise ValueError(f"{name} must have the shape of index, {list(shape)}, but is {list(index.shape)}")
+
+
+def _check_frame_counts(counts: Tensor, batch: int, device: torch.device) -> None:
+    if counts.is_floating_point() or counts.dtype == torch.bool or counts.shape != (batch,):
+        raise ValueError(f"frame_counts must be an int tensor [{batch}], but is {counts.dtype} {list(counts.shape)}")
+    if counts.device != device:
+        raise ValueError(f"frame_counts must be on {device}, but is on {counts.device}")

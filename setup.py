@@ -1,0 +1,104 @@
+"""Drives CMakeLists.txt, which says how the native part is built; everything else is in pyproject.toml.
+
+Environment:
+    BT_NATIVE       0: pure Python; 1: the native part must build; auto (default): build it where torch and a C++
+                    compiler are, install without it, and say why, where not
+    BT_CUDA         0, 1 or auto (default: where nvcc is): the CUDA kernels, as above
+    BT_CUDA_ARCHS   CUDA targets, such as "80;90a" (default: those of 80, 90a and 100a that nvcc knows)
+    BT_NATIVE_ARCH  value of the C++ compiler's -march, such as native (default: runs on any processor)
+    MAX_JOBS        compilers run at once
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+NO_BUILD = "bt_kernels/_native_build.txt"  # why the native part is missing; read by bt_kernels._native
+
+
+def switch(name):
+    value = os.environ.get(name, "") or "auto"
+    if value not in ("0", "1", "auto"):
+        raise SystemExit(f"{name} must be 0, 1 or auto, but is {value!r}")
+    return value
+
+
+def tool(name):
+    """Path of cmake or ninja, also where only pip installed it and the environment is not activated."""
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return shutil.which(name, path=beside)
+
+
+def missing():
+    """What the native build lacks here, or None."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not importable in the build: install torch first, then use pip's --no-build-isolation"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name):
+        return "no C++ compiler was found (CXX, c++, g++, clang++)"
+    if importlib.util.find_spec("pybind11") is None or tool("cmake") is None:
+        return "pybind11 or cmake was not found: pip install cmake ninja pybind11"
+    return None
+
+
+class CMakeBuild(build_ext):
+    """Builds _C and, where nvcc is, _C_cuda into the package folder."""
+
+    def run(self):
+        native = switch("BT_NATIVE")
+        target = ROOT if self.inplace else Path(self.build_lib).resolve()
+        note = target / NO_BUILD
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)
+        reason = missing()
+        if reason is None:
+            try:
+                self.cmake(target)
+                return
+            except subprocess.CalledProcessError as error:
+                reason = f"the build failed ({' '.join(map(str, error.cmd[:3]))} ...: exit status {error.returncode})"
+        if native == "1":
+            raise SystemExit(f"BT_NATIVE=1, but {reason}")
+        self.remove_old(target)
+        note.write_text(reason + "\n")
+        self.warn(f"bt_kernels is installed without its native part: {reason}")
+
+    def cmake(self, target):
+        build = Path(self.build_temp).resolve() / "cmake"
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_INSTALL_PREFIX": target,
+            "Python_EXECUTABLE": sys.executable,
+            "BT_CUDA": switch("BT_CUDA"),
+            "BT_CUDA_ARCHS": os.environ.get("BT_CUDA_ARCHS", ""),
+            "BT_NATIVE_ARCH": os.environ.get("BT_NATIVE_ARCH", ""),
+        }
+        ninja = tool("ninja")
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+        configure = [tool("cmake"), "--fresh", "-S", ROOT, "-B", build, *generator]
+        subprocess.check_call([*configure, *(f"-D{name}={value}" for name, value in options.items())])
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.check_call([tool("cmake"), "--build", build, "--parallel", jobs])
+        self.remove_old(target)
+        subprocess.check_call([tool("cmake"), "--install", build])
+
+    def remove_old(self, target):
+        for old in (target / "bt_kernels").glob("_C*.so"):
+            old.unlink()
+
+    def get_outputs(self):
+        made = Path(self.build_lib) / "bt_kernels"
+        return [str(path) for path in made.glob("_*") if path.suffix in (".so", ".txt")]
+
+
+native = switch("BT_NATIVE") != "0"
+setup(
+    ext_modules=[Extension("bt_kernels._C", sources=[])] if native else [],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,37 @@
+"""Shared test settings: one thread, markers, hypothesis without deadlines, and a count of GPU tests that did not run."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The tests' tensors are small: threads cost more than they give, and two test runs would fight for cores.
+torch.set_num_threads(int(os.environ.get("BT_TEST_THREADS", "1")))
+
+# The first call of a case may compile or load; a deadline would only make the suite flaky.
+settings.register_profile("bt", deadline=None, derandomize=True)
+settings.load_profile("bt")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped and counted where there is none")
+    config.addinivalue_line("markers", "slow: takes more than about ten seconds")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many GPU tests were skipped, so that a green run never reads as a run on a GPU."""
+    skipped = sum("gpu" in report.keywords for report in terminalreporter.stats.get("skipped", []))
+    if skipped:
+        terminalreporter.write_line(f"{skipped} GPU tests did not run: no GPU", yellow=True)

@@ -1,0 +1,184 @@
+"""Weights in and out: own folders, published names and prefixes, and every way a file can be wrong."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from reference_cases import load
+from safetensors.torch import load_file, save_file
+from test_model import SIZES, make, shake, video
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+
+from bt_adapter import (
+    BTAdapterConfig,
+    BTAdapterVisionModel,
+    CheckpointError,
+    load_reference_checkpoint,
+    to_reference_state_dict,
+)
+
+CASE = "clip_pretrain_tube70_droppath"
+
+
+@pytest.fixture
+def clip():
+    torch.manual_seed(0)
+    return CLIPModel(
+        CLIPConfig(
+            vision_config={**SIZES, "hidden_act": "quick_gelu"},
+            text_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+            projection_dim=24,
+        )
+    ).eval()
+
+
+def test_branch_alone_is_saved_and_the_tower_named(tmp_path, clip):
+    clip.save_pretrained(tmp_path / "clip")
+    model = shake(BTAdapterVisionModel.from_clip(tmp_path / "clip", BTAdapterConfig(depth=2))).eval()
+    model.save_pretrained(tmp_path / "branch")
+    names = set(load_file(tmp_path / "branch" / "model.safetensors"))
+    assert names == {n for n in model.state_dict() if n.startswith("branch.")}
+    config = json.loads((tmp_path / "branch" / "config.json").read_text())
+    assert config["tower_name"] == str(tmp_path / "clip") and not config["includes_tower"]
+    expected = model(video()).video_embeds
+    for source in (None, tmp_path / "clip", clip):
+        again = BTAdapterVisionModel.from_pretrained(tmp_path / "branch", source)
+        assert not again.training
+        assert torch.equal(again(video()).video_embeds, expected)
+    shared = BTAdapterVisionModel.from_pretrained(tmp_path / "branch", clip, share=True)
+    assert shared.tower.projection.weight is clip.visual_projection.weight
+
+
+def test_everything_saved(tmp_path):
+    model = shake(make())
+    model.save_pretrained(tmp_path, include_tower=True, dtype=torch.float16)
+    again = BTAdapterVisionModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(video()).video_embeds, model(video()).video_embeds, rtol=0.05, atol=0.05)
+    assert all(p.dtype == torch.float32 for p in again.parameters())
+    assert not list(tmp_path.glob("*.writing"))
+
+
+def test_branch_of_another_clip(tmp_path):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="names no tower"):
+        BTAdapterVisionModel.from_pretrained(tmp_path)
+    wider = CLIPVisionModel(CLIPVisionConfig(**{**SIZES, "hidden_size": 48, "num_attention_heads": 3}))
+    with pytest.raises(CheckpointError, match="hidden_size 32, but clip has 48"):
+        BTAdapterVisionModel.from_pretrained(tmp_path, wider)
+
+
+def test_no_saved_branch(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
+        BTAdapterVisionModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": 7}')
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="format 7"):
+        BTAdapterVisionModel.from_pretrained(tmp_path)
+
+
+def test_from_clip_of_something_else():
+    with pytest.raises(TypeError, match="clip must be a CLIP"):
+        BTAdapterVisionModel.from_clip(_WithConfig())
+
+
+class _WithConfig(torch.nn.Module):
+    config = type("Config", (), {"model_type": "siglip"})()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_published_files(tmp_path, suffix, wrap):
+    case = load(CASE)
+    path = tmp_path / f"file{suffix}"
+    if suffix == ".safetensors":
+        save_file(case.weights, path)
+    else:
+        torch.save({"state_dict": case.weights, "meta": {"epoch": 1}} if wrap else case.weights, path)
+    model = load_reference_checkpoint(path, case.vision_config)
+    assert torch.equal(model.branch.cls_token, case.weights["backbone.btadapter_cls_token"].flatten())
+
+
+def test_old_names_and_prefixes():
+    case = load("chat_full_tower")
+    old = {f"model.vision_tower.{k.replace('btadapter', 'timesFPN')}": v for k, v in case.weights.items()}
+    model = load_reference_checkpoint(old, case.vision_config)
+    expected = case.model()
+    assert all(torch.equal(v, expected.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_sizes_are_read_off_the_tensors():
+    case = load(CASE)
+    model = load_reference_checkpoint(case.weights, {**case.vision_config})
+    bare = load_reference_checkpoint(case.weights)
+    assert bare.config.depth == model.config.depth == 4
+    found, given = bare.vision_config.to_dict(), model.vision_config.to_dict()
+    found.pop("num_attention_heads"), given.pop("num_attention_heads")  # 32 wide: heads cannot be told
+    assert found == given
+
+
+def test_missing_gates_warn_and_start_half_open():
+    case = load(CASE)
+    weights = {k: v for k, v in case.weights.items() if "balance" not in k}
+    with pytest.warns(UserWarning, match="no gates"):
+        model = load_reference_checkpoint(weights, case.vision_config)
+    assert not model.branch.merge_gate.any() and not model.branch.output_gate.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.update(surplus=torch.zeros(1)), "unexpected: surplus"),
+        (lambda w: w.pop("backbone.btadapter_T_layers.1.temporal_fc.bias"), "missing: branch.temporal.1.fc.bias"),
+        (
+            lambda w: w.update({"backbone.post_layernorm.weight": torch.zeros(5)}),
+            r"wrong shape: tower.final_norm.weight is \[5\], expected \[32\]",
+        ),
+        (lambda w: [w.pop(k) for k in list(w) if "btadapter" in k], "not a BT-Adapter checkpoint"),
+        (lambda w: w.update(note="text"), "dict of tensors"),
+    ],
+)
+def test_names_that_do_not_fit(change, message):
+    case = load(CASE)
+    weights = dict(case.weights)
+    change(weights)
+    with pytest.raises(CheckpointError, match=message):
+        load_reference_checkpoint(weights, case.vision_config)
+
+
+def test_checkpoint_of_another_width():
+    case = load(CASE)
+    with pytest.raises(CheckpointError, match="hidden_size 64, but the checkpoint's width is 32"):
+        load_reference_checkpoint(case.weights, {**case.vision_config, "hidden_size": 64})
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("code ran while loading",))
+
+
+def test_unsafe_pickle(tmp_path, capsys):
+    path = tmp_path / "evil.pth"
+    torch.save({"state_dict": {"x": _Evil()}}, path)
+    with pytest.raises(CheckpointError, match="weights_only=True"):
+        load_reference_checkpoint(path)
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(_Evil()))
+    with pytest.raises(CheckpointError, match="weights_only=True"):
+        load_reference_checkpoint(tmp_path / "plain.pth")
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_reference_checkpoint(tmp_path / "none.pth")
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_reference_checkpoint(tmp_path / "junk.pth")
+
+
+def test_way_back_is_complete():
+    model = shake(make())
+    names = set(to_reference_state_dict(model))
+    assert len(names) == len(model.state_dict()) and None not in names
+    again = load_reference_checkpoint(to_reference_state_dict(model), SIZES, max_frames=8)
+    assert torch.equal(again(video()).video_embeds, model(video()).video_embeds)

