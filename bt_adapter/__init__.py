@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bt_adapter.checkpoint import CheckpointError, load_reference_checkpoint, to_reference_state_dict
+from bt_adapter.checkpoint import CheckpointError
 from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.model import BTAdapterOutput, BTAdapterVisionModel
+from bt_adapter.published import load_reference_checkpoint, to_reference_state_dict
 
 __version__ = "0.1.0"
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_adapter.config import BTAdapterConfig, TowerConfig
-from bt_adapter.tower import EncoderLayer, make_attention
+from bt_adapter.tower import LayerWeights, make_attention
 from bt_kernels import VisibleTokens, gather_embed, gather_merge, spatial_attention, temporal_attention
 
 _SPATIAL_EPS = 1e-5  # for CLIP and EVA alike; EVA's tower and temporal layers use 1e-6
@@ -44,7 +44,7 @@ class TemporalLayer(nn.Module):
         return torch.cat([cls, rows + self.fc(update)], 1)
 
 
-class SpatialLayer(EncoderLayer):
+class SpatialLayer(LayerWeights):
     """Attention inside each frame with the one CLS of the video in every frame, then the MLP."""
 
     def __init__(self, config: TowerConfig):
@@ -68,6 +68,13 @@ class SpatialLayer(EncoderLayer):
             update = update * product_scale.to(update.dtype) + bias_scale.to(update.dtype) * out.bias
         z = z + update
         return z + self.mlp(self.norm2(z))
+
+
+def _gate(slope: float | None, parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``sigmoid(slope · parameter)``, [D] in (0, 1); None where there is no gate."""
+    if slope is None or parameter is None:
+        return None
+    return torch.sigmoid(slope * parameter).to(dtype)
 
 
 def _frame_share(visible: VisibleTokens, like: Tensor) -> Tensor:
@@ -116,9 +123,7 @@ class Branch(nn.Module):
 
     def merge(self, tokens: Tensor, z: Tensor, visible: VisibleTokens) -> Tensor:
         """A later layer's input: X mixed into the branch through the merge gate."""
-        gate = None
-        if self.merge_gate is not None:
-            gate = torch.sigmoid(self.config.merge_gate_slope * self.merge_gate).to(z.dtype)
+        gate = _gate(self.config.merge_gate_slope, self.merge_gate, z.dtype)
         return gather_merge(tokens.to(z.dtype), z, gate, visible)
 
     def run_layer(self, layer: int, z: Tensor, visible: VisibleTokens, draws: Iterator[Tensor] | None) -> Tensor:
@@ -136,14 +141,12 @@ class Branch(nn.Module):
 
     def mix_output(self, z_cls: Tensor, tower_cls: Tensor) -> Tensor:
         """CLS of each frame, ``[B, D]`` and ``[B, T, D]`` to ``[B, T, D]``, through the output gate."""
-        if self.output_gate is None:
+        gate = _gate(self.config.output_gate_slope, self.output_gate, z_cls.dtype)
+        if gate is None:
             return z_cls[:, None] + tower_cls
-        gate = torch.sigmoid(self.config.output_gate_slope * self.output_gate).to(z_cls.dtype)
         return (1 - gate) * z_cls[:, None] + gate * tower_cls
 
-    def _draw(
-        self, rate: float, batch: int, count: int, like: Tensor, draws: Iterator[Tensor] | None
-    ) -> Tensor | None:
+    def _draw(self, rate: float, batch: int, count: int, like: Tensor, draws: Iterator[Tensor] | None) -> Tensor | None:
         """Stochastic depth's scale ``[B, count]``: 0 where dropped, 1/(1 - rate) where kept; None: nothing drops."""
         if rate == 0 or not (self.training or draws is not None):
             return None

@@ -152,16 +152,16 @@ class BTAdapterVisionModel(nn.Module):
             raise ValueError(f"windows must be 'full' or 'reference', but is {windows!r}")
         if (pixel_values is None) == (features is None):
             raise ValueError("exactly one of pixel_values and features must be given")
-        first = self.first_branch_layer
         if self.config.depth < 2:
             raise ValueError(f"video_tokens needs a branch of depth 2 or more, but depth is {self.config.depth}")
-        if features is None:
+        if pixel_values is not None:
             if start_layer is not None:
                 raise ValueError("start_layer goes with features, but pixel_values was given")
             self._check_pixels(pixel_values)
             tokens = self._embed(pixel_values)
         else:
-            tokens = self._run_tower_from(features, first if start_layer is None else start_layer)
+            start = self.first_branch_layer if start_layer is None else start_layer
+            tokens = self._run_tower_from(features, start)
         batch, frames, places = tokens.shape[:3]
         merged = -(-frames // self.config.max_frames)
         steps = -(-frames // merged)
@@ -220,15 +220,21 @@ class BTAdapterVisionModel(nn.Module):
             "mbca": mbca_weight * contrastive_loss(self._project(mean), text_embeds, temperature),
         }
         if branch.alignment_head is not None:
-            linear, norm = branch.alignment_head
+            head: Any = branch.alignment_head
+            linear, norm = head[0], head[1]
             dtype = output.branch_tokens.dtype
-            frozen = [tower.final_norm.weight, tower.final_norm.bias, tower.projection.weight, tower.projection.bias]
             losses["mbta"] = mbta_weight * alignment_loss(
                 output.branch_tokens,
                 output.backbone_tokens.to(dtype),
                 visible,
-                *(p.to(dtype) for p in (linear.weight, linear.bias, norm.weight, norm.bias)),
-                *(None if p is None else p.to(dtype) for p in frozen),
+                linear.weight.to(dtype),
+                linear.bias.to(dtype),
+                norm.weight.to(dtype),
+                norm.bias.to(dtype),
+                tower.final_norm.weight.to(dtype),
+                tower.final_norm.bias.to(dtype),
+                tower.projection.weight.to(dtype),
+                None if tower.projection.bias is None else tower.projection.bias.to(dtype),
                 head_norm_eps=norm.eps,
                 target_norm_eps=tower.final_norm.eps,
             )
@@ -292,7 +298,7 @@ class BTAdapterVisionModel(nn.Module):
     def _run_tower_layer(self, layer: int, tokens: Tensor) -> Tensor:
         return self.tower.run_layer(layer, tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
-    def _run_tower_from(self, features: Tensor, start: int) -> Tensor:
+    def _run_tower_from(self, features: Any, start: int) -> Tensor:
         config = self.vision_config
         if not isinstance(features, Tensor) or not features.is_floating_point():
             raise TypeError(f"features must be a float tensor [B, T, 1+P, D], but is {_describe(features)}")
@@ -321,7 +327,7 @@ class BTAdapterVisionModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Tower and branch side by side over branch layers [start, stop): last X and last z."""
         recorded: Iterator[Tensor] | None = None if draws is None else iter(draws)
-        z = None
+        z: Any = None
         for layer in range(start, stop):
             tokens = self._run_tower_layer(self.first_branch_layer + layer, tokens)
             seen = average_frames(tokens, merged)
@@ -339,7 +345,7 @@ class BTAdapterVisionModel(nn.Module):
     def _project(self, tokens: Tensor) -> Tensor:
         return self.tower.project(tokens.to(self.tower.dtype))
 
-    def _check_pixels(self, pixel_values: Tensor, legend: str = "[B, T, 3, h, w]") -> None:
+    def _check_pixels(self, pixel_values: Any, legend: str = "[B, T, 3, h, w]") -> None:
         if self.stored_features:
             raise ValueError("this model holds no tower embeddings: give video_tokens stored features, not pixels")
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
@@ -377,7 +383,7 @@ class BTAdapterVisionModel(nn.Module):
 
 
 def average_frames(tokens: Tensor, count: int) -> Tensor:
-    """Means of ``count`` neighbouring frames, ``[B, T, 1+P, D]`` to ``[B, ⌈T/count⌉, 1+P, D]``; the last may be of fewer."""
+    """Means of ``count`` neighbouring frames, the last perhaps of fewer: ``[B, T, 1+P, D]`` to ``[B, ⌈T/count⌉, 1+P, D]``."""
     if count == 1:
         return tokens
     whole = tokens.shape[1] // count * count

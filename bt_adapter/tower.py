@@ -54,8 +54,8 @@ def make_attention(config: TowerConfig) -> ClipAttention | EvaAttention:
     return kind(config.hidden_size, config.num_attention_heads)
 
 
-class EncoderLayer(nn.Module):
-    """One pre-norm transformer layer of the tower; the branch's spatial layers have the same parameters."""
+class LayerWeights(nn.Module):
+    """Parameters of a pre-norm transformer layer, and its MLP: of the tower's layers and the branch's spatial ones."""
 
     def __init__(self, config: TowerConfig, eps: float):
         super().__init__()
@@ -71,6 +71,10 @@ class EncoderLayer(nn.Module):
         hidden = self.fc1(x)
         hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick else F.gelu(hidden)
         return self.fc2(hidden)
+
+
+class TowerLayer(LayerWeights):
+    """One layer of the tower."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, 1+P, D]`` to the same shape; every token attends to all of its image."""
@@ -93,7 +97,7 @@ class Tower(nn.Module):
         self.config = config
         width, eps = config.hidden_size, config.layer_norm_eps
         self.first_layer, stop = only_layers or (0, config.num_hidden_layers)
-        self.layers = nn.ModuleList(EncoderLayer(config, eps) for _ in range(self.first_layer, stop))
+        self.layers = nn.ModuleList(TowerLayer(config, eps) for _ in range(self.first_layer, stop))
         self.position = nn.Parameter(torch.randn(1 + config.patches, width) * 0.02)
         if only_layers is None:
             self.class_embedding = nn.Parameter(torch.randn(width) * 0.02)

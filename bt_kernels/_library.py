@@ -77,9 +77,7 @@ def define_op(
     results = "Tensor" if len(places) == 1 else f"({', '.join(['Tensor'] * len(places))})"
     backward_name = f"{name}_backward"
     _LIBRARY.define(f"{name}({arguments}, str? backend) -> Tensor")
-    _LIBRARY.define(
-        f"{backward_name}(Tensor grad, {arguments}, bool[{len(places)}] needs, str? backend) -> {results}"
-    )
+    _LIBRARY.define(f"{backward_name}(Tensor grad, {arguments}, bool[{len(places)}] needs, str? backend) -> {results}")
 
     def forward(*args):
         *args, asked = args
@@ -104,6 +102,7 @@ def define_op(
     torch.library.register_fake(f"bt_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
     torch.library.register_fake(f"bt_kernels::{backward_name}", fake_backward, lib=_LIBRARY)
     _register_autograd(name, places)
+    _refuse_second_derivative(backward_name)
     skipped = {names.index(each) for each in uncast}
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, _autocast(name, device.lower(), autocast, skipped), f"Autocast{device}")
@@ -132,9 +131,16 @@ def _register_autograd(name: str, places: tuple[int, ...]) -> None:
             result[place] = value if need else None
         return tuple(result)
 
-    torch.library.register_autograd(
-        f"bt_kernels::{name}", run_backward, setup_context=setup_context, lib=_LIBRARY
-    )
+    torch.library.register_autograd(f"bt_kernels::{name}", run_backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _refuse_second_derivative(backward_name: str) -> None:
+    """Without a rule of its own the backward op would be taken for a constant, after a warning."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"bt_kernels::{backward_name} has no derivative: the ops can be differentiated once")
+
+    torch.library.register_autograd(f"bt_kernels::{backward_name}", refuse, lib=_LIBRARY)
 
 
 def _autocast(name: str, device: str, policy: str, skipped: set[int]) -> Callable[..., Tensor]:

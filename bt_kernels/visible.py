@@ -5,7 +5,7 @@ Legend: B videos, P patches of a frame, T frames, N visible rows of a video, K g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class VisibleTokens:
       tokens of its own patch, and in space, to CLS and the visible tokens of its own frame. Rows past a video's
       last visible token hold index -1: their values are never read, and outputs there are zero.
 
-    Build one with :meth:`all`, :meth:`tube`, :meth:`random` or :meth:`from_reference_mask`; the constructor itself
-    checks shapes and types alone, :meth:`validate` also the values (it waits for the device).
+    Build one with :meth:`all`, :meth:`tube`, :meth:`random` or :meth:`from_reference_mask`, or by hand from an index:
+    its values are then checked too, which waits for the device; ``check=False`` leaves that out.
 
     Attributes:
         index: int64 ``[B, N]``.
@@ -46,9 +46,10 @@ class VisibleTokens:
     frames: int
     slots: int | None = None
     frame_counts: Tensor | None = None
-    target_index: Tensor | None = None
+    target_index: Tensor = None  # type: ignore[assignment]  # None becomes index
+    check: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, check: bool) -> None:
         _check_index("index", self.index, None)
         for name in ("patches", "frames"):
             _check_count(name, getattr(self, name))
@@ -66,6 +67,8 @@ class VisibleTokens:
             object.__setattr__(self, "target_index", self.index)
         else:
             _check_index("target_index", self.target_index, self.index.shape)
+        if check:
+            self.validate()
 
     @property
     def batch(self) -> int:
@@ -123,6 +126,7 @@ class VisibleTokens:
             self.slots,
             None if self.frame_counts is None else self.frame_counts.to(device),
             index if same_target else self.target_index.to(device),
+            check=False,
         )
 
     def validate(self) -> VisibleTokens:
@@ -149,7 +153,9 @@ class VisibleTokens:
         counts = self.frame_counts
         if counts is not None and counts.numel() and (int(counts.min()) < 0 or int(counts.max()) > self.frames):
             raise ValueError(f"frame_counts must lie in [0, {self.frames}], but holds {counts.tolist()}")
-        if counts is not None and bool((self.index % self.frames >= counts[:, None]).logical_and(self.index >= 0).any()):
+        if counts is not None and bool(
+            (self.index % self.frames >= counts[:, None]).logical_and(self.index >= 0).any()
+        ):
             raise ValueError("index must name tokens of real frames, but names one at or past a video's frame_counts")
         return self
 
@@ -170,7 +176,7 @@ class VisibleTokens:
         for name, value in (("batch", batch), ("patches", patches), ("frames", frames)):
             _check_count(name, value, least=0 if name == "batch" else 1)
         index = torch.arange(patches * frames, device=device).expand(batch, -1)
-        return VisibleTokens(index, patches, frames, frames if slots is None else slots)
+        return VisibleTokens(index, patches, frames, frames if slots is None else slots, check=False)
 
     @staticmethod
     def tube(
@@ -192,7 +198,7 @@ class VisibleTokens:
         order = torch.rand(batch, patches, generator=generator, device=device).argsort(dim=1)
         chosen = order[:, :kept].sort(dim=1).values  # [B, K]
         index = chosen[:, :, None] * frames + torch.arange(frames, device=device)
-        return VisibleTokens(index.flatten(1), patches, frames, frames)
+        return VisibleTokens(index.flatten(1), patches, frames, frames, check=False)
 
     @staticmethod
     def random(
@@ -224,7 +230,7 @@ class VisibleTokens:
         kept = total - int(ratio * total)
         order = order[:, :kept].masked_fill(score[:, :kept] > 1.0, total).sort(dim=1).values
         index = order.masked_fill(order == total, _PADDING)
-        return VisibleTokens(index, patches, frames, None, frame_counts)
+        return VisibleTokens(index, patches, frames, None, frame_counts, check=False)
 
     @staticmethod
     def from_reference_mask(mask: Tensor, frames: int) -> VisibleTokens:
@@ -251,7 +257,7 @@ class VisibleTokens:
         flat = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]  # unmasked first, ascending
         patches = total // frames
         target = (flat % patches) * frames + flat // patches
-        return VisibleTokens(flat, patches, frames, frames, None, target)
+        return VisibleTokens(flat, patches, frames, frames, None, target, check=False)
 
 
 def _check_count(name: str, value: int, least: int = 1) -> None:

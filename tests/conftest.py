@@ -1,4 +1,4 @@
-"""Shared test settings: one thread, markers, hypothesis without deadlines, and a count of GPU tests that did not run."""
+"""Shared test settings: one thread, hypothesis without deadlines, a count of the GPU tests that did not run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,6 @@ torch.set_num_threads(int(os.environ.get("BT_TEST_THREADS", "1")))
 # The first call of a case may compile or load; a deadline would only make the suite flaky.
 settings.register_profile("bt", deadline=None, derandomize=True)
 settings.load_profile("bt")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped and counted where there is none")
-    config.addinivalue_line("markers", "slow: takes more than about ten seconds")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

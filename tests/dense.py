@@ -70,15 +70,11 @@ def mean_of_real_frames(values: Tensor, count: int) -> Tensor:
     return total / max(count, 1)
 
 
-def gather_embed(
-    backbone: Tensor, cls_token: Tensor, pos: Tensor, time: Tensor, visible: VisibleTokens
-) -> Tensor:
+def gather_embed(backbone: Tensor, cls_token: Tensor, pos: Tensor, time: Tensor, visible: VisibleTokens) -> Tensor:
     """z_cls = ½(mean_t X[:,t,0] + c + pos[0]); z(p,t) = X[:,t,1+p] + pos[1+p] + time[t]."""
     videos = []
     for b in range(visible.batch):
-        cls = (
-            mean_of_real_frames(backbone[b, :, 0], real_frames(visible, b)) + cls_token.reshape(-1) + pos[0]
-        ) / 2
+        cls = (mean_of_real_frames(backbone[b, :, 0], real_frames(visible, b)) + cls_token.reshape(-1) + pos[0]) / 2
         full = torch.stack(
             [
                 backbone[b, t, 1 + p] + pos[1 + p] + time[t]
@@ -128,10 +124,7 @@ def spatial_attention(qkv: Tensor, visible: VisibleTokens, frame_weight: Tensor 
         layout = rows(visible, b)
         q, k, v = qkv[b].unbind(1)
         patch_sees = torch.tensor(
-            [
-                [n is not None] + [m is not None and n is not None and m[2] == n[2] for m in layout]
-                for n in layout
-            ],
+            [[n is not None] + [m is not None and n is not None and m[2] == n[2] for m in layout] for n in layout],
             dtype=torch.bool,
         ).reshape(visible.tokens, 1 + visible.tokens)
         cls_sees = torch.tensor(
@@ -140,9 +133,7 @@ def spatial_attention(qkv: Tensor, visible: VisibleTokens, frame_weight: Tensor 
         )
         answers = masked_attention(q[:1].expand(steps, -1, -1), k, v, cls_sees)
         if frame_weight is None:
-            cls = mean_of_real_frames(
-                answers, steps if visible.slots is not None else real_frames(visible, b)
-            )
+            cls = mean_of_real_frames(answers, steps if visible.slots is not None else real_frames(visible, b))
         else:
             cls = (answers * frame_weight[b, :, None, None]).sum(0)
         videos.append(torch.cat([cls[None], masked_attention(q[1:], k, v, patch_sees)]))
@@ -156,11 +147,7 @@ def pool_video_tokens(backbone: Tensor, branch: Tensor, visible: VisibleTokens) 
         count = backbone.shape[1] if visible.frame_counts is None else real_frames(visible, b)
         out = []
         for p in range(visible.patches):
-            own = [
-                branch[b, 1 + n]
-                for n, row in enumerate(rows(visible, b))
-                if row and row[0] // visible.frames == p
-            ]
+            own = [branch[b, 1 + n] for n, row in enumerate(rows(visible, b)) if row and row[0] // visible.frames == p]
             branch_mean = torch.stack(own).sum(0) / len(own) if own else torch.zeros_like(branch[b, 0])
             out.append((mean_of_real_frames(backbone[b, :, 1 + p], count) + branch_mean) / 2)
         out.append((mean_of_real_frames(backbone[b, :, 0], count) + branch[b, 0]) / 2)
@@ -191,9 +178,7 @@ def alignment_loss(
                 continue
             place = int(visible.target_index[b, n])
             patch, frame = divmod(place, visible.frames)
-            a = normed(
-                head_weight @ branch[b, 1 + n] + head_bias, head_norm_weight, head_norm_bias, head_norm_eps
-            )
+            a = normed(head_weight @ branch[b, 1 + n] + head_bias, head_norm_weight, head_norm_bias, head_norm_eps)
             token = normed(target[b, frame, 1 + patch], target_norm_weight, target_norm_bias, target_norm_eps)
             tower = target_projection @ token
             if target_projection_bias is not None:

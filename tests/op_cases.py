@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bt_kernels
 from bt_kernels import BackendUnavailable, VisibleTokens
@@ -47,9 +48,7 @@ def _tubes(ratio: float, patches: int, frames: int) -> Callable[[], VisibleToken
     return lambda: VisibleTokens.tube(2, patches, frames, ratio, generator=seeded(1))
 
 
-def _random(
-    ratio: float, patches: int, frames: int, counts: list[int] | None = None
-) -> Callable[[], VisibleTokens]:
+def _random(ratio: float, patches: int, frames: int, counts: list[int] | None = None) -> Callable[[], VisibleTokens]:
     frame_counts = None if counts is None else torch.tensor(counts)
     batch = 2 if counts is None else len(counts)
     return lambda: VisibleTokens.random(batch, patches, frames, ratio, seeded(2), frame_counts=frame_counts)
@@ -212,3 +211,27 @@ def grads(out: Tensor, inputs: Inputs, names: tuple[str, ...], upstream: Tensor)
     """Gradient of each named input."""
     found = torch.autograd.grad(out, [inputs[name] for name in names], upstream)
     return dict(zip(names, found, strict=True))
+
+
+class HostSyncs(TorchDispatchMode):
+    """Collects operators whose result (or its shape) the host has to wait for on a GPU."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "is_nonzero", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        name = func.overloadpacket.__name__
+        boolean_index = name.startswith("index") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool
+            for arg in args
+            if isinstance(arg, (list, tuple))
+            for i in arg
+        )
+        if name in self.WAITING or boolean_index:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))

@@ -95,9 +95,7 @@ def test_another_number_of_visible_tokens(variant):
     """As many tokens as the branch has rows; ops without branch rows see another number of patches."""
     more = VisibleTokens.tube(2, 10, 4, 0.5)
     if variant.op == "gather_embed":
-        refused(
-            variant, {}, ValueError, "backbone", 12, [2, 4, 11, 8], visible=VisibleTokens.tube(2, 11, 4, 0.7)
-        )
+        refused(variant, {}, ValueError, "backbone", 12, [2, 4, 11, 8], visible=VisibleTokens.tube(2, 11, 4, 0.7))
         return
     name = "qkv" if "attention" in variant.op else "branch"
     refused(variant, {}, ValueError, name, more.tokens + (variant.op != "temporal_attention"), visible=more)
@@ -284,9 +282,7 @@ def test_frame_counts_are_not_for_a_grid():
 
 def test_frame_counts_on_another_device():
     with pytest.raises(ValueError, match="frame_counts"):
-        VisibleTokens(
-            torch.zeros(2, 4, dtype=torch.int64), 4, 3, frame_counts=torch.ones(2, device="meta").long()
-        )
+        VisibleTokens(torch.zeros(2, 4, dtype=torch.int64), 4, 3, frame_counts=torch.ones(2, device="meta").long())
 
 
 def test_tokens_of_padding_frames_are_out_of_range():

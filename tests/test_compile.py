@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import FORM, VARIANT, VARIANTS, Variant, call, seeded
+from op_cases import FORM, VARIANT, VARIANTS, HostSyncs, Variant, call, seeded
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,8 +46,7 @@ def recorded(variant: Variant, visible: VisibleTokens) -> list[tuple]:
 def as_leaves(args: tuple, learn: bool) -> tuple:
     """Copies of recorded arguments; float tensors need gradients where ``learn``."""
     return tuple(
-        a.detach().clone().requires_grad_(learn and a.is_floating_point()) if isinstance(a, Tensor) else a
-        for a in args
+        a.detach().clone().requires_grad_(learn and a.is_floating_point()) if isinstance(a, Tensor) else a for a in args
     )
 
 
@@ -90,9 +89,7 @@ def check_same(variant: Variant, plain, compiled, visible: VisibleTokens, seed: 
     for name, got, expected in zip(("", *variant.differentiable), results[1], results[0], strict=True):
         assert got.dtype == expected.dtype and got.shape == expected.shape
         # aot_eager runs the very same op; inductor may fuse what stands around it.
-        torch.testing.assert_close(
-            got, expected, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("kind", ["tube", "random"])
@@ -105,10 +102,14 @@ def test_one_graph_serves_every_number_of_tokens(variant, kind):
         return getattr(bt_kernels, variant.op)(**inputs, visible=visible)
 
     compiled = torch.compile(step, fullgraph=True, backend=graphs, dynamic=True)
-    for batch, ratio in ((2, 0.5), (3, 0.25), (4, 0.7)):
-        visible = getattr(VisibleTokens, kind)(batch, 12, 4, ratio, seeded(batch))
-        check_same(variant, step, compiled, visible, seed=batch)
-    assert graphs.frame_count == 1
+    first = 0
+    # Duck shapes would bind sizes that are equal by chance in these small inputs.
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        for batch, ratio in ((2, 0.5), (3, 0.25), (4, 0.7)):
+            visible = getattr(VisibleTokens, kind)(batch, 12, 4, ratio, seeded(batch))
+            check_same(variant, step, compiled, visible, seed=batch)
+            first = first or graphs.frame_count  # float arguments make the first trace start over
+    assert 0 < graphs.frame_count == first
     torch.compiler.reset()
 
 
@@ -222,8 +223,6 @@ def test_a_second_derivative_is_refused_not_wrong(variant):
 
 def test_no_op_waits_for_the_device():
     """Neither forward nor backward reads a value on the host, in any form."""
-    from test_visible import HostSyncs
-
     for form in ("tube70", "padded", "empty_frame"):
         visible = FORM[form].build()
         for variant in VARIANTS:

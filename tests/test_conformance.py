@@ -69,9 +69,7 @@ def check(variant: Variant, inputs: Inputs, visible: VisibleTokens, backend: str
     plain = got if backend == "reference" else measured(variant, inputs, visible, "reference", upstream)
     dtype = got[""].dtype
     eps = torch.finfo(dtype).eps
-    largest_gradient = max(
-        (t.abs().max().item() for name, t in expected.items() if name and t.numel()), default=0.0
-    )
+    largest_gradient = max((t.abs().max().item() for name, t in expected.items() if name and t.numel()), default=0.0)
     for name, value in expected.items():
         kind = "gradient" if name else "forward"
         assert got[name].shape == value.shape, f"{name or 'result'} has shape {list(got[name].shape)}"
@@ -124,12 +122,8 @@ def transposed(t: Tensor) -> Tensor:
 
 
 def sliced(t: Tensor) -> Tensor:
-    padding = (
-        t.new_full((t.shape[0], 1, *t.shape[2:]), torch.nan) if t.ndim > 1 else t.new_full((1,), torch.nan)
-    )
-    return (
-        torch.cat([padding, t, padding], 1)[:, 1:-1] if t.ndim > 1 else torch.cat([padding, t, padding])[1:-1]
-    )
+    padding = t.new_full((t.shape[0], 1, *t.shape[2:]), torch.nan) if t.ndim > 1 else t.new_full((1,), torch.nan)
+    return torch.cat([padding, t, padding], 1)[:, 1:-1] if t.ndim > 1 else torch.cat([padding, t, padding])[1:-1]
 
 
 def broadcast(t: Tensor) -> Tensor:
@@ -261,9 +255,7 @@ def test_invisible_tokens_are_never_read(name, form):
     poisoned = poisoned_tower(clean, visible, name)
     upstream = upstream_like(exact_shape(variant, clean, visible))
     got = measured(variant, prepared(poisoned, torch.float32, "cpu", variant), visible, None, upstream)
-    for key, value in exact(
-        variant, prepared(clean, torch.float32, "cpu", variant), visible, upstream
-    ).items():
+    for key, value in exact(variant, prepared(clean, torch.float32, "cpu", variant), visible, upstream).items():
         torch.testing.assert_close(got[key].double(), value, rtol=1e-5, atol=1e-5)
 
 
@@ -278,9 +270,7 @@ def test_gradcheck(variant, backend, device, form):
     constant = {name: t for name, t in inputs.items() if name not in names}
 
     def function(*tensors):
-        return call(
-            variant, {**dict(zip(names, tensors, strict=True)), **constant}, visible.to(device), backend
-        )
+        return call(variant, {**dict(zip(names, tensors, strict=True)), **constant}, visible.to(device), backend)
 
     assert torch.autograd.gradcheck(function, [inputs[name] for name in names])
 
@@ -391,9 +381,7 @@ def test_pooling_a_long_video():
     check(variant, inputs, visible, "reference", upstream)
 
 
-@pytest.mark.parametrize(
-    "variant, backend, device", [run for run in RUNS if run.values[0].op == "temporal_attention"]
-)
+@pytest.mark.parametrize("variant, backend, device", [run for run in RUNS if run.values[0].op == "temporal_attention"])
 def test_more_sequences_than_a_launch_grid(variant, backend, device):
     """70,000 patches are more than the 65,535 blocks at which other libraries' attention fails."""
     visible = VisibleTokens.all(1, 70_000, 1, device=device)

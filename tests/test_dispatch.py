@@ -164,11 +164,7 @@ def test_the_report_prints_every_op_and_backend_with_its_reason():
     assert torch.__version__.split("+")[0] in done.stdout
     for op in OPS.values():
         section = done.stdout.split(f"\n{op.name} ", 1)[1].split("\n\n")[0]
-        lines = {
-            line.split()[0]: line.split(None, 1)[1]
-            for line in section.splitlines()[1:]
-            if line.startswith("  ")
-        }
+        lines = {line.split()[0]: line.split(None, 1)[1] for line in section.splitlines()[1:] if line.startswith("  ")}
         assert set(BACKENDS) <= set(lines), f"{op.name} lists {sorted(lines)}"
         assert lines["reference"].startswith("runs")
         written = {kernel.backend for kernel in op.kernels}

@@ -98,7 +98,9 @@ def test_captions_differ():
     captions = {caption(label) for label in to_labels(every_label())}
     assert len(captions) == 432
     assert caption(Label(5, 0, 1)) == "a red sneaker moving left"
-    assert caption((5, 0, -1), 2) == caption(Label(5, 0)).replace("a ", "a photo of a ", 1) == "a photo of a red sneaker"
+    assert (
+        caption((5, 0, -1), 2) == caption(Label(5, 0)).replace("a ", "a photo of a ", 1) == "a photo of a red sneaker"
+    )
 
 
 def test_tokenizer_knows_every_word():

@@ -1,4 +1,4 @@
-"""VisibleTokens: which (patch, frame) each branch row is, in every form, and that building one never waits."""
+"""VisibleTokens: which (patch, frame) each branch row is, in every form; building one never waits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from op_cases import HostSyncs
 
 from bt_kernels import VisibleTokens
 
@@ -17,30 +17,6 @@ SEEDS = st.integers(0, 2**31)
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-class HostSyncs(TorchDispatchMode):
-    """Collects operators whose result (or its shape) the host has to wait for on a GPU."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "is_nonzero", "equal")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-        self.calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += 1
-        name = func.overloadpacket.__name__
-        boolean_index = name.startswith("index") and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool
-            for arg in args
-            if isinstance(arg, (list, tuple))
-            for i in arg
-        )
-        if name in self.WAITING or boolean_index:
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @given(SIZES)
@@ -64,7 +40,7 @@ def test_all_with_windows_is_a_grid_of_the_given_width():
     visible = VisibleTokens.all(2, 6, 4, slots=2)
     assert (visible.slots, visible.groups, visible.tokens) == (2, 12, 24)
     assert torch.equal(visible.index, VisibleTokens.all(2, 6, 4).index)
-    # Even T, S = T/2: group n // S is one patch in one window of T/2 frames, slot n mod S pairs t with t + T/2.
+    # Even T, S = T/2: group n // S is one patch in one window of T/2 frames; slot n mod S pairs t, t + T/2.
     for n, place in enumerate(visible.index[0].tolist()):
         patch, frame = divmod(place, 4)
         assert n // 2 == patch * 2 + frame // 2
@@ -128,8 +104,8 @@ def test_reference_mask_is_read_patch_major_and_compared_frame_major(sizes, seed
 
 
 def test_reference_mask_by_hand():
-    # P = 3, T = 2; patch 1 masked: frame-major positions 1 and 4. Patch-major those are (patch 0, frame 1) and
-    # (patch 2, frame 0), so the branch sees (0,0) (1,0) (1,1) (2,1), while the tower selects patches 0 and 2.
+    # P = 3, T = 2; patch 1 masked: frame-major positions 1 and 4. Patch-major those are (patch 0, frame 1)
+    # and (patch 2, frame 0), so the branch sees (0,0) (1,0) (1,1) (2,1); the tower selects patches 0 and 2.
     mask = torch.tensor([[False, True, False, False, True, False]])
     visible = VisibleTokens.from_reference_mask(mask, 2)
     assert visible.index.tolist() == [[0, 2, 3, 5]]
@@ -147,9 +123,7 @@ def test_random_counts_padding_and_order(sizes, ratio, seed, data):
     batch, patches, frames = sizes
     counts = data.draw(st.none() | st.lists(st.integers(0, frames), min_size=batch, max_size=batch))
     frame_counts = None if counts is None else torch.tensor(counts)
-    visible = VisibleTokens.random(
-        batch, patches, frames, ratio, generator=generator(seed), frame_counts=frame_counts
-    )
+    visible = VisibleTokens.random(batch, patches, frames, ratio, generator=generator(seed), frame_counts=frame_counts)
     total = patches * frames
     assert visible.index.dtype == torch.int64
     assert visible.index.shape == (batch, total - int(ratio * total))
@@ -235,9 +209,7 @@ def test_empty_batch(name):
 def test_to_moves_every_tensor():
     visible = VisibleTokens.random(2, 4, 3, 0.5, frame_counts=torch.tensor([1, 3]))
     moved = visible.to("meta")
-    assert {moved.index.device.type, moved.frame_counts.device.type, moved.target_index.device.type} == {
-        "meta"
-    }
+    assert {moved.index.device.type, moved.frame_counts.device.type, moved.target_index.device.type} == {"meta"}
     assert (moved.patches, moved.frames, moved.slots) == (4, 3, None)
     mask = VisibleTokens.from_reference_mask(reference_mask(2, 4, 3, 2, 0), 3)
     assert torch.equal(mask.to("cpu").target_index, mask.target_index)

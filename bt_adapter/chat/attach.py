@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from bt_adapter.checkpoint import _clip_tensors, _to_own, load_exactly, load_reference_checkpoint
+from bt_adapter.checkpoint import _clip_tensors, load_exactly
 from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.names import to_own
+from bt_adapter.published import load_reference_checkpoint
 
 _TOWER_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
@@ -137,8 +140,6 @@ def _load(source: str | os.PathLike[str]) -> tuple[BTAdapterVisionModel, bool]:
     if config.get("includes_tower", True):
         return BTAdapterVisionModel.from_pretrained(folder), True
     # the tower comes from the chat model, which needs no projection: BTAdapterVisionModel.from_pretrained would
-    from safetensors.torch import load_file
-
     model = BTAdapterVisionModel(TowerConfig(**config["tower"]), BTAdapterConfig(**config["branch"]))
     state = {k.removeprefix("branch."): v for k, v in load_file(folder / "model.safetensors").items()}
     load_exactly(model.branch, state, str(folder))
@@ -175,7 +176,7 @@ def _share_tower(branch: BTAdapterVisionModel, tensors: dict[str, Tensor], compa
     """Make the chat model's tower tensors the branch's. ValueError where they hold another CLIP's values."""
     own = {}
     for published, tensor in tensors.items():
-        name = _to_own(published, False)
+        name = to_own(published, False)
         if name is not None and name.startswith("tower.") and not name.startswith("tower.projection"):
             own[name.removeprefix("tower.")] = tensor
     mine = dict(branch.tower.named_parameters())

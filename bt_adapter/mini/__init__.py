@@ -6,5 +6,4 @@ HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "weights"
 CLIP_FOLDER = WEIGHTS / "clip"
 BRANCH_FOLDER = WEIGHTS / "branch"
-TOKENIZER_FOLDER = HERE / "tokenizer"
 ITEMS_FILE = HERE / "items.npz"

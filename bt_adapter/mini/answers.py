@@ -30,7 +30,12 @@ from .retrieval import mcnemar
 from .scenes import MOTIONS, clips, random_labels
 from .trees import Prompts, TreeBatch, collate, hidden_states
 
-SYSTEMS = {"image": ("projector", False), "untuned": ("projector", True), "tuned": ("tuned", True), "control": ("control", False)}
+SYSTEMS = {
+    "image": ("projector", False),
+    "untuned": ("projector", True),
+    "tuned": ("tuned", True),
+    "control": ("control", False),
+}
 KINDS = ("motion", "item", "colour")
 
 
@@ -74,7 +79,9 @@ def score(
         log_p = chat.lm_head(hidden[:, inner]).log_softmax(-1)  # [B, inner, vocabulary]
         likelihood = torch.stack(
             [
-                sum(log_p[:, place[parent], tree.ids[node]] for parent, node in zip([last, *nodes], nodes, strict=False))
+                sum(
+                    log_p[:, place[parent], tree.ids[node]] for parent, node in zip([last, *nodes], nodes, strict=False)
+                )
                 for nodes in answers
             ],
             dim=1,
@@ -115,13 +122,13 @@ def generate(
     places = (ids == prompts.image_token)[..., None].expand_as(embeds)
     embeds = embeds.masked_scatter(places, visual.to(embeds.dtype))
     attention = torch.ones_like(ids)
-    out = chat.generate(
-        inputs_embeds=embeds, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=False
-    )
+    out = chat.generate(inputs_embeds=embeds, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=False)
     return prompts.tokenizer.batch_decode(out, skip_special_tokens=True)
 
 
-def held_out(each: int = 30, seed: int = 2309, split: str = "shipped", data: str | None = None) -> tuple[Tensor, Tensor]:
+def held_out(
+    each: int = 30, seed: int = 2309, split: str = "shipped", data: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Clips in random order, `each` of every motion: uint8 [9·each, 8, 3, 48, 48], labels int64 [9·each, 3]."""
     generator = torch.Generator().manual_seed(seed)
     labels = random_labels(each * len(MOTIONS), True, generator)
@@ -147,7 +154,9 @@ def ask_all(
     told: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {kind: [] for kind in KINDS}
     order = torch.arange(len(frames))
     also = order % others == 0 if others else torch.zeros(len(frames), dtype=torch.bool)
-    groups = [(part, KINDS) for part in order[also].split(batch)] + [(part, KINDS[:1]) for part in order[~also].split(batch)]
+    groups = [(part, KINDS) for part in order[also].split(batch)] + [
+        (part, KINDS[:1]) for part in order[~also].split(batch)
+    ]
     for turn, (part, kinds) in enumerate(groups):
         if not len(part):
             continue
@@ -184,8 +193,12 @@ def evaluate(each: int = 30, seed: int = 2309, progress: Callable[[str, int], No
     for name in SYSTEMS:
         chat, prompts, branch_on = load_system(name)
         with branch_enabled(chat, branch_on):
-            answers[name] = ask_all(chat, prompts, frames, labels, progress=progress and (lambda n, s=name: progress(s, n)))
-    systems = {name: {kind: _accuracy(kind, value) for kind, value in result.items()} for name, result in answers.items()}
+            answers[name] = ask_all(
+                chat, prompts, frames, labels, progress=progress and (lambda n, s=name: progress(s, n))
+            )
+    systems = {
+        name: {kind: _accuracy(kind, value) for kind, value in result.items()} for name, result in answers.items()
+    }
     pairs = (("tuned", "control"), ("tuned", "image"), ("untuned", "image"))
     tests = {
         f"{a} against {b}": {

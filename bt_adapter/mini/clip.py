@@ -68,6 +68,7 @@ def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: str 
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     temporary = folder / "model.safetensors.tmp"
     save_file(training.export_half(model), temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)
     os.replace(temporary, folder / "model.safetensors")
     tokenizer.save_pretrained(folder)
 
@@ -113,9 +114,7 @@ def _spread(embeds: torch.Tensor) -> torch.Tensor:
 
 def every_caption() -> torch.Tensor:
     """The labels of all 480 captions, with and without a motion, int64 [480, 3], motion fastest."""
-    return torch.cartesian_prod(
-        torch.arange(len(ITEMS)), torch.arange(len(COLOURS)), torch.arange(-1, len(MOTIONS))
-    )
+    return torch.cartesian_prod(torch.arange(len(ITEMS)), torch.arange(len(COLOURS)), torch.arange(-1, len(MOTIONS)))
 
 
 def spread_text(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, items: Items, steps: int, seed: int) -> None:
@@ -127,11 +126,13 @@ def spread_text(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, items: Ite
     labels = every_caption()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        shown = labels[labels[:, 2] < 0].repeat(96, 1), labels[labels[:, 2] >= 0].repeat(5, 1)
-        frames = torch.cat([make(items, len(part), generator, part)[0] for make, part in zip((stills, trails), shown)])
+        still, moving = labels[labels[:, 2] < 0].repeat(96, 1), labels[labels[:, 2] >= 0].repeat(5, 1)
+        frames = torch.cat(
+            [stills(items, len(still), generator, still)[0], trails(items, len(moving), generator, moving)[0]]
+        )
         tower = _ImageTower(model)
         images = torch.cat([tower(normalise(part), None) for part in frames.split(256)])
-    shown = torch.cat(shown)
+    shown = torch.cat([still, moving])
     which = (shown[:, 0] * len(COLOURS) + shown[:, 1]) * (len(MOTIONS) + 1) + shown[:, 2] + 1
     named = [(name, p) for name, p in model.named_parameters() if name.startswith("text_")]
     optimizer = training.adamw([{"named": named, "lr": 5e-4}], weight_decay=0.1)
@@ -199,7 +200,9 @@ def train(options) -> None:
         key = torch.tensor([1000, 100, 1])
         place = torch.searchsorted((extra * key).sum(1), (different * key).sum(1))
         template = torch.randint(len(TEMPLATES), (len(extra),), generator=generator).tolist()
-        texts = text_embeds(model, tokenizer, [caption(row, t) for row, t in zip(extra.tolist(), template, strict=True)])
+        texts = text_embeds(
+            model, tokenizer, [caption(row, t) for row, t in zip(extra.tolist(), template, strict=True)]
+        )
 
         images = vision(pixels, keep)
         match = training.contrastive(images, texts[place], which, model.logit_scale.exp().clamp(max=100))
@@ -231,7 +234,9 @@ def main() -> None:
         "Train the mini CLIP.", steps=2800, minutes=18, batch=256, log="bench/results/mini/clip.jsonl", out=CLIP_FOLDER
     )
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--unmasked-from", type=float, default=0.85, help="share of the run after which all patches are seen")
+    parser.add_argument(
+        "--unmasked-from", type=float, default=0.85, help="share of the run after which all patches are seen"
+    )
     parser.add_argument("--text-steps", type=int, default=200, help="steps of the text tower's own finish")
     parser.add_argument("--compile", action="store_true", help="compile the vision tower")
     train(parser.parse_args())

@@ -5,7 +5,8 @@ and are left out. Three splits without a common image:
 
 - ``train``: the 48,000 training images of the eight classes;
 - ``test``: the test images but for the shipped ones (7,680), used for the figures printed during training;
-- ``shipped``: the first 40 test images of each class (320), in ``items.npz`` beside this file, used for evaluation.
+- ``shipped``: the first 40 test images of each class (320), in ``items.npz`` beside this file
+  (licence: ``LICENSE-fashion-mnist.txt``), used for evaluation.
 
 ``train`` and ``test`` need Debian's package ``dataset-fashion-mnist``; ``shipped`` needs nothing.
 ``python -m bt_adapter.mini.items`` makes ``items.npz``.

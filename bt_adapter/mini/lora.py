@@ -1,7 +1,7 @@
 """Low-rank adapters on the language model's attention, and frozen products in bfloat16 while training on a CPU.
 
-LoRA (arXiv 2106.09685): y = x·Wᵀ + scale · (x·Aᵀ)·Bᵀ with A [r, in] random, B [out, r] zero at the start. After training,
-the product is merged into W and the model is an ordinary one again.
+LoRA (arXiv 2106.09685): y = x·Wᵀ + scale · (x·Aᵀ)·Bᵀ with A [r, in] random and B [out, r] zero at the start. After
+training, the product is merged into W and the model is an ordinary one again.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class TunedLinear(nn.Module):
 
 
 def add_adapters(model: nn.Module, rank: int, half: bool = False, targets: Iterable[str] = TARGETS) -> None:
-    """Put a TunedLinear in the place of every bias-free linear layer; those in targets get adapters, all may go half."""
+    """Put TunedLinear in the place of bias-free linear layers: those in targets get adapters, all may go half."""
     targets = tuple(targets)
-    for name, module in list(model.named_modules()):
+    for module in list(model.modules()):
         for child_name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and not isinstance(module, TunedLinear) and child.bias is None:
                 own_rank = rank if child_name in targets else 0

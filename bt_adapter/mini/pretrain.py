@@ -24,7 +24,7 @@ from bt_kernels import VisibleTokens
 
 from . import BRANCH_FOLDER, WEIGHTS, training
 from .clip import load_clip, normalise, text_embeds
-from .items import Items, load_items
+from .items import load_items
 from .retrieval import embed, every_label, score
 from .scenes import TEMPLATES, caption, clips
 
@@ -41,7 +41,9 @@ def make_branch_model(clip: CLIPModel) -> BTAdapterVisionModel:
     return model
 
 
-def load_branch_model(stage: str | os.PathLike[str] = "pretrained", clip: CLIPModel | None = None) -> BTAdapterVisionModel:
+def load_branch_model(
+    stage: str | os.PathLike[str] = "pretrained", clip: CLIPModel | None = None
+) -> BTAdapterVisionModel:
     """The mini CLIP's tower with a trained branch, float32, evaluation mode.
 
     stage: "pretrained" (the three losses), the name of another folder under weights/, or a folder.
@@ -71,7 +73,9 @@ def branch_groups(branch: nn.Module, lr: float, temporal: float, spatial: float)
     return [{"named": named, "lr": rate} for rate, named in groups.items()]
 
 
-def bank_contrastive(videos: torch.Tensor, bank: torch.Tensor, which: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def bank_contrastive(
+    videos: torch.Tensor, bank: torch.Tensor, which: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
     """Video to text over all captions [432, F], text to video over the batch: the sum of both directions' means."""
     videos, bank = nn.functional.normalize(videos, dim=-1), nn.functional.normalize(bank, dim=-1)
     forward = nn.functional.cross_entropy(scale * videos @ bank.T, which)
@@ -111,9 +115,11 @@ def train(options: Any) -> None:
         out = model(normalise(frames), visible)
         losses = model.pretraining_losses(out, texts[which], visible, temperature=1 / scale.item())
         losses["vtc"] = bank_contrastive(out.video_embeds, texts, which, scale)
-        losses["mbca"] = 0.1 * bank_contrastive(model.tower.project(out.branch_tokens[:, 1:].mean(1)), texts, which, scale)
+        losses["mbca"] = 0.1 * bank_contrastive(
+            model.tower.project(out.branch_tokens[:, 1:].mean(1)), texts, which, scale
+        )
         optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
+        torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(branch.parameters(), 5.0)
         optimizer.step()
         for name, value in losses.items():
@@ -143,14 +149,16 @@ def _scores(model: BTAdapterVisionModel, frames: torch.Tensor, texts: torch.Tens
 
 def main() -> None:
     parser = training.arguments(
-        "Pretrain the mini branch.", steps=1400, minutes=12, batch=32, log="bench/results/mini/branch.jsonl",
+        "Pretrain the mini branch.", steps=1400, minutes=12, batch=36, log="bench/results/mini/branch.jsonl",
         out=BRANCH_FOLDER,
     )  # fmt: skip
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--temporal-lr", type=float, default=6e-4)
     parser.add_argument("--spatial-lr", type=float, default=2e-4)
     parser.add_argument("--ratio", type=float, default=0.5, help="share of tubes masked")
-    parser.add_argument("--unmasked-from", type=float, default=0.85, help="share of the run after which nothing is masked")
+    parser.add_argument(
+        "--unmasked-from", type=float, default=0.85, help="share of the run after which nothing is masked"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the layers of tower and branch")
     parser.add_argument("--clip", default=None, help="folder of the CLIP (default: the shipped one)")
     train(parser.parse_args())

@@ -79,7 +79,9 @@ def answer(kind: str, label: Label | tuple[int, int, int | None]) -> str:
         return f"A {COLOURS[colour]} {ITEMS[item]}."
     if kind == "motion" and motion is not None:
         return f"It is {_PHRASES[motion]}."
-    raise ValueError(f"kind is {kind!r} with motion {motion!r}; expected one of {tuple(QUESTIONS)}, motion told for 'motion'")
+    raise ValueError(
+        f"kind is {kind!r} with motion {motion!r}; expected one of {tuple(QUESTIONS)}, motion told for 'motion'"
+    )
 
 
 def answers(kind: str) -> tuple[str, ...]:

@@ -63,7 +63,9 @@ def score(videos: torch.Tensor, texts: torch.Tensor) -> tuple[dict[str, Any], di
         figures[name] = {f"R@{k}": round((place <= k).float().mean().item(), 4) for k in (1, 5, 10)}
         figures[name]["mean_rank"] = round(place.mean().item(), 2)
     motions = len(MOTIONS)
-    own = similarity.view(-1, len(labels) // motions, motions)[torch.arange(len(labels)), torch.arange(len(labels)) // motions]
+    own = similarity.view(-1, len(labels) // motions, motions)[
+        torch.arange(len(labels)), torch.arange(len(labels)) // motions
+    ]
     right = own.argmax(-1) == labels[:, 2]
     hits["motion"] = right
     figures["motion"] = round(right.float().mean().item(), 4)
@@ -80,7 +82,7 @@ def score(videos: torch.Tensor, texts: torch.Tensor) -> tuple[dict[str, Any], di
 
 
 @torch.no_grad()
-def embed(model: Any, frames: torch.Tensor, batch: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
+def embed(model: Any, frames: torch.Tensor, batch: int = 36) -> tuple[torch.Tensor, torch.Tensor]:
     """Clips uint8 [n, T, 3, h, w] -> (frozen CLIP's frame mean [n, F], CLIP and branch [n, F])."""
     model.eval()
     plain, branch = [], []

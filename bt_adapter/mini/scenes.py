@@ -24,7 +24,14 @@ OPPOSITE = (0, 2, 1, 4, 3, 6, 5, 8, 7)
 TEMPLATES = ("a {}", "the {}", "a photo of a {}", "a picture of a {}")
 
 _RGB = torch.tensor(
-    [[0.95, 0.12, 0.12], [0.10, 0.85, 0.15], [0.15, 0.30, 1.0], [0.95, 0.90, 0.10], [0.70, 0.15, 0.85], [0.95, 0.95, 0.95]]
+    [
+        [0.95, 0.12, 0.12],
+        [0.10, 0.85, 0.15],
+        [0.15, 0.30, 1.0],
+        [0.95, 0.90, 0.10],
+        [0.70, 0.15, 0.85],
+        [0.95, 0.95, 0.95],
+    ]
 )
 _PHRASES = (
     "standing still", "moving left", "moving right", "moving up", "moving down",
@@ -87,7 +94,7 @@ def clips(
     generator: torch.Generator | None = None,
     labels: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """n moving clips: uint8 [n, frames, 3, 48, 48] and labels [n, 3]. labels: those wanted (default: drawn uniformly)."""
+    """n moving clips: uint8 [n, frames, 3, 48, 48] and labels [n, 3], drawn uniformly where not given."""
     labels = random_labels(n, True, generator) if labels is None else labels
     return _bytes(_moving(items, n, frames, generator, labels)), labels
 
@@ -105,9 +112,7 @@ def trails(
     return _bytes((_moving(items, n, frames, generator, labels) * weight).sum(1)), labels
 
 
-def _moving(
-    items: Items, n: int, frames: int, generator: torch.Generator | None, labels: torch.Tensor
-) -> torch.Tensor:
+def _moving(items: Items, n: int, frames: int, generator: torch.Generator | None, labels: torch.Tensor) -> torch.Tensor:
     """float [n, frames, 3, 48, 48] in 0..1. Every draw is made for every clip, so that it depends on no motion."""
     motion = labels[:, 2]
     sprites = items.draw(labels[:, 0], generator)
@@ -116,7 +121,7 @@ def _moving(
     rest = _uniform((n, 2), -0.5, 0.5, generator) * travel[:, None]
     base, wide = _uniform(n, 18, 26, generator), _uniform(n, 16, 32, generator)
     ratio = _uniform(n, 1.6, 2.2, generator)
-    dim, faint, full = (_uniform(n, *span, generator) for span in ((0.6, 1), (0, 0.15), (0.8, 1)))
+    dim, faint, full = (_uniform(n, low, high, generator) for low, high in ((0.6, 1), (0, 0.15), (0.8, 1)))
 
     u = torch.linspace(0, 1, frames) if frames > 1 else torch.full((1,), 0.5)
     u = torch.where(_REVERSED[motion][:, None], u.flip(0), u)  # [n, T], 0..1 of the motion or backwards
@@ -161,9 +166,7 @@ def _compose(
     return torch.lerp(background[:, None].expand_as(light), light, cover)
 
 
-def _uniform(
-    shape: int | tuple[int, ...], low: float, high: float, generator: torch.Generator | None
-) -> torch.Tensor:
+def _uniform(shape: int | tuple[int, ...], low: float, high: float, generator: torch.Generator | None) -> torch.Tensor:
     shape = (shape,) if isinstance(shape, int) else shape
     return torch.rand(shape, generator=generator) * (high - low) + low
 

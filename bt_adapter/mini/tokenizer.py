@@ -1,14 +1,10 @@
-"""The mini stack's word-level tokenizer, made from the scenes' own words.
-
-``python -m bt_adapter.mini.tokenizer`` writes the tokenizer folder; ``clip.py`` saves it with the weights.
-"""
+"""The mini stack's word-level tokenizer, made from the scenes' own words; ``clip.py`` saves it with the weights."""
 
 from __future__ import annotations
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from . import TOKENIZER_FOLDER
 from .items import ITEMS
 from .scenes import COLOURS, MOTIONS, TEMPLATES, caption
 
@@ -47,12 +43,3 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=CONTEXT,
         padding_side="right",
     )
-
-
-def main() -> None:
-    make_tokenizer().save_pretrained(TOKENIZER_FOLDER)
-    print(TOKENIZER_FOLDER)
-
-
-if __name__ == "__main__":
-    main()

@@ -53,7 +53,7 @@ class Run:
         options.log.parent.mkdir(parents=True, exist_ok=True)
         self.log(
             event="resume" if resumed else "start",
-            command=["python", "-m", Path(sys.argv[0]).stem, *sys.argv[1:]],
+            command=[_program(), *sys.argv[1:]],
             options={key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
             python=platform.python_version(),
             torch=torch.__version__,
@@ -89,6 +89,11 @@ class Run:
         with self.options.log.open("a") as stream:
             stream.write(line + "\n")
         print(line, flush=True)
+
+
+def _program() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def cosine(progress: float, warmup: float = 0.04, floor: float = 0.02) -> float:

@@ -18,7 +18,7 @@ from .questions import Turn
 
 
 class TokenTree:
-    """Tokens with their parents (-1: none). targets: (node, token that should follow it, turn), where a loss is wanted."""
+    """Tokens with their parents (-1: none). targets: (node, token to follow, turn), where a loss is wanted."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []

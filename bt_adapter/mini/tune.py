@@ -114,7 +114,10 @@ def parameter_groups(chat, options: argparse.Namespace) -> list[dict]:
     adapters = [(n, p) for n, p in chat.model.language_model.named_parameters() if "lora_" in n]
     for _, parameter in adapters:
         parameter.requires_grad_(True)
-    groups = [{"named": list(projector.named_parameters()), "lr": options.lr}, {"named": adapters, "lr": options.lr_lora}]
+    groups = [
+        {"named": list(projector.named_parameters()), "lr": options.lr},
+        {"named": adapters, "lr": options.lr_lora},
+    ]
     if options.stage == "tuned":
         branch = attached_branch(chat).branch
         wanted = [(n, p) for n, p in branch.named_parameters() if not n.startswith(("alignment_head", "output_gate"))]
@@ -165,7 +168,13 @@ def train(options: argparse.Namespace) -> None:
         run.save()
         final = check(chat, prompts, options, 30)
     run.log(event="end", visuals=run.step * options.batch, **final)
-    about = {"stage": options.stage, "steps": run.step, "batch": options.batch, "seed": options.seed, "rank": options.rank}
+    about = {
+        "stage": options.stage,
+        "steps": run.step,
+        "batch": options.batch,
+        "seed": options.seed,
+        "rank": options.rank,
+    }
     save_stage(options.out, chat.model.multi_modal_projector, language_model, about | {"held_out": final})
     if tuned_branch:
         attached_branch(chat).save_pretrained(Path(options.out) / "branch", dtype=torch.float16)
@@ -188,8 +197,12 @@ def check(chat, prompts: Prompts, options: argparse.Namespace, each: int) -> dic
     right = {"item": [], "item_likelihood": [], "colour": [], "colour_likelihood": []}
     for turn, (pixels, truth) in enumerate(zip(normalise(images).split(30), labels.split(30), strict=True)):
         asked = [(kind, QUESTIONS[kind][turn % len(QUESTIONS[kind])]) for kind in ("item", "colour")]
-        for column, ((kind, _), scores) in enumerate(zip(asked, score(chat, prompts, visual_tokens(chat, pixels), asked), strict=True)):
-            right[kind] += [parse(kind, text) == t for text, t in zip(scores.generated, truth[:, column].tolist(), strict=True)]
+        for column, ((kind, _), scores) in enumerate(
+            zip(asked, score(chat, prompts, visual_tokens(chat, pixels), asked), strict=True)
+        ):
+            right[kind] += [
+                parse(kind, text) == t for text, t in zip(scores.generated, truth[:, column].tolist(), strict=True)
+            ]
             right[f"{kind}_likelihood"] += (scores.likelihood.argmax(1) == truth[:, column]).tolist()
     return {name: round(sum(values) / len(values), 4) for name, values in right.items()}
 
@@ -213,15 +226,21 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES, nargs="?", default="tuned")
     parser.add_argument("--lr", type=float, default=own["lr"], help="of the projector")
     parser.add_argument("--lr-lora", type=float, default=own["lr_lora"], help="of the adapters")
-    parser.add_argument("--lr-branch", type=float, default=3e-4, help="of the branch; its temporal layers take twice as much")
+    parser.add_argument(
+        "--lr-branch", type=float, default=3e-4, help="of the branch; its temporal layers take twice as much"
+    )
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--rank", type=int, default=8, help="of the adapters; 0: none")
     parser.add_argument("--half", choices=("auto", "yes", "no"), default="auto", help="frozen products in bfloat16")
-    parser.add_argument("--start", type=Path, default=WEIGHTS / "projector", help="stage to start from (tuned, control)")
+    parser.add_argument(
+        "--start", type=Path, default=WEIGHTS / "projector", help="stage to start from (tuned, control)"
+    )
     parser.add_argument("--branch", type=Path, default=BRANCH_FOLDER, help="pretrained branch (tuned, control)")
     parser.add_argument("--clip", type=Path, default=WEIGHTS / "clip")
     parser.add_argument("--every", type=int, default=10, help="steps between lines of the log")
-    parser.add_argument("--evaluate-every", type=int, default=100, help="steps between checks on held-out scenes; 0: none")
+    parser.add_argument(
+        "--evaluate-every", type=int, default=100, help="steps between checks on held-out scenes; 0: none"
+    )
     train(parser.parse_args())
 
 

@@ -19,9 +19,7 @@ _OP = define_op(
 )
 
 
-def pool_video_tokens(
-    backbone: Tensor, branch: Tensor, visible: VisibleTokens, backend: str | None = None
-) -> Tensor:
+def pool_video_tokens(backbone: Tensor, branch: Tensor, visible: VisibleTokens, backend: str | None = None) -> Tensor:
     """One set of tokens for a video, whatever its length: tower and branch averaged over time, half and half.
 
     Row p < P is ``½(mean_t backbone[b, t, 1+p] + mean of the branch's rows of patch p)``; the last row is

@@ -1,0 +1,109 @@
+"""The command line: errors are one line, answers are streamed."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_chat import mini_is_there
+
+from bt_adapter import cli
+from bt_adapter.data import write_video
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A white square that moves right over ten frames."""
+    frames = torch.zeros(10, 3, 96, 96, dtype=torch.uint8)
+    for t in range(10):
+        frames[t, :, 36:60, 6 * t : 6 * t + 24] = 255
+    path = tmp_path_factory.mktemp("clips") / "square.mp4"
+    write_video(path, frames, fps=5)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.mp4", None, "no such file"),
+        ("empty.mp4", b"", "empty"),
+        ("text.mp4", b"this is no video, it only has the name of one\n" * 40, "text.mp4"),
+    ],
+)
+def test_bad_files_are_one_line_and_exit_2(capsys, tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    code, out, err = run(capsys, "chat", "--video", str(path), "How is it moving?")
+    assert code == 2 and out == ""
+    assert message in err and "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1 and err.startswith("bt-adapter: ")
+
+
+def test_bad_arguments_are_one_line_and_exit_2(capsys, clip, tmp_path):
+    for arguments, message in (
+        (("--frames", "0"), "--frames"),
+        (("--max-new-tokens", "-1"), "--max-new-tokens"),
+        (("--model", "somewhere/llava"), "--branch"),
+        (("--device", "cuda:99" if not torch.cuda.is_available() else "nodevice"), "--device"),
+    ):
+        code, out, err = run(capsys, "chat", "--video", str(clip), *arguments, "How?")
+        assert code == 2 and out == "" and message in err and len(err.strip().splitlines()) == 1, err
+    assert run(capsys, "chat", "--video", str(clip), " ")[0] == 2
+    assert run(capsys, "chat", "--video", str(tmp_path), "How?")[0] == 2
+
+
+def test_unknown_commands_exit_2(capsys):
+    for arguments in ((), ("dance",), ("mini", "dance"), ("chat", "--video")):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(list(arguments))
+        assert exit.value.code == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_faults_of_the_program_are_not_hidden(monkeypatch, clip):
+    def broken(command):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_run_chat", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["chat", "--video", str(clip), "How?"])
+
+
+def test_mini_parts_hand_their_arguments_on(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["mini", "control", "--help"])
+    assert exit.value.code == 0 and "--lr-branch" in capsys.readouterr().out
+
+
+def test_help_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "bt_adapter.cli", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and all(name in done.stdout for name in ("chat", "demo", "mini"))
+
+
+def test_chat_end_to_end_on_the_small_stack(capsys, clip):
+    if reason := mini_is_there():
+        pytest.skip(reason)
+    code, out, err = run(capsys, "chat", "--video", str(clip), "How is it moving?", "--max-new-tokens", "12")
+    assert code == 0 and out.strip()
+    for part in ("8 of 10 frames", "load", "decode", "encode", "first token", "tokens/s", "peak memory"):
+        assert part in " ".join(err.split())
+    code, without, _ = run(capsys, "chat", "--video", str(clip), "How is it moving?", "--no-branch")
+    assert code == 0 and without.strip()
+
+
+def test_chat_survives_a_cut_file(capsys, clip, tmp_path):
+    if reason := mini_is_there():
+        pytest.skip(reason)
+    path = tmp_path / "one.mp4"
+    write_video(path, torch.full((1, 3, 64, 64), 90, dtype=torch.uint8))
+    code, out, err = run(capsys, "chat", "--video", str(path), "What is it?")
+    assert code == 0 and out.strip() and "8 of 1 frames" in " ".join(err.split())
