@@ -109,7 +109,7 @@ def run_evaluation(out: Path | None, each: int) -> int:
         model, tokenizer = clip.load_clip()
         found = retrieval.evaluate(model, tokenizer, pretrain.load_branch_model(clip=model).eval())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks = {name: bar.add_task(name, total=each * len(MOTIONS)) for name in answers.SYSTEMS}
         told = answers.evaluate(each, progress=lambda name, n: bar.advance(tasks[name], n))
     result = {

@@ -383,7 +383,7 @@ class BTAdapterVisionModel(nn.Module):
 
 
 def average_frames(tokens: Tensor, count: int) -> Tensor:
-    """Means of ``count`` neighbouring frames, the last perhaps of fewer: ``[B, T, 1+P, D]`` to ``[B, ⌈T/count⌉, 1+P, D]``."""
+    """``[B, T, 1+P, D]`` to ``[B, ⌈T/count⌉, 1+P, D]``: means of ``count`` neighbours, the last perhaps of fewer."""
     if count == 1:
         return tokens
     whole = tokens.shape[1] // count * count

@@ -83,7 +83,7 @@ def summary(frames: int, total: int, seconds: dict[str, float], reply: Reply, me
 def progress_bar(console: Console, what: str) -> Iterator:
     """A callback (done, in all) that moves a bar; the bar goes when it is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
