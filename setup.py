@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -42,6 +43,8 @@ def missing():
         return "torch is not importable in the build: install torch first, then use pip's --no-build-isolation"
     if not any(shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name):
         return "no C++ compiler was found (CXX, c++, g++, clang++)"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's own headers (Python.h) were not found: install its development package"
     if importlib.util.find_spec("pybind11") is None or tool("cmake") is None:
         return "pybind11 or cmake was not found: pip install cmake ninja pybind11"
     return None

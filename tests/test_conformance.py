@@ -17,9 +17,10 @@ from bt_kernels import VisibleTokens
 from bt_kernels._library import OPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Roundings of the largest value, in units of the dtype's eps. Each op rounds its result once and at most two
-# intermediate sums; gradients of tables sum over all rows.
-REFERENCE_ROUNDINGS = {"forward": 4.0, "gradient": 8.0}
+# Errors of the reference in units of the dtype's eps times the largest value. Forward rounds the result and at most
+# two sums on the way. Gradients sum over all rows, and alignment's is what a difference of two nearly equal vectors
+# leaves over.
+REFERENCE_ROUNDINGS = {"forward": 4.0, "gradient": 16.0}
 FLOOR_ROUNDINGS = 2.0
 
 

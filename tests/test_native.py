@@ -30,13 +30,15 @@ devices = [
 
 def plain_merge(backbone, branch, gate, index, frame_counts=None):
     """The formula of the merge, token by token of the definition, differentiable."""
-    batch, frames, _, width = backbone.shape
-    real = torch.ones(batch, frames, dtype=torch.bool) if frame_counts is None else (
-        torch.arange(frames) < frame_counts[:, None]
+    batch, frames = backbone.shape[:2]
+    real = (
+        torch.ones(batch, frames, dtype=torch.bool)
+        if frame_counts is None
+        else (torch.arange(frames) < frame_counts[:, None])
     )
     weight = real.to(backbone.dtype) / real.sum(1, keepdim=True).clamp(min=1)
     cls = torch.einsum("bt,btd->bd", weight, backbone[:, :, 0])
-    by_place = backbone[:, :, 1:].transpose(1, 2).reshape(batch, -1, width)  # [B, P*T, D], place = p*T + t
+    by_place = backbone[:, :, 1:].transpose(1, 2).flatten(1, 2)  # [B, P*T, D], place = p*T + t
     m = torch.cat([cls[:, None], by_place.take_along_dim(index.clamp(min=0)[..., None], 1)], 1)
     out = branch + m if gate is None else (1 - gate) * branch + gate * m
     kept = torch.cat([torch.ones(batch, 1, dtype=torch.bool), index >= 0], 1)
@@ -80,9 +82,7 @@ def assert_close(got, want, dtype, terms=1):
     eps = torch.finfo(dtype).eps
     eps_sum = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     scale = max(1.0, want.abs().max().item()) if want.numel() else 1.0
-    torch.testing.assert_close(
-        got.detach().cpu().double(), want.detach(), rtol=eps, atol=8 * eps_sum * scale * terms
-    )
+    torch.testing.assert_close(got.detach().cpu().double(), want.detach(), rtol=eps, atol=8 * eps_sum * scale * terms)
 
 
 def check(got, want, dtype):
@@ -161,7 +161,9 @@ def test_expanded_gradient(device):
 
 
 @pytest.mark.parametrize("device", devices)
-@pytest.mark.parametrize("needs", [(False, True, True), (False, True, False), (False, False, True), (True, False, False)])
+@pytest.mark.parametrize(
+    "needs", [(False, True, True), (False, True, False), (False, False, True), (True, False, False)]
+)
 def test_only_what_is_asked_for(needs, device):
     inputs = make_inputs(torch.float32)
     check(*run_both(inputs, device=device, needs=needs), torch.float32)
@@ -275,11 +277,13 @@ def test_build_facts():
 @built
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
-@pytest.mark.skipif(shutil.which("cmake", path=str(Path(sys.executable).parent)) is None, reason="no cmake beside Python")
+@pytest.mark.skipif(
+    shutil.which("cmake", path=str(Path(sys.executable).parent)) is None, reason="no cmake beside Python"
+)
 def test_cuda_library_compiles_without_spills_and_loads(tmp_path):
-    """One target is enough to see that it compiles; the installed library is built for all of them."""
+    """For every default target: the same kernel may fit one and spill on another."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    options = [f"-DPython_EXECUTABLE={sys.executable}", "-DBT_CUDA=1", "-DBT_CUDA_ARCHS=90a", "-DBT_PTXAS_VERBOSE=ON"]
+    options = [f"-DPython_EXECUTABLE={sys.executable}", "-DBT_CUDA=1", "-DBT_PTXAS_VERBOSE=ON"]
     for command in (
         ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", *options],
         ["cmake", "--build", str(tmp_path), "--target", "_C_cuda"],
@@ -287,11 +291,15 @@ def test_cuda_library_compiles_without_spills_and_loads(tmp_path):
         done = subprocess.run(command, env=os.environ | {"PATH": path, "CUDACXX": NVCC}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     report = done.stdout + done.stderr
-    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(kernels) == 28  # 3 kernels in 2 vector lengths and 1 in one, in 4 dtypes
-    assert set(kernels) == {("0", "0", "0")}
-    # At most 64 registers a thread: then 4 blocks of 256 threads fit a multiprocessor, half of what it can hold.
-    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 64
+    targets = re.findall(r"Compiling entry function \S+ for '(sm_\w+)'", report)
+    assert {"sm_80", "sm_90a", "sm_100a"} <= set(targets)
+    # 3 kernels in 2 vector lengths and 1 in one, in 4 dtypes
+    assert {target: targets.count(target) for target in set(targets)} == dict.fromkeys(targets, 28)
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) == len(targets)
+    assert set(spills) == {("0", "0", "0")}
+    # 80 registers: three blocks of 256 threads still fit the 65,536 of a multiprocessor.
+    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 80
     loaded = run_python(
         "import torch, bt_kernels._C\n"
         f"torch.ops.load_library({str(tmp_path / '_C_cuda.so')!r})\n"

@@ -67,9 +67,6 @@ def make_llava(
     for layer in (projector.linear_1, projector.linear_2):
         nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         nn.init.zeros_(layer.bias)
-    # language tokens have standard deviation ~0.1: visual tokens start at the same scale
-    with torch.no_grad():
-        projector.linear_2.weight.mul_(language_model.get_input_embeddings().weight.std() / 0.6)
     model.model.multi_modal_projector = projector
     model.model.vision_tower = tower
     model.model.language_model = language_model.model

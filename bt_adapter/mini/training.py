@@ -54,7 +54,10 @@ class Run:
         self.log(
             event="resume" if resumed else "start",
             command=[_program(), *sys.argv[1:]],
-            options={key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+            options={
+                key: os.path.relpath(value) if isinstance(value, Path) else value
+                for key, value in vars(options).items()
+            },
             python=platform.python_version(),
             torch=torch.__version__,
             transformers=transformers.__version__,

@@ -98,7 +98,9 @@ def build(options: argparse.Namespace):
     chat.requires_grad_(False)
     head = chat.lm_head.weight.bfloat16() if half else chat.lm_head.weight
     lora.add_adapters(chat.model.language_model, options.rank, half)
-    if options.stage != "projector":
+    if options.stage == "projector":
+        scale_projector(chat, load_items("train", options.data))
+    else:
         state = load_stage(options.start)
         chat.model.multi_modal_projector.load_state_dict(part(state, "projector."))
         if options.rank:
@@ -106,6 +108,19 @@ def build(options: argparse.Namespace):
         attach(chat, BTAdapterVisionModel.from_pretrained(options.branch, clip=clip))
     chat.eval()
     return chat, Prompts(tokenizer, chat.config.image_token_id), head, half
+
+
+@torch.no_grad()
+def scale_projector(chat, items: Items) -> None:
+    """Scale a fresh projector so that on stills its hidden values have unit size, and its output that of word embeddings."""
+    projector = chat.model.multi_modal_projector
+    images, _ = stills(items, 64, torch.Generator().manual_seed(0))
+    found = {}
+    hook = projector.linear_1.register_forward_hook(lambda *args: found.update(size=args[2].std()))
+    visual_tokens(chat, normalise(images))
+    hook.remove()
+    projector.linear_1.weight /= found["size"]
+    projector.linear_2.weight *= chat.get_input_embeddings().weight.std() / visual_tokens(chat, normalise(images)).std()
 
 
 def parameter_groups(chat, options: argparse.Namespace) -> list[dict]:

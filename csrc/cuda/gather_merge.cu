@@ -2,9 +2,8 @@
 // frame_counts: a place past the end gives a row of NaN.
 #include "gather_merge.cuh"
 
+#include <algorithm>
 #include <climits>
-#include <cstring>
-#include <string>
 #include <type_traits>
 
 #include "../gather_merge.h"
@@ -44,6 +43,8 @@ struct MergeCall {
     if (gate_in) gate = torch::stable::contiguous(*gate_in);
     if (counts_in) frame_counts = torch::stable::contiguous(*counts_in);
     if (grad_in) check_merge_grad(op, *grad_in, backbone_in, shape);
+    STD_TORCH_CHECK(shape.frames * std::max<int64_t>(shape.patches, 1) <= INT_MAX, op,
+                    ": P*T is more than 32 bits hold");
   }
 
   template <typename T>
@@ -54,7 +55,7 @@ struct MergeCall {
             static_cast<const T*>(grad.const_data_ptr()),
             index.const_data_ptr<int64_t>(),
             frame_counts ? frame_counts->const_data_ptr<int64_t>() : nullptr,
-            shape.batch, shape.frames, shape.patches, shape.width, shape.tokens,
+            static_cast<int>(shape.frames), shape.batch, shape.patches, shape.width, shape.tokens,
             stride.backbone_batch, stride.backbone_frame, stride.backbone_token,
             stride.branch_batch, stride.branch_row, stride.grad_batch, stride.grad_row};
   }

@@ -35,19 +35,24 @@ struct MergeDevice {
   const T* grad;
   const int64_t* index;
   const int64_t* frame_counts;  // null: all frames are real
-  int64_t batch, frames, patches, width, tokens;
-  // In elements.
+  int frames;  // 32 bits: a place is divided by it in every row, and 64-bit division costs registers
+  int64_t batch, patches, width, tokens;
+  // Strides, in elements.
   int64_t backbone_batch, backbone_frame, backbone_token, branch_batch, branch_row, grad_batch, grad_row;
 
   // Real frames, never more than there are: a wrong count must not read past the tensor.
-  __device__ int64_t frames_of(int64_t b) const {
+  __device__ int frames_of(int64_t b) const {
     if (!frame_counts) return frames;
     const int64_t count = frame_counts[b];
-    return count < 0 ? 0 : (count < frames ? count : frames);
+    return count < 0 ? 0 : (count < frames ? static_cast<int>(count) : frames);
   }
-  // Element offset in the backbone of place = p*T + t of video b.
+  // Element offset of place = p*T + t in a video of the given strides. The launcher checks that P*T fits 32 bits.
+  __device__ int64_t offset(int64_t place, int64_t frame_stride, int64_t token_stride) const {
+    const int p = static_cast<int>(place) / frames, t = static_cast<int>(place) - p * frames;
+    return t * frame_stride + (1 + p) * token_stride;
+  }
   __device__ int64_t token(int64_t b, int64_t place) const {
-    return b * backbone_batch + (place % frames) * backbone_frame + (1 + place / frames) * backbone_token;
+    return b * backbone_batch + offset(place, backbone_frame, backbone_token);
   }
   // Places past the end give rows of NaN: reading them is not safe, and zeros would hide the mistake.
   __device__ bool outside(int64_t place) const { return place >= frames * patches; }
@@ -84,11 +89,11 @@ __device__ __forceinline__ void fill(T* to, sum_t<T> value) {
 // Mean of the CLS tokens over the real frames of video b, at column d.
 template <typename T, int V>
 __device__ __forceinline__ void mean_cls(const MergeDevice<T>& a, int64_t b, int64_t d, sum_t<T> (&mean)[V]) {
-  const int64_t frames = a.frames_of(b);
+  const int frames = a.frames_of(b);
   const T* cls = a.backbone + b * a.backbone_batch + d;
 #pragma unroll
   for (int i = 0; i < V; ++i) mean[i] = 0;
-  for (int64_t t = 0; t < frames; ++t) {
+  for (int t = 0; t < frames; ++t) {
     sum_t<T> value[V];
     read<T, V>(cls + t * a.backbone_frame, value);
 #pragma unroll
@@ -129,7 +134,7 @@ __host__ __device__ inline int64_t merge_blocks(int64_t tokens) { return 1 + (to
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) merge_forward(const MergeDevice<T> a, T* __restrict__ out) {
   const int64_t blocks = merge_blocks(a.tokens);
-  const int64_t b = blockIdx.x / blocks, part = blockIdx.x % blocks;
+  const int64_t b = blockIdx.x / static_cast<unsigned>(blocks), part = blockIdx.x - b * blocks;
   const T* branch = a.branch + b * a.branch_batch;
   T* to = out + b * (1 + a.tokens) * a.width;
   if (part == 0) {
@@ -168,15 +173,17 @@ __global__ void __launch_bounds__(kThreads)
     merge_backward_rows(const MergeDevice<T> a, int64_t tiles, int64_t rows_each, T* __restrict__ grad_branch,
                         sum_t<T>* __restrict__ partial) {
   __shared__ sum_t<T> of_warp[kWarps][kWarp * V];
-  const int64_t tile = blockIdx.x % tiles, part = blockIdx.x / tiles;
+  const int64_t part = blockIdx.x / static_cast<unsigned>(tiles), tile = blockIdx.x - part * tiles;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t d = (tile * kWarp + lane) * V, rows = 1 + a.tokens;
   const int64_t end = min((part + 1) * rows_each, a.batch * rows);
   sum_t<T> sum[V] = {}, gate[V];
   if (d < a.width) {
     read_gate<T, V>(a, d, gate);
-    for (int64_t i = part * rows_each + warp; i < end; i += kWarps) {
-      const int64_t b = i / rows, r = i % rows;
+    const int64_t begin = part * rows_each + warp;
+    int64_t b = begin / rows, r = begin - b * rows;
+    for (int64_t i = begin; i < end; i += kWarps, r += kWarps) {
+      for (; r >= rows; r -= rows) ++b;
       const int64_t place = r == 0 ? 0 : a.index[b * a.tokens + r - 1];
       if (place < 0 || (r > 0 && a.outside(place))) {
         const sum_t<T> value = place < 0 ? sum_t<T>(0) : static_cast<sum_t<T>>(nanf(""));
@@ -235,18 +242,19 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) merge_backward_backbone(const MergeDevice<T> a, T* __restrict__ out) {
   const int64_t blocks = merge_blocks(a.tokens);
-  const int64_t b = blockIdx.x / blocks, part = blockIdx.x % blocks, frame = (1 + a.patches) * a.width;
+  const int64_t b = blockIdx.x / static_cast<unsigned>(blocks), part = blockIdx.x - b * blocks;
+  const int64_t frame = (1 + a.patches) * a.width;
   const T* grad = a.grad + b * a.grad_batch;
   out += b * a.frames * frame;
   sum_t<T> g[V], gate[V];
   if (part == 0) {
-    const int64_t frames = a.frames_of(b);
+    const int frames = a.frames_of(b);
     for (int64_t d = threadIdx.x * V; d < a.width; d += kThreads * V) {
       read<T, V>(grad + d, g);
       read_gate<T, V>(a, d, gate);
 #pragma unroll
       for (int k = 0; k < V; ++k) g[k] *= gate[k] / static_cast<sum_t<T>>(frames);
-      for (int64_t t = 0; t < frames; ++t) write<T, V>(out + t * frame + d, g);
+      for (int t = 0; t < frames; ++t) write<T, V>(out + t * frame + d, g);
     }
     return;
   }
@@ -254,7 +262,7 @@ __global__ void __launch_bounds__(kThreads) merge_backward_backbone(const MergeD
   const int64_t place = n < a.tokens ? a.index[b * a.tokens + n] : -1;
   if (place < 0 || a.outside(place)) return;
   grad += (1 + n) * a.grad_row;
-  out += place % a.frames * frame + (1 + place / a.frames) * a.width;
+  out += a.offset(place, frame, a.width);
   for (int64_t d = threadIdx.x % kWarp * V; d < a.width; d += kWarp * V) {
     read<T, V>(grad + d, g);
     read_gate<T, V>(a, d, gate);
