@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bt_adapter.config import BTAdapterConfig, TowerConfig
@@ -36,7 +36,7 @@ def model_from_clip(
     Raises:
         TypeError: ``clip`` is no CLIP vision tower.
     """
-    name, state, config = _clip_tensors(clip)
+    name, state, config = clip_tensors(clip)
     model = BTAdapterVisionModel(config, adapter_config)
     _load_tower(model, state, share)
     model.tower_name = name
@@ -70,7 +70,8 @@ def save_model(
         "branch": model.config.to_dict(),
     }
     weights, settings = folder / "model.safetensors", folder / "config.json"
-    save_file(state, f"{weights}.writing", metadata={"format": "pt"})
+    # bytes and not save_file, which leaves a file only its owner may read
+    Path(f"{weights}.writing").write_bytes(save(state, metadata={"format": "pt"}))
     Path(f"{settings}.writing").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(f"{weights}.writing", weights)
     os.replace(f"{settings}.writing", settings)
@@ -105,7 +106,7 @@ def load_model(
         clip = clip if clip is not None else model.tower_name
         if clip is None:
             raise CheckpointError(f"{folder} holds a branch alone and names no tower: give clip=")
-        model.tower_name, tensors, found = _clip_tensors(clip)
+        model.tower_name, tensors, found = clip_tensors(clip)
         _check_same_tower(model.vision_config, found)
         _load_tower(model, tensors, share)
         state.update({n: t for n, t in model.state_dict().items() if n.startswith("tower.")})
@@ -138,7 +139,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
     module.load_state_dict(state)
 
 
-def _clip_tensors(clip: nn.Module | str | os.PathLike) -> tuple[str | None, dict[str, Tensor], TowerConfig]:
+def clip_tensors(clip: nn.Module | str | os.PathLike) -> tuple[str | None, dict[str, Tensor], TowerConfig]:
     """Name, tensors under their published names, and configuration of a Hugging Face CLIP's vision tower."""
     if not isinstance(clip, nn.Module):
         from transformers import CLIPVisionModelWithProjection

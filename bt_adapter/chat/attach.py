@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from bt_adapter.checkpoint import _clip_tensors, load_exactly
+from bt_adapter.checkpoint import clip_tensors, load_exactly
 from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.names import to_own
@@ -55,7 +55,7 @@ def attach(
             f"image_chat_model must be a LlavaForConditionalGeneration, but is {type(image_chat_model).__name__}"
         )
     inner = image_chat_model.model
-    name, tensors, found = _clip_tensors(inner.vision_tower)  # TypeError unless it is a CLIP
+    name, tensors, found = clip_tensors(inner.vision_tower)  # TypeError unless it is a CLIP
     _check_feature_layer(inner)
     known_tower = True
     if isinstance(branch, (str, os.PathLike)):
