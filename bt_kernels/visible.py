@@ -285,6 +285,8 @@ def _check_index(name: str, index: Tensor, shape: torch.Size | None) -> None:
 
 
 def _check_frame_counts(counts: Tensor, batch: int, device: torch.device) -> None:
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"frame_counts must be an int tensor [{batch}], but is {type(counts).__name__}")
     if counts.is_floating_point() or counts.dtype == torch.bool or counts.shape != (batch,):
         raise ValueError(f"frame_counts must be an int tensor [{batch}], but is {counts.dtype} {list(counts.shape)}")
     if counts.device != device:

@@ -1,0 +1,94 @@
+"""The README's tables, from ``bench/results/``: ``python bench/report.py`` writes them, ``--check`` compares.
+
+A table in the README stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->`` and is never edited by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+
+
+def mini() -> str:
+    """What the small stack can do, from ``bt-adapter demo --evaluate``."""
+    result = json.loads((RESULTS / "mini" / "evaluate.json").read_text(encoding="utf-8"))
+    found, told = result["retrieval"], result["answers"]
+    plain, branch, p = found["frame_mean"], found["branch"], found["p"]
+    lines = [
+        f"Zero-shot, {plain['n']} held-out clips, one for each caption such as \"a red sneaker moving left\":",
+        "",
+        "| | CLIP, mean of the frames | CLIP and branch | p |",
+        "| --- | --- | --- | --- |",
+    ]
+    for way in ("text_to_video", "video_to_text"):
+        label = way.replace("_", " ")
+        lines.append(f"| {label} R@1 | {plain[way]['R@1']:.3f} | {branch[way]['R@1']:.3f} | {p[way]:.0e} |")
+    for name, label in (("motion", "motion, of 9"), ("item", "item, of 8"), ("colour", "colour, of 6")):
+        figure = f"{p[name]:.0e}" if name in p else ""
+        lines.append(f"| {label} | {plain[name]:.3f} | {branch[name]:.3f} | {figure} |")
+    names = {
+        "image": "image model, mean of the frames",
+        "untuned": "with the branch, no video question in training",
+        "tuned": "projector, adapters and branch tuned on video questions",
+        "control": "control: the same tuning with the branch off",
+    }
+    systems = told["systems"]
+    kinds = {"motion": "how it moves", "item": "what it is", "colour": "its colour"}
+    counts = " | ".join(f"{label} (n = {systems['tuned'][kind]['n']})" for kind, label in kinds.items())
+    lines += ["", "Questions about held-out clips, share of generated answers that are right:", "", f"| | {counts} |"]
+    lines.append("| --- | --- | --- | --- |")
+    for name, label in names.items():
+        shares = " | ".join(f"{systems[name][kind]['generated']:.3f}" for kind in kinds)
+        lines.append(f"| {label} | {shares} |")
+    motions = list(systems["tuned"]["motion"]["per_motion"])
+    lines += ["", "The first column by motion:", "", f"| | {' | '.join(motions)} |"]
+    lines.append("| --- " * (len(motions) + 1) + "|")
+    for name in names:
+        per = systems[name]["motion"]["per_motion"]
+        shares = " | ".join(format(per[motion]["generated"], ".2f") for motion in motions)
+        lines.append(f"| {name} | {shares} |")
+    pairs = "; ".join(f"{pair}: p = {ways['generated']['p']:.0e}" for pair, ways in told["mcnemar"].items())
+    lines += [
+        "",
+        f"Exact two-sided McNemar tests on the motion answers: {pairs}. p in the first table likewise.",
+        f"Printed by `{' '.join(result['command'])}` ({result['seconds']:.0f} s on {result['threads']} CPU threads, "
+        f"torch {result['torch']}); one seed for all training. Chance is 1/9 for motion, 1/8 for items, 1/6 for colours.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"mini": mini}
+
+
+def render(text: str) -> str:
+    """``text`` with every table made anew."""
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- results:{name} -->\n).*?(<!-- /results:{name} -->)"
+        text, found = re.subn(pattern, lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text, flags=re.DOTALL)
+        if found != 1:
+            raise SystemExit(f"README.md must have the place of table {name!r} once, but has it {found} times")
+    return text
+
+
+def main() -> int:
+    """Write the README, or with --check compare: 1 where it differs."""
+    before = README.read_text(encoding="utf-8")
+    after = render(before)
+    if "--check" in sys.argv[1:]:
+        print("README.md agrees with bench/results" if before == after else "README.md differs: python bench/report.py")
+        return int(before != after)
+    temporary = README.with_suffix(".writing")
+    temporary.write_text(after, encoding="utf-8")
+    os.replace(temporary, README)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
