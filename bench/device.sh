@@ -5,7 +5,7 @@
 #
 # Nothing is installed or fetched: it uses the packages of the Python it is given (PYTHON, default python3), which must
 # have torch, and builds into bt_kernels/ with CMake. A failing step is reported and the next one runs; the exit status
-# says whether all went well. A benchmark is a bench/*.py not starting with "_"; it gets OUT and writes its rows there.
+# says whether all went well. A benchmark is a bench/*.py other than report.py; it gets OUT and writes its rows there.
 #
 # Seconds a step may take: BUILD_S (300), TEST_S (900), BENCH_S (300, each benchmark).
 set -uo pipefail
@@ -30,14 +30,15 @@ step() {
 }
 
 build() {
-  local cmake ninja
+  local cmake python generator=()
+  python=$("$PYTHON" -c 'import sys; print(sys.executable)') || return
   cmake=$(command -v cmake) || cmake=$("$PYTHON" -c 'import cmake; print(cmake.CMAKE_BIN_DIR + "/cmake")') || return
-  ninja=$(command -v ninja) && ninja=(-G Ninja)
+  command -v ninja > /dev/null && generator=(-G Ninja)
   local where=build/device archs=${BT_CUDA_ARCHS:-}
   # Only the device at hand, unless told otherwise: a third of the time.
   [ -n "$archs" ] || archs=$("$PYTHON" -c 'import torch; m, n = torch.cuda.get_device_capability()
 print(f"{m}{n}" + ("a" if m in (9, 10, 12) else ""))') || return
-  "$cmake" --fresh -S . -B "$where" "${ninja[@]}" -DPython_EXECUTABLE="$(command -v "$PYTHON")" \
+  "$cmake" --fresh -S . -B "$where" "${generator[@]}" -DPython_EXECUTABLE="$python" \
     -DCMAKE_INSTALL_PREFIX="$PWD" -DBT_CUDA=1 -DBT_CUDA_ARCHS="$archs" -DBT_PTXAS_VERBOSE=ON &&
     "$cmake" --build "$where" --parallel "${MAX_JOBS:-$(nproc)}" &&
     "$cmake" --install "$where"
@@ -58,7 +59,7 @@ step tests "${TEST_S:-900}" "$PYTHON" -m pytest -p no:cacheprovider --continue-o
 for bench in bench/*.py; do
   [ -e "$bench" ] || continue
   name=$(basename "$bench" .py)
-  [ "${name#_}" = "$name" ] || continue
+  [ "$name" != report ] || continue
   step "bench-$name" "${BENCH_S:-300}" "$PYTHON" "$bench"
 done
 

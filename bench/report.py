@@ -1,6 +1,6 @@
 """The README's tables, from ``bench/results/``: ``python bench/report.py`` writes them, ``--check`` compares.
 
-A table in the README stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->`` and is never edited by hand.
+A table in the README stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``: never edit it by hand.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def mini() -> str:
         "",
         f"Exact two-sided McNemar tests on the motion answers: {pairs}. p in the first table likewise.",
         f"Printed by `{' '.join(result['command'])}` ({result['seconds']:.0f} s on {result['threads']} CPU threads, "
-        f"torch {result['torch']}); one seed for all training. Chance is 1/9 for motion, 1/8 for items, 1/6 for colours.",
+        f"torch {result['torch']}), one seed. Chance is 1/9 for motion, 1/8 for items, 1/6 for colours.",
     ]
     return "\n".join(lines)
 

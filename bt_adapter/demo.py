@@ -82,7 +82,7 @@ def write_clips(folder: Path, count: int, seed: int) -> list[tuple[Path, str]]:
     frames, _ = clips(load_items("shipped"), count, generator=generator, labels=labels)
     written = []
     for i, (clip, label) in enumerate(zip(frames, to_labels(labels), strict=True)):
-        path = folder / f"{i}-{MOTIONS[label.motion]}.mp4"
+        path = folder / f"{i}-{SHOWN[i % len(SHOWN)]}.mp4"
         large = F.interpolate(clip.float(), scale_factor=ENLARGED, mode="nearest").to(torch.uint8)
         write_video(path, large, fps=4)
         written.append((path, caption(Label(*label))))
@@ -210,9 +210,10 @@ def _ask_about(chat: VideoChat, files: list[tuple[Path, str]], console: Console)
 def _commit() -> str | None:
     """The checkout's commit, marked when files differ from it; None outside a checkout."""
     try:
-        run = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip()
+        commit, dirty = (
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + (" with changes" if dirty else "")

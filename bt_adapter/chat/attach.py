@@ -115,7 +115,8 @@ class _Features:
         model = self.branch
         tokens = model.video_tokens(pixel_values) if self.enabled else model.frame_mean_tokens(pixel_values)
         projected = self.inner.multi_modal_projector(tokens)
-        output = BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=list(projected))
+        output: Any = BaseModelOutputWithPooling(last_hidden_state=tokens)
+        output.pooler_output = list(projected)  # a list, as LLaVA's own method has it
         return output if kwargs.get("return_dict", True) else output.to_tuple()
 
 

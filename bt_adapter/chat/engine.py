@@ -159,7 +159,9 @@ class _Stream(TextStreamer):
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text, self.text, self.tokens, self.first = on_text, [], 0, None
+        self.on_text, self.tokens = on_text, 0
+        self.text: list[str] = []
+        self.first: float | None = None
 
     def put(self, value: Tensor) -> None:
         if not self.next_tokens_are_prompt:  # the prompt comes first, and is empty where embeddings are given

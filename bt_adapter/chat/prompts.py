@@ -13,7 +13,7 @@ _VICUNA = "USER: {visual}\n{question} ASSISTANT:"
 
 def patches(chat: LlavaForConditionalGeneration) -> int:
     """P, the patch tokens of one image or frame."""
-    vision = chat.config.vision_config
+    vision: Any = chat.config.vision_config
     return (vision.image_size // vision.patch_size) ** 2
 
 
@@ -48,7 +48,7 @@ def prompt_text(chat: LlavaForConditionalGeneration, tokenizer: Any, question: s
         raise ValueError(f"question holds the image token {token!r}; expected plain text")
     if not getattr(tokenizer, "chat_template", None):
         return _VICUNA.format(visual=token, question=question)
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+    content: Any = [{"type": "image"}, {"type": "text", "text": question}]
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )

@@ -67,7 +67,7 @@ def load(command: Chat) -> VideoChat:
                 raise CommandError(f"--branch {command.branch}: {error}") from error
         return chat
     try:
-        return VideoChat.load(command.model, command.branch, device, dtype)
+        return VideoChat.load(command.model, command.branch or "", device, dtype)
     except (ValueError, TypeError) as error:
         raise CommandError(f"--model {command.model} with --branch {command.branch}: {error}") from error
 

@@ -142,28 +142,29 @@ def ask_all(
     prompts: Prompts,
     frames: Tensor,
     labels: Tensor,
+    kinds: Sequence[str] = KINDS,
     others: int = 3,
     batch: int = 30,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Motion questions about every clip, item and colour questions about every `others`-th (0: none).
+    """Questions of the first kind about every clip (or still), of the other kinds about every `others`-th (0: none).
 
     Phrasings take turns, a batch each. Returns {"motion": {"generated": bool [n], "likelihood": bool [n], "label":
     int64 [n], "said": int64 [n], -1 where nothing was}, "item": …, "colour": …}.
     """
-    told: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {kind: [] for kind in KINDS}
+    told: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {kind: [] for kind in kinds}
     order = torch.arange(len(frames))
     also = order % others == 0 if others else torch.zeros(len(frames), dtype=torch.bool)
-    groups = [(part, KINDS) for part in order[also].split(batch)] + [
-        (part, KINDS[:1]) for part in order[~also].split(batch)
+    groups = [(part, kinds) for part in order[also].split(batch)] + [
+        (part, kinds[:1]) for part in order[~also].split(batch)
     ]
-    for turn, (part, kinds) in enumerate(groups):
+    for turn, (part, own) in enumerate(groups):
         if not len(part):
             continue
-        asked = [(kind, questions.QUESTIONS[kind][turn % len(questions.QUESTIONS[kind])]) for kind in kinds]
+        asked = [(kind, questions.QUESTIONS[kind][turn % len(questions.QUESTIONS[kind])]) for kind in own]
         with torch.no_grad():
             visual = visual_tokens(chat, normalise(frames[part]))
-        for kind, scores in zip(kinds, score(chat, prompts, visual, asked), strict=True):
+        for kind, scores in zip(own, score(chat, prompts, visual, asked), strict=True):
             truth = labels[part, {"item": 0, "colour": 1, "motion": 2}[kind]]
             said = torch.tensor([-1 if (v := questions.parse(kind, text)) is None else v for text in scores.generated])
             told[kind].append((truth, said, scores.likelihood.argmax(1)))

@@ -47,7 +47,7 @@ def make_llava(
     """
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     tokenizer.chat_template = CHAT_TEMPLATE
-    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_token = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
     tower = clip.vision_model

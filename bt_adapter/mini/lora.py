@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 SCALE = 2.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -21,12 +21,12 @@ class _HalfProduct(torch.autograd.Function):
     """x·Wᵀ with a frozen bfloat16 W and float32 in and out, both ways. Nothing but W is kept for backward."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
         return F.linear(x.bfloat16(), weight).float()
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
         return (grad.bfloat16() @ weight).float(), None
 
@@ -41,18 +41,20 @@ class TunedLinear(nn.Module):
         super().__init__()
         if base.bias is not None:
             raise ValueError("base has a bias; expected a layer without")
-        self.base, self.half = base, half
+        self.base, self.low = base, half
+        self.weight_half: Tensor
         if half:
             self.register_buffer("weight_half", base.weight.detach().bfloat16(), persistent=False)
-        self.lora_a = self.lora_b = None
+        self.lora_a: nn.Parameter | None = None
+        self.lora_b: nn.Parameter | None = None
         if rank:
             self.lora_a = nn.Parameter(torch.empty(rank, base.in_features))
             self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank))
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = _HalfProduct.apply(x, self.weight_half) if self.half else self.base(x)
-        if self.lora_a is not None:
+    def forward(self, x: Tensor) -> Tensor:
+        y = _HalfProduct.apply(x, self.weight_half) if self.low else self.base(x)
+        if self.lora_a is not None and self.lora_b is not None:
             y = y + F.linear(F.linear(x, self.lora_a), self.lora_b * SCALE)
         return y
 
@@ -76,7 +78,7 @@ def remove_adapters(model: nn.Module) -> None:
                 setattr(module, name, child.base)
 
 
-def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """{"layers.0.self_attn.q_proj.lora_a": tensor, ...} of every adapter."""
     return {
         f"{name}.{part}": getattr(module, part).detach()
@@ -86,7 +88,7 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+def load_adapters(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy a saved adapter state into the model's adapters. ValueError where the names differ."""
     own = adapter_state(model)
     if own.keys() != state.keys():
@@ -96,9 +98,9 @@ def load_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def merge_adapters(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+def merge_adapters(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Add every adapter's product to the plain linear layer it was trained on: W += scale · B·A."""
     for name in sorted({key.rpartition(".")[0] for key in state}):
-        weight = model.get_submodule(name).weight
+        weight = model.get_parameter(f"{name}.weight")
         product = state[f"{name}.lora_b"].float() @ state[f"{name}.lora_a"].float()
         weight += (SCALE * product).to(weight.dtype).to(weight.device)

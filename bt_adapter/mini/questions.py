@@ -54,8 +54,8 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     ),
 }  # the mini CLIP's colours are spelled alike in both Englishes; questions come in both
 
-# the words that give an answer's meaning away, most specific first; the first that occurs counts
-_MOTION_WORDS = (
+# the words that give an answer's meaning away; the first that occurs counts
+_MOTION_WORDS: tuple[tuple[str, int], ...] = (
     ("disappear", 8), ("vanish", 8), ("fading out", 8), ("appear", 7), ("fading in", 7), ("grow", 5), ("bigger", 5),
     ("shrink", 6), ("smaller", 6), ("left", 1), ("right", 2), ("up", 3), ("down", 4), ("still", 0), ("not mov", 0),
 )  # fmt: skip
@@ -102,14 +102,13 @@ def parse(kind: str, text: str) -> int | None:
     """
     text = text.lower()
     if kind == "motion":
-        found = [(match.start(), order, value) for order, (word, value) in enumerate(_MOTION_WORDS)
-                 if (match := re.search(rf"\b{word}", text))]  # fmt: skip
-        return min(found)[2] if found else None
-    if kind not in ("item", "colour"):
+        words = _MOTION_WORDS
+    elif kind in ("item", "colour"):
+        words = tuple((name, value) for value, name in enumerate(ITEMS if kind == "item" else COLOURS))
+    else:
         raise ValueError(f"kind is {kind!r}; expected 'item', 'colour' or 'motion'")
-    names = ITEMS if kind == "item" else COLOURS
-    found = [(match.start(), value) for value, name in enumerate(names) if (match := re.search(rf"\b{name}", text))]
-    return min(found)[1] if found else None
+    places = [(match.start(), value) for word, value in words if (match := re.search(rf"\b{word}", text))]
+    return min(places, key=lambda place: place[0])[1] if places else None
 
 
 def draw_turn(kind: str, label: Label, generator: torch.Generator | None = None) -> Turn:

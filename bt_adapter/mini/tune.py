@@ -29,7 +29,7 @@ from bt_adapter.chat.attach import attach, attached_branch, branch_enabled
 from bt_adapter.model import BTAdapterVisionModel
 
 from . import BRANCH_FOLDER, WEIGHTS, lora, training
-from .answers import ask_all, held_out, score, visual_tokens
+from .answers import ask_all, held_out, visual_tokens
 from .clip import load_clip, normalise
 from .items import ITEMS, Items, load_items
 from .language import load_language_model
@@ -118,10 +118,10 @@ def build(options: argparse.Namespace):
 
 @torch.no_grad()
 def scale_projector(chat, items: Items) -> None:
-    """Scale a fresh projector so that on stills its hidden values have unit size, and its output that of word embeddings."""
+    """Scale a fresh projector: on stills its hidden values get unit size, its output the size of word embeddings."""
     projector = chat.model.multi_modal_projector
     images, _ = stills(items, 64, torch.Generator().manual_seed(0))
-    found = {}
+    found: dict[str, Tensor] = {}
     hook = projector.linear_1.register_forward_hook(lambda *args: found.update(size=args[2].std()))
     visual_tokens(chat, normalise(images))
     hook.remove()
@@ -136,8 +136,8 @@ def parameter_groups(chat, options: argparse.Namespace) -> list[dict]:
     for _, parameter in adapters:
         parameter.requires_grad_(True)
     groups = [
-        {"named": list(projector.named_parameters()), "lr": options.lr},
-        {"named": adapters, "lr": options.lr_lora},
+        {"name": "projector", "named": list(projector.named_parameters()), "lr": options.lr},
+        {"name": "adapters", "named": adapters, "lr": options.lr_lora},
     ]
     if options.stage == "tuned":
         branch = attached_branch(chat).branch
@@ -225,7 +225,7 @@ def align(chat, prompts: Prompts, items: Items, options: argparse.Namespace, run
     size = chat.get_input_embeddings().weight.std()
     moving = options.stage != "projector"
     words = [word_embeddings(chat, prompts, names) for names in (ITEMS, COLOURS, MOTIONS)[: 3 if moving else 2]]
-    begin, sums, count = time.monotonic(), 0.0, 0
+    begin, sums, count = time.monotonic(), torch.zeros(len(words)), 0
     for step in range(options.align_steps):
         training.set_rate(optimizer, training.cosine(step / options.align_steps))
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + 500_000 + step)
@@ -243,34 +243,24 @@ def align(chat, prompts: Prompts, items: Items, options: argparse.Namespace, run
             found = [round(v, 4) for v in (sums / count).tolist()]
             seconds = round(time.monotonic() - begin, 1)
             run.log(event="align", align_step=step + 1, align_seconds=seconds, losses=found)
-            sums, count = 0.0, 0
+            sums, count = torch.zeros(len(words)), 0
 
 
 @torch.no_grad()
 def check(chat, prompts: Prompts, options: argparse.Namespace, each: int) -> dict[str, float]:
     """Accuracies on scenes of the test split, 9·each clips or 9·each stills: generated and by likelihood."""
-    if options.stage != "projector":
+    if options.stage == "projector":
+        items = load_items("test", options.data)
+        frames, labels = stills(items, 9 * each, torch.Generator().manual_seed(77))
+        told = ask_all(chat, prompts, frames, labels, ("item", "colour"), others=1)
+    else:
         frames, labels = held_out(each, 77, "test", options.data)
         told = ask_all(chat, prompts, frames, labels)
-        found = {}
-        for kind, result in told.items():
-            found[kind] = round(result["generated"].float().mean().item(), 4)
-            found[f"{kind}_likelihood"] = round(result["likelihood"].float().mean().item(), 4)
-        return found
-    images, labels = stills(load_items("test", options.data), 9 * each, torch.Generator().manual_seed(77))
-    from .questions import QUESTIONS, parse
-
-    right = {"item": [], "item_likelihood": [], "colour": [], "colour_likelihood": []}
-    for turn, (pixels, truth) in enumerate(zip(normalise(images).split(30), labels.split(30), strict=True)):
-        asked = [(kind, QUESTIONS[kind][turn % len(QUESTIONS[kind])]) for kind in ("item", "colour")]
-        for column, ((kind, _), scores) in enumerate(
-            zip(asked, score(chat, prompts, visual_tokens(chat, pixels), asked), strict=True)
-        ):
-            right[kind] += [
-                parse(kind, text) == t for text, t in zip(scores.generated, truth[:, column].tolist(), strict=True)
-            ]
-            right[f"{kind}_likelihood"] += (scores.likelihood.argmax(1) == truth[:, column]).tolist()
-    return {name: round(sum(values) / len(values), 4) for name, values in right.items()}
+    return {
+        kind + suffix: round(result[way].float().mean().item(), 4)
+        for kind, result in told.items()
+        for way, suffix in (("generated", ""), ("likelihood", "_likelihood"))
+    }
 
 
 DEFAULTS = {
