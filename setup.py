@@ -50,35 +50,50 @@ def missing():
     return None
 
 
+def remove_built(target):
+    """Delete the libraries of an earlier build, which would be loaded beside newer Python files."""
+    for old in (target / "bt_kernels").glob("_C*.so"):
+        old.unlink()
+
+
 class CMakeBuild(build_ext):
     """Builds _C and, where nvcc is, _C_cuda into the package folder."""
 
     def run(self):
-        native = switch("BT_NATIVE")
+        native, cuda = switch("BT_NATIVE"), switch("BT_CUDA")
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
         note = target / NO_BUILD
         note.parent.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
         reason = missing()
         if reason is None:
-            try:
-                self.cmake(target)
-                return
-            except subprocess.CalledProcessError as error:
-                reason = f"the build failed ({' '.join(map(str, error.cmd[:3]))} ...: exit status {error.returncode})"
-        if native == "1":
-            raise SystemExit(f"BT_NATIVE=1, but {reason}")
-        self.remove_old(target)
+            reason = self.cmake(target, cuda)
+            if reason is not None and cuda == "auto":
+                self.warn(f"once more without the CUDA kernels: {reason}")
+                reason = self.cmake(target, "0")
+        if reason is None:
+            return
+        if "1" in (native, cuda):
+            raise SystemExit(f"BT_NATIVE={native} and BT_CUDA={cuda}, but {reason}")
+        remove_built(target)
         note.write_text(reason + "\n")
         self.warn(f"bt_kernels is installed without its native part: {reason}")
 
-    def cmake(self, target):
+    def cmake(self, target, cuda):
+        """Configure, build and install; why it failed, or None."""
+        try:
+            self.run_cmake(target, cuda)
+        except subprocess.CalledProcessError as error:
+            return f"the build failed ({' '.join(map(str, error.cmd[:3]))} ...: exit status {error.returncode})"
+        return None
+
+    def run_cmake(self, target, cuda):
         build = Path(self.build_temp).resolve() / "cmake"
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_INSTALL_PREFIX": target,
             "Python_EXECUTABLE": sys.executable,
-            "BT_CUDA": switch("BT_CUDA"),
+            "BT_CUDA": cuda,
             "BT_CUDA_ARCHS": os.environ.get("BT_CUDA_ARCHS", ""),
             "BT_NATIVE_ARCH": os.environ.get("BT_NATIVE_ARCH", ""),
         }
@@ -88,12 +103,8 @@ class CMakeBuild(build_ext):
         subprocess.check_call([*configure, *(f"-D{name}={value}" for name, value in options.items())])
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.check_call([tool("cmake"), "--build", build, "--parallel", jobs])
-        self.remove_old(target)
+        remove_built(target)
         subprocess.check_call([tool("cmake"), "--install", build])
-
-    def remove_old(self, target):
-        for old in (target / "bt_kernels").glob("_C*.so"):
-            old.unlink()
 
     def get_outputs(self):
         made = Path(self.build_lib) / "bt_kernels"
@@ -101,6 +112,9 @@ class CMakeBuild(build_ext):
 
 
 native = switch("BT_NATIVE") != "0"
+if not native and "editable_wheel" in sys.argv:
+    remove_built(ROOT)
+    (ROOT / NO_BUILD).unlink(missing_ok=True)
 setup(
     ext_modules=[Extension("bt_kernels._C", sources=[])] if native else [],
     cmdclass={"build_ext": CMakeBuild},

@@ -59,7 +59,7 @@ class SpatialLayer(LayerWeights):
         else:
             # Each frame's result is scaled and CLS takes their mean. The output projection is affine, so the weights
             # go into the attention's mean over frames and onto the bias.
-            weight = scale * _frame_share(visible, scale)  # [B, steps]
+            weight = scale * visible.step_weights(scale)  # [B, steps]
             attended = spatial_attention(qkv, visible, weight).flatten(2)
             rows = scale.gather(1, visible.step_ids())  # [B, N]
             product_scale = torch.cat([torch.ones_like(rows[:, :1]), rows], 1)[:, :, None]
@@ -77,21 +77,13 @@ def _gate(slope: float | None, parameter: Tensor | None, dtype: torch.dtype) -> 
     return torch.sigmoid(slope * parameter).to(dtype)
 
 
-def _frame_share(visible: VisibleTokens, like: Tensor) -> Tensor:
-    """Weight ``[B, steps]`` of each step in a mean over the real ones."""
-    if visible.frame_counts is None:
-        return torch.full_like(like, 1 / visible.steps)
-    real = torch.arange(visible.steps, device=like.device) < visible.frame_counts[:, None]
-    return real.to(like.dtype) / visible.frame_counts.clamp(min=1)[:, None]
-
-
 class Branch(nn.Module):
     """Everything that learns: layers, CLS, time table, gates and the alignment head.
 
     Args:
         tower_config: of the tower it stands beside.
         config: of the branch.
-        layers: how many of the d layers to build (a model of stored features has d - 1); None: all.
+        layers: how many of the d layers to build (chat needs d - 1); None: all.
     """
 
     def __init__(self, tower_config: TowerConfig, config: BTAdapterConfig, layers: int | None = None):

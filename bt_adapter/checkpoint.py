@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -66,6 +69,8 @@ def save_model(
         "tower_name": model.tower_name,
         "includes_tower": include_tower,
         "stored_features": model.stored_features,
+        "chat_only": model.chat_only,
+        "tower_fingerprint": model.tower.fingerprint(),
         "tower": model.vision_config.to_dict(),
         "branch": model.config.to_dict(),
     }
@@ -84,36 +89,72 @@ def load_model(
 
     Args:
         folder: with ``config.json`` and ``model.safetensors``.
-        clip: the CLIP the branch belongs to, where the folder holds the branch alone; None: the one it names.
+        clip: the CLIP the branch belongs to, where the folder holds the branch alone; None: the one it names. A tower
+            without a projection (of a chat model) gives a model that has ``video_tokens`` alone.
         share: use the CLIP's own parameters.
 
     Raises:
-        FileNotFoundError: a file is missing. CheckpointError: names or shapes do not fit, or no tower is known.
+        FileNotFoundError: a file is missing.
+        CheckpointError: a file is damaged, names or shapes do not fit, the CLIP is another one, or none is known.
     """
     folder = Path(folder)
+    settings = _read_settings(folder)
+    state = read_safetensors(folder / "model.safetensors")
+    config, name = TowerConfig(**settings["tower"]), settings["tower_name"]
+    tensors = None
+    if not settings["includes_tower"]:
+        clip = clip if clip is not None else name
+        if clip is None:
+            raise CheckpointError(f"{folder} holds a branch alone and names no tower: give clip=")
+        clip_name, tensors, found = clip_tensors(clip)
+        name = clip_name or name
+        if wrong := config.differences(found):
+            raise CheckpointError(f"the branch in {folder} does not fit the tower of clip: {', '.join(wrong)}")
+        if found.projection_dim is None:
+            config = replace(config, projection_dim=None)
+            state = {n: t for n, t in state.items() if not n.startswith("branch.alignment_head.")}
+    model = BTAdapterVisionModel(
+        config, BTAdapterConfig(**settings["branch"]), settings["stored_features"], settings.get("chat_only", False)
+    )
+    model.tower_name = name
+    if tensors is not None:
+        _load_tower(model, tensors, share)
+        _check_fingerprint(model, settings.get("tower_fingerprint"), folder)
+        state.update({f"tower.{n}": t for n, t in model.tower.state_dict().items()})
+    load_exactly(model, state, str(folder))
+    return model.eval()
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file. CheckpointError where it is no whole safetensors file."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} has no {file}: not a saved BT-Adapter branch")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("format") != _FORMAT:
-        raise CheckpointError(f"{folder}/config.json has format {config.get('format')!r}, expected {_FORMAT}")
-    model = BTAdapterVisionModel(
-        TowerConfig(**config["tower"]), BTAdapterConfig(**config["branch"]), config["stored_features"]
-    )
-    state = load_file(folder / "model.safetensors")
-    model.tower_name = config["tower_name"]
-    if not config["includes_tower"]:
-        clip = clip if clip is not None else model.tower_name
-        if clip is None:
-            raise CheckpointError(f"{folder} holds a branch alone and names no tower: give clip=")
-        model.tower_name, tensors, found = clip_tensors(clip)
-        _check_same_tower(model.vision_config, found)
-        _load_tower(model, tensors, share)
-        state.update({n: t for n, t in model.state_dict().items() if n.startswith("tower.")})
-        load_exactly(model.branch, _under(state, "branch."), str(folder))
-    else:
-        load_exactly(model, state, str(folder))
-    return model.eval()
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/config.json is damaged: {error}") from error
+    if settings.get("format") != _FORMAT:
+        raise CheckpointError(f"{folder}/config.json has format {settings.get('format')!r}, expected {_FORMAT}")
+    return settings
+
+
+def _check_fingerprint(model: BTAdapterVisionModel, saved: dict[str, float] | None, folder: Path) -> None:
+    """Raise where the tower is not the one the branch was trained beside, to the rounding of half precision."""
+    for name, value in model.tower.fingerprint().items():
+        before = (saved or {}).get(name, value)
+        if abs(before - value) > 1e-2 * abs(before):
+            raise CheckpointError(
+                f"the branch in {folder} was trained beside another CLIP of the same shape: the length of {name} is "
+                f"{value:.4g}, expected {before:.4g}"
+            )
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -122,6 +163,12 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
     Raises:
         CheckpointError: listing every name that does not fit.
     """
+    check_fit(module, state, source)
+    module.load_state_dict(state)
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Raise a CheckpointError listing every name and shape in which ``state`` is not ``module``'s."""
     own = module.state_dict()
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     shapes = [
@@ -136,7 +183,6 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
     ]
     if parts:
         raise CheckpointError(f"{source} does not fit the model; {'; '.join(parts)}")
-    module.load_state_dict(state)
 
 
 def clip_tensors(clip: nn.Module | str | os.PathLike) -> tuple[str | None, dict[str, Tensor], TowerConfig]:
@@ -172,27 +218,13 @@ def _load_tower(model: BTAdapterVisionModel, state: Mapping[str, Tensor], share:
         translated = to_own(name, False)
         if translated is not None and translated.startswith("tower."):
             own[translated.removeprefix("tower.")] = tensor
-        elif not name.startswith("logit"):
+        else:
             raise CheckpointError(f"unexpected tensor in the CLIP tower: {name}")
     if not share:
         load_exactly(model.tower, own, "the CLIP tower")
         return
-    missing = sorted(set(model.tower.state_dict()) - set(own))
-    if missing:
-        raise CheckpointError(f"the CLIP tower lacks {', '.join(missing)}")
+    check_fit(model.tower, own, "the CLIP tower")
     for name, tensor in own.items():
         path, _, leaf = name.rpartition(".")
         parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
         setattr(model.tower.get_submodule(path), leaf, parameter.requires_grad_(False))
-
-
-def _check_same_tower(saved: TowerConfig, found: TowerConfig) -> None:
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
-        if getattr(saved, name) != getattr(found, name):
-            raise CheckpointError(
-                f"the branch belongs to a tower with {name} {getattr(saved, name)}, but clip has {getattr(found, name)}"
-            )
-
-
-def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

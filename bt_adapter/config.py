@@ -53,6 +53,12 @@ class TowerConfig:
         """P, patches of a frame."""
         return (self.image_size // self.patch_size) ** 2
 
+    def differences(self, other: TowerConfig) -> list[str]:
+        """What keeps a branch beside this tower from standing beside the other: "name mine against theirs"."""
+        names = [field.name for field in fields(TowerConfig) if field.name != "projection_dim"]
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        return [f"{name} {mine} against {theirs}" for name, mine, theirs in pairs if mine != theirs]
+
     @property
     def is_eva(self) -> bool:
         """Whether the tower is an EVA-CLIP one."""

@@ -49,6 +49,7 @@ class BTAdapterVisionModel(nn.Module):
     Args:
         vision_config: a Hugging Face ``CLIPVisionConfig``, a dict with its keys, or a :class:`TowerConfig`.
         adapter_config: of the branch.
+        chat_only: build the d-1 branch layers that video tokens need.
         stored_features: build only what video tokens from stored tower features need: tower layers L-d to L-2 and
             d-1 branch layers.
 
@@ -61,16 +62,24 @@ class BTAdapterVisionModel(nn.Module):
         vision_config: TowerConfig | Mapping[str, Any] | Any,
         adapter_config: BTAdapterConfig | None = None,
         stored_features: bool = False,
+        chat_only: bool = False,
     ):
         super().__init__()
         config = TowerConfig.of(vision_config)
         adapter_config = adapter_config or BTAdapterConfig()
         self.stored_features = stored_features
+        self.chat_only = chat_only or stored_features
         self.first_branch_layer = config.num_hidden_layers - adapter_config.depth
         only = (self.first_branch_layer, config.num_hidden_layers - 1) if stored_features else None
         self.tower = Tower(config, only)
-        self.branch = Branch(config, adapter_config, adapter_config.depth - 1 if stored_features else None)
+        self.branch = Branch(config, adapter_config, adapter_config.depth - 1 if self.chat_only else None)
         self.tower_name: str | None = None
+
+    def requires_grad_(self, requires_grad: bool = True) -> BTAdapterVisionModel:
+        """Of the branch; the tower stays frozen."""
+        super().requires_grad_(requires_grad)
+        self.tower.requires_grad_(False)
+        return self
 
     @property
     def config(self) -> BTAdapterConfig:
@@ -100,6 +109,8 @@ class BTAdapterVisionModel(nn.Module):
         Raises:
             ValueError, TypeError: an argument has the wrong shape, dtype or device; the message names it.
         """
+        if self.chat_only:
+            raise ValueError("this model holds what chat needs, not the last branch layer: only video_tokens works")
         self._check_pixels(pixel_values)
         batch, frames = pixel_values.shape[:2]
         visible = self._check_visible(visible, batch, frames, pixel_values.device)
@@ -109,8 +120,9 @@ class BTAdapterVisionModel(nn.Module):
         if visible.frame_counts is None:
             video_embeds = frame_embeds.mean(1)
         else:
-            real = torch.arange(frames, device=cls.device) < visible.frame_counts[:, None]
-            video_embeds = (frame_embeds * real[:, :, None]).sum(1) / visible.frame_counts.clamp(min=1)[:, None]
+            weights = visible.step_weights(frame_embeds)[:, :, None]
+            # masked and not only weighted: 0 · NaN would let a padding frame through
+            video_embeds = (frame_embeds.masked_fill(weights == 0, 0) * weights).sum(1).to(frame_embeds.dtype)
         return BTAdapterOutput(tokens, z, frame_embeds, video_embeds, visible)
 
     def image_embeds(self, pixel_values: Tensor) -> Tensor:
@@ -137,7 +149,7 @@ class BTAdapterVisionModel(nn.Module):
         Args:
             pixel_values: normalised frames ``[B, T, 3, h, w]``, or None where ``features`` are given.
             windows: "full" attends over all frames; "reference" takes the rows as the published code does, T // 2
-                slots wide (for published scores; it needs T ≥ 2 and T // 2 to divide P·T).
+                slots wide (for published scores; it needs T ≥ 2, at most 2·``max_frames``, and T // 2 to divide P·T).
             features: stored input of tower layer ``start_layer``, ``[B, T, 1+P, D]``.
             start_layer: 0-based; None: L-d, the first layer with a branch layer beside it (20 for ViT-L/14).
             draws: as in :meth:`forward`.
@@ -166,10 +178,10 @@ class BTAdapterVisionModel(nn.Module):
         merged = -(-frames // self.config.max_frames)
         steps = -(-frames // merged)
         slots = steps if windows == "full" else frames // 2
-        if slots < 1 or (places - 1) * steps % slots:
+        if slots < 1 or (places - 1) * steps % slots or (windows == "reference" and merged > 2):
             raise ValueError(
-                f"windows='reference' takes {places - 1} patches of {steps} steps in {slots} slots, which do not "
-                f"divide them; use windows='full' for {frames} frames"
+                f"windows='reference' cannot take {places - 1} patches of {frames} frames in {frames // 2} slots (the "
+                f"published code fails there too, or takes at most {2 * self.config.max_frames}); use windows='full'"
             )
         visible = VisibleTokens.all(batch, places - 1, steps, tokens.device, slots)
         tokens, z = self._run(tokens, visible, 0, self.config.depth - 1, draws, merged)
@@ -307,6 +319,12 @@ class BTAdapterVisionModel(nn.Module):
                 f"features must be [B, T, 1+P, D] = [any, any, {1 + config.patches}, {config.hidden_size}], but the "
                 f"shape is {list(features.shape)}"
             )
+        if features.shape[1] < 1:
+            raise ValueError("features must hold at least one frame, but T is 0")
+        if features.device != self.tower.position.device:
+            raise ValueError(
+                f"features must be on the model's {self.tower.position.device}, but is on {features.device}"
+            )
         if not self.tower.first_layer <= start <= self.first_branch_layer:
             raise ValueError(
                 f"start_layer must lie in [{self.tower.first_layer}, {self.first_branch_layer}], but is {start}"
@@ -374,6 +392,8 @@ class BTAdapterVisionModel(nn.Module):
             )
         if visible is None:
             return VisibleTokens.all(batch, patches, frames, device)
+        if not isinstance(visible, VisibleTokens):
+            raise TypeError(f"visible must be a VisibleTokens, but is {_describe(visible)}")
         if (visible.batch, visible.patches, visible.frames) != (batch, patches, frames):
             raise ValueError(
                 f"visible is for {visible.batch} videos of {visible.frames} frames and {visible.patches} patches, but "

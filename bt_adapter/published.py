@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from bt_adapter.checkpoint import CheckpointError, load_exactly
+from bt_adapter.checkpoint import CheckpointError, load_exactly, model_from_clip, read_safetensors
 from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.names import (
@@ -26,6 +25,7 @@ from bt_adapter.names import (
     layer_to_reference,
     to_own,
 )
+from bt_adapter.tower import Tower
 
 _HEAD_WIDTH = 64  # of CLIP's towers; EVA-CLIP-g has 88
 _EVA_HEADS = {1408: 16}
@@ -34,9 +34,10 @@ _EVA_HEADS = {1408: 16}
 def load_reference_checkpoint(
     path_or_state_dict: str | os.PathLike | Mapping[str, Tensor],
     vision_config: TowerConfig | Mapping[str, Any] | Any | None = None,
+    clip: nn.Module | str | os.PathLike | None = None,
     **overrides: Any,
 ) -> BTAdapterVisionModel:
-    """A model from a published BT-Adapter checkpoint: pretraining, chat or stored-features file.
+    """A model from a published BT-Adapter checkpoint: pretraining, chat, stored-features or instruction-tuning file.
 
     CLIP or EVA, depth, gates and alignment head are read off the tensors. Pickles are read with
     ``weights_only=True``. The text encoder's tensors (``text_backbone.``) are left out.
@@ -46,50 +47,50 @@ def load_reference_checkpoint(
         vision_config: of the tower: a Hugging Face ``CLIPVisionConfig`` or a dict with its keys. None: read off the
             tensors, with heads 64 wide (EVA-CLIP-g: 88); a stored-features file does not say how many layers its
             tower has, so it is taken to be ViT-L/14's 24.
+        clip: the CLIP (see ``BTAdapterVisionModel.from_clip``) of a file that holds the branch alone, as files of
+            instruction tuning do. Such a file of three layers is taken for a branch of depth 4 without its last
+            layer, which chat does not run, unless ``depth`` says otherwise.
         **overrides: fields of :class:`BTAdapterConfig`, for example ``drop_path``, ``merge_gate_slope``.
 
     Returns:
         The model, in evaluation mode. A file without gates gets half-open ones, with a warning.
 
     Raises:
-        CheckpointError: the file is no such checkpoint, is an unsafe pickle, or has names or shapes that do not
-            fit; the message lists them.
+        CheckpointError: the file is no such checkpoint, is damaged or an unsafe pickle, holds the branch alone and
+            no ``clip`` is given, or has names or shapes that do not fit; the message lists them.
         FileNotFoundError: there is no such file.
     """
     state = _strip_prefixes(_read(path_or_state_dict))
-    eva = any(name.startswith("btadapter_S.") or name.startswith("blocks.") for name in state)
+    eva = any(name.startswith(("btadapter_S.", "blocks.")) for name in state)
     stacks = STACKS_EVA if eva else STACKS_CLIP
-    if not any(name.startswith(f"{stacks[1]}.") for name in state):
+    branch_layers, tower_layers = _count(state, stacks[1]), _count(state, stacks[0])
+    if not branch_layers:
         raise CheckpointError(
             f"no branch layers ({stacks[1]}.*) among {len(state)} tensors: not a BT-Adapter checkpoint"
         )
-    branch_layers, tower_layers = _count(state, stacks[1]), _count(state, stacks[0])
-    stored = ("class_embedding" not in state) and ("cls_token" not in state)
-    config = _tower_config(state, vision_config, eva, tower_layers, stored)
-    has_gates = "balance2" in state
-    fields: dict[str, Any] = {
-        "depth": branch_layers + 1 if stored else branch_layers,
-        "max_frames": state["btadapter_position.weight" if eva else "btadapter_time_embed.weight"].shape[0],
-        "alignment_head": "extra_proj.0.weight" in state,
-    }
+    stored = tower_layers > 0 and ("cls_token" if eva else "class_embedding") not in state
+    chat_only = stored
+    fields: dict[str, Any] = {"depth": branch_layers + stored}
+    if tower_layers:
+        config = _tower_config(state, vision_config, eva, tower_layers, stored)
+    else:
+        config, tower = _tower_of_clip(clip, eva)
+        fields["depth"] = overrides.get("depth", branch_layers + (branch_layers == 3))
+        chat_only = fields["depth"] == branch_layers + 1
+    time = _tensor(state, "btadapter_position.weight" if eva else "btadapter_time_embed.weight")
+    fields.update(max_frames=time.shape[0], alignment_head="extra_proj.0.weight" in state)
     if eva:
         fields.update(merge_gate_slope=None, output_gate_slope=None)
     fields.update(overrides)
-    model = BTAdapterVisionModel(config, BTAdapterConfig(**fields), stored_features=stored)
-    own = {}
+    model = BTAdapterVisionModel(config, BTAdapterConfig(**fields), stored, chat_only)
+    own = {} if tower_layers else {f"tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     for name, tensor in state.items():
         if name in RESHAPED:
             tensor = tensor.flatten()
         elif name == "pos_embed":
             tensor = tensor[0]
         own[to_own(name, eva) or name] = tensor
-    gates = {"branch.merge_gate", "branch.output_gate"}
-    expected = model.state_dict()
-    if not has_gates and not eva and gates & set(expected):
-        warnings.warn("the checkpoint has no gates (balance1, balance2): they start half open", stacklevel=2)
-        own.update({name: expected[name] for name in gates & set(expected)})
-    if has_gates:  # gates switched off by an override are no unexpected names
-        own = {name: tensor for name, tensor in own.items() if name not in gates or name in expected}
+    _add_gates(own, model)
     load_exactly(model, own, "the checkpoint")
     return model.eval()
 
@@ -110,6 +111,8 @@ def to_reference_state_dict(model: BTAdapterVisionModel) -> dict[str, Tensor]:
             for own_stack, stack in zip(OWN_STACKS, stacks, strict=True):
                 if own.startswith(f"{own_stack}."):
                     name = f"{stack}.{layer_to_reference(own.removeprefix(own_stack + '.'), eva)}"
+            if not name:
+                raise CheckpointError(f"{own} has no published name: {'EVA' if eva else 'CLIP'} checkpoints lack it")
         elif eva and name == "pos_embed":
             tensor = tensor[None]
         elif name in RESHAPED:
@@ -125,7 +128,7 @@ def _read(source: str | os.PathLike | Mapping[str, Tensor]) -> Mapping[str, Tens
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint at {path}")
         if path.suffix == ".safetensors":
-            state = load_file(path)
+            state = read_safetensors(path)
         else:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -149,15 +152,45 @@ def _strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def _tensor(state: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in state:
+        raise CheckpointError(f"the checkpoint does not fit the model; missing: {name}")
+    return state[name]
+
+
+def _add_gates(own: dict[str, Tensor], model: BTAdapterVisionModel) -> None:
+    """Half-open gates where the file has none but the model does; the file's left out where the model has none."""
+    expected = model.state_dict()
+    for gate in ("branch.merge_gate", "branch.output_gate"):
+        if gate in own and gate not in expected:
+            del own[gate]
+        elif gate in expected and gate not in own:
+            warnings.warn(f"the checkpoint has no gates (balance1, balance2): {gate} starts half open", stacklevel=3)
+            own[gate] = expected[gate]
+
+
+def _tower_of_clip(clip: nn.Module | str | os.PathLike | None, eva: bool) -> tuple[TowerConfig, Tower]:
+    if clip is None or eva:
+        raise CheckpointError(
+            "the checkpoint holds the branch alone, as files of instruction tuning do; "
+            + (
+                "put it together with the tensors of its EVA-CLIP tower"
+                if eva
+                else "give clip=, the CLIP it belongs to"
+            )
+        )
+    model = model_from_clip(clip, BTAdapterConfig(depth=1))
+    return model.vision_config, model.tower
+
+
 def _count(state: Mapping[str, Tensor], stack: str) -> int:
     return len({name.split(".")[1] for name in state if name.startswith(f"{stack}.")})
 
 
 def _tower_config(state: Mapping[str, Tensor], given: Any, eva: bool, tower_layers: int, stored: bool) -> TowerConfig:
     spatial = "btadapter_S.0." if eva else "btadapter_S_layers.0."
-    fc1 = state[f"{spatial}mlp.fc1.weight"]
-    position = state["pos_embed"][0] if eva else state["position_embedding.weight"]
-    intermediate, width = fc1.shape
+    intermediate, width = _tensor(state, f"{spatial}mlp.fc1.weight").shape
+    position = _tensor(state, "pos_embed")[0] if eva else _tensor(state, "position_embedding.weight")
     projection = state.get("head.weight" if eva else "visual_projection.weight")
     if given is not None:
         config = TowerConfig.of(given).to_dict()

@@ -113,6 +113,17 @@ class Tower(nn.Module):
         """Stay in evaluation mode."""
         return super().train(False)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Tower:
+        """Stay frozen."""
+        return super().requires_grad_(False)
+
+    def fingerprint(self) -> dict[str, float]:
+        """Lengths of some weights: what tells one CLIP from another of the same shape, in any precision."""
+        last = len(self.layers) - 1
+        chosen = ("position", "class_embedding", "layers.0.fc1.weight", f"layers.{last}.fc1.weight")
+        weights = dict(self.named_parameters())
+        return {name: weights[name].detach().float().norm().item() for name in chosen if name in weights}
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""

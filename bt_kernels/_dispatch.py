@@ -50,6 +50,8 @@ def check_backend(name: str | None) -> str | None:
 def backend(name: str | None) -> Iterator[None]:
     """Force every op inside the block to run on one backend; process-wide, innermost block wins.
 
+    The backward of an op called inside runs on it too, wherever it is started.
+
     A ``backend=`` given in a call goes before it; the environment variable ``BT_KERNELS_BACKEND`` comes after it.
     ``backend(None)`` restores the automatic choice for its block.
 

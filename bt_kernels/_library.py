@@ -13,7 +13,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from bt_kernels._dispatch import Kernel, choose
+from bt_kernels._dispatch import Kernel, choose, forced_backend
 from bt_kernels.visible import VisibleTokens
 
 _LIBRARY = torch.library.Library("bt_kernels", "DEF")
@@ -116,6 +116,7 @@ def _register_autograd(name: str, places: tuple[int, ...]) -> None:
         ctx.save_for_backward(*[inputs[i] for i in tensors])
         ctx.tensors = tensors
         ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.inputs[-1] = forced_backend(inputs[-1])  # a block that forces a backend holds for its backward too
 
     def run_backward(ctx, grad):
         inputs = list(ctx.inputs)

@@ -10,6 +10,8 @@ from dataclasses import InitVar, dataclass
 import torch
 from torch import Tensor
 
+from bt_kernels._layout import frame_weights
+
 _PADDING = -1
 
 
@@ -62,7 +64,10 @@ class VisibleTokens:
         if self.frame_counts is not None:
             if self.slots is not None:
                 raise ValueError("frame_counts goes with the ragged form (slots=None), but slots was given")
-            _check_frame_counts(self.frame_counts, self.index.shape[0], self.index.device)
+            _check_frame_counts(self.frame_counts, self.index.shape[0])
+            if self.frame_counts.device != self.index.device:
+                raise ValueError(f"frame_counts must be on {self.index.device}, but is on {self.frame_counts.device}")
+            object.__setattr__(self, "frame_counts", self.frame_counts.long())
         if self.target_index is None:
             object.__setattr__(self, "target_index", self.index)
         else:
@@ -112,6 +117,10 @@ class VisibleTokens:
             return self.index.clamp(min=0) % self.frames
         return self._rows().remainder(self.slots).expand(self.batch, -1)
 
+    def step_weights(self, like: Tensor) -> Tensor:
+        """``[B, S]`` in float32 or wider: weight of each slot or frame in a mean over the real ones."""
+        return frame_weights(self.frame_counts, self.batch, self.steps, like)
+
     def _rows(self) -> Tensor:
         return torch.arange(self.tokens, device=self.device)
 
@@ -151,8 +160,8 @@ class VisibleTokens:
         if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
             raise ValueError("index must name a token once in a video, but names one twice")
         counts = self.frame_counts
-        if counts is not None and counts.numel() and (int(counts.min()) < 0 or int(counts.max()) > self.frames):
-            raise ValueError(f"frame_counts must lie in [0, {self.frames}], but holds {counts.tolist()}")
+        if counts is not None:
+            _check_frame_values(counts.tolist(), self.frames)
         if counts is not None and bool(
             (self.index % self.frames >= counts[:, None]).logical_and(self.index >= 0).any()
         ):
@@ -221,9 +230,13 @@ class VisibleTokens:
         total = patches * frames
         score = torch.rand(batch, total, generator=generator, device=device)
         if frame_counts is not None:
-            frame_counts = torch.as_tensor(frame_counts, device=score.device)
-            _check_frame_counts(frame_counts, batch, score.device)
-            frame_counts = frame_counts.long()
+            frame_counts = torch.as_tensor(frame_counts)
+            _check_frame_counts(frame_counts, batch)
+            if (
+                frame_counts.device.type == "cpu" and not torch.compiler.is_compiling()
+            ):  # reading them waits for nothing
+                _check_frame_values(frame_counts.tolist(), frames)
+            frame_counts = frame_counts.to(score.device).long()
             real = torch.arange(total, device=score.device) % frames < frame_counts[:, None]
             score = score.masked_fill(~real, 2.0)  # above every draw: padding frames come last
         score, order = score.sort(dim=1)
@@ -284,10 +297,13 @@ def _check_index(name: str, index: Tensor, shape: torch.Size | None) -> None:
         raise ValueError(f"{name} must have the shape of index, {list(shape)}, but is {list(index.shape)}")
 
 
-def _check_frame_counts(counts: Tensor, batch: int, device: torch.device) -> None:
+def _check_frame_values(counts: list[int], frames: int) -> None:
+    if any(not 0 <= count <= frames for count in counts):
+        raise ValueError(f"frame_counts must lie in [0, {frames}], but holds {counts}")
+
+
+def _check_frame_counts(counts: Tensor, batch: int) -> None:
     if not isinstance(counts, Tensor):
         raise TypeError(f"frame_counts must be an int tensor [{batch}], but is {type(counts).__name__}")
     if counts.is_floating_point() or counts.dtype == torch.bool or counts.shape != (batch,):
         raise ValueError(f"frame_counts must be an int tensor [{batch}], but is {counts.dtype} {list(counts.shape)}")
-    if counts.device != device:
-        raise ValueError(f"frame_counts must be on {device}, but is on {counts.device}")

@@ -320,3 +320,17 @@ def test_reference_mask_that_makes_no_grid(mask, words):
         VisibleTokens.from_reference_mask(mask, 2)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("counts", [[5, 2], [-1, 2]])
+def test_random_with_frame_counts_out_of_range(counts):
+    for value in (counts, torch.tensor(counts)):
+        with pytest.raises(ValueError, match=r"frame_counts must lie in \[0, 2\]"):
+            VisibleTokens.random(2, 4, 2, 0.0, frame_counts=value)
+
+
+def test_frame_counts_of_another_type():
+    with pytest.raises(TypeError, match="frame_counts must be an int tensor"):
+        VisibleTokens(torch.zeros(2, 1, dtype=torch.int64), 4, 3, frame_counts=[1, 2])
+    narrow = VisibleTokens(torch.zeros(2, 1, dtype=torch.int64), 4, 3, frame_counts=torch.tensor([1, 2]).int())
+    assert narrow.frame_counts.dtype == torch.int64

@@ -64,8 +64,58 @@ def test_branch_of_another_clip(tmp_path):
     with pytest.raises(CheckpointError, match="names no tower"):
         BTAdapterVisionModel.from_pretrained(tmp_path)
     wider = CLIPVisionModel(CLIPVisionConfig(**{**SIZES, "hidden_size": 48, "num_attention_heads": 3}))
-    with pytest.raises(CheckpointError, match="hidden_size 32, but clip has 48"):
+    with pytest.raises(CheckpointError, match="hidden_size 32 against 48, num_attention_heads 2 against 3"):
         BTAdapterVisionModel.from_pretrained(tmp_path, wider)
+
+
+def test_another_clip_of_the_same_shape(tmp_path, clip):
+    BTAdapterVisionModel.from_clip(clip, BTAdapterConfig(depth=2)).save_pretrained(tmp_path)
+    half = CLIPModel(clip.config).half()  # the same CLIP in half precision is no other one
+    half.load_state_dict(clip.state_dict())
+    BTAdapterVisionModel.from_pretrained(tmp_path, half)
+    with torch.no_grad():
+        clip.vision_model.embeddings.class_embedding.mul_(1.5)
+    with pytest.raises(CheckpointError, match="another CLIP of the same shape"):
+        BTAdapterVisionModel.from_pretrained(tmp_path, clip)
+
+
+def test_tower_of_a_chat_model_has_no_projection(tmp_path, clip):
+    model = shake(BTAdapterVisionModel.from_clip(clip, BTAdapterConfig(depth=2)))
+    model.save_pretrained(tmp_path)
+    tower = CLIPVisionModel(clip.config.vision_config)
+    tower.load_state_dict(clip.vision_model.state_dict())
+    for share in (False, True):
+        again = BTAdapterVisionModel.from_pretrained(tmp_path, tower, share)
+        torch.testing.assert_close(again.video_tokens(video()), model.eval().video_tokens(video()))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_tower_of_another_resolution(tmp_path, share):
+    make().save_pretrained(tmp_path)
+    larger = CLIPVisionModel(CLIPVisionConfig(**{**SIZES, "image_size": 24}))
+    with pytest.raises(CheckpointError, match="image_size 16 against 24"):
+        BTAdapterVisionModel.from_pretrained(tmp_path, larger, share)
+
+
+def test_damaged_files(tmp_path):
+    make().save_pretrained(tmp_path, include_tower=True)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        BTAdapterVisionModel.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_reference_checkpoint(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config.json is damaged"):
+        BTAdapterVisionModel.from_pretrained(tmp_path)
+
+
+def test_extra_name_in_a_saved_branch(tmp_path, clip):
+    BTAdapterVisionModel.from_clip(clip, BTAdapterConfig(depth=2)).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({**state, "foo": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="unexpected: foo"):
+        BTAdapterVisionModel.from_pretrained(tmp_path, clip)
 
 
 def test_no_saved_branch(tmp_path):
@@ -117,6 +167,25 @@ def test_sizes_are_read_off_the_tensors():
     assert found == given
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+def test_instruction_tuning_file_holds_the_branch_alone(clip, layers):
+    """Names with ``btadapter`` only, no gates: the tower comes from clip=, gates start half open."""
+    model = shake(BTAdapterVisionModel.from_clip(clip, BTAdapterConfig(depth=layers + (layers == 3)))).eval()
+    with torch.no_grad():
+        model.branch.merge_gate.zero_()
+    last = f"_layers.{model.config.depth - 1}." if layers == 3 else "no such name"
+    tuned = {k: v for k, v in to_reference_state_dict(model).items() if "btadapter" in k and last not in k}
+    with pytest.raises(CheckpointError, match="give clip="):
+        load_reference_checkpoint(tuned)
+    with pytest.warns(UserWarning, match="half open"):
+        again = load_reference_checkpoint(tuned, clip=clip)
+    assert again.config.depth == model.config.depth and again.chat_only == (layers == 3)
+    torch.testing.assert_close(again.video_tokens(video()), model.video_tokens(video()))
+    if again.chat_only:
+        with pytest.raises(ValueError, match="only video_tokens works"):
+            again(video())
+
+
 def test_missing_gates_warn_and_start_half_open():
     case = load(CASE)
     weights = {k: v for k, v in case.weights.items() if "balance" not in k}
@@ -130,6 +199,9 @@ def test_missing_gates_warn_and_start_half_open():
     [
         (lambda w: w.update(surplus=torch.zeros(1)), "unexpected: surplus"),
         (lambda w: w.pop("backbone.btadapter_T_layers.1.temporal_fc.bias"), "missing: branch.temporal.1.fc.bias"),
+        (lambda w: w.pop("backbone.btadapter_time_embed.weight"), "missing: btadapter_time_embed.weight"),
+        (lambda w: w.pop("backbone.position_embedding.weight"), "missing: position_embedding.weight"),
+        (lambda w: w.pop("backbone.btadapter_S_layers.0.mlp.fc1.weight"), "missing: btadapter_S_layers.0.mlp.fc1"),
         (
             lambda w: w.update({"backbone.post_layernorm.weight": torch.zeros(5)}),
             r"wrong shape: tower.final_norm.weight is \[5\], expected \[32\]",
@@ -174,6 +246,11 @@ def test_no_such_file(tmp_path):
     (tmp_path / "junk.pth").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match="damaged"):
         load_reference_checkpoint(tmp_path / "junk.pth")
+
+
+def test_way_back_of_what_has_no_name():
+    with pytest.raises(CheckpointError, match="branch.output_gate has no published name|branch.merge_gate has no"):
+        to_reference_state_dict(make({**SIZES, "model_type": "eva", "hidden_act": "gelu"}))
 
 
 def test_way_back_is_complete():

@@ -125,6 +125,22 @@ def test_the_call_goes_before_the_block():
         run_merge("cuda")
 
 
+def test_a_block_holds_for_the_backward_of_what_ran_inside(monkeypatch):
+    ran = []
+    for kernel in OPS["gather_merge"].kernels:
+        def backward(*args, kernel=kernel, original=kernel.backward):
+            ran.append(kernel.backend)
+            return original(*args)
+
+        monkeypatch.setitem(kernel.__dict__, "backward", backward)
+    visible = bt_kernels.VisibleTokens.all(1, 2, 2)
+    branch = torch.randn(1, 5, 4, requires_grad=True)
+    with bt_kernels.backend("reference"):
+        out = bt_kernels.gather_merge(torch.randn(1, 2, 3, 4), branch, None, visible)
+    out.sum().backward()
+    assert ran == ["reference"]
+
+
 def test_an_error_leaves_the_block():
     with pytest.raises(KeyError), bt_kernels.backend("cuda"):
         raise KeyError("inside")

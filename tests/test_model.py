@@ -103,7 +103,7 @@ def test_shared_tower_holds_the_same_memory():
 
 
 def test_tower_is_frozen_and_in_evaluation_mode_always():
-    model = make().train()
+    model = make().train().requires_grad_(True)
     assert model.branch.training and not model.tower.training
     assert not any(module.training for module in model.tower.modules())
     output = model(video(), VisibleTokens.tube(2, PATCHES, 4, 0.5))
@@ -167,7 +167,7 @@ def test_padding_frames_count_in_nothing():
     counts = torch.tensor([4, 2])
     visible = VisibleTokens.random(2, PATCHES, 4, 0.0, frame_counts=counts)
     padded = pixels.clone()
-    padded[1, 2:] = 1e3 * torch.randn(2, 3, 16, 16)
+    padded[1, 2:] = float("nan")
     both = model(padded, visible)
     for b, count in enumerate(counts.tolist()):
         alone = model(pixels[b : b + 1, :count], VisibleTokens.random(1, PATCHES, count, 0.0))
@@ -260,6 +260,13 @@ def test_contrastive_loss():
         contrastive_loss(v, t[:4], 0.05)
 
 
+def test_contrastive_loss_keeps_its_precision_under_autocast():
+    v, t = torch.randn(16, 24), torch.randn(16, 24)
+    expected = contrastive_loss(v, t, 0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contrastive_loss(v, t, 0.01), expected)
+
+
 def test_bfloat16_model_runs():
     model = shake(make()).to(torch.bfloat16)
     assert model.video_tokens(video()).dtype == torch.bfloat16
@@ -279,12 +286,19 @@ def test_bfloat16_model_runs():
         (lambda m: m("file.mp4"), "is str"),
         (lambda m: m(video(9)), "9 frames.*8 rows"),
         (lambda m: m(video(), VisibleTokens.all(3, 16, 4)), "visible is for 3 videos"),
+        (lambda m: m(video(), torch.ones(2, 64, dtype=torch.bool)), "visible must be a VisibleTokens"),
+        (lambda m: m.video_tokens(video(20), windows="reference"), "at most 16"),
+        (lambda m: m.video_tokens(features=torch.randn(2, 0, 17, 32)), "at least one frame"),
+        (lambda m: m.video_tokens(features=torch.randn(2, 4, 17, 32, device="meta")), "must be on the model's"),
         (lambda m: m.video_tokens(), "exactly one of"),
         (lambda m: m.video_tokens(video(), windows="half"), "windows must be"),
         (lambda m: m.video_tokens(video(), start_layer=1), "start_layer goes with features"),
         (lambda m: m.video_tokens(video(1), windows="reference"), "windows='reference'"),
         (lambda m: m.video_tokens(features=torch.randn(2, 4, 17, 30)), "features must be"),
-        (lambda m: m.video_tokens(features=torch.randn(2, 4, 17, 32), start_layer=3), r"start_layer must lie in \[0, 2\]"),
+        (
+            lambda m: m.video_tokens(features=torch.randn(2, 4, 17, 32), start_layer=3),
+            r"start_layer must lie in \[0, 2\]",
+        ),
         (lambda m: m.image_embeds(video()), r"pixel_values must be \[n, 3, h, w\]"),
     ],
 )

@@ -278,7 +278,8 @@ std::tuple<Tensor, Tensor, Tensor> gather_merge_backward_cpu(const Tensor& grad,
   Tensor grad_backbone = need_backbone
                              ? empty_like_shape(branch, {s.batch, s.frames, 1 + s.patches, s.width})
                              : empty_like_shape(branch, {0});
-  Tensor grad_branch = need_branch ? empty_like_shape(branch, {s.batch, s.rows(), s.width}) : empty_like_shape(branch, {0});
+  Tensor grad_branch = need_branch ? empty_like_shape(branch, {s.batch, s.rows(), s.width})
+                                   : empty_like_shape(branch, {0});
   Tensor grad_gate = need_gate ? empty_like_shape(branch, {s.width}) : empty_like_shape(branch, {0});
   dispatch_float(branch.scalar_type(), op, [&](auto zero) {
     using T = decltype(zero);

@@ -222,7 +222,8 @@ __global__ void __launch_bounds__(kThreads)
 // grad_gate[d] = sum of partial[:, d]. Grid: ceil(D / kWarp).
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    merge_gate_reduce(const sum_t<T>* __restrict__ partial, int64_t partials, int64_t width, T* __restrict__ grad_gate) {
+    merge_gate_reduce(const sum_t<T>* __restrict__ partial, int64_t partials, int64_t width,
+                      T* __restrict__ grad_gate) {
   __shared__ sum_t<T> of_warp[kWarps][kWarp];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t d = static_cast<int64_t>(blockIdx.x) * kWarp + lane;

@@ -19,17 +19,11 @@ def why_not_cuda(backbone, *_) -> str | None:
 
 
 def forward(backbone, branch, gate, index, frame_counts, patches, frames, slots) -> Tensor:
-    return torch.ops.bt_kernels_native.gather_merge(*_inner_contiguous(backbone, branch, gate), index, frame_counts)
+    return torch.ops.bt_kernels_native.gather_merge(backbone, branch, gate, index, frame_counts)
 
 
 def backward(grad, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs):
     grads = torch.ops.bt_kernels_native.gather_merge_backward(
-        grad.contiguous(), *_inner_contiguous(backbone, branch, gate), index, frame_counts, *needs
+        grad, backbone, branch, gate, index, frame_counts, *needs
     )
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-
-
-def _inner_contiguous(backbone: Tensor, branch: Tensor, gate: Tensor | None):
-    if backbone.stride(-1) != 1:
-        backbone = backbone.contiguous()
-    return backbone, branch.contiguous(), None if gate is None else gate.contiguous()
