@@ -37,8 +37,8 @@ class Chat:
     """Video file, anything FFmpeg decodes."""
     model: str = "mini"
     """Image chat model: "mini" (comes with this package), a local folder, or a hub name of a LLaVA-like model."""
-    branch: Path | None = None
-    """Branch to attach: a folder of save_pretrained or a published checkpoint. Default: the mini stack's own."""
+    branch: str | None = None
+    """Branch to attach: a folder of save_pretrained, its hub name, or a published checkpoint; mini has its own."""
     frames: int = 8
     """Frames to take, evenly spread over the video."""
     max_new_tokens: int = 64
@@ -64,7 +64,7 @@ class Demo:
     keep: Path | None = None
     """Folder to leave the written mp4 files in."""
     out: Path | None = None
-    """With --evaluate: where the result goes (default bench/results/mini/evaluate.json of a checkout)."""
+    """With --evaluate: where the result goes; default: bench/results/mini of a checkout, else the current folder."""
     each: int = 30
     """With --evaluate: clips of each of the nine motions."""
 
@@ -98,6 +98,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         if isinstance(command, Chat):
             return _run_chat(command)
+        for name, value in (("clips", command.clips), ("each", command.each)):
+            if value < 1:
+                raise CommandError(f"--{name} must be 1 or more, got {value}")
         from bt_adapter.demo import run_demo, run_evaluation
 
         return run_evaluation(command.out, command.each) if command.evaluate else run_demo(command)

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from bt_adapter.cli import Demo
 
 ROOT = Path(bt_adapter.__file__).resolve().parent.parent
-STORED = ROOT / "bench" / "results" / "mini" / "evaluate.json"
+# An installed package has no bench/ beside it, and its own folder is no place to write to.
+STORED = (ROOT / "bench" / "results" / "mini" if (ROOT / "bench").is_dir() else Path()) / "evaluate.json"
 QUESTION = "How is it moving?"
 SHOWN = ("right", "up", "shrinking", "appearing", "left", "down", "growing", "disappearing", "still")
 ENLARGED = 4  # 48 px scenes are written at 192 px: a size players show and codecs are made for
@@ -49,7 +50,7 @@ def run_demo(command: Demo) -> int:
     console.rule("a video file, a question, an answer", align="left")
     with console.status("loading the small stack"):
         chat, loading = _timed(VideoChat.mini)
-    console.print(f"small stack loaded in {loading:.1f} s: CLIP of 1.2 M parameters, branch, projector, SmolLM2-135M")
+    console.print(f"small stack loaded in {loading:.1f} s: CLIP tower of 1.2 M parameters, branch, SmolLM2-135M")
 
     with _folder(command.keep) as folder:
         _ask_about(chat, write_clips(folder, command.clips, command.seed), console)

@@ -235,3 +235,41 @@ def test_expand_counts():
     assert expand("a<image>b<image>", "<image>", [2, 1]) == "a<image><image>b<image>"
     with pytest.raises(ValueError, match="1 image tokens"):
         expand("a<image>b", "<image>", [2, 1])
+
+
+def test_generation_with_a_branch_fresh_from_training_mode(chat, videos):
+    """The branch takes the chat model's mode: no stochastic depth in an evaluating model."""
+    branch = make_branch(chat).train()
+    with torch.no_grad():
+        branch.branch.temporal[0].fc.weight.normal_()
+    attach(chat.eval(), branch)
+    assert not branch.branch.training
+    chat.train()
+    assert branch.branch.training and not branch.tower.training
+
+
+def test_what_video_tokens_never_reach_is_frozen(chat, videos):
+    attach(chat, make_branch(chat))
+    tokens = ids(PATCHES + 1, 2)
+    chat(input_ids=tokens, pixel_values=videos, labels=tokens).loss.backward()
+    branch = chat.model.bt_adapter
+    asked = {n for n, p in branch.named_parameters() if p.requires_grad}
+    assert asked and asked == {n for n, p in branch.named_parameters() if p.grad is not None}
+
+
+def test_detach_gives_the_tower_its_gradients_back(chat):
+    before = [p.requires_grad for p in chat.model.vision_tower.parameters()]
+    assert all(before)
+    attach(chat, make_branch(chat))
+    attach(chat, make_branch(chat))
+    assert not any(p.requires_grad for p in chat.model.vision_tower.parameters())
+    detach(chat)
+    assert [p.requires_grad for p in chat.model.vision_tower.parameters()] == before
+
+
+def test_saved_branch_of_another_clip_is_refused(chat, tmp_path):
+    make_branch(make_chat(seed=1)).save_pretrained(tmp_path)
+    with torch.no_grad():
+        chat.model.vision_tower.embeddings.class_embedding.mul_(2)
+    with pytest.raises(ValueError, match="another CLIP"):
+        attach(chat, tmp_path)

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from bt_adapter.checkpoint import clip_tensors, load_exactly
-from bt_adapter.config import BTAdapterConfig, TowerConfig
+from bt_adapter.checkpoint import clip_tensors
+from bt_adapter.config import TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.names import to_own
 from bt_adapter.published import load_reference_checkpoint
-
-_TOWER_FIELDS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
-    "hidden_act", "layer_norm_eps",
-)  # fmt: skip
 
 
 def attach(
@@ -35,19 +29,22 @@ def attach(
     A video becomes P+1 tokens whatever T is: ``video_tokens`` through the model's own projector, in the place of P+1
     image tokens (`bt_adapter.chat.prompts.expand` puts that many into a prompt). Stills take the path they took
     before, token for token; ``generate`` works unchanged. The chat model's vision tower and the branch's are then one
-    set of weights, the chat model's. What learns is registered as ``model.bt_adapter``: it follows ``to``, is among
-    ``parameters()``, and is written by ``save_pretrained``; `detach` takes it off again.
+    set of weights, the chat model's, frozen. What learns is registered as ``model.bt_adapter``: it follows ``to`` and
+    ``train`` and is among ``parameters()``; what video tokens never reach (the branch's last layer, its output gate
+    and alignment head) is frozen. Save it with ``attached_branch(model).save_pretrained(folder)``: transformers'
+    own ``save_pretrained`` writes it too, but its ``from_pretrained`` does not take it back. `detach` takes it off.
 
     Args:
         image_chat_model: changed in place.
-        branch: a model, a folder of `BTAdapterVisionModel.save_pretrained`, or a published checkpoint. Its learned
-            part is moved to the tower's device and dtype.
+        branch: a model; a folder of `BTAdapterVisionModel.save_pretrained`, or the hub name of one; or a published
+            checkpoint. Its learned part is moved to the tower's device and dtype.
 
     Returns:
         The same chat model.
 
     Raises:
         TypeError: ``image_chat_model`` is no LLaVA with a CLIP tower, or ``branch`` nothing of the above.
+        FileNotFoundError: there is no such branch.
         ValueError: branch and chat model do not match; the message lists in what.
     """
     if not isinstance(image_chat_model, LlavaForConditionalGeneration):
@@ -57,20 +54,25 @@ def attach(
     inner = image_chat_model.model
     name, tensors, found = clip_tensors(inner.vision_tower)  # TypeError unless it is a CLIP
     _check_feature_layer(inner)
-    known_tower = True
+    attached = inner.__dict__.get("get_image_features")
+    before = {p: p.requires_grad for p in inner.vision_tower.parameters()}
+    if isinstance(attached, _Features):
+        before = attached.asked_gradients
     if isinstance(branch, (str, os.PathLike)):
-        branch, known_tower = _load(branch)
+        branch = _load(branch, inner.vision_tower)
     elif not isinstance(branch, BTAdapterVisionModel):
         raise TypeError(f"branch must be a BTAdapterVisionModel, a folder or a file, but is {type(branch).__name__}")
     _check_shapes(branch, found)
-    _share_tower(branch, tensors, compare=known_tower)
+    _share_tower(branch, tensors)
     branch.tower_name = branch.tower_name or name
 
     detach(image_chat_model)
+    inner.vision_tower.requires_grad_(False)
     place = tensors["class_embedding"]
-    branch.branch.to(device=place.device, dtype=place.dtype)
+    branch.branch.to(device=place.device, dtype=place.dtype).train(inner.training)
+    _freeze_unreached(branch)
     inner.bt_adapter = branch.branch
-    inner.get_image_features = _Features(inner, branch)
+    inner.get_image_features = _Features(inner, branch, before)
     return image_chat_model
 
 
@@ -82,7 +84,10 @@ def attached_branch(image_chat_model: LlavaForConditionalGeneration) -> BTAdapte
 def detach(image_chat_model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
     """Take the branch off; the chat model is as before `attach`. Does nothing when none is attached."""
     inner = image_chat_model.model
-    if isinstance(inner.__dict__.get("get_image_features"), _Features):
+    features = inner.__dict__.get("get_image_features")
+    if isinstance(features, _Features):
+        for parameter, asked in features.asked_gradients.items():
+            parameter.requires_grad_(asked)
         del inner.get_image_features
         del inner.bt_adapter
     return image_chat_model
@@ -106,8 +111,9 @@ def branch_enabled(image_chat_model: LlavaForConditionalGeneration, enabled: boo
 class _Features:
     """Stands in for ``LlavaModel.get_image_features``: videos by the branch, stills by the model's own method."""
 
-    def __init__(self, inner: LlavaModel, branch: BTAdapterVisionModel) -> None:
+    def __init__(self, inner: LlavaModel, branch: BTAdapterVisionModel, before: dict[nn.Parameter, bool]) -> None:
         self.inner, self.branch, self.enabled = inner, branch, True
+        self.asked_gradients = before  # of the chat model's tower, for `detach`
 
     def __call__(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
         if pixel_values.ndim != 5:
@@ -127,24 +133,27 @@ def _features(chat: LlavaForConditionalGeneration) -> _Features:
     return features
 
 
-def _load(source: str | os.PathLike[str]) -> tuple[BTAdapterVisionModel, bool]:
-    """A branch from disk, and whether a trained tower came with it."""
-    folder = Path(source)
-    if not folder.exists():
-        raise FileNotFoundError(f"branch {folder} is not there")
-    if not folder.is_dir():
-        return load_reference_checkpoint(folder), True
-    settings = folder / "config.json"
-    if not settings.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: not a saved BT-Adapter branch")
-    config = json.loads(settings.read_text(encoding="utf-8"))
-    if config.get("includes_tower", True):
-        return BTAdapterVisionModel.from_pretrained(folder), True
-    # the tower comes from the chat model, which needs no projection: BTAdapterVisionModel.from_pretrained would
-    model = BTAdapterVisionModel(TowerConfig(**config["tower"]), BTAdapterConfig(**config["branch"]))
-    state = {k.removeprefix("branch."): v for k, v in load_file(folder / "model.safetensors").items()}
-    load_exactly(model.branch, state, str(folder))
-    return model.eval(), False
+def _load(source: str | os.PathLike[str], tower: nn.Module) -> BTAdapterVisionModel:
+    """A branch from disk or the hub; ``tower`` serves where the branch comes alone."""
+    path = Path(source)
+    if not path.exists():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+            raise FileNotFoundError(f"branch {source} is not there, and is no hub name (owner/name)")
+        from huggingface_hub import snapshot_download
+
+        path = Path(snapshot_download(str(source)))  # OSError where there is no such repository, or no network
+    if path.is_dir():
+        return BTAdapterVisionModel.from_pretrained(path, clip=tower, share=True)
+    return load_reference_checkpoint(path, clip=tower)
+
+
+def _freeze_unreached(branch: BTAdapterVisionModel) -> None:
+    """Video tokens run neither the branch's last layer nor what reads its end: DDP would wait for their gradients."""
+    last = branch.config.depth - 1
+    unreached = (f"temporal.{last}.", f"spatial.{last}.", "output_gate", "alignment_head.")
+    for name, parameter in branch.branch.named_parameters():
+        if name.startswith(unreached):
+            parameter.requires_grad_(False)
 
 
 def _check_feature_layer(inner: LlavaModel) -> None:
@@ -162,18 +171,14 @@ def _check_shapes(branch: BTAdapterVisionModel, found: TowerConfig) -> None:
         raise ValueError("branch is for stored features and holds no tower embeddings: attach takes a whole one")
     if branch.vision_config.is_eva:
         raise ValueError("branch belongs to an EVA-CLIP tower, but image_chat_model has a CLIP tower")
-    wrong = [
-        f"{name} {getattr(branch.vision_config, name)} against {getattr(found, name)}"
-        for name in _TOWER_FIELDS
-        if getattr(branch.vision_config, name) != getattr(found, name)
-    ]
+    wrong = branch.vision_config.differences(found)
     if wrong:
         raise ValueError(f"branch does not fit image_chat_model's vision tower: {', '.join(wrong)}")
     if branch.config.depth < 2:
         raise ValueError(f"branch has depth {branch.config.depth}; video tokens need 2 or more")
 
 
-def _share_tower(branch: BTAdapterVisionModel, tensors: dict[str, Tensor], compare: bool) -> None:
+def _share_tower(branch: BTAdapterVisionModel, tensors: dict[str, Tensor]) -> None:
     """Make the chat model's tower tensors the branch's. ValueError where they hold another CLIP's values."""
     own = {}
     for published, tensor in tensors.items():
@@ -183,15 +188,14 @@ def _share_tower(branch: BTAdapterVisionModel, tensors: dict[str, Tensor], compa
     mine = dict(branch.tower.named_parameters())
     if lacking := [n for n in mine if n not in own and not n.startswith(("projection", "final_norm"))]:
         raise ValueError(f"image_chat_model's vision tower lacks {', '.join(lacking)}")
-    if compare:
-        off = {n: _distance(mine[n], t) for n, t in own.items() if n in mine}
-        worst = max(off, key=off.__getitem__)
-        # a tower stored in half precision differs by rounding alone: at most 2^-8 of the largest value
-        if off[worst] > 2**-7:
-            raise ValueError(
-                f"branch was trained on another CLIP than image_chat_model's: the vision towers have one shape but "
-                f"other values ({worst} differs by {off[worst]:.2g} of its largest value)"
-            )
+    off = {n: _distance(mine[n], t) for n, t in own.items() if n in mine}
+    worst = max(off, key=off.__getitem__)
+    # a tower stored in half precision differs by rounding alone: at most 2^-8 of the largest value
+    if off[worst] > 2**-7:
+        raise ValueError(
+            f"branch was trained on another CLIP than image_chat_model's: the vision towers have one shape but "
+            f"other values ({worst} differs by {off[worst]:.2g} of its largest value)"
+        )
     for name, tensor in own.items():
         path, _, leaf = name.rpartition(".")
         parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration, TextStreamer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration, TextStreamer
 
 from bt_adapter.chat.attach import attach, attached_branch, branch_enabled
 from bt_adapter.chat.prompts import video_prompt
@@ -77,6 +77,9 @@ class VideoChat:
 
         dtype: None for what the model was stored in. Raises what transformers and `attach` raise.
         """
+        kind = AutoConfig.from_pretrained(model).model_type
+        if kind != "llava":  # from_pretrained would build one of random weights
+            raise ValueError(f"model {model} is of type {kind!r}, expected 'llava'")
         chat = LlavaForConditionalGeneration.from_pretrained(model, dtype=dtype or "auto").to(device)
         mean, std = CLIP_MEAN, CLIP_STD
         try:

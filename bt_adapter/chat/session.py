@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bt_adapter.chat.engine import Reply, VideoChat, peak_memory, read
+from bt_adapter.chat.prompts import image_token
 from bt_adapter.errors import CommandError
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def run_chat(command: Chat) -> int:
         notes.print(
             f"[yellow]{command.video}: damaged or cut short; going on with the {video.total} frames that are there"
         )
+    if video.total < command.frames:
+        notes.print(f"[yellow]{command.video}: {video.total} frames for the {command.frames} asked, some are repeated")
     with _stage(seconds, "load"), notes.status("loading the model"):
         chat = load(command)
     with _stage(seconds, "encode"), progress_bar(notes, "encoding") as progress:
@@ -38,6 +41,8 @@ def run_chat(command: Chat) -> int:
         sys.stdout.write(text)
         sys.stdout.flush()
 
+    if image_token(chat.model, chat.tokenizer) in command.question:
+        raise CommandError("the question holds the model's image token; ask in plain text")
     reply = chat.ask(tokens, command.question, command.max_new_tokens, show)
     sys.stdout.write("\n")
     seconds |= reply.seconds
