@@ -57,8 +57,8 @@ class Demo:
 
     evaluate: bool = False
     """Measure the small stack on held-out clips (minutes) and store the result, instead of the demo."""
-    clips: int = 4
-    """Moving clips to ask about."""
+    clips: int = 9
+    """Moving clips to ask about; the nine motions take turns."""
     seed: int = 7
     """Of the clips' scenes."""
     keep: Path | None = None

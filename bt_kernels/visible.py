@@ -182,8 +182,7 @@ class VisibleTokens:
         uses ``frames // 2`` (arXiv 2309.15785's code; see ``BTAdapterVisionModel.video_tokens``). It must divide
         P·T.
         """
-        for name, value in (("batch", batch), ("patches", patches), ("frames", frames)):
-            _check_count(name, value, least=0 if name == "batch" else 1)
+        _check_sizes(batch, patches, frames)
         index = torch.arange(patches * frames, device=device).expand(batch, -1)
         return VisibleTokens(index, patches, frames, frames if slots is None else slots, check=False)
 
@@ -201,8 +200,7 @@ class VisibleTokens:
         K = P - int(ratio·P). ``ratio`` is the share masked, in [0, 1). ``generator`` must live on ``device``.
         """
         _check_ratio(ratio)
-        for name, value in (("batch", batch), ("patches", patches), ("frames", frames)):
-            _check_count(name, value, least=0 if name == "batch" else 1)
+        _check_sizes(batch, patches, frames)
         kept = patches - int(ratio * patches)
         order = torch.rand(batch, patches, generator=generator, device=device).argsort(dim=1)
         chosen = order[:, :kept].sort(dim=1).values  # [B, K]
@@ -225,8 +223,7 @@ class VisibleTokens:
         tensor ``[B]`` of values in [0, T], or None: all frames are real.
         """
         _check_ratio(ratio)
-        for name, value in (("batch", batch), ("patches", patches), ("frames", frames)):
-            _check_count(name, value, least=0 if name == "batch" else 1)
+        _check_sizes(batch, patches, frames)
         total = patches * frames
         score = torch.rand(batch, total, generator=generator, device=device)
         if frame_counts is not None:
@@ -280,6 +277,12 @@ def _check_count(name: str, value: int, least: int = 1) -> None:
         raise TypeError(f"{name} must be an int, but is {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, but is {value}")
+
+
+def _check_sizes(batch: int, patches: int, frames: int) -> None:
+    _check_count("batch", batch, least=0)
+    _check_count("patches", patches)
+    _check_count("frames", frames)
 
 
 def _check_ratio(ratio: float) -> None:

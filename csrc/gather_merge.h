@@ -62,6 +62,28 @@ inline MergeStrides merge_strides(const Tensor& backbone, const Tensor& branch, 
           branch.stride(1),   grad.stride(0),     grad.stride(1)};
 }
 
+// The tensors of a call in a form the kernels read: whole rows adjacent, lists contiguous.
+struct MergeCall {
+  MergeShape shape;
+  Tensor backbone, branch, grad, index;
+  std::optional<Tensor> gate, frame_counts;
+  MergeStrides stride;
+
+  // grad_in is null in the forward pass.
+  MergeCall(const char* op, const Tensor& backbone_in, const Tensor& branch_in, const std::optional<Tensor>& gate_in,
+            const Tensor& index_in, const std::optional<Tensor>& counts_in, const Tensor* grad_in)
+      : shape(check_merge(op, backbone_in, branch_in, gate_in, index_in, counts_in)),
+        backbone(adjacent_rows(backbone_in)),
+        branch(adjacent_rows(branch_in)),
+        grad(grad_in ? adjacent_rows(*grad_in) : branch),
+        index(torch::stable::contiguous(index_in)),
+        stride(merge_strides(backbone, branch, grad)) {
+    if (gate_in) gate = torch::stable::contiguous(*gate_in);
+    if (counts_in) frame_counts = torch::stable::contiguous(*counts_in);
+    if (grad_in) check_merge_grad(op, *grad_in, backbone_in, shape);
+  }
+};
+
 // Rows of one partial sum of the gate's gradient. It depends on shapes alone, so the result does not depend on the
 // number of threads; at most 512 partials bound the memory.
 inline int64_t merge_rows_per_partial(int64_t rows) {

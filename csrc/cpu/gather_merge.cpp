@@ -197,22 +197,11 @@ void check_values(const char* op, const Tensor& index, const std::optional<Tenso
   }
 }
 
-// The tensors of a call, brought into a form the kernels read, and the typed arguments made of them.
-struct MergeCall {
-  MergeShape shape;
-  Tensor backbone, branch, grad, index;
-  std::optional<Tensor> gate, frame_counts;
-
-  MergeCall(const char* op, const Tensor& backbone_in, const Tensor& branch_in, const std::optional<Tensor>& gate_in,
-            const Tensor& index_in, const std::optional<Tensor>& counts_in, const Tensor* grad_in)
-      : shape(check_merge(op, backbone_in, branch_in, gate_in, index_in, counts_in)),
-        backbone(adjacent_rows(backbone_in)),
-        branch(adjacent_rows(branch_in)),
-        grad(grad_in ? adjacent_rows(*grad_in) : branch),
-        index(torch::stable::contiguous(index_in)) {
-    if (gate_in) gate = torch::stable::contiguous(*gate_in);
-    if (counts_in) frame_counts = torch::stable::contiguous(*counts_in);
-    if (grad_in) check_merge_grad(op, *grad_in, backbone_in, shape);
+// A call as the kernels here take it; reading the values of index costs nothing on a CPU.
+struct CpuCall : MergeCall {
+  CpuCall(const char* op, const Tensor& backbone_in, const Tensor& branch_in, const std::optional<Tensor>& gate_in,
+          const Tensor& index_in, const std::optional<Tensor>& counts_in, const Tensor* grad_in)
+      : MergeCall(op, backbone_in, branch_in, gate_in, index_in, counts_in, grad_in) {
     check_values(op, index, frame_counts, shape);
   }
 
@@ -225,14 +214,14 @@ struct MergeCall {
             index.const_data_ptr<int64_t>(),
             frame_counts ? frame_counts->const_data_ptr<int64_t>() : nullptr,
             shape,
-            merge_strides(backbone, branch, grad)};
+            stride};
   }
 };
 
 Tensor gather_merge_cpu(const Tensor& backbone, const Tensor& branch, const std::optional<Tensor>& gate,
                         const Tensor& index, const std::optional<Tensor>& frame_counts) {
   const char* op = "gather_merge";
-  const MergeCall call(op, backbone, branch, gate, index, frame_counts, nullptr);
+  const CpuCall call(op, backbone, branch, gate, index, frame_counts, nullptr);
   const MergeShape& s = call.shape;
   Tensor out = empty_like_shape(branch, {s.batch, s.rows(), s.width});
   dispatch_float(branch.scalar_type(), op, [&](auto zero) {
@@ -272,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_merge_backward_cpu(const Tensor& grad,
                                                              const std::optional<Tensor>& frame_counts,
                                                              bool need_backbone, bool need_branch, bool need_gate) {
   const char* op = "gather_merge_backward";
-  const MergeCall call(op, backbone, branch, gate, index, frame_counts, &grad);
+  const CpuCall call(op, backbone, branch, gate, index, frame_counts, &grad);
   const MergeShape& s = call.shape;
   need_gate = need_gate && gate.has_value();
   Tensor grad_backbone = need_backbone

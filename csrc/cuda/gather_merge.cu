@@ -25,24 +25,11 @@ struct DeviceType<torch::headeronly::Half> {
   using type = __half;
 };
 
-// The tensors of a call in a form the kernels read.
-struct MergeCall {
-  MergeShape shape;
-  Tensor backbone, branch, grad, index;
-  std::optional<Tensor> gate, frame_counts;
-  MergeStrides stride;
-
-  MergeCall(const char* op, const Tensor& backbone_in, const Tensor& branch_in, const std::optional<Tensor>& gate_in,
-            const Tensor& index_in, const std::optional<Tensor>& counts_in, const Tensor* grad_in)
-      : shape(check_merge(op, backbone_in, branch_in, gate_in, index_in, counts_in)),
-        backbone(adjacent_rows(backbone_in)),
-        branch(adjacent_rows(branch_in)),
-        grad(grad_in ? adjacent_rows(*grad_in) : branch),
-        index(torch::stable::contiguous(index_in)),
-        stride(merge_strides(backbone, branch, grad)) {
-    if (gate_in) gate = torch::stable::contiguous(*gate_in);
-    if (counts_in) frame_counts = torch::stable::contiguous(*counts_in);
-    if (grad_in) check_merge_grad(op, *grad_in, backbone_in, shape);
+// A call as device code takes it.
+struct CudaCall : MergeCall {
+  CudaCall(const char* op, const Tensor& backbone_in, const Tensor& branch_in, const std::optional<Tensor>& gate_in,
+           const Tensor& index_in, const std::optional<Tensor>& counts_in, const Tensor* grad_in)
+      : MergeCall(op, backbone_in, branch_in, gate_in, index_in, counts_in, grad_in) {
     STD_TORCH_CHECK(shape.frames * std::max<int64_t>(shape.patches, 1) <= INT_MAX, op,
                     ": P*T is more than 32 bits hold");
   }
@@ -91,7 +78,7 @@ struct MergeCall {
 Tensor gather_merge_cuda(const Tensor& backbone, const Tensor& branch, const std::optional<Tensor>& gate,
                          const Tensor& index, const std::optional<Tensor>& frame_counts) {
   const char* op = "gather_merge";
-  const MergeCall call(op, backbone, branch, gate, index, frame_counts, nullptr);
+  const CudaCall call(op, backbone, branch, gate, index, frame_counts, nullptr);
   const MergeShape& s = call.shape;
   const Launch on(op, branch.get_device_index());
   Tensor out = empty_like_shape(branch, {s.batch, s.rows(), s.width});
@@ -109,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_merge_backward_cuda(const Tensor& grad
                                                               const std::optional<Tensor>& frame_counts,
                                                               bool need_backbone, bool need_branch, bool need_gate) {
   const char* op = "gather_merge_backward";
-  const MergeCall call(op, backbone, branch, gate, index, frame_counts, &grad);
+  const CudaCall call(op, backbone, branch, gate, index, frame_counts, &grad);
   const MergeShape& s = call.shape;
   const Launch on(op, branch.get_device_index());
   need_gate = need_gate && gate.has_value();
