@@ -22,7 +22,7 @@ def mini() -> str:
     found, told = result["retrieval"], result["answers"]
     plain, branch, p = found["frame_mean"], found["branch"], found["p"]
     lines = [
-        f"Zero-shot, {plain['n']} held-out clips, one for each caption such as \"a red sneaker moving left\":",
+        f'Zero-shot, {plain["n"]} held-out clips, one for each caption such as "a red sneaker moving left":',
         "",
         "| | CLIP, mean of the frames | CLIP and branch | p |",
         "| --- | --- | --- | --- |",

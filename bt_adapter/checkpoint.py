@@ -185,13 +185,13 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> No
         raise CheckpointError(f"{source} does not fit the model; {'; '.join(parts)}")
 
 
-def clip_tensors(clip: nn.Module | str | os.PathLike) -> tuple[str | None, dict[str, Tensor], TowerConfig]:
+def clip_tensors(clip: Any) -> tuple[str | None, dict[str, Tensor], TowerConfig]:
     """Name, tensors under their published names, and configuration of a Hugging Face CLIP's vision tower."""
-    if not isinstance(clip, nn.Module):
+    if isinstance(clip, (str, os.PathLike)):
         from transformers import CLIPVisionModelWithProjection
 
         clip = CLIPVisionModelWithProjection.from_pretrained(os.fspath(clip))
-    config = getattr(clip.config, "vision_config", clip.config)
+    config: Any = getattr(clip.config, "vision_config", clip.config)
     if getattr(config, "model_type", None) != "clip_vision_model":
         raise TypeError(
             f"clip must be a CLIP with a vision tower (model_type 'clip_vision_model'), but is "

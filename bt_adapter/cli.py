@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         if isinstance(command, Chat):
             return _run_chat(command)
+        if isinstance(command, Mini):
+            return _run_mini(command.part, list(command.rest))
         for name, value in (("clips", command.clips), ("each", command.each)):
             if value < 1:
                 raise CommandError(f"--{name} must be 1 or more, got {value}")
@@ -133,7 +135,7 @@ def _run_mini(part: str, rest: list[str]) -> int:
     module = importlib.import_module(MINI_PARTS[part][0])
     before = sys.argv
     stage = [part] if MINI_PARTS[part][0].endswith(".tune") else []
-    sys.argv = [module.__file__, *stage, *rest]
+    sys.argv = [module.__file__ or part, *stage, *rest]
     try:
         module.main()
     finally:

@@ -128,6 +128,7 @@ def test_the_call_goes_before_the_block():
 def test_a_block_holds_for_the_backward_of_what_ran_inside(monkeypatch):
     ran = []
     for kernel in OPS["gather_merge"].kernels:
+
         def backward(*args, kernel=kernel, original=kernel.backward):
             ran.append(kernel.backend)
             return original(*args)

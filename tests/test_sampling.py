@@ -99,7 +99,5 @@ def test_counts_of_wrong_type(arguments):
 
 
 def test_unknown_rule():
-    with pytest.raises(
-        ValueError, match="sampling must be one of 'middle', 'random', 'reference', got 'first'"
-    ):
+    with pytest.raises(ValueError, match="sampling must be one of 'middle', 'random', 'reference', got 'first'"):
         sample_indices(8, 2, "first")

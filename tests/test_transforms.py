@@ -71,9 +71,7 @@ def test_no_resize_is_exact():
     frames = picture(32, 32)
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
     expected = (frames.double() / 255 - mean) / std
-    torch.testing.assert_close(
-        preprocess(frames, 32).double(), expected, rtol=0, atol=1e-6
-    )  # float32 rounding
+    torch.testing.assert_close(preprocess(frames, 32).double(), expected, rtol=0, atol=1e-6)  # float32 rounding
 
 
 def test_centre_is_cropped():

@@ -46,9 +46,7 @@ def numbers(frames: torch.Tensor) -> list[int]:
     return result
 
 
-def mux(
-    path, frames, pts, codec="libx264", time_base=Fraction(1, 1000), options=None, rotation=None, audio=None
-):
+def mux(path, frames, pts, codec="libx264", time_base=Fraction(1, 1000), options=None, rotation=None, audio=None):
     """Write frames at times of our choice, in units of time_base."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
@@ -99,9 +97,7 @@ def clip(folder) -> Path:
 def long_clip(folder) -> Path:
     """400 frames, a key frame every 20."""
     path = folder / "long.mp4"
-    write_video(
-        path, numbered(400), fps=25, options={"g": "20", "preset": "ultrafast", "bf": "2", "crf": "18"}
-    )
+    write_video(path, numbered(400), fps=25, options={"g": "20", "preset": "ultrafast", "bf": "2", "crf": "18"})
     return path
 
 
@@ -206,9 +202,7 @@ def test_times_count_from_the_start_of_the_file(tmp_path):
 def test_video_that_starts_after_its_sound(tmp_path):
     path = mux(tmp_path / "late.mp4", numbered(10), range(500, 1500, 100), options={"bf": "0"}, audio=2)
     video = read_video(path, None)
-    assert video.timestamps.tolist() == pytest.approx(
-        [0.5 + i / 10 for i in range(10)], abs=0.07
-    )  # AAC priming
+    assert video.timestamps.tolist() == pytest.approx([0.5 + i / 10 for i in range(10)], abs=0.07)  # AAC priming
     assert video.duration == pytest.approx(1.0, abs=0.15)
 
 
@@ -402,9 +396,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         made[name][0].write_text("This is no video.\n" * 100)
     made["junk"][0].write_bytes(np.random.default_rng(0).bytes(20000))
     write_video(folder / "whole.mp4", numbered(10))
-    made["playlist"][0].write_text(
-        "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nwhole.mp4\n#EXT-X-ENDLIST\n"
-    )
+    made["playlist"][0].write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nwhole.mp4\n#EXT-X-ENDLIST\n")
     made["cut"][0].write_bytes((folder / "whole.mp4").read_bytes()[:200])
     write_sound(made["wav"][0], "pcm_s16le")
     write_sound(made["m4a"][0], "aac")
@@ -450,9 +442,7 @@ def write_fast_start(path, frames):
         stream = container.add_stream("libx264", rate=8, options={"bf": "0", "g": "5"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "yuv420p"
         for frame in frames:
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).numpy(), format="rgb24"))
-            )
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).numpy(), format="rgb24")))
         container.mux(stream.encode(None))
 
 
@@ -460,9 +450,7 @@ def write_fast_start(path, frames):
 @pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
 def test_truncated_file_gives_what_is_there(tmp_path, suffix, share):
     generator = torch.Generator().manual_seed(0)
-    frames = numbered(40) // 2 + torch.randint(0, 100, (40, 1, HEIGHT, WIDTH), generator=generator).to(
-        torch.uint8
-    )
+    frames = numbered(40) // 2 + torch.randint(0, 100, (40, 1, HEIGHT, WIDTH), generator=generator).to(torch.uint8)
     whole = tmp_path / f"whole{suffix}"
     write_fast_start(whole, frames) if suffix == ".mp4" else write_video(whole, frames)
     assert not read_video(whole).truncated

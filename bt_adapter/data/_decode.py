@@ -62,9 +62,7 @@ class Source:
                 raise VideoError(f"{name}: the file is empty (0 bytes)")
             return cls(name, os.path.abspath(name))  # absolute: a name such as "a:b.mp4" is no protocol
         if not callable(getattr(path, "read", None)):
-            raise TypeError(
-                f"path must be a file name, bytes or a binary file object, got {type(path).__name__}"
-            )
+            raise TypeError(f"path must be a file name, bytes or a binary file object, got {type(path).__name__}")
         name = str(getattr(path, "name", "<file>"))
         if isinstance(path, io.TextIOBase):
             raise TypeError(f"path must be opened in binary mode, got {type(path).__name__} ({name})")

@@ -94,9 +94,7 @@ class TrainTransform:
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
         self.mean, self.std, self.dtype = mean, std, dtype
 
-    def box(
-        self, height: int, width: int, generator: torch.Generator | None = None
-    ) -> tuple[int, int, int, int]:
+    def box(self, height: int, width: int, generator: torch.Generator | None = None) -> tuple[int, int, int, int]:
         """Draw a crop `(top, left, height, width)` in pixels inside a frame of `height × width`."""
         for _ in range(10):
             share = self._uniform(*self.scale, generator)
@@ -168,9 +166,7 @@ def check_frames(frames: torch.Tensor) -> None:
     if not isinstance(frames, torch.Tensor):
         raise TypeError(f"frames must be a torch.Tensor, got {type(frames).__name__}")
     if frames.ndim != 4:
-        raise ValueError(
-            f"frames must have rank 4, [T, 3, H, W], got rank {frames.ndim}: {list(frames.shape)}"
-        )
+        raise ValueError(f"frames must have rank 4, [T, 3, H, W], got rank {frames.ndim}: {list(frames.shape)}")
     if frames.dtype != torch.uint8:
         raise TypeError(f"frames must be uint8 with values 0..255, got {frames.dtype}")
     if frames.shape[1] != 3:

@@ -13,7 +13,7 @@ composed of the shipped items (in no training split):
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -211,7 +211,7 @@ def evaluate(each: int = 30, seed: int = 2309, progress: Callable[[str, int], No
 
 
 def _accuracy(kind: str, result: dict[str, Tensor]) -> dict:
-    values = {"n": len(result["label"])}
+    values: dict[str, Any] = {"n": len(result["label"])}
     for way in ("generated", "likelihood"):
         values[way] = round(result[way].float().mean().item(), 4)
     if kind == "motion":

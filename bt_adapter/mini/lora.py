@@ -41,7 +41,8 @@ class TunedLinear(nn.Module):
         super().__init__()
         if base.bias is not None:
             raise ValueError("base has a bias; expected a layer without")
-        self.base, self.low = base, half
+        self.base: nn.Linear = base
+        self.low: bool = half
         self.weight_half: Tensor
         if half:
             self.register_buffer("weight_half", base.weight.detach().bfloat16(), persistent=False)
@@ -103,4 +104,4 @@ def merge_adapters(model: nn.Module, state: dict[str, Tensor]) -> None:
     for name in sorted({key.rpartition(".")[0] for key in state}):
         weight = model.get_parameter(f"{name}.weight")
         product = state[f"{name}.lora_b"].float() @ state[f"{name}.lora_a"].float()
-        weight += (SCALE * product).to(weight.dtype).to(weight.device)
+        weight.add_((SCALE * product).to(weight.device, weight.dtype))

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ def draw(stage: str, items: Items, n: int, generator: torch.Generator) -> tuple[
     """n visuals (pixels of stills or clips) and the turns about each."""
     if stage == "projector":
         frames, labels = stills(items, n, generator)
-        kinds = [("item", "colour", "caption")] * n
+        kinds: list[tuple[str, ...]] = [("item", "colour", "caption")] * n
     else:
         frames, labels = clips(items, n, generator=generator)
         second = torch.randint(3, (n,), generator=generator).tolist()
@@ -263,7 +264,7 @@ def check(chat, prompts: Prompts, options: argparse.Namespace, each: int) -> dic
     }
 
 
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "projector": {"steps": 160, "log": "projector", "align_steps": 250, "align_batch": 128},
     "tuned": {"steps": 260, "log": "tune", "align_steps": 200, "align_batch": 32},
     "control": {"steps": 260, "log": "control", "align_steps": 200, "align_batch": 32},

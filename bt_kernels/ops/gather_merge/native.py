@@ -23,7 +23,5 @@ def forward(backbone, branch, gate, index, frame_counts, patches, frames, slots)
 
 
 def backward(grad, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs):
-    grads = torch.ops.bt_kernels_native.gather_merge_backward(
-        grad, backbone, branch, gate, index, frame_counts, *needs
-    )
+    grads = torch.ops.bt_kernels_native.gather_merge_backward(grad, backbone, branch, gate, index, frame_counts, *needs)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
