@@ -128,13 +128,14 @@ def test_auto_without_a_compiler_installs_and_says_why(sources, tmp_path):
         assert "no C++ compiler was found" in content.read("bt_kernels/_native_build.txt").decode()
 
 
-def test_required_without_a_compiler_fails_and_says_why(sources, tmp_path):
+@pytest.mark.parametrize(("native", "cuda"), [("1", "auto"), ("auto", "1")])
+def test_required_without_a_compiler_fails_and_says_why(sources, tmp_path, native, cuda):
     done = run(
         sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path,
-        sources, check=False, BT_NATIVE="1", PATH=str(tmp_path), CXX="",
+        sources, check=False, BT_NATIVE=native, BT_CUDA=cuda, PATH=str(tmp_path), CXX="",
     )  # fmt: skip
     assert done.returncode != 0
-    assert "BT_NATIVE=1, but no C++ compiler was found" in done.stdout + done.stderr
+    assert f"BT_NATIVE={native} and BT_CUDA={cuda}, but no C++ compiler was found" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["BT_NATIVE", "BT_CUDA"])
