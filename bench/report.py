@@ -42,11 +42,11 @@ def mini() -> str:
     systems = told["systems"]
     kinds = {"motion": "how it moves", "item": "what it is", "colour": "its colour"}
     counts = " | ".join(f"{label} (n = {systems['tuned'][kind]['n']})" for kind, label in kinds.items())
-    lines += ["", "Questions about held-out clips, share of generated answers that are right:", "", f"| | {counts} |"]
-    lines.append("| --- | --- | --- | --- |")
+    lines += ["", "Questions about held-out clips, share of generated answers that are right:", ""]
+    lines += [f"| | {counts} | how it moves, likeliest of the nine answers |", "| --- | --- | --- | --- | --- |"]
     for name, label in names.items():
         shares = " | ".join(f"{systems[name][kind]['generated']:.3f}" for kind in kinds)
-        lines.append(f"| {label} | {shares} |")
+        lines.append(f"| {label} | {shares} | {systems[name]['motion']['likelihood']:.3f} |")
     motions = list(systems["tuned"]["motion"]["per_motion"])
     lines += ["", "The first column by motion:", "", f"| | {' | '.join(motions)} |"]
     lines.append("| --- " * (len(motions) + 1) + "|")
