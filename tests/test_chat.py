@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from bt_adapter.chat.attach import attach, detach
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.prompts import image_prompt, video_prompt
-from bt_adapter.mini import language, llava, lora, questions, trees
+from bt_adapter.mini import answers, language, llava, lora, questions, trees
 from bt_adapter.mini.items import ITEMS
 from bt_adapter.mini.scenes import COLOURS, MOTIONS
 
@@ -105,7 +105,7 @@ def test_every_path_of_a_token_tree_is_a_sequence_of_its_own():
     visual = torch.randn(2, 3, 40, dtype=torch.float64)
     short = trees.TokenTree()
     short.add(-1, [61, 5] + [IMAGE_TOKEN] * 3 + [7])
-    hidden = trees.hidden_states(chat, trees.collate([tree, short], 62), visual)
+    hidden, _ = trees.hidden_states(chat, trees.collate([tree, short], 62), visual)
     for row, nodes, ids in (
         (0, [trunk, *one, *right], [1, 2, 3, 4, 7, 8]),
         (0, [trunk, *one, *left], [1, 2, 3, 4, 6, 8]),
@@ -117,6 +117,36 @@ def test_every_path_of_a_token_tree_is_a_sequence_of_its_own():
         embeds[0, 2:5] = visual[row]
         alone = chat.model.language_model(inputs_embeds=embeds).last_hidden_state[0, 4:]
         torch.testing.assert_close(hidden[row, nodes], alone, rtol=1e-9, atol=1e-9)  # float64: rounding alone
+
+
+@pytest.mark.parametrize("known", [0, 3, 6])
+def test_answers_read_off_the_tree_are_those_generated(monkeypatch, known):
+    """Whether the greedy answer leaves the tree of expected answers at once, after a while, or (one row's) never."""
+    chat, tokenizer = make_chat(), make_tokenizer()
+    prompts = trees.Prompts(tokenizer, IMAGE_TOKEN)
+    visual = torch.randn(4, 3, 40, generator=torch.Generator().manual_seed(2))
+    asked = [("motion", "how is it moving ?"), ("colour", "is it w20 ?")]
+    expected = [answers.generate(chat, prompts, visual, question, 6) for _, question in asked]
+    texts = tuple(" ".join(text.split()[:known]) for text in expected[0][:2] + expected[1][1:3])
+    monkeypatch.setattr(questions, "answers", lambda kind: (*dict.fromkeys(texts), "left right ."))
+    found = answers.score(chat, prompts, visual, asked, 6)
+    assert [scores.generated for scores in found] == expected
+
+
+def test_likelihoods_are_those_of_the_answers_alone():
+    chat, tokenizer = make_chat(), make_tokenizer()
+    prompts = trees.Prompts(tokenizer, IMAGE_TOKEN)
+    visual = torch.randn(1, 3, 40, generator=torch.Generator().manual_seed(3))
+    (scores,) = answers.score(chat, prompts, visual, [("motion", "how is it ?")])
+    for i, text in enumerate(questions.answers("motion")):
+        tree, trunk = prompts.trunk(3)
+        ids, nodes = prompts.answer(tree, prompts.question(tree, trunk, "how is it ?"), text)
+        hidden, _ = trees.hidden_states(chat, trees.collate([tree], 62), visual)
+        log_p = chat.lm_head(hidden[0, nodes]).log_softmax(-1)
+        expected = log_p[torch.arange(len(ids)), torch.tensor(ids)].sum()
+        torch.testing.assert_close(
+            scores.likelihood[0, i], expected, rtol=1e-4, atol=1e-4
+        )  # float32 sums in other order
 
 
 def test_merged_adapters_equal_adapters():
@@ -209,7 +239,6 @@ def test_mini_prompts_are_what_its_template_gives(mini):
 
 
 def test_mini_answers_and_scores_agree(mini):
-    from bt_adapter.mini import answers
     from bt_adapter.mini.clip import normalise
 
     clips, labels = answers.held_out(each=2)

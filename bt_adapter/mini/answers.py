@@ -12,12 +12,13 @@ composed of the shipped items (in no training split):
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import Cache, LlavaForConditionalGeneration
 
 from bt_adapter.chat.attach import attach, branch_enabled
 from bt_adapter.model import BTAdapterVisionModel
@@ -55,59 +56,102 @@ def visual_tokens(chat: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor
 
 @torch.no_grad()
 def score(
-    chat: LlavaForConditionalGeneration, prompts: Prompts, visual: Tensor, asked: Sequence[tuple[str, str]]
+    chat: LlavaForConditionalGeneration,
+    prompts: Prompts,
+    visual: Tensor,
+    asked: Sequence[tuple[str, str]],
+    max_new_tokens: int = 12,
 ) -> list[Scores]:
     """Ask every visual [B, V, D] each (kind, question) of asked, in one pass.
 
     All answers of a kind hang on its question as a tree that shares beginnings. Their likelihoods are read off it, and
-    so is the greedy generation, step by step, as long as it follows the tree; where it leaves it, it is generated anew.
+    so is the greedy generation, token by token, as long as it follows the tree; where it leaves it, it goes on alone.
     """
     tree, trunk = prompts.trunk(visual.shape[1])
-    paths = []  # of each question: the node its answers hang on, and the nodes of each answer
+    hung = []  # of each question: the node its answers hang on; of each answer its tokens and the nodes they follow
     for kind, question in asked:
         last = prompts.question(tree, trunk, question)
-        paths.append((last, [prompts.answer(tree, last, text, share=True) for text in questions.answers(kind)]))
+        hung.append((last, [prompts.answer(tree, last, text) for text in questions.answers(kind)]))
     batch = collate([tree], prompts.image_token)
-    size = len(visual)
-    batch = TreeBatch(batch.ids.expand(size, -1), batch.positions.expand(size, -1), batch.mask.expand(size, -1, -1, -1))
-    hidden = hidden_states(chat, batch, visual)
+    hidden, cache = hidden_states(chat, batch.expand(len(visual)), visual, keep=True)
 
     results = []
-    for (_, question), (last, answers) in zip(asked, paths, strict=True):
-        inner = sorted({last, *(node for nodes in answers for node in nodes[:-1])})
+    for last, answers in hung:
+        inner = sorted({node for _, nodes in answers for node in nodes})
         place = {node: i for i, node in enumerate(inner)}
         log_p = chat.lm_head(hidden[:, inner]).log_softmax(-1)  # [B, inner, vocabulary]
-        likelihood = torch.stack(
-            [
-                sum(
-                    log_p[:, place[parent], tree.ids[node]] for parent, node in zip([last, *nodes], nodes, strict=False)
-                )
-                for nodes in answers
-            ],
-            dim=1,
-        )
-        best = log_p.argmax(-1).tolist()
-        follow = {(tree.parents[node], tree.ids[node]): node for nodes in answers for node in nodes}
-        generated = [_walk(tree.ids, follow, last, dict(zip(inner, row, strict=True))) for row in best]
-        astray = [i for i, ids in enumerate(generated) if ids is None]
-        texts = ["" if ids is None else prompts.tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
+        columns = [(torch.tensor([place[node] for node in nodes]), torch.tensor(ids)) for ids, nodes in answers]
+        likelihood = torch.stack([log_p[:, rows, ids].sum(1) for rows, ids in columns], dim=1)
+        follow = {
+            (node, token): after
+            for ids, nodes in answers
+            for node, token, after in zip(nodes[:-1], ids[:-1], nodes[1:], strict=True)
+        }
+        ends = {(nodes[-1], ids[-1]) for ids, nodes in answers}
+        walks = [_walk(follow, ends, last, dict(zip(inner, row, strict=True))) for row in log_p.argmax(-1).tolist()]
+        astray = [i for i, walk in enumerate(walks) if walk[1] is not None]
+        said = [ids for ids, _ in walks]
         if astray:
-            for i, text in zip(astray, generate(chat, prompts, visual[astray], question), strict=True):
-                texts[i] = text
+            nodes = [node for _, node in walks if node is not None]
+            rest = _go_on(
+                chat, prompts, batch, copy.deepcopy(cache), astray, nodes, [said[i][-1] for i in astray], max_new_tokens
+            )
+            for i, ids in zip(astray, rest, strict=True):
+                said[i] = (said[i] + ids)[:max_new_tokens]
+        texts = [str(prompts.tokenizer.decode(ids, skip_special_tokens=True)) for ids in said]
         results.append(Scores(likelihood, texts))
     return results
 
 
-def _walk(ids: list[int], follow: dict[tuple[int, int], int], node: int, best: dict[int, int]) -> list[int] | None:
-    """Greedy decoding down the tree; None when the most likely token is not on it."""
+def _walk(
+    follow: dict[tuple[int, int], int], ends: set[tuple[int, int]], node: int, best: dict[int, int]
+) -> tuple[list[int], int | None]:
+    """Greedy decoding down the tree: the tokens, and where the last of them left it (None: an answer's end was met)."""
     found = []
-    while node in best:
-        child = follow.get((node, best[node]))
-        if child is None:
-            return None
-        found.append(ids[child])
-        node = child
-    return found
+    while True:
+        token = best[node]
+        found.append(token)
+        if (node, token) in ends:
+            return found, None
+        if (node, token) not in follow:
+            return found, node
+        node = follow[node, token]
+
+
+def _go_on(
+    chat: LlavaForConditionalGeneration,
+    prompts: Prompts,
+    batch: TreeBatch,
+    cache: Cache,
+    rows: list[int],
+    nodes: list[int],
+    tokens: list[int],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Greedy decoding of `rows` on from tokens that follow `nodes` of the tree; what comes after these tokens."""
+    cache.batch_select_indices(torch.tensor(rows))
+    seen = batch.mask[0, 0, nodes]  # [n, S]: a row sees its own path through the tree, and what it says now
+    depth = batch.positions[0, nodes]
+    token, end = torch.tensor(tokens), prompts.tokenizer.eos_token_id
+    said: list[list[int]] = [[] for _ in rows]
+    open_rows = [t != end for t in tokens]
+    for step in range(1, max_new_tokens):
+        if not any(open_rows):
+            break
+        seen = torch.cat([seen, torch.ones(len(rows), 1, dtype=torch.bool)], 1)
+        hidden = chat.model.language_model(
+            inputs_embeds=chat.get_input_embeddings()(token)[:, None],
+            attention_mask=seen[:, None, None],
+            position_ids=(depth + step)[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        token = chat.lm_head(hidden[:, -1]).argmax(-1)
+        for i, value in enumerate(token.tolist()):
+            if open_rows[i]:
+                said[i].append(value)
+                open_rows[i] = value != end
+    return said
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import Cache, LlavaForConditionalGeneration
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .questions import Turn
@@ -48,6 +48,10 @@ class TreeBatch(NamedTuple):
     positions: torch.Tensor
     mask: torch.Tensor
 
+    def expand(self, size: int) -> TreeBatch:
+        """The one tree of this batch, `size` times over."""
+        return TreeBatch(*(value.expand(size, *value.shape[1:]) for value in self))
+
 
 class Prompts:
     """Turns the mini chat's parts into token ids; the pieces join into exactly what its chat template gives."""
@@ -68,18 +72,21 @@ class Prompts:
         """Add a question; the node answers hang on."""
         return tree.add(parent, self._ids(f"{question}<|im_end|>\n<|im_start|>assistant\n"))[-1]
 
-    def answer(self, tree: TokenTree, parent: int, text: str, share: bool = False) -> list[int]:
-        """Add an answer (with its end); its nodes."""
-        return tree.add(parent, self._ids(f"{text}<|im_end|>"), share)
+    def answer(self, tree: TokenTree, parent: int, text: str) -> tuple[list[int], list[int]]:
+        """Add an answer below a question, along nodes that are there already.
+
+        Its tokens, the end among them, and for each the node it follows. The end itself is only ever predicted.
+        """
+        ids = self._ids(f"{text}<|im_end|>")
+        return ids, [parent, *tree.add(parent, ids[:-1], share=True)]
 
     def turns(self, turns: Sequence[Turn], visual_tokens: int) -> TokenTree:
         """A training example: every answer's tokens are targets, and nothing else is."""
         tree, trunk = self.trunk(visual_tokens)
         for number, turn in enumerate(turns):
             last = self.question(tree, trunk, turn.question)
-            ids = self._ids(f"{turn.answer}<|im_end|>")
-            nodes = tree.add(last, ids[:-1])  # the end is only ever a target
-            tree.targets += [(node, token, number) for node, token in zip([last, *nodes], ids, strict=True)]
+            ids, nodes = self.answer(tree, last, turn.answer)
+            tree.targets += [(node, token, number) for node, token in zip(nodes, ids, strict=True)]
         return tree
 
 
@@ -100,11 +107,17 @@ def collate(trees: Sequence[TokenTree], pad: int) -> TreeBatch:
     return TreeBatch(ids, positions, mask[:, None])
 
 
-def hidden_states(chat: LlavaForConditionalGeneration, batch: TreeBatch, visual: torch.Tensor) -> torch.Tensor:
-    """Last hidden states [B, S, D] of the language model. visual [B, V, D] takes the image tokens' places."""
+def hidden_states(
+    chat: LlavaForConditionalGeneration, batch: TreeBatch, visual: torch.Tensor, keep: bool = False
+) -> tuple[torch.Tensor, Cache | None]:
+    """Last hidden states [B, S, D] of the language model, and its cache if it is to be kept.
+
+    visual [B, V, D] takes the image tokens' places.
+    """
     embeds = chat.get_input_embeddings()(batch.ids)
     places = (batch.ids == chat.config.image_token_id)[..., None].expand_as(embeds)
     embeds = embeds.masked_scatter(places, visual.to(embeds.dtype))
-    return chat.model.language_model(
-        inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-    ).last_hidden_state
+    out = chat.model.language_model(
+        inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions, use_cache=keep
+    )
+    return out.last_hidden_state, out.past_key_values if keep else None

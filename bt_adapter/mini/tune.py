@@ -87,7 +87,7 @@ def draw(stage: str, items: Items, n: int, generator: torch.Generator) -> tuple[
 def answer_loss(chat, prompts: Prompts, head: Tensor, visual: Tensor, turns: list[list]) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy over all answer tokens, and over the first turn's alone. head: output embedding [V, D]."""
     trees = [prompts.turns(own, visual.shape[1]) for own in turns]
-    hidden = hidden_states(chat, collate(trees, 2), visual)
+    hidden, _ = hidden_states(chat, collate(trees, 2), visual)
     targets = [(row, *target) for row, tree in enumerate(trees) for target in tree.targets]
     rows, nodes, tokens, number = (torch.tensor(column) for column in zip(*targets, strict=True))
     chosen = hidden[rows, nodes]
