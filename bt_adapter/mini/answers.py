@@ -66,12 +66,13 @@ def score(
 
     All answers of a kind hang on its question as a tree that shares beginnings. Their likelihoods are read off it, and
     so is the greedy generation, token by token, as long as it follows the tree; where it leaves it, it goes on alone.
+    An answer that follows the tree to its full stop is taken to end there.
     """
     tree, trunk = prompts.trunk(visual.shape[1])
     hung = []  # of each question: the node its answers hang on; of each answer its tokens and the nodes they follow
     for kind, question in asked:
         last = prompts.question(tree, trunk, question)
-        hung.append((last, [prompts.answer(tree, last, text) for text in questions.answers(kind)]))
+        hung.append((last, [prompts.answer(tree, last, text, end=False) for text in questions.answers(kind)]))
     batch = collate([tree], prompts.image_token)
     hidden, cache = hidden_states(chat, batch.expand(len(visual)), visual, keep=True)
 

@@ -72,12 +72,13 @@ class Prompts:
         """Add a question; the node answers hang on."""
         return tree.add(parent, self._ids(f"{question}<|im_end|>\n<|im_start|>assistant\n"))[-1]
 
-    def answer(self, tree: TokenTree, parent: int, text: str) -> tuple[list[int], list[int]]:
+    def answer(self, tree: TokenTree, parent: int, text: str, end: bool = True) -> tuple[list[int], list[int]]:
         """Add an answer below a question, along nodes that are there already.
 
-        Its tokens, the end among them, and for each the node it follows. The end itself is only ever predicted.
+        Its tokens (with the end of the turn, unless end is False), and for each the node it follows. The last token is
+        only ever predicted and gets no node.
         """
-        ids = self._ids(f"{text}<|im_end|>")
+        ids = self._ids(f"{text}<|im_end|>" if end else text)
         return ids, [parent, *tree.add(parent, ids[:-1], share=True)]
 
     def turns(self, turns: Sequence[Turn], visual_tokens: int) -> TokenTree:
