@@ -7,30 +7,43 @@ The method: arXiv 2309.15785 (CVPR 2024). The path of a video through this packa
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from bt_adapter.checkpoint import CheckpointError
-from bt_adapter.config import BTAdapterConfig, TowerConfig
-from bt_adapter.model import BTAdapterOutput, BTAdapterVisionModel
-from bt_adapter.published import load_reference_checkpoint, to_reference_state_dict
+if TYPE_CHECKING:
+    from bt_adapter.chat.attach import attach as attach
+    from bt_adapter.checkpoint import CheckpointError as CheckpointError
+    from bt_adapter.config import BTAdapterConfig as BTAdapterConfig
+    from bt_adapter.config import TowerConfig as TowerConfig
+    from bt_adapter.model import BTAdapterOutput as BTAdapterOutput
+    from bt_adapter.model import BTAdapterVisionModel as BTAdapterVisionModel
+    from bt_adapter.published import load_reference_checkpoint as load_reference_checkpoint
+    from bt_adapter.published import to_reference_state_dict as to_reference_state_dict
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BTAdapterConfig",
-    "BTAdapterOutput",
-    "BTAdapterVisionModel",
-    "CheckpointError",
-    "TowerConfig",
-    "attach",
-    "load_reference_checkpoint",
-    "to_reference_state_dict",
-]
+# Brought in when first asked for: torch and transformers take seconds, and the command line must answer at once.
+_PLACES = {
+    "BTAdapterConfig": "config",
+    "BTAdapterOutput": "model",
+    "BTAdapterVisionModel": "model",
+    "CheckpointError": "checkpoint",
+    "TowerConfig": "config",
+    "attach": "chat.attach",
+    "load_reference_checkpoint": "published",
+    "to_reference_state_dict": "published",
+}
+
+__all__ = list(_PLACES)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "attach":  # brings in transformers, which is slow to import
-        from bt_adapter.chat.attach import attach
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return attach
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -54,6 +54,10 @@ def run_demo(command: Demo) -> int:
 
     with _folder(command.keep) as folder:
         _ask_about(chat, write_clips(folder, command.clips, command.seed), console)
+    console.print(
+        "Branch off: the same weights given the mean of the frames. A model tuned that way is measured below.",
+        style="dim",
+    )
     real = real_clip()
     console.rule("a real clip", align="left")
     if real is None:
