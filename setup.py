@@ -67,10 +67,10 @@ class CMakeBuild(build_ext):
         note.unlink(missing_ok=True)
         reason = missing()
         if reason is None:
-            reason = self.cmake(target, cuda)
+            reason = self.cmake(target, BT_CUDA=cuda)
             if reason is not None and cuda == "auto":
                 self.warn(f"once more without the CUDA kernels: {reason}")
-                reason = self.cmake(target, "0")
+                reason = self.cmake(target, BT_CUDA="0", BT_CUDA_OFF=f"with the CUDA kernels {reason}")
         if reason is None:
             return
         if "1" in (native, cuda):
@@ -79,21 +79,20 @@ class CMakeBuild(build_ext):
         note.write_text(reason + "\n")
         self.warn(f"bt_kernels is installed without its native part: {reason}")
 
-    def cmake(self, target, cuda):
+    def cmake(self, target, **options):
         """Configure, build and install; why it failed, or None."""
         try:
-            self.run_cmake(target, cuda)
+            self.run_cmake(target, options)
         except subprocess.CalledProcessError as error:
             return f"the build failed ({' '.join(map(str, error.cmd[:3]))} ...: exit status {error.returncode})"
         return None
 
-    def run_cmake(self, target, cuda):
+    def run_cmake(self, target, options):
         build = Path(self.build_temp).resolve() / "cmake"
-        options = {
+        options |= {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_INSTALL_PREFIX": target,
             "Python_EXECUTABLE": sys.executable,
-            "BT_CUDA": cuda,
             "BT_CUDA_ARCHS": os.environ.get("BT_CUDA_ARCHS", ""),
             "BT_NATIVE_ARCH": os.environ.get("BT_NATIVE_ARCH", ""),
         }
