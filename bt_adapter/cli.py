@@ -41,6 +41,8 @@ class Chat:
     """Branch to attach: a folder of save_pretrained, its hub name, or a published checkpoint; mini has its own."""
     frames: int = 8
     """Frames to take, evenly spread over the video."""
+    repeat: bool = False
+    """Repeat frames where the video has fewer than --frames."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
     no_branch: Annotated[bool, arg(name="no-branch")] = False

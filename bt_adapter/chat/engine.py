@@ -145,9 +145,9 @@ class VideoChat:
         return Reply("".join(streamer.text).strip(), streamer.tokens, seconds)
 
 
-def read(path: str | os.PathLike[str], frames: int, progress: Progress | None = None) -> Video:
-    """Decode `frames` evenly spread frames of a video file. Raises VideoError."""
-    return read_video(Path(path), frames=frames, sampling="middle", progress=progress)
+def read(path: str | os.PathLike[str], frames: int, repeat: bool = False, progress: Progress | None = None) -> Video:
+    """Decode `frames` evenly spread frames of a video file (fewer there: `repeat` them). Raises VideoError."""
+    return read_video(Path(path), frames=frames, sampling="middle", repeat=repeat, progress=progress)
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:

@@ -25,13 +25,13 @@ def run_chat(command: Chat) -> int:
     notes = Console(stderr=True, highlight=False)
     seconds: dict[str, float] = {}
     with _stage(seconds, "decode"), progress_bar(notes, "decoding") as progress:
-        video = read(command.video, command.frames, progress)  # first: a bad file is told before a model is loaded
+        video = read(
+            command.video, command.frames, command.repeat, progress
+        )  # first: a bad file is told before a model is loaded
     if video.truncated:
         notes.print(
             f"[yellow]{command.video}: damaged or cut short; going on with the {video.total} frames that are there"
         )
-    if video.total < command.frames:
-        notes.print(f"[yellow]{command.video}: {video.total} frames for the {command.frames} asked, some are repeated")
     with _stage(seconds, "load"), notes.status("loading the model"):
         chat = load(command)
     with _stage(seconds, "encode"), progress_bar(notes, "encoding") as progress:

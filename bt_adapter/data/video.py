@@ -67,15 +67,14 @@ def read_video(
     start: float | None = None,
     end: float | None = None,
     progress: Progress | None = None,
-    strict: bool = False,
+    repeat: bool = False,
     method: str = "auto",
 ) -> Video:
     """Read `frames` frames of a video file, chosen by `sample_indices`.
 
     Sampling runs over frames in order of presentation, not over seconds: that is the published rule, and the
-    two differ only at a variable frame rate, where `timestamps` tell when each frame is shown. Of a video
-    with fewer frames than asked, frames repeat, ascending and evenly spread. Only the frames asked for are
-    held in memory.
+    two differ only at a variable frame rate, where `timestamps` tell when each frame is shown. Only the frames
+    asked for are held in memory.
 
     Args:
         path: a local file, its bytes, or a binary file object (read from its present position on).
@@ -85,7 +84,8 @@ def read_video(
         start, end: only frames shown at `start <= t < end`, in seconds from the start of the file.
         progress: called with (steps done, steps in all) while decoding; begins anew for a second pass, which
             a file needs whose packets do not tell the number of its frames.
-        strict: raise where the video has fewer than `frames` frames, instead of repeating frames.
+        repeat: of a video with fewer than `frames` frames, repeat frames, ascending and evenly spread, instead of
+            raising.
         method: "sequential" decodes from the first frame on; "seek" jumps to the key frame before each frame
             wanted where container and codec allow it (MP4, MOV, Matroska, WebM; H.264, H.265, VP9, AV1);
             "auto" takes the cheaper one. The frames are the same; damage inside a file is only sure to be
@@ -95,7 +95,7 @@ def read_video(
         TypeError: an argument of the wrong type.
         ValueError: unknown `sampling` or `method`.
         VideoError: missing, empty, unreadable or unsupported file, no video in it, no frame in it or between
-            `start` and `end`, `frames` below 1, a bad range, or too few frames with `strict`.
+            `start` and `end`, `frames` below 1, a bad range, or too few frames without `repeat`.
     """
     source = Source.of(path)
     if frames is not None:
@@ -118,13 +118,16 @@ def read_video(
         if total == 0:
             where = "" if start is None and end is None else f" between start={start} and end={end} seconds"
             raise VideoError(f"{source.name}: no frame can be decoded{where}")
-        if strict and frames is not None and total < frames:
-            raise VideoError(f"{source.name}: {frames} frames were asked for, but there are only {total}")
+        if not repeat and frames is not None and total < frames:
+            raise VideoError(
+                f"{source.name}: {frames} frames were asked for, but there are only {total}; ask for fewer, or let "
+                "frames repeat (repeat=True)"
+            )
 
     index = scan(source)
     expected = index.count(span)
-    if index.exact:
-        require(expected)
+    if index.exact and expected == 0:
+        require(0)
     total = max(expected, 1)  # decoding decides: a packet without a time may still stand for a frame
     chosen, taken = choose(total), None
     wanted = sorted(set(chosen))
