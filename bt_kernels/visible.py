@@ -229,9 +229,8 @@ class VisibleTokens:
         if frame_counts is not None:
             frame_counts = torch.as_tensor(frame_counts)
             _check_frame_counts(frame_counts, batch)
-            if (
-                frame_counts.device.type == "cpu" and not torch.compiler.is_compiling()
-            ):  # reading them waits for nothing
+            # on the CPU, reading them waits for nothing
+            if frame_counts.device.type == "cpu" and not torch.compiler.is_compiling():
                 _check_frame_values(frame_counts.tolist(), frames)
             frame_counts = frame_counts.to(score.device).long()
             real = torch.arange(total, device=score.device) % frames < frame_counts[:, None]
