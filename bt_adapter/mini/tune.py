@@ -4,13 +4,10 @@
 ``python -m bt_adapter.mini.tune tuned``      projector, adapters and branch, from questions about moving clips
 ``python -m bt_adapter.mini.tune control``    the same from the same clips with the branch off
 
-Each stage begins with a minute that needs no pass through the language model: the mean of the visual tokens is drawn
-towards the word embeddings of what is to be seen (item, colour and, on clips, motion). Reading words off tokens that
-resemble them, the language model starts to answer in a third of the steps it takes otherwise. Then questions are
-asked, with the loss on the answers alone.
-
-Each stage begins with a warm start (`align`): the mean visual token is drawn towards the words for what is seen, item and
-colour, on clips the motion too. It is supervised by labels, not by questions, and the same for ``tuned`` and ``control``.
+Each stage begins with a warm start (`align`) that needs no pass through the language model: the mean of the visual
+tokens is drawn towards the word embeddings of what is to be seen (item, colour and, on clips, motion). It is supervised
+by the scenes' labels, not by questions, and the same for ``tuned`` and ``control``. Then questions are asked, with the
+loss on the answers alone.
 
 Each step draws fresh scenes from a generator seeded by the run's seed and the step, so ``tuned`` and ``control`` see
 the same clips and questions in the same order, and a resumed run sees what it would have seen.
