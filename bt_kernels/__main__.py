@@ -44,7 +44,8 @@ def main() -> None:
             elif (reason := kernel.why_not(probe)) is not None:
                 state = f"no: {reason}"
             else:
-                state = "runs when asked for by name (no recorded device run)" if kernel.unmeasured else "runs"
+                default = kernel.why_not_default(probe)
+                state = "runs" if default is None else f"runs when asked for by name: {default}"
             print(f"  {backend:<10} {state}")
 
 

@@ -40,6 +40,16 @@ def check_tensor(
             raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, but is on {tensor.device}")
 
 
+def check_norm(norm: tuple, width: int, like: tuple[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+    """Raise unless ``norm`` is ``(weight [D], bias [D], eps)``; return it."""
+    if not isinstance(norm, (tuple, list)) or len(norm) != 3:
+        raise TypeError(f"norm must be (weight, bias, eps), but is {type(norm).__name__}")
+    weight, bias, eps = norm
+    check_tensor("norm weight", weight, "[D]", (width,), like)
+    check_tensor("norm bias", bias, "[D]", (width,), like)
+    return weight, bias, float(eps)
+
+
 def check_is_visible(visible: VisibleTokens) -> None:
     """Raise unless ``visible`` is a VisibleTokens. Comes first: the shape rules of the tensors read its sizes."""
     if not isinstance(visible, VisibleTokens):

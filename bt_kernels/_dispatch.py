@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,14 +26,28 @@ class Kernel:
         backend: one of "cuda", "triton", "cpu", "reference".
         forward, backward: take the arguments of the registered op without its ``backend``.
         why_not: takes the forward's arguments; says why the kernel cannot run them, or None.
-        unmeasured: the kernel runs only when asked for by name, because no recorded device run shows it to win.
+        why_not_default: likewise, says why it runs them only when asked for by name, or None.
     """
 
     backend: str
     forward: Callable
     backward: Callable
     why_not: Callable[..., str | None] = lambda *args: None
-    unmeasured: bool = False
+    why_not_default: Callable[..., str | None] = lambda *args: None
+
+
+def unmeasured(*args) -> str:
+    """``why_not_default`` of a kernel that never ran where it could show its worth."""
+    return "no recorded run shows it to win"
+
+
+def imported(module: str, function: str) -> Callable:
+    """``module.function``, imported when first called: Triton kernels, whose import loads Triton."""
+
+    def call(*args):
+        return getattr(importlib.import_module(module), function)(*args)
+
+    return call
 
 
 def check_backend(name: str | None) -> str | None:
@@ -86,8 +101,8 @@ def choose(op: str, kernels: tuple[Kernel, ...], asked: str | None, args: tuple)
         if forced is not None and kernel.backend != forced:
             continue
         reason = kernel.why_not(*args)
-        if reason is None and forced is None and kernel.unmeasured:
-            reason = "runs only when asked for by name: no recorded device run shows it to win"
+        if reason is None and forced is None and (default := kernel.why_not_default(*args)):
+            reason = f"runs only when asked for by name: {default}"
         if reason is None:
             return kernel
         reasons[kernel.backend] = reason

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,10 +52,13 @@ def define_op(
     tensors: str,
     differentiable: tuple[str, ...],
     kernels: tuple[Kernel, ...],
-    fake: Callable[..., Tensor],
+    fake: Callable,
     extra: str = "",
     autocast: str = "widest",
     uncast: tuple[str, ...] = (),
+    results: tuple[str, ...] = ("out",),
+    keep: tuple[str, ...] = (),
+    saved: tuple[str, ...] = (),
 ) -> Op:
     """Register ``bt_kernels::name`` and ``bt_kernels::name_backward`` and return the op.
 
@@ -63,45 +67,55 @@ def define_op(
         tensors: schema of the tensor arguments, for example ``"Tensor backbone, Tensor? gate"``.
         differentiable: the arguments that may get a gradient; the backward op returns one tensor for each (of size
             0 where it is not needed).
-        kernels: see :class:`Kernel`. ``forward(*args)`` and ``backward(grad, *args, needs)``, where ``args`` are
-            tensors, visible tokens and extras, and ``needs`` one bool for each differentiable argument.
-        fake: shape of the output from ``args``.
+        kernels: see :class:`Kernel`. ``forward(*args)`` returns results and saved tensors (alone, not in a tuple, where
+            there is one); ``backward(*grads, *args, *kept, *saved, needs)`` a tuple. ``args`` are tensors, visible
+            tokens and extras, ``needs`` one bool for each differentiable argument, ``grads`` one for each result (None
+            where no gradient came, if there are several).
+        fake: the forward's results and saved tensors from ``args``, of the right shape and dtype.
         extra: schema of what follows the visible tokens, for example ``", float eps"``.
         autocast: "lower" casts floating-point inputs to autocast's dtype (as matrix products do), "widest" to the
             widest of theirs (as ``torch.cat`` does).
         uncast: tensor arguments that autocast leaves alone.
+        results: names of what the forward returns and is differentiable in.
+        keep: those of ``results`` that the backward reads.
+        saved: names of further tensors that the forward returns for the backward alone.
     """
     arguments = f"{tensors}, {_VISIBLE}{extra}"
-    names = tuple(part.split()[-1] for part in arguments.split(","))
+    names = tuple(part.split()[-1] for part in arguments.split(", "))
     places = tuple(names.index(each) for each in differentiable)
-    results = "Tensor" if len(places) == 1 else f"({', '.join(['Tensor'] * len(places))})"
+    kept = tuple(results.index(each) for each in keep)
+    grads_in = ["Tensor grad"] if len(results) == 1 else [f"Tensor? grad_{each}" for each in results]
+    kept_in = [f"Tensor {each}" for each in (*keep, *saved)]
+    backward_in = ", ".join([*grads_in, arguments, *kept_in, f"bool[{len(places)}] needs", "str? backend"])
     backward_name = f"{name}_backward"
-    _LIBRARY.define(f"{name}({arguments}, str? backend) -> Tensor")
-    _LIBRARY.define(f"{backward_name}(Tensor grad, {arguments}, bool[{len(places)}] needs, str? backend) -> {results}")
+    _LIBRARY.define(f"{name}({arguments}, str? backend) -> {_tensors(len(results) + len(saved))}")
+    _LIBRARY.define(f"{backward_name}({backward_in}) -> {_tensors(len(places))}")
 
     def forward(*args):
         *args, asked = args
         return choose(name, kernels, asked, tuple(args)).forward(*args)
 
-    def backward(grad, *args):
+    def backward(*args):
         *args, needs, asked = args
-        grads = choose(name, kernels, asked, tuple(args)).backward(grad, *args, tuple(needs))
-        grads = tuple(grad.new_empty(0) if g is None else g for g in grads)
-        return grads[0] if len(grads) == 1 else grads
+        chosen = choose(name, kernels, asked, tuple(args[len(results) :][: len(names)]))
+        empty = args[len(results)].new_empty
+        return _alone(tuple(empty(0) if g is None else g for g in chosen.backward(*args, tuple(needs))))
 
-    def fake_backward(grad, *args):
+    def fake_backward(*args):
         *args, needs, _ = args
-        grads = tuple(
-            torch.empty_like(args[place], memory_format=torch.contiguous_format) if need else grad.new_empty(0)
-            for place, need in zip(places, needs, strict=True)
+        args = args[len(results) :]
+        return _alone(
+            tuple(
+                torch.empty_like(args[place], memory_format=torch.contiguous_format) if need else args[0].new_empty(0)
+                for place, need in zip(places, needs, strict=True)
+            )
         )
-        return grads[0] if len(grads) == 1 else grads
 
     _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     _LIBRARY.impl(backward_name, backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bt_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
     torch.library.register_fake(f"bt_kernels::{backward_name}", fake_backward, lib=_LIBRARY)
-    _register_autograd(name, places)
+    _register_autograd(name, places, kept, len(results))
     _refuse_second_derivative(backward_name)
     skipped = {names.index(each) for each in uncast}
     for device in ("CPU", "CUDA"):
@@ -110,21 +124,36 @@ def define_op(
     return OPS[name]
 
 
-def _register_autograd(name: str, places: tuple[int, ...]) -> None:
+def _tensors(count: int) -> str:
+    return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+
+
+def _alone(values: tuple) -> Any:
+    return values[0] if len(values) == 1 else values
+
+
+def _register_autograd(name: str, places: tuple[int, ...], kept: tuple[int, ...], results: int) -> None:
     def setup_context(ctx, inputs, output) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
         tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
-        ctx.save_for_backward(*[inputs[i] for i in tensors])
+        saved = outputs[results:]
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # zeros of the size of every result without a gradient
+        ctx.save_for_backward(*[inputs[i] for i in tensors], *[outputs[i] for i in kept], *saved)
         ctx.tensors = tensors
         ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.inputs[-1] = forced_backend(inputs[-1])  # a block that forces a backend holds for its backward too
 
-    def run_backward(ctx, grad):
+    def run_backward(ctx, *grads_in):
         inputs = list(ctx.inputs)
-        for place, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+        tensors = ctx.saved_tensors
+        for place, tensor in zip(ctx.tensors, tensors, strict=False):
             inputs[place] = tensor
         *args, asked = inputs
+        kept_and_saved = tensors[len(ctx.tensors) :]
         needs = [ctx.needs_input_grad[place] for place in places]
-        grads = getattr(torch.ops.bt_kernels, f"{name}_backward")(grad, *args, needs, asked)
+        run = getattr(torch.ops.bt_kernels, f"{name}_backward")
+        grads = run(*grads_in[:results], *args, *kept_and_saved, needs, asked)
         if len(places) == 1:
             grads = (grads,)
         result = [None] * len(inputs)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _FOLDER = Path(__file__).parent
 
@@ -79,3 +80,13 @@ def build_info() -> dict[str, str]:
     there is none."""
     module, _ = _load_cpu()
     return {} if module is None else dict(module.build_facts())
+
+
+def why_not_cpu_kernel(tensor: Tensor, *_) -> str | None:
+    """Why a compiled CPU kernel cannot run on ``tensor`` (the op's first argument), or None."""
+    return why_not_cpu() if tensor.device.type == "cpu" else f"tensors are on {tensor.device}"
+
+
+def why_not_cuda_kernel(tensor: Tensor, *_) -> str | None:
+    """Why a compiled CUDA kernel cannot run on ``tensor`` (the op's first argument), or None."""
+    return why_not_cuda() if tensor.device.type == "cuda" else f"tensors are on {tensor.device}"

@@ -35,9 +35,19 @@ def attend_backward(
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
+def log_sum_exp(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Of the scores q·kᵀ/√E over the keys: ``[..., H, Q]``, in float32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return _scores(q.to(wide), k.to(wide), key_mask).logsumexp(-1)
+
+
 def _probabilities(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+    return _scores(q, k, key_mask).softmax(-1)
+
+
+def _scores(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
     scores = torch.einsum("...qhe,...khe->...hqk", q * q.shape[-1] ** -0.5, k)
     if key_mask is not None:
         # The lowest finite number and not -inf: a sequence without any visible token stays finite and is never read.
         scores = scores.masked_fill(~key_mask[..., None, None, :], torch.finfo(scores.dtype).min)
-    return scores.softmax(-1)
+    return scores

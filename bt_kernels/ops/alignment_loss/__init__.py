@@ -3,9 +3,11 @@
 from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_tensor, check_visible
-from bt_kernels._dispatch import Kernel
+from bt_kernels._dispatch import Kernel, unmeasured
 from bt_kernels._library import define_op, visible_arguments
-from bt_kernels.ops.alignment_loss import reference
+from bt_kernels._native import why_not_cpu_kernel
+from bt_kernels._triton import triton_kernel, why_not_without_float64
+from bt_kernels.ops.alignment_loss import native, reference
 from bt_kernels.visible import VisibleTokens
 
 _OP = define_op(
@@ -14,7 +16,11 @@ _OP = define_op(
     "Tensor head_norm_bias, Tensor target_norm_weight, Tensor target_norm_bias, Tensor target_projection, "
     "Tensor? target_projection_bias",
     differentiable=("branch", "head_weight", "head_bias", "head_norm_weight", "head_norm_bias"),
-    kernels=(Kernel("reference", reference.forward, reference.backward),),
+    kernels=(
+        triton_kernel(f"{__name__}.triton", why_not=why_not_without_float64),
+        Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel, unmeasured),
+        Kernel("reference", reference.forward, reference.backward),
+    ),
     fake=lambda branch, *_: branch.new_empty(()),
     extra=", float head_norm_eps, float target_norm_eps",
 )

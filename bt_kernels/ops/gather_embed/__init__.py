@@ -2,21 +2,47 @@
 
 from torch import Tensor
 
-from bt_kernels._checks import check_is_visible, check_tensor, check_visible
-from bt_kernels._dispatch import Kernel
+from bt_kernels._checks import check_is_visible, check_norm, check_tensor, check_visible
+from bt_kernels._dispatch import Kernel, unmeasured
 from bt_kernels._library import define_op, visible_arguments
-from bt_kernels.ops.gather_embed import reference
+from bt_kernels._native import why_not_cpu_kernel, why_not_cuda_kernel
+from bt_kernels._row_norm import fake_norm
+from bt_kernels._triton import triton_kernel
+from bt_kernels.ops.gather_embed import native, reference
 from bt_kernels.visible import VisibleTokens
 
+_TRITON = f"{__name__}.triton"
 _OP = define_op(
     "gather_embed",
     "Tensor backbone, Tensor cls_token, Tensor pos, Tensor time",
     differentiable=("backbone", "cls_token", "pos", "time"),
-    kernels=(Kernel("reference", reference.forward, reference.backward),),
-    fake=lambda backbone, cls_token, pos, time, index, *_: backbone.new_empty(
-        backbone.shape[0], 1 + index.shape[1], backbone.shape[3]
+    kernels=(
+        Kernel("cuda", native.forward, native.backward, why_not_cuda_kernel, unmeasured),
+        triton_kernel(_TRITON),
+        Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel, unmeasured),
+        Kernel("reference", reference.forward, reference.backward),
     ),
+    fake=lambda backbone, cls_token, pos, time, index, *_: _empty_out(backbone, index),
 )
+_NORM_OP = define_op(
+    "gather_embed_norm",
+    "Tensor backbone, Tensor cls_token, Tensor pos, Tensor time, Tensor norm_weight, Tensor norm_bias",
+    differentiable=("backbone", "cls_token", "pos", "time", "norm_weight", "norm_bias"),
+    kernels=(
+        triton_kernel(_TRITON, "_norm"),
+        Kernel("cpu", native.forward_norm, native.backward_norm, why_not_cpu_kernel, unmeasured),
+        Kernel("reference", reference.forward_norm, reference.backward_norm),
+    ),
+    fake=lambda backbone, cls_token, pos, time, weight, bias, index, *_: fake_norm(_empty_out(backbone, index)),
+    extra=", float norm_eps",
+    results=("out", "normed"),
+    keep=("out",),
+    saved=("mean", "rstd"),
+)
+
+
+def _empty_out(backbone: Tensor, index: Tensor) -> Tensor:
+    return backbone.new_empty(backbone.shape[0], 1 + index.shape[1], backbone.shape[3])
 
 
 def gather_embed(
@@ -26,7 +52,8 @@ def gather_embed(
     time: Tensor,
     visible: VisibleTokens,
     backend: str | None = None,
-) -> Tensor:
+    norm: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Input of the branch's first layer: visible tower tokens with position and time, and the branch's CLS.
 
     ``out[b, 0] = ½(mean_t backbone[b, t, 0] + cls_token + pos[0])`` and, for row n holding patch p of frame t,
@@ -45,9 +72,10 @@ def gather_embed(
         time: time table, ``[M, D]`` with M ≥ T rows.
         visible: which tokens, and in which order.
         backend: None, or "reference", "cpu", "triton", "cuda".
+        norm: ``(weight [D], bias [D], eps)`` of a LayerNorm of the patch rows, written in the same pass.
 
     Returns:
-        ``[B, 1+N, D]``; padding rows (index -1) are zero.
+        ``[B, 1+N, D]``, and with ``norm`` the patch rows normalised, ``[B, N, D]``; padding rows (index -1) are zero.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not match; the message names the argument.
@@ -63,4 +91,7 @@ def gather_embed(
     check_tensor("time", time, "[M, D]", (None, width), like)
     if time.shape[0] < visible.frames:
         raise ValueError(f"time must have a row for each of {visible.frames} frames, but has {time.shape[0]}")
-    return _OP(backbone, cls_token, pos, time, *visible_arguments(visible), backend)
+    if norm is None:
+        return _OP(backbone, cls_token, pos, time, *visible_arguments(visible), backend)
+    weight, bias, eps = check_norm(norm, width, like)
+    return _NORM_OP(backbone, cls_token, pos, time, weight, bias, *visible_arguments(visible), eps, backend)[:2]

@@ -3,20 +3,6 @@
 import torch
 from torch import Tensor
 
-from bt_kernels import _native
-
-
-def why_not_cpu(backbone, *_) -> str | None:
-    if backbone.device.type != "cpu":
-        return f"tensors are on {backbone.device}"
-    return _native.why_not_cpu()
-
-
-def why_not_cuda(backbone, *_) -> str | None:
-    if backbone.device.type != "cuda":
-        return f"tensors are on {backbone.device}"
-    return _native.why_not_cuda()
-
 
 def forward(backbone, branch, gate, index, frame_counts, patches, frames, slots) -> Tensor:
     return torch.ops.bt_kernels_native.gather_merge(backbone, branch, gate, index, frame_counts)
@@ -25,3 +11,11 @@ def forward(backbone, branch, gate, index, frame_counts, patches, frames, slots)
 def backward(grad, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs):
     grads = torch.ops.bt_kernels_native.gather_merge_backward(grad, backbone, branch, gate, index, frame_counts, *needs)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def forward_norm(*args):
+    raise NotImplementedError
+
+
+def backward_norm(*args):
+    raise NotImplementedError

@@ -3,16 +3,23 @@
 from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_tensor, check_visible
-from bt_kernels._dispatch import Kernel
+from bt_kernels._dispatch import Kernel, unmeasured
 from bt_kernels._library import define_op, visible_arguments
-from bt_kernels.ops.pool_video_tokens import reference
+from bt_kernels._native import why_not_cpu_kernel, why_not_cuda_kernel
+from bt_kernels._triton import triton_kernel
+from bt_kernels.ops.pool_video_tokens import native, reference
 from bt_kernels.visible import VisibleTokens
 
 _OP = define_op(
     "pool_video_tokens",
     "Tensor backbone, Tensor branch",
     differentiable=("backbone", "branch"),
-    kernels=(Kernel("reference", reference.forward, reference.backward),),
+    kernels=(
+        Kernel("cuda", native.forward, native.backward, why_not_cuda_kernel, unmeasured),
+        triton_kernel(f"{__name__}.triton"),
+        Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel, unmeasured),
+        Kernel("reference", reference.forward, reference.backward),
+    ),
     fake=lambda backbone, branch, index, frame_counts, patches, *_: branch.new_empty(
         branch.shape[0], patches + 1, branch.shape[2]
     ),

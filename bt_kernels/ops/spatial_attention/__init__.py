@@ -4,19 +4,42 @@ import torch
 from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_tensor, check_visible
-from bt_kernels._dispatch import Kernel
+from bt_kernels._dispatch import Kernel, unmeasured
 from bt_kernels._library import define_op, visible_arguments
-from bt_kernels.ops.spatial_attention import reference
+from bt_kernels._native import why_not_cpu_kernel
+from bt_kernels._triton import triton_kernel, why_not_without_float64
+from bt_kernels.ops.spatial_attention import native, reference
 from bt_kernels.visible import VisibleTokens
 
+
+def _fake(qkv, frame_weight, index, frame_counts, patches, frames, slots):
+    batch, rows, _, heads, width = qkv.shape
+    steps, groups = (frames, patches) if slots is None else (slots, (rows - 1) // slots)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    return (
+        qkv.new_empty(batch, rows, heads, width),
+        qkv.new_empty(batch, steps, heads, 1 + groups, dtype=wide),
+        qkv.new_empty(batch, steps, heads, width, dtype=wide),
+    )
+
+
+# lse [B, S, H, 1+G]: log-sum-exp (natural) of each query of a frame, CLS first, then group g's token of a grid or
+# patch g's when ragged (0 where not visible); cls_out [B, S, H, E]: the CLS query's result in each frame. Both in
+# float32 or wider.
 _OP = define_op(
     "spatial_attention",
     "Tensor qkv, Tensor? frame_weight",
     differentiable=("qkv",),
-    kernels=(Kernel("reference", reference.forward, reference.backward),),
-    fake=lambda qkv, *_: qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[3], qkv.shape[4]),
+    kernels=(
+        triton_kernel(f"{__name__}.triton", why_not=why_not_without_float64),
+        Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel, unmeasured),
+        Kernel("reference", reference.forward, reference.backward),
+    ),
+    fake=_fake,
     autocast="lower",
     uncast=("frame_weight",),
+    keep=("out",),
+    saved=("lse", "cls_out"),
 )
 
 
@@ -63,4 +86,4 @@ def spatial_attention(
         if frame_weight.device != qkv.device:
             raise ValueError(f"frame_weight must be on {qkv.device}, but is on {frame_weight.device}")
         frame_weight = frame_weight.detach()
-    return _OP(qkv, frame_weight, *visible_arguments(visible), backend)
+    return _OP(qkv, frame_weight, *visible_arguments(visible), backend)[0]

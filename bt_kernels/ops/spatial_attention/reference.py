@@ -4,19 +4,24 @@ import torch
 from torch import Tensor
 
 from bt_kernels._layout import frame_weights, from_grid, to_grid, visible_grid
-from bt_kernels._softmax_attention import attend, attend_backward
+from bt_kernels._softmax_attention import attend, attend_backward, log_sum_exp
 
 
-def forward(qkv, frame_weight, index, frame_counts, patches, frames, slots) -> Tensor:
+def forward(qkv, frame_weight, index, frame_counts, patches, frames, slots) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _frames(qkv, index, patches, frames, slots).unbind(3)  # [B, S, 1+G, H, E]
-    out = attend(q, k, v, _key_mask(index, patches, frames, slots))
+    mask = _key_mask(index, patches, frames, slots)
+    out = attend(q, k, v, mask)
     weights = _weights(frame_weight, frame_counts, qkv, out.shape[1])
-    cls = torch.einsum("bs,bshe->bhe", weights, out[:, :, 0].to(weights.dtype)).to(qkv.dtype)
+    cls_out = out[:, :, 0].to(weights.dtype).contiguous()
+    cls = torch.einsum("bs,bshe->bhe", weights, cls_out).to(qkv.dtype)
     rows = from_grid(out[:, :, 1:].transpose(1, 2), index, slots)
-    return torch.cat([cls[:, None], rows], 1)
+    lse = log_sum_exp(q, k, mask)  # [B, S, H, 1+G]
+    if mask is not None:
+        lse = lse.masked_fill(~mask[:, :, None], 0)
+    return torch.cat([cls[:, None], rows], 1), lse, cls_out
 
 
-def backward(grad, qkv, frame_weight, index, frame_counts, patches, frames, slots, needs):
+def backward(grad, qkv, frame_weight, index, frame_counts, patches, frames, slots, out, lse, cls_out, needs):
     q, k, v = _frames(qkv, index, patches, frames, slots).unbind(3)
     weights = _weights(frame_weight, frame_counts, qkv, q.shape[1])
     # the wide dtype holds the CLS gradient, which is shared out over the frames

@@ -1,0 +1,9 @@
+"""spatial_attention in C++ for CPU (csrc/cpu/spatial_attention.cpp)."""
+
+
+def forward(*args):
+    raise NotImplementedError
+
+
+def backward(*args):
+    raise NotImplementedError
