@@ -45,8 +45,8 @@ def check_norm(norm: tuple, width: int, like: tuple[str, Tensor]) -> tuple[Tenso
     if not isinstance(norm, (tuple, list)) or len(norm) != 3:
         raise TypeError(f"norm must be (weight, bias, eps), but is {type(norm).__name__}")
     weight, bias, eps = norm
-    check_tensor("norm weight", weight, "[D]", (width,), like)
-    check_tensor("norm bias", bias, "[D]", (width,), like)
+    check_tensor("norm_weight", weight, "[D]", (width,), like)
+    check_tensor("norm_bias", bias, "[D]", (width,), like)
     return weight, bias, float(eps)
 
 

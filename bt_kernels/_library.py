@@ -25,11 +25,22 @@ OPS: dict[str, Op] = {}
 
 @dataclass(frozen=True)
 class Op:
-    """A registered op: its name, its kernels in order of preference, and the names of its tensor arguments."""
+    """A registered op.
+
+    Attributes:
+        name, kernels: its kernels in order of preference.
+        arguments: names of its arguments, without the backend.
+        differentiable: those that may get a gradient.
+        results: how many tensors of the forward are results; the rest is saved for the backward.
+        kept: places of the results that the backward reads.
+    """
 
     name: str
     kernels: tuple[Kernel, ...]
     arguments: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    results: int
+    kept: tuple[int, ...]
 
     def __call__(self, *args):
         """Call the registered op, positionally."""
@@ -120,7 +131,7 @@ def define_op(
     skipped = {names.index(each) for each in uncast}
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, _autocast(name, device.lower(), autocast, skipped), f"Autocast{device}")
-    OPS[name] = Op(name, kernels, names)
+    OPS[name] = Op(name, kernels, names, differentiable, len(results), kept)
     return OPS[name]
 
 

@@ -26,8 +26,9 @@ class VisibleTokens:
       attention runs inside a group (row ``n`` belongs to group ``n // S``), spatial attention over the rows of one
       slot (``n % S``). With true tubes a group is a patch and a slot a frame.
     * **Ragged** (``slots`` is None): any (patch, frame) may be visible. A token attends, in time, to the visible
-      tokens of its own patch, and in space, to CLS and the visible tokens of its own frame. Rows past a video's
-      last visible token hold index -1: their values are never read, and outputs there are zero.
+      tokens of its own patch, and in space, to CLS and the visible tokens of its own frame. The index ascends, so
+      the tokens of a patch are neighbours. Rows past a video's last visible token hold index -1: their values are
+      never read, and outputs there are zero.
 
     Build one with :meth:`all`, :meth:`tube`, :meth:`random` or :meth:`from_reference_mask`, or by hand from an index:
     its values are then checked too, which waits for the device; ``check=False`` leaves that out.
@@ -142,8 +143,9 @@ class VisibleTokens:
         """Check the values too, and return self. Waits for the device.
 
         Raises:
-            ValueError: an index lies outside [0, patches·frames) (or is not -1 at the end of a ragged row), comes
-                twice or belongs to a padding frame, or a frame count lies outside [0, frames].
+            ValueError: an index lies outside [0, patches·frames) (or is not -1 at the end of a ragged row), does not
+                ascend when ragged, comes twice or belongs to a padding frame, or a frame count lies outside
+                [0, frames].
         """
         limit = self.patches * self.frames
         low = 0 if self.slots is not None else _PADDING
@@ -156,6 +158,8 @@ class VisibleTokens:
                 )
         if bool(((self.index[:, :-1] < 0) & (self.index[:, 1:] >= 0)).any()):
             raise ValueError("index must hold -1 only at the end of a row, but a visible token follows one")
+        if self.slots is None and bool(((self.index[:, 1:] <= self.index[:, :-1]) & (self.index[:, 1:] >= 0)).any()):
+            raise ValueError("index of the ragged form must ascend, but a row's place is not above the one before it")
         ordered = self.index.sort(dim=1).values
         if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
             raise ValueError("index must name a token once in a video, but names one twice")

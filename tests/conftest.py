@@ -1,12 +1,23 @@
-"""Shared test settings: one thread, hypothesis without deadlines, a count of the GPU tests that did not run."""
+"""Shared test settings: one thread, hypothesis without deadlines, Triton's interpreter where there is no GPU, a count
+of the GPU tests that did not run."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
 import torch
 from hypothesis import settings
+from interpreter import make_strict
+
+from bt_kernels._triton import interpreting
+
+# Without a GPU Triton kernels run in its interpreter, on CPU tensors. Triton reads this when a kernel is defined.
+if not torch.cuda.is_available() and os.environ.get("BT_TRITON") != "0":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if interpreting() and importlib.util.find_spec("triton"):
+    make_strict()
 
 # The tests' tensors are small: threads cost more than they give, and two test runs would fight for cores.
 torch.set_num_threads(int(os.environ.get("BT_TEST_THREADS", "1")))

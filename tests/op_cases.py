@@ -1,8 +1,7 @@
-"""Inputs and visible forms for the tests of every op: small, in float64, the same for each backend and dtype."""
+"""Visible forms and runs for the tests of every op, the same for each backend and dtype."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,12 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bt_kernels
 from bt_kernels import BackendUnavailable, VisibleTokens
+from bt_kernels._cases import Inputs, Variant, variants
 from bt_kernels._library import OPS
-
-SHARED = 6  # F, width of the shared video-text space
-Inputs = dict[str, Tensor | None]
+from bt_kernels._triton import interpreting
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -77,108 +74,13 @@ FORMS = (
 FORM = {form.name: form for form in FORMS}
 
 
-@dataclass(frozen=True)
-class Variant:
-    """An op with one choice of its optional arguments."""
-
-    op: str
-    suffix: str
-    inputs: Callable[[VisibleTokens, int, int, Callable[..., Tensor]], Inputs]
-    differentiable: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return self.op + self.suffix
-
-    def draw(self, visible: VisibleTokens, heads: int = 2, width: int = 4, seed: int = 0) -> Inputs:
-        """float64 inputs on the CPU."""
-        generator = seeded(seed)
-        return self.inputs(
-            visible, heads, width, lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
-        )
-
-
-def _tower(visible: VisibleTokens, d: int, draw: Callable[..., Tensor]) -> Tensor:
-    return draw(visible.batch, visible.frames, 1 + visible.patches, d)
-
-
-def _embed(visible, heads, width, draw):
-    d = heads * width
-    return {
-        "backbone": _tower(visible, d, draw),
-        "cls_token": draw(d),
-        "pos": draw(1 + visible.patches, d),
-        "time": draw(visible.frames + 2, d),
-    }
-
-
-def _merge(gated: bool):
-    def inputs(visible, heads, width, draw):
-        d = heads * width
-        return {
-            "backbone": _tower(visible, d, draw),
-            "branch": draw(visible.batch, 1 + visible.tokens, d),
-            "gate": draw(d).sigmoid() if gated else None,
-        }
-
-    return inputs
-
-
-def _temporal(visible, heads, width, draw):
-    return {"qkv": draw(visible.batch, visible.tokens, 3, heads, width)}
-
-
-def _spatial(weighted: bool):
-    def inputs(visible, heads, width, draw):
-        steps = visible.frames if visible.slots is None else visible.slots
-        weight = draw(visible.batch, steps).abs() if weighted else None
-        return {"qkv": draw(visible.batch, 1 + visible.tokens, 3, heads, width), "frame_weight": weight}
-
-    return inputs
-
-
-def _alignment(biased: bool):
-    def inputs(visible, heads, width, draw):
-        d = heads * width
-        return {
-            "branch": draw(visible.batch, 1 + visible.tokens, d),
-            "target": _tower(visible, d, draw),
-            "head_weight": draw(SHARED, d) / d**0.5,
-            "head_bias": draw(SHARED),
-            "head_norm_weight": 1 + draw(SHARED) / 4,
-            "head_norm_bias": draw(SHARED),
-            "target_norm_weight": 1 + draw(d) / 4,
-            "target_norm_bias": draw(d),
-            "target_projection": draw(SHARED, d) / d**0.5,
-            "target_projection_bias": draw(SHARED) if biased else None,
-        }
-
-    return inputs
-
-
-def _pool(visible, heads, width, draw):
-    d = heads * width
-    return {"backbone": _tower(visible, d, draw), "branch": draw(visible.batch, 1 + visible.tokens, d)}
-
-
-_HEAD = ("branch", "head_weight", "head_bias", "head_norm_weight", "head_norm_bias")
-VARIANTS = (
-    Variant("gather_embed", "", _embed, ("backbone", "cls_token", "pos", "time")),
-    Variant("gather_merge", "", _merge(True), ("backbone", "branch", "gate")),
-    Variant("gather_merge", "-sum", _merge(False), ("backbone", "branch")),
-    Variant("temporal_attention", "", _temporal, ("qkv",)),
-    Variant("spatial_attention", "", _spatial(False), ("qkv",)),
-    Variant("spatial_attention", "-weighted", _spatial(True), ("qkv",)),
-    Variant("alignment_loss", "", _alignment(False), _HEAD),
-    Variant("alignment_loss", "-biased", _alignment(True), _HEAD),
-    Variant("pool_video_tokens", "", _pool, ("backbone", "branch")),
-)
+VARIANTS = variants()
 VARIANT = {variant.name: variant for variant in VARIANTS}
 
 
 def _runs() -> list:
     """(variant, backend, device) of every kernel of every op; those on CUDA tensors are marked as GPU tests."""
-    triton_device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    triton_device = "cpu" if interpreting() else "cuda"
     devices = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": (triton_device,), "cuda": ("cuda",)}
     return [
         pytest.param(
@@ -200,7 +102,7 @@ RUNS = _runs()
 def call(variant: Variant, inputs: Inputs, visible: VisibleTokens, backend: str | None) -> Tensor:
     """Run the op; skip the test with the backends' reasons where this one cannot run. The reference always can."""
     try:
-        return getattr(bt_kernels, variant.op)(**inputs, visible=visible, backend=backend)
+        return variant.run(inputs, visible, backend)
     except BackendUnavailable as reason:
         if backend in (None, "reference"):
             raise

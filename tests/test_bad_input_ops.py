@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import FORM, VARIANT, VARIANTS, Variant
+from op_cases import FORM, VARIANT, VARIANTS
 
 import bt_kernels
+from bt_kernels._cases import Variant
 from bt_kernels import VisibleTokens
 
 FORM_NAME = "tube70"  # B 2, P 10, T 4, K 4, N 16; D 8, heads 2
@@ -24,7 +25,7 @@ def refused(variant: Variant, changed: dict, error: type | tuple, *words: object
     good = FORM[FORM_NAME].build()
     arguments = {**variant.draw(good), "visible": good if visible is None else visible, **changed}
     with pytest.raises(error) as raised:
-        getattr(bt_kernels, variant.op)(**arguments)
+        getattr(bt_kernels, variant.function)(**variant.arguments(arguments))
     message = str(raised.value)
     for word in words:
         assert str(word) in message, f"{word!r} is not in {message!r}"
@@ -94,7 +95,7 @@ def test_visible_is_something_else(variant):
 def test_another_number_of_visible_tokens(variant):
     """As many tokens as the branch has rows; ops without branch rows see another number of patches."""
     more = VisibleTokens.tube(2, 10, 4, 0.5)
-    if variant.op == "gather_embed":
+    if variant.function == "gather_embed":
         refused(variant, {}, ValueError, "backbone", 12, [2, 4, 11, 8], visible=VisibleTokens.tube(2, 11, 4, 0.7))
         return
     name = "qkv" if "attention" in variant.op else "branch"

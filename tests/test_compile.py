@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import FORM, VARIANT, VARIANTS, HostSyncs, Variant, call, seeded
+from op_cases import FORM, VARIANT, VARIANTS, HostSyncs, call, seeded
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bt_kernels
 from bt_kernels import VisibleTokens
+from bt_kernels._cases import Variant
 from bt_kernels._library import OPS
 
 BY_NAME = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
@@ -72,7 +73,7 @@ def test_compiles_whole(variant, form):
     visible = FORM[form].build()
 
     def step(inputs, visible):
-        return getattr(bt_kernels, variant.op)(**inputs, visible=visible)
+        return variant.run(inputs, visible)
 
     check_same(variant, step, torch.compile(step, fullgraph=True, backend="aot_eager"), visible)
     torch.compiler.reset()
@@ -99,7 +100,7 @@ def test_one_graph_serves_every_number_of_tokens(variant, kind):
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def step(inputs, visible):
-        return getattr(bt_kernels, variant.op)(**inputs, visible=visible)
+        return variant.run(inputs, visible)
 
     compiled = torch.compile(step, fullgraph=True, backend=graphs, dynamic=True)
     first = 0

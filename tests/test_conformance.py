@@ -9,11 +9,12 @@ from __future__ import annotations
 import dense
 import pytest
 import torch
-from op_cases import FORM, FORMS, RUNS, VARIANT, VARIANTS, Form, Inputs, Variant, call, grads, seeded
+from op_cases import FORM, FORMS, RUNS, VARIANT, VARIANTS, Form, call, grads, seeded
 from torch import Tensor
 
 import bt_kernels
 from bt_kernels import VisibleTokens
+from bt_kernels._cases import Inputs, Variant
 from bt_kernels._library import OPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -51,7 +52,7 @@ def exact(variant: Variant, inputs: Inputs, visible: VisibleTokens, upstream: Te
     wide = {name: None if t is None else t.detach().cpu().double() for name, t in inputs.items()}
     for name in variant.differentiable:
         wide[name].requires_grad_()
-    out = getattr(dense, variant.op)(**wide, visible=visible.to("cpu"))
+    out = getattr(dense, variant.function)(**variant.arguments(wide), visible=visible.to("cpu"))
     return {"": out.detach(), **grads(out, wide, variant.differentiable, upstream.detach().cpu().double())}
 
 
@@ -111,6 +112,8 @@ def exact_shape(variant: Variant, inputs: Inputs, visible: VisibleTokens) -> Ten
         return torch.empty(batch, rows, *inputs["qkv"].shape[3:])
     if variant.op == "pool_video_tokens":
         return torch.empty(batch, visible.patches + 1, inputs["branch"].shape[-1])
+    if "norm_weight" in inputs:  # the rows and the patch rows normalised, joined
+        rows += visible.tokens
     return torch.empty(batch, rows, inputs["backbone"].shape[-1])
 
 
@@ -219,8 +222,10 @@ def poisoned_tower(inputs: Inputs, visible: VisibleTokens, op: str) -> Inputs:
 def padded_upstream(out_shape: torch.Size, visible: VisibleTokens) -> Tensor:
     """A gradient with NaN at the padded rows, whose results are constants."""
     upstream = upstream_like(torch.empty(out_shape))
-    if upstream.ndim and upstream.shape[1] in (visible.tokens, 1 + visible.tokens):
-        upstream[:, upstream.shape[1] - visible.tokens :][visible.index < 0] = torch.nan
+    if upstream.ndim and upstream.shape[1] in (visible.tokens, 1 + visible.tokens, 1 + 2 * visible.tokens):
+        first = upstream.shape[1] % visible.tokens if visible.tokens > 1 else upstream.shape[1] % 2
+        for rows in upstream[:, first:].split(visible.tokens, 1):
+            rows[visible.index < 0] = torch.nan
     return upstream
 
 
@@ -358,7 +363,7 @@ def test_padding_a_batch_changes_no_video(variant, backend, device):
         alone = VisibleTokens(torch.tensor([[p * count + t for p, t in shown]]), 5, count).to(device)
         cut = {}
         for name, tensor in inputs.items():
-            if tensor is None or name in ("cls_token", "pos", "time", "gate"):
+            if tensor is None or name in ("cls_token", "pos", "time", "gate", "norm_weight", "norm_bias"):
                 cut[name] = tensor
             elif name in ("backbone", "frame_weight"):
                 cut[name] = tensor[b : b + 1, :count]
@@ -395,4 +400,4 @@ def test_more_sequences_than_a_launch_grid(variant, backend, device):
 
 def test_every_op_is_here():
     assert {variant.op for variant in VARIANTS} == set(OPS)
-    assert set(OPS) < set(bt_kernels.__all__)
+    assert {variant.function for variant in VARIANTS} < set(bt_kernels.__all__)

@@ -1,0 +1,220 @@
+"""Registers, spills, shared memory and tensor-core instructions of every Triton and CUDA kernel, without a GPU.
+
+    python bench/resources.py                     every op, sm_80, sm_90, sm_100
+    python bench/resources.py --op gather_merge --target 90 --json rows.json
+
+The launchers run on meta tensors at true shapes and their launches are recorded, so what is compiled here is what a
+GPU would be given, specialised as Triton's JIT does it. CUDA kernels come from ``_C_cuda.so``, if it is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bt_kernels import VisibleTokens, _triton
+from bt_kernels._cases import Variant, variants
+from bt_kernels._library import OPS, visible_arguments
+
+TARGETS = (80, 90, 100)
+SHARED_LIMIT = 100 * 1024  # bytes a program may use and leave room for a second one on sm_80
+TENSOR_MEMORY_LIMIT = 512  # columns on sm_100; above, Triton compiles an empty kernel without a word
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# (name, heads, head width, patches): ViT-L/14 and EVA-CLIP-g
+MODELS = (("L/14", 16, 64, 256), ("EVA-g", 16, 88, 256))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel takes on one target."""
+
+    op: str
+    kernel: str
+    target: str
+    dtype: str
+    case: str
+    registers: int
+    spills: int  # bytes of local memory, or load and store instructions to it
+    shared: int
+    tensor_core: int  # instructions
+    warps: int
+    wide_loads: int  # 128-bit
+    instructions: int
+
+
+def visible_forms(patches: int) -> Iterator[tuple[str, VisibleTokens]]:
+    """The forms a kernel may be specialised for."""
+    for frames in (8, 16, 64):
+        yield f"T={frames} tube 0.7", VisibleTokens.tube(2, patches, frames, 0.7)
+    yield "T=12 all", VisibleTokens.all(2, patches, 12)
+    yield "T=8 ragged", VisibleTokens.random(2, patches, 8, 0.7, frame_counts=torch.tensor([8, 5]))
+
+
+def meta_arguments(variant: Variant, visible: VisibleTokens, heads: int, width: int, dtype: torch.dtype) -> list:
+    """Arguments of the registered op without its backend, on the meta device."""
+
+    def draw(*size):
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    inputs = {"norm_eps": 1e-5, "head_norm_eps": 1e-5, "target_norm_eps": 1e-5}
+    inputs |= variant.inputs(visible, heads, width, draw)
+    if inputs.get("frame_weight") is not None:
+        inputs["frame_weight"] = inputs["frame_weight"].float()
+    names = ("index", "frame_counts", "patches", "frames", "slots")
+    inputs |= dict(zip(names, visible_arguments(visible.to("meta")), strict=True))
+    inputs["wanted"] = [True] * len(variant.differentiable)
+    return [inputs[name] for name in OPS[variant.op].arguments]
+
+
+def recorded_launches(variant: Variant, visible: VisibleTokens, heads: int, width: int, dtype) -> list:
+    """Every launch of forward and backward."""
+    op = OPS[variant.op]
+    kernel = next(k for k in op.kernels if k.backend == "triton")
+    arguments = meta_arguments(variant, visible, heads, width, dtype)
+    everything = tuple(name in variant.differentiable for name in op.differentiable)
+    training = tuple(name in variant.learning for name in op.differentiable)
+    with _triton.recorded() as launches:
+        outputs = kernel.forward(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = [torch.empty_like(out) for out in outputs[: op.results]]
+        saved = [outputs[place] for place in op.kept] + list(outputs[op.results :])
+        for needs in {everything, training}:
+            kernel.backward(*grads, *arguments, *saved, needs)
+    return launches
+
+
+def specialised(launch) -> tuple[dict, dict, dict]:
+    """Signature, constants and attributes of a launch as Triton's JIT would make them."""
+    signature, constants, attributes = {}, {}, {}
+    names = launch.kernel.arg_names
+    values = dict(zip(names, launch.args, strict=False)) | launch.constants
+    for place, name in enumerate(names):
+        value = values[name]
+        if name in launch.constants or value is None or isinstance(value, bool):
+            signature[name], constants[(place,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + POINTERS[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            if value == 1:
+                signature[name], constants[(place,)] = "constexpr", 1
+                continue
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return signature, constants, attributes
+
+
+POINTERS = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
+    torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8",
+}  # fmt: skip
+
+
+def tool(name: str) -> str:
+    """Triton's own copy of a CUDA tool."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def compiled(launch, target: int) -> dict:
+    """Compile a launch for ``sm_<target>`` and read the machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = specialised(launch)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        found = cubin_facts(file.name, kernel.metadata.name)
+    tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0
+    if tensor_memory > TENSOR_MEMORY_LIMIT:
+        raise RuntimeError(f"{kernel.metadata.name} wants {tensor_memory} columns of tensor memory")
+    return {**found, "shared": kernel.metadata.shared, "warps": launch.warps}
+
+
+def cubin_facts(path: str, kernel: str, cuobjdump: str | None = None, nvdisasm: str | None = None) -> dict:
+    """Registers, local memory and instruction counts of a cubin of one kernel."""
+    usage = subprocess.run([cuobjdump or tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True)
+    line = next(x for x in usage.stdout.splitlines() if "REG:" in x)
+    code = subprocess.run([nvdisasm or tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.M)
+    local = sum(name.startswith(("STL", "LDL")) for name in instructions)
+    stack = int(re.search(r"STACK:(\d+)", line)[1]) + int(re.search(r"LOCAL:(\d+)", line)[1])
+    return {
+        "registers": int(re.search(r"REG:(\d+)", line)[1]),
+        "spills": local + stack,
+        "tensor_core": sum(re.match(r"[HIDQO]G?MMA|UTC\w*MMA", name) is not None for name in instructions),
+        "wide_loads": sum(name.startswith(("LDG", "LDGSTS")) and ".128" in name for name in instructions),
+        "instructions": len(instructions),
+    }
+
+
+def triton_rows(only: str | None, targets: tuple[int, ...], quick: bool) -> Iterator[Row]:
+    """A row for each distinct launch of each op."""
+    seen = set()
+    for variant in variants():
+        if only and variant.function != only:
+            continue
+        for model, heads, width, patches in MODELS:
+            for case, visible in visible_forms(patches):
+                for name, dtype in DTYPES.items():
+                    if quick and (name == "fp16" or (name == "fp32" and "T=8 tube" not in case)):
+                        continue
+                    for launch in recorded_launches(variant, visible, heads, width, dtype):
+                        key = str((launch.kernel.__name__, *specialised(launch), launch.warps, launch.stages))
+                        if key in seen:
+                            continue
+                        seen.add(key)
+                        for target in targets:
+                            found = compiled(launch, target)
+                            if found["instructions"] < 8:
+                                raise RuntimeError(f"{launch.kernel.__name__} compiled to nothing for sm_{target}")
+                            yield Row(variant.name, launch.kernel.__name__, f"sm_{target}", name, f"{model} {case}", **found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", help="one op alone")
+    parser.add_argument("--target", type=int, action="append", help="80, 90 or 100; may be given more than once")
+    parser.add_argument("--quick", action="store_true", help="bf16, and fp32 at T=8: what the tests look at")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    options = parser.parse_args()
+    if _triton.interpreting():
+        sys.exit("TRITON_INTERPRET=1 keeps Triton from compiling: unset it")
+    rows = []
+    for row in triton_rows(options.op, tuple(options.target or TARGETS), options.quick):
+        rows.append(row)
+        bad = row.spills or row.shared > SHARED_LIMIT
+        print(
+            f"{row.kernel:<34} {row.target:<7}{row.dtype:<5} {row.registers:>4} registers {row.spills:>5} spills "
+            f"{row.shared:>7} B shared {row.tensor_core:>4} mma {row.wide_loads:>4} wide loads {row.warps:>2} warps  "
+            f"{row.op}, {row.case}{'   <--' if bad else ''}",
+            flush=True,
+        )
+    if options.json:
+        written = options.json.with_suffix(".writing")
+        written.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        os.replace(written, options.json)
+    return int(any(row.spills or row.shared > SHARED_LIMIT for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

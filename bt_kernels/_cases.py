@@ -1,0 +1,141 @@
+"""Inputs of every op and the work it cannot avoid, shared by tests, benchmarks and compile checks.
+
+Each op's folder has a ``cases.py`` with its ``VARIANTS``; :func:`variants` collects them, so that a new op needs no
+entry anywhere else. Legend: B videos, T frames, P patches, N visible rows, S slots, K groups, H heads, E head width,
+D = H·E, F width of the shared video-text space.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+import bt_kernels
+from bt_kernels import VisibleTokens, ops
+
+Inputs = dict[str, Tensor | None]
+Draw = Callable[..., Tensor]
+NORM_EPS = 1e-5
+INDEX_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a call; ``shared`` is F."""
+
+    batch: int
+    patches: int
+    frames: int
+    tokens: int
+    heads: int
+    width: int
+    itemsize: int
+    shared: int = 768
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.heads * self.width
+
+    @property
+    def groups(self) -> int:
+        """K of a regular grid of T slots."""
+        return self.tokens // self.frames
+
+    def bytes(self, rows: int) -> int:
+        """Bytes of ``rows`` rows of D in each video."""
+        return self.batch * rows * self.dim * self.itemsize
+
+    def table(self, rows: int) -> int:
+        """Bytes of ``rows`` rows of D that all videos share."""
+        return rows * self.dim * self.itemsize
+
+
+@dataclass(frozen=True)
+class Work:
+    """What any implementation has to do: every input element used read once, every result written once."""
+
+    bytes: int
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An op with one choice of its optional arguments.
+
+    Attributes:
+        function: public name, ``bt_kernels.<function>``.
+        suffix: tells the variants of a function apart.
+        inputs: from visible tokens, H, E and a source of random tensors.
+        differentiable: the inputs that may get a gradient.
+        learning: those that get one in training, where the tower is frozen; the backward's work is counted for them.
+        work: forward and backward, of a regular grid.
+        op: the registered op behind it; None: ``function``.
+    """
+
+    function: str
+    suffix: str
+    inputs: Callable[[VisibleTokens, int, int, Draw], Inputs]
+    differentiable: tuple[str, ...]
+    learning: tuple[str, ...]
+    work: Callable[[Shape], tuple[Work, Work]]
+    op: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "op", self.op or self.function)
+
+    @property
+    def name(self) -> str:
+        return self.function + self.suffix
+
+    def draw(self, visible: VisibleTokens, heads: int = 2, width: int = 4, seed: int = 0) -> Inputs:
+        """float64 inputs on the CPU."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.inputs(
+            visible, heads, width, lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
+        )
+
+    def arguments(self, inputs: Inputs) -> dict:
+        """``inputs`` as the function's keyword arguments."""
+        arguments: dict = dict(inputs)
+        if "norm_weight" in inputs:
+            arguments["norm"] = (arguments.pop("norm_weight"), arguments.pop("norm_bias"), NORM_EPS)
+        return arguments
+
+    def run(self, inputs: Inputs, visible: VisibleTokens, backend: str | None = None) -> Tensor:
+        """Call the function; several results come joined along the rows."""
+        out = getattr(bt_kernels, self.function)(**self.arguments(inputs), visible=visible, backend=backend)
+        return torch.cat(out, 1) if isinstance(out, tuple) else out
+
+
+def norm_inputs(dim: int, draw: Draw) -> Inputs:
+    """Weight and bias of a LayerNorm of width ``dim``."""
+    return {"norm_weight": 1 + draw(dim) / 4, "norm_bias": draw(dim)}
+
+
+def with_norm(work: Callable[[Shape], tuple[Work, Work]]) -> Callable[[Shape], tuple[Work, Work]]:
+    """The work of a gather that also writes its patch rows normalised."""
+
+    def both(s: Shape) -> tuple[Work, Work]:
+        forward, backward = work(s)
+        statistics = 2 * s.batch * s.tokens * 4
+        return (
+            Work(forward.bytes + s.bytes(s.tokens) + s.table(2) + statistics),
+            Work(backward.bytes + 2 * s.bytes(s.tokens) + s.table(3) + statistics),  # its gradient and the rows normed
+        )
+
+    return both
+
+
+@cache
+def variants() -> tuple[Variant, ...]:
+    """Every op's variants, in the order of the ops' names."""
+    folders = sorted(module.name for module in pkgutil.iter_modules(ops.__path__))
+    modules = [importlib.import_module(f"bt_kernels.ops.{name}.cases") for name in folders]
+    return tuple(variant for module in modules for variant in module.VARIANTS)
