@@ -76,11 +76,14 @@ class Traffic:
 @contextmanager
 def counted() -> Iterator[list[Traffic]]:
     """Count loads, stores and atomics; a :class:`Traffic` for each launch, in order."""
-    from bt_kernels import _triton
     from triton.runtime import interpreter
 
+    from bt_kernels import _triton
+
     builder = interpreter.InterpreterBuilder
-    plain = {name: getattr(builder, name) for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw")}
+    plain = {
+        name: getattr(builder, name) for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw")
+    }
     launches: list[Traffic] = []
 
     def bytes_of(pointers) -> int:

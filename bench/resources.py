@@ -117,6 +117,10 @@ def specialised(launch) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
+QUICK = {
+    ("L/14", "T=8 tube 0.7", "bf16"), ("L/14", "T=8 tube 0.7", "fp32"), ("L/14", "T=64 tube 0.7", "bf16"),
+    ("L/14", "T=8 ragged", "bf16"), ("EVA-g", "T=8 tube 0.7", "bf16"),
+}  # fmt: skip
 POINTERS = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
     torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8",
@@ -152,7 +156,9 @@ def compiled(launch, target: int) -> dict:
 
 def cubin_facts(path: str, kernel: str, cuobjdump: str | None = None, nvdisasm: str | None = None) -> dict:
     """Registers, local memory and instruction counts of a cubin of one kernel."""
-    usage = subprocess.run([cuobjdump or tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True)
+    usage = subprocess.run(
+        [cuobjdump or tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True
+    )
     line = next(x for x in usage.stdout.splitlines() if "REG:" in x)
     code = subprocess.run([nvdisasm or tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.M)
@@ -176,7 +182,7 @@ def triton_rows(only: str | None, targets: tuple[int, ...], quick: bool) -> Iter
         for model, heads, width, patches in MODELS:
             for case, visible in visible_forms(patches):
                 for name, dtype in DTYPES.items():
-                    if quick and (name == "fp16" or (name == "fp32" and "T=8 tube" not in case)):
+                    if quick and (model, case, name) not in QUICK:
                         continue
                     for launch in recorded_launches(variant, visible, heads, width, dtype):
                         key = str((launch.kernel.__name__, *specialised(launch), launch.warps, launch.stages))
@@ -187,14 +193,16 @@ def triton_rows(only: str | None, targets: tuple[int, ...], quick: bool) -> Iter
                             found = compiled(launch, target)
                             if found["instructions"] < 8:
                                 raise RuntimeError(f"{launch.kernel.__name__} compiled to nothing for sm_{target}")
-                            yield Row(variant.name, launch.kernel.__name__, f"sm_{target}", name, f"{model} {case}", **found)
+                            yield Row(
+                                variant.name, launch.kernel.__name__, f"sm_{target}", name, f"{model} {case}", **found
+                            )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", help="one op alone")
     parser.add_argument("--target", type=int, action="append", help="80, 90 or 100; may be given more than once")
-    parser.add_argument("--quick", action="store_true", help="bf16, and fp32 at T=8: what the tests look at")
+    parser.add_argument("--quick", action="store_true", help="a few cases: what the tests look at")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     options = parser.parse_args()
     if _triton.interpreting():

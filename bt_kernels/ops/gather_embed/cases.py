@@ -26,9 +26,7 @@ def _work(s: Shape) -> tuple[Work, Work]:
 
 
 VARIANTS = (
-    Variant(
-        "gather_embed", "", _inputs, ("backbone", "cls_token", "pos", "time"), ("cls_token", "time"), _work
-    ),
+    Variant("gather_embed", "", _inputs, ("backbone", "cls_token", "pos", "time"), ("cls_token", "time"), _work),
     Variant(
         "gather_embed",
         "-norm",

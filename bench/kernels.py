@@ -1,0 +1,386 @@
+"""Time every op against plain PyTorch, ``torch.compile`` and the attention libraries, alternating in one process.
+
+    python bench/kernels.py                        the cases that fit this machine, rows to bench/results/
+    python bench/kernels.py --op gather_merge --all
+    python bench/kernels.py --predict              no timing: the least time each case can take, per device
+    pytest bench/kernels.py --benchmark-only       our kernels alone, for pytest-benchmark's own comparisons
+
+On a GPU: CUDA events, the cache flushed before each run, bf16. On a CPU: float32, wall clock. Medians. An op is not timed
+where its conformance tests fail, nor an implementation whose result differs from ours. GB/s is the least an
+implementation could move (``cases.py`` of the op) over the time it took; "copy" its share of the bandwidth a
+plain copy of 256 MiB reaches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+from peers import peers
+from pytest_benchmark.stats import Stats
+
+from bt_kernels import BackendUnavailable, VisibleTokens
+from bt_kernels._cases import Shape, Variant, variants
+from bt_kernels._library import OPS
+
+ROOT = Path(__file__).resolve().parent.parent
+# (name, heads, head width, patches)
+MODELS = {"B/32": (12, 64, 49), "L/14": (16, 64, 256), "L/14-336": (16, 64, 576), "EVA-g": (16, 88, 256)}
+FRAMES, RATIOS, BATCHES = (8, 16, 32, 64), (0.0, 0.7), (1, 52)
+# Memory bandwidth in B/s and dense bf16 matrix products in FLOP/s, from the makers' data sheets.
+DEVICES = {
+    "A100 80GB SXM": (2.039e12, 312e12),
+    "H100 SXM": (3.35e12, 989e12),
+    "H200 SXM": (4.8e12, 989e12),
+    "B200": (8.0e12, 2250e12),
+}
+COPY_BYTES = 256 * 2**20
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # of the largest value: do two implementations agree at all
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape."""
+
+    variant: Variant
+    model: str
+    frames: int
+    ratio: float
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name} {self.model} T={self.frames} ratio {self.ratio} B={self.batch}"
+
+    def visible(self, device: str) -> VisibleTokens:
+        patches = MODELS[self.model][2]
+        if self.ratio == 0:
+            return VisibleTokens.all(self.batch, patches, self.frames, device=device)
+        generator = torch.Generator(device).manual_seed(0)
+        return VisibleTokens.tube(self.batch, patches, self.frames, self.ratio, generator, device)
+
+    def shape(self, itemsize: int) -> Shape:
+        heads, width, patches = MODELS[self.model]
+        tokens = (patches - int(self.ratio * patches)) * self.frames
+        return Shape(self.batch, patches, self.frames, tokens, heads, width, itemsize)
+
+    def inputs(self, device: str, dtype: torch.dtype) -> dict:
+        heads, width, _ = MODELS[self.model]
+        generator = torch.Generator(device).manual_seed(1)
+
+        def draw(*size):
+            return torch.randn(*size, generator=generator, device=device, dtype=dtype)
+
+        inputs = self.variant.inputs(self.visible(device), heads, width, draw)
+        for name in self.variant.learning:
+            inputs[name].requires_grad_()
+        return inputs
+
+
+@dataclass
+class Row:
+    """One implementation of one case."""
+
+    op: str
+    model: str
+    frames: int
+    ratio: float
+    batch: int
+    direction: str
+    implementation: str
+    dtype: str
+    ms: float = 0.0
+    iqr_ms: float = 0.0
+    rounds: int = 0
+    gb_per_s: float = 0.0
+    copy_share: float = 0.0
+    peak_mib: float | None = None
+    default: bool = False
+    error: str = ""
+    facts: dict = field(default_factory=dict)
+
+
+def facts(device: str) -> dict:
+    """What a row needs to be read later."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    packages = {p: v for p in ("torch", "triton", "xformers", "flash-attn") if (v := installed(p))}
+    return {"device": name, "threads": torch.get_num_threads(), "commit": commit.strip(), **packages}
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def cases(device: str, everything: bool, only: str | None) -> Iterator[Case]:
+    """On a GPU every shape; on a CPU the two that targets name, unless ``everything`` is asked for."""
+    for variant in variants():
+        if (only and variant.function != only) or variant.suffix in ("-biased", "-sum", "-weighted"):
+            continue
+        if device == "cpu" and not everything:
+            yield Case(variant, "L/14", 8, 0.7, 1)
+            yield Case(variant, "L/14", 16, 0.0, 1)
+            continue
+        for model in MODELS:
+            for frames in FRAMES:
+                for ratio in RATIOS:
+                    for batch in BATCHES:
+                        yield Case(variant, model, frames, ratio, batch)
+
+
+def conformance(op: str, backend: str, device: str) -> str | None:
+    """Run the op's conformance tests on a backend; what failed, or None."""
+    name = f"{op.removesuffix('_norm')}{'-norm' if op.endswith('_norm') else ''}-{backend}-{device}"
+    wanted = f"{name} and (equals_dense or padding) and not float64"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_conformance.py", "-k", wanted],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    last = (done.stdout.strip().splitlines() or [done.stderr[-300:]])[-1]
+    return None if done.returncode == 0 and " passed" in last else last
+
+
+def implementations(case: Case, device: str, dtype: torch.dtype, red: dict) -> dict[str, Callable]:
+    """Our kernels that can run this case, then the peers, as functions of inputs and visible tokens."""
+    found = {}
+    op = OPS[case.variant.op]
+    for kernel in op.kernels:
+        key = (op.name, kernel.backend)
+        if kernel.backend == "reference" or kernel.why_not(torch.empty(0, device=device, dtype=dtype)) is not None:
+            continue
+        if key not in red:
+            red[key] = conformance(op.name, kernel.backend, device)
+            if red[key]:
+                print(f"{op.name} on {kernel.backend} is not timed, its conformance is red: {red[key]}", flush=True)
+        if not red[key]:
+            found[kernel.backend] = lambda i, v, name=kernel.backend: case.variant.run(i, v, name)
+    return found | peers(case.variant.function, device, dtype)
+
+
+def run_both(implementation: Callable, inputs: dict, visible, learning: tuple[str, ...], upstream) -> list:
+    out = implementation(inputs, visible)
+    return [out, *torch.autograd.grad(out, [inputs[name] for name in learning], upstream)]
+
+
+def agrees(got: list, expected: list, dtype: torch.dtype) -> str:
+    """Empty, or how far apart two implementations are."""
+    for a, b in zip(got, expected, strict=True):
+        size = b.abs().max().item() or 1.0
+        error = (a.float() - b.float()).abs().max().item() / size
+        if not error <= TOLERANCE[dtype]:
+            return f"differs from ours by {error:.1e} of the largest value"
+    return ""
+
+
+def rounds_of(functions: dict[str, Callable], device: str, seconds: float, least: int = 5) -> dict[str, Stats]:
+    """Run all functions in turn, again and again, and collect a time of each per round."""
+    stats = {name: Stats() for name in functions}
+    flush = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+    ends = time.perf_counter() + seconds * len(functions)
+    rounds = 0
+    while rounds < least or (time.perf_counter() < ends and rounds < 1000):
+        pending = []
+        for name, function in functions.items():
+            if device == "cuda":
+                flush.zero_()
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                function()
+                end.record()
+                pending.append((name, start, end))
+            else:
+                began = time.perf_counter()
+                function()
+                stats[name].update(time.perf_counter() - began)
+        if device == "cuda":
+            torch.cuda.synchronize()
+            for name, start, end in pending:
+                stats[name].update(start.elapsed_time(end) / 1e3)
+        rounds += 1
+    return stats
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written per second by a plain copy."""
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    stats = rounds_of({"copy": lambda: target.copy_(source)}, device, 0.5)["copy"]
+    return 2 * COPY_BYTES / stats.median
+
+
+def peak_memory(function: Callable, device: str) -> float | None:
+    """MiB the allocator held on top of what was there before; None on a CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def measure(case: Case, device: str, seconds: float, bandwidth: float, red: dict) -> Iterator[Row]:
+    """Rows of every implementation, forward and forward + backward."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    visible, inputs = case.visible(device), case.inputs(device, dtype)
+    learning = case.variant.learning
+    default = chosen(case, inputs)
+    forward, backward, errors = {}, {}, {}
+    expected = upstream = None
+    for name, implementation in implementations(case, device, dtype, red).items():
+        try:
+            if upstream is None:
+                upstream = torch.randn_like(implementation(inputs, visible))
+            got = run_both(implementation, inputs, visible, learning, upstream)
+        except (RuntimeError, ValueError, NotImplementedError, BackendUnavailable, ImportError) as error:
+            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            continue
+        expected = expected or got
+        errors[name] = agrees(got, expected, dtype)
+        if errors[name]:
+            continue
+
+        def ahead(implementation=implementation):
+            with torch.no_grad():
+                return implementation(inputs, visible)
+
+        forward[name] = ahead
+        backward[name] = lambda i=implementation: run_both(i, inputs, visible, learning, upstream)
+    works = case.variant.work(case.shape(dtype.itemsize))
+    for direction, functions, least in (
+        ("forward", forward, works[0].bytes),
+        ("forward+backward", backward, works[0].bytes + works[1].bytes),
+    ):
+        for function in functions.values():  # compile and warm up
+            function()
+        stats = rounds_of(functions, device, seconds)
+        for name, error in errors.items():
+            row = Row(
+                case.variant.name, case.model, case.frames, case.ratio, case.batch, direction, name, str(dtype)[6:]
+            )
+            row.error, row.default = error, name == default
+            if name in stats:
+                found = stats[name]
+                row.ms, row.iqr_ms, row.rounds = found.median * 1e3, found.iqr * 1e3, found.rounds
+                row.gb_per_s = least / found.median / 1e9
+                row.copy_share = least / found.median / bandwidth
+                row.peak_mib = peak_memory(functions[name], device)
+            yield row
+
+
+def chosen(case: Case, inputs: dict) -> str:
+    """The backend that runs when none is asked for."""
+    first = next(t for t in inputs.values() if t is not None)
+    for kernel in OPS[case.variant.op].kernels:
+        if kernel.why_not(first) is None and kernel.why_not_default(first) is None:
+            return kernel.backend
+    return ""
+
+
+def predict(only: str | None) -> None:
+    """The roofline: least bytes over bandwidth, or operations over the peak, whichever takes longer."""
+    print(f"{'case':<52}{'MB':>9}{'GFLOP':>9}" + "".join(f"{name + ' us':>20}" for name in DEVICES))
+    for case in cases("cuda", True, only):
+        for direction, work in zip(("forward", "backward"), case.variant.work(case.shape(2)), strict=True):
+            times = [max(work.bytes / bandwidth, work.flops / peak) * 1e6 for bandwidth, peak in DEVICES.values()]
+            line = f"{case.name + ' ' + direction:<52}{work.bytes / 1e6:>9.1f}{work.flops / 1e9:>9.1f}"
+            print(line + "".join(f"{t:>20.1f}" for t in times))
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """Write the rows aside and rename, so that a run killed at any moment leaves the last whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".writing")
+    aside.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    os.replace(aside, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", help="one public op alone")
+    parser.add_argument("--all", action="store_true", help="every shape, on a CPU too")
+    parser.add_argument("--predict", action="store_true", help="print the roofline and time nothing")
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="for each implementation of a case (CPU 2, GPU 0.05)"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/kernels-<device>.json")
+    options = parser.parse_args()
+    if options.predict:
+        predict(options.op)
+        return 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    about = facts(device)
+    folder = Path(os.environ.get("OUT", ROOT / "bench" / "results"))
+    out = options.out or folder / f"kernels-{device if device == 'cpu' else about['device'].replace(' ', '-')}.json"
+    bandwidth = copy_bandwidth(device)
+    print(f"{about}, copy {bandwidth / 1e9:.1f} GB/s", flush=True)
+    rows: list[Row] = []
+    red: dict = {}
+    for case in cases(device, options.all, options.op):
+        try:
+            for row in measure(case, device, options.seconds or (0.05 if device == "cuda" else 2.0), bandwidth, red):
+                row.facts = {**about, "copy_gb_per_s": round(bandwidth / 1e9, 1)}
+                rows.append(row)
+                mark = "*" if row.default else " "
+                told = row.error or (
+                    f"{row.ms:9.3f} ms ±{row.iqr_ms:7.3f} {row.gb_per_s:8.1f} GB/s {row.copy_share:6.1%} of copy"
+                    + ("" if row.peak_mib is None else f" {row.peak_mib:9.1f} MiB")
+                )
+                print(f"{case.name:<50} {row.direction:<17} {row.implementation:<11}{mark} {told}", flush=True)
+        except torch.OutOfMemoryError as error:
+            print(f"{case.name}: {str(error).splitlines()[0]}", flush=True)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        write(rows, out)
+    print(f"wrote {out}")
+    return int(any(red.values()))
+
+
+def _backends() -> list:
+    return [
+        pytest.param(case, kernel.backend, id=f"{case.name}-{kernel.backend}")
+        for case in cases("cpu", False, None)
+        for kernel in OPS[case.variant.op].kernels
+        if kernel.why_not(torch.empty(0)) is None
+    ]
+
+
+@pytest.mark.parametrize("case, backend", _backends())
+def test_kernel(case: Case, backend: str, benchmark) -> None:
+    """Forward and backward of one of our kernels on the CPU, for ``pytest --benchmark-compare``."""
+    visible, inputs = case.visible("cpu"), case.inputs("cpu", torch.float32)
+    upstream = torch.randn_like(case.variant.run(inputs, visible, backend))
+
+    def run(inputs, visible):
+        return case.variant.run(inputs, visible, backend)
+
+    benchmark.pedantic(run_both, (run, inputs, visible, case.variant.learning, upstream), rounds=5, warmup_rounds=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

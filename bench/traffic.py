@@ -1,0 +1,150 @@
+"""Bytes that each Triton kernel moves, over the least that its op could, counted in the interpreter.
+
+    python bench/traffic.py                    ViT-L/14, bf16, T = 8 tube 0.7 and T = 16 all tokens
+    python bench/traffic.py --op gather_merge --json rows.json
+
+"memory" is what reaches memory if re-reads inside a launch hit the cache: distinct 32-byte sectors, summed over the
+launches of a call. "requested" is what programs ask for, re-reads included. The least counts every input element used
+once and every result once (``cases.py`` of the op). What torch moves between launches (reductions of partial sums) is
+counted from its tensors' sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+from interpreter import counted, make_strict  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from bt_kernels import VisibleTokens  # noqa: E402
+from bt_kernels._cases import Shape, Variant, variants  # noqa: E402
+
+DTYPE = torch.bfloat16
+HEADS, WIDTH, PATCHES = 16, 64, 256
+LIMITS = {"gather_embed": (1.10, 1.25), "gather_merge": (1.10, 1.25), "pool_video_tokens": (1.10, 1.25)}
+LIMITS |= {"temporal_attention": (1.10, 1.25), "spatial_attention": (1.25, 1.25)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Traffic of one pass of one op."""
+
+    op: str
+    case: str
+    direction: str
+    least: int
+    memory: int
+    requested: int
+    launches: int
+    ratio: float
+    limit: float | None
+
+
+class TorchTraffic(TorchDispatchMode):
+    """Bytes of what torch's own operators read and write between the kernels."""
+
+    FREE = (
+        "view",
+        "detach",
+        "empty",
+        "new_empty",
+        "expand",
+        "select",
+        "slice",
+        "as_strided",
+        "unsqueeze",
+        "alias",
+        "t",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        own = func.namespace == "aten" and not any(name.startswith(free) for free in self.FREE)
+        if own and not func.is_view:
+            tensors = [a for a in (*args, out) if isinstance(a, torch.Tensor)]
+            self.bytes += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+        return out
+
+
+def cases() -> list[tuple[str, VisibleTokens]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        ("T=8 tube 0.7", VisibleTokens.tube(1, PATCHES, 8, 0.7, generator)),
+        ("T=16 all tokens", VisibleTokens.all(1, PATCHES, 16)),
+    ]
+
+
+def count(variant: Variant, case: str, visible: VisibleTokens) -> list[Row]:
+    """Forward and backward of one op, with the gradients that training needs."""
+    shape = Shape(1, PATCHES, visible.frames, visible.tokens, HEADS, WIDTH, DTYPE.itemsize)
+    inputs = {name: None if t is None else t.to(DTYPE) for name, t in variant.draw(visible, HEADS, WIDTH).items()}
+    for name in variant.learning:
+        inputs[name].requires_grad_()
+    rows = []
+    work = dict(zip(("forward", "backward"), variant.work(shape), strict=True))
+    arguments = variant.arguments(inputs)
+
+    def measure(direction, run):
+        with counted() as launches, TorchTraffic() as between:
+            result = run()
+        memory = sum(each.distinct for each in launches) + between.bytes
+        requested = sum(each.requested for each in launches) + between.bytes
+        limit = LIMITS.get(variant.function, (None, None))[direction == "backward"]
+        least = work[direction].bytes
+        rows.append(Row(variant.name, case, direction, least, memory, requested, len(launches), memory / least, limit))
+        return result
+
+    function = getattr(__import__("bt_kernels"), variant.function)
+    out = measure("forward", lambda: function(**arguments, visible=visible, backend="triton"))
+    outs = out if isinstance(out, tuple) else (out,)
+    upstream = [torch.randn_like(each) for each in outs]
+    leaves = [inputs[name] for name in variant.learning]
+    measure("backward", lambda: torch.autograd.grad(outs, leaves, upstream))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", help="one op alone")
+    parser.add_argument("--frames", type=int, help="8 or 16 alone")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    options = parser.parse_args()
+    make_strict()
+    rows = []
+    for variant in variants():
+        if options.op and variant.function != options.op:
+            continue
+        for case, visible in cases():
+            if options.frames and visible.frames != options.frames:
+                continue
+            for row in count(variant, case, visible):
+                rows.append(row)
+                limit = "" if row.limit is None else f"limit {row.limit:.2f}"
+                print(
+                    f"{row.op:<28}{row.case:<17}{row.direction:<9} least {row.least / 1e6:8.2f} MB  memory "
+                    f"{row.memory / 1e6:8.2f} MB = {row.ratio:.3f}  requested {row.requested / row.least:6.3f}  "
+                    f"{row.launches} launches  {limit}",
+                    flush=True,
+                )
+    if options.json:
+        written = options.json.with_suffix(".writing")
+        written.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        os.replace(written, options.json)
+    over = [row for row in rows if row.limit is not None and row.ratio > row.limit]
+    return int(bool(over))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

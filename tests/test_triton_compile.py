@@ -1,0 +1,48 @@
+"""What Triton makes of every launch for sm_80, sm_90 and sm_100, without a GPU: registers, spills, tensor cores.
+
+Runs ``bench/resources.py`` in a process of its own: a process that interprets kernels cannot compile them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bt_kernels._cases import variants
+from bt_kernels._library import OPS
+
+ROOT = Path(__file__).resolve().parents[1]
+FUNCTIONS = sorted({v.function for v in variants() if any(k.backend == "triton" for k in OPS[v.op].kernels)})
+SHARED = 100 * 1024
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_compiles_without_spills(function, tmp_path):
+    rows = tmp_path / "rows.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "bench/resources.py", "--op", function, "--quick", "--json", rows],
+        cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    print(done.stdout)
+    assert rows.exists(), done.stderr
+    found = json.loads(rows.read_text())
+    assert {row["target"] for row in found} == {"sm_80", "sm_90", "sm_100"}
+    for row in found:
+        told = f"{row['kernel']} {row['target']} {row['dtype']}, {row['case']}"
+        assert row["spills"] == 0, f"{told}: {row['spills']} spills"
+        assert row["shared"] <= SHARED, f"{told}: {row['shared']} bytes of shared memory"
+        assert row["registers"] <= 255 and row["instructions"] > 8, told
+    if "attention" in function:
+        main = [row for row in found if row["dtype"] == "bf16" and row["kernel"].startswith(("_forward", "_backward"))]
+        assert main and all(row["tensor_core"] > 0 for row in main)
+        assert all(row["wide_loads"] > 0 for row in main)
