@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: build with CUDA, run every test, then every benchmark.
+# On a machine with an NVIDIA GPU, in under ten minutes: build with CUDA, run the GPU tests, compute-sanitizer on a small
+# case of each kernel, the resource report and the benchmarks; then the rest of the tests, in what time is left.
 #
 #   bench/device.sh              writes under $OUT, or bench/results where OUT is not set
 #
 # Nothing is installed or fetched: it uses the packages of the Python it is given (PYTHON, default python3), which must
 # have torch, and builds into bt_kernels/ with CMake. A failing step is reported and the next one runs; the exit status
-# says whether all went well. A benchmark is a bench/*.py other than report.py; it gets OUT and writes its rows there.
+# says whether all went well. Benchmarks write their rows to OUT.
 #
-# Seconds a step may take: BUILD_S (300), TEST_S (900), BENCH_S (300, each benchmark).
+# Seconds a step may take: BUILD_S (120), TEST_S (150), SANITIZE_S (60), RESOURCES_S (60), BENCH_S (180), REST_S (400).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -50,17 +51,26 @@ facts() {
   "$PYTHON" -m bt_kernels
 }
 
+# Out-of-bounds accesses and races, on one regular and one ragged form of each kernel.
+sanitize() {
+  local small="test_equals_dense and (cuda-tube70 or cuda-padded) and (float32 or bfloat16) and not reference"
+  local tool=compute-sanitizer
+  command -v $tool > /dev/null || tool=/usr/local/cuda/bin/compute-sanitizer
+  for check in memcheck racecheck; do
+    "$tool" --tool $check --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_conformance.py \
+      -k "$small" || return
+  done
+}
+
 export PYTHON MAX_JOBS BT_CUDA_ARCHS
-export -f build facts
-step build "${BUILD_S:-300}" bash -uo pipefail -c build
-step facts 120 bash -c facts
-step tests "${TEST_S:-900}" "$PYTHON" -m pytest -p no:cacheprovider --continue-on-collection-errors \
-  --junitxml "$OUT/tests.xml"
-for bench in bench/*.py; do
-  [ -e "$bench" ] || continue
-  name=$(basename "$bench" .py)
-  [ "$name" != report ] || continue
-  step "bench-$name" "${BENCH_S:-300}" "$PYTHON" "$bench"
-done
+export -f build facts sanitize
+tests="$PYTHON -m pytest -p no:cacheprovider --continue-on-collection-errors"
+step build "${BUILD_S:-120}" bash -uo pipefail -c build
+step facts 60 bash -c facts
+step gpu-tests "${TEST_S:-150}" $tests -m gpu --junitxml "$OUT/gpu-tests.xml"
+step bench-kernels "${BENCH_S:-180}" "$PYTHON" bench/kernels.py --minutes 2.5
+step sanitize "${SANITIZE_S:-60}" bash -uo pipefail -c sanitize
+step resources "${RESOURCES_S:-60}" "$PYTHON" bench/resources.py --quick --json "$OUT/resources.json"
+step rest-of-tests "${REST_S:-400}" $tests -m "not gpu" --junitxml "$OUT/tests.xml"
 
 [ ${#failed[@]} = 0 ] && echo "all steps passed" || { echo "failed: ${failed[*]}"; exit 1; }

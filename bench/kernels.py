@@ -5,8 +5,8 @@
     python bench/kernels.py --predict              no timing: the least time each case can take, per device
     pytest bench/kernels.py --benchmark-only       our kernels alone, for pytest-benchmark's own comparisons
 
-On a GPU: CUDA events, the cache flushed before each run, bf16. On a CPU: float32, wall clock. Medians. An op is not timed
-where its conformance tests fail, nor an implementation whose result differs from ours. GB/s is the least an
+On a GPU: CUDA events, the cache flushed before each run, bf16. On a CPU: float32, wall clock. Medians. An op is not
+timed where its conformance tests fail, nor an implementation whose result differs from ours. GB/s is the least an
 implementation could move (``cases.py`` of the op) over the time it took; "copy" its share of the bandwidth a
 plain copy of 256 MiB reaches.
 """
@@ -14,6 +14,7 @@ plain copy of 256 MiB reaches.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -136,27 +138,24 @@ def cpu_name() -> str:
 
 
 def cases(device: str, everything: bool, only: str | None) -> Iterator[Case]:
-    """On a GPU every shape; on a CPU the two that targets name, unless ``everything`` is asked for."""
-    for variant in variants():
-        if (only and variant.function != only) or variant.suffix in ("-biased", "-sum", "-weighted"):
-            continue
-        if device == "cpu" and not everything:
-            yield Case(variant, "L/14", 8, 0.7, 1)
-            yield Case(variant, "L/14", 16, 0.0, 1)
-            continue
-        for model in MODELS:
-            for frames in FRAMES:
-                for ratio in RATIOS:
-                    for batch in BATCHES:
-                        yield Case(variant, model, frames, ratio, batch)
+    """On a GPU every shape, those that targets name first; on a CPU these alone, unless ``everything`` is asked for."""
+    named = [("L/14", 8, 0.7, 52), ("L/14", 16, 0.0, 1), ("EVA-g", 8, 0.7, 52)]
+    if device == "cpu":
+        named = [("L/14", 8, 0.7, 1), ("L/14", 16, 0.0, 1)]
+    rest = [shape for shape in itertools.product(MODELS, FRAMES, RATIOS, BATCHES) if shape not in named]
+    for shape in named + (rest if everything or device == "cuda" else []):
+        for variant in variants():
+            if (only is None or variant.function == only) and variant.suffix in ("", "-norm"):
+                yield Case(variant, *shape)
 
 
 def conformance(op: str, backend: str, device: str) -> str | None:
     """Run the op's conformance tests on a backend; what failed, or None."""
     name = f"{op.removesuffix('_norm')}{'-norm' if op.endswith('_norm') else ''}-{backend}-{device}"
     wanted = f"{name} and (equals_dense or padding) and not float64"
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_conformance.py", "-k", wanted]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_conformance.py", "-k", wanted],
+        [sys.executable, *command],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     last = (done.stdout.strip().splitlines() or [done.stderr[-300:]])[-1]
@@ -270,7 +269,7 @@ def measure(case: Case, device: str, seconds: float, bandwidth: float, red: dict
                 return implementation(inputs, visible)
 
         forward[name] = ahead
-        backward[name] = lambda i=implementation: run_both(i, inputs, visible, learning, upstream)
+        backward[name] = partial(run_both, implementation, inputs, visible, learning, upstream)
     works = case.variant.work(case.shape(dtype.itemsize))
     for direction, functions, least in (
         ("forward", forward, works[0].bytes),
@@ -328,6 +327,7 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=None, help="for each implementation of a case (CPU 2, GPU 0.05)"
     )
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further case after so long")
     parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/kernels-<device>.json")
     options = parser.parse_args()
     if options.predict:
@@ -341,7 +341,11 @@ def main() -> int:
     print(f"{about}, copy {bandwidth / 1e9:.1f} GB/s", flush=True)
     rows: list[Row] = []
     red: dict = {}
+    ends = time.monotonic() + 60 * options.minutes
     for case in cases(device, options.all, options.op):
+        if time.monotonic() > ends:
+            print(f"stopped after {options.minutes} minutes, before {case.name}")
+            break
         try:
             for row in measure(case, device, options.seconds or (0.05 if device == "cuda" else 2.0), bandwidth, red):
                 row.facts = {**about, "copy_gb_per_s": round(bandwidth / 1e9, 1)}

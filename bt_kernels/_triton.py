@@ -78,7 +78,7 @@ def why_not_default(tensor: Tensor, *_) -> str | None:
 
 
 def triton_kernel(module: str, suffix: str = "", why_not: Callable[..., str | None] = why_not) -> Kernel:
-    """The Triton kernel of an op: ``forward`` and ``backward`` (+ ``suffix``) of ``module``, imported when first used."""
+    """An op's Triton kernel: ``forward`` and ``backward`` (+ ``suffix``) of ``module``, imported when first used."""
     forward, backward = (imported(module, name + suffix) for name in ("forward", "backward"))
     return Kernel("triton", forward, backward, why_not, why_not_default)
 

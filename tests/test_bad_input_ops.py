@@ -7,8 +7,8 @@ import torch
 from op_cases import FORM, VARIANT, VARIANTS
 
 import bt_kernels
-from bt_kernels._cases import Variant
 from bt_kernels import VisibleTokens
+from bt_kernels._cases import Variant
 
 FORM_NAME = "tube70"  # B 2, P 10, T 4, K 4, N 16; D 8, heads 2
 BY_NAME = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
