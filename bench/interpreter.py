@@ -5,8 +5,8 @@ Set ``TRITON_INTERPRET=1`` before Triton is imported; kernels then run on CPU te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,7 +38,7 @@ def make_strict() -> None:
         return dot(self, widened(a), widened(b), *rest)
 
     def create_masked_load(self, ptrs, mask, other, *rest):
-        if other is None:
+        if other is None and ptrs.data.size > 1:  # the interpreter drops a scalar's other=0
             element = ptrs.get_element_ty()
             kind = interpreter._get_np_dtype(element)
             undefined = np.full(ptrs.data.shape, np.nan if np.issubdtype(kind, np.floating) else 77, dtype=kind)
@@ -74,8 +74,9 @@ class Traffic:
 
 
 @contextmanager
-def counted() -> Iterator[list[Traffic]]:
-    """Count loads, stores and atomics; a :class:`Traffic` for each launch, in order."""
+def counted(inside: Callable[[], AbstractContextManager] = nullcontext) -> Iterator[list[Traffic]]:
+    """Count loads, stores and atomics; a :class:`Traffic` for each launch, in order. ``inside`` is entered while a
+    kernel runs."""
     from triton.runtime import interpreter
 
     from bt_kernels import _triton
@@ -102,11 +103,17 @@ def counted() -> Iterator[list[Traffic]]:
             launches[-1].add(pointers.data, mask.data, bytes_of(pointers), written)
         return plain["create_atomic_rmw"](self, op, pointers, value, mask, *rest)
 
+    @contextmanager
+    def around():
+        launches.append(Traffic())
+        with inside():
+            yield
+
     builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw = load, store, atomic
-    _triton.on_launch = lambda: launches.append(Traffic())
+    _triton.around_launch = around
     try:
         yield launches
     finally:
-        _triton.on_launch = None
+        _triton.around_launch = nullcontext
         for name, function in plain.items():
             setattr(builder, name, function)

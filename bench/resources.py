@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from bt_kernels import VisibleTokens, _triton
-from bt_kernels._cases import Variant, variants
-from bt_kernels._library import OPS, visible_arguments
+from bt_kernels._cases import Variant, flat_arguments, passes, variants
+from bt_kernels._library import OPS
 
 TARGETS = (80, 90, 100)
 SHARED_LIMIT = 100 * 1024  # bytes a program may use and leave room for a second one on sm_80
@@ -60,36 +60,23 @@ def visible_forms(patches: int) -> Iterator[tuple[str, VisibleTokens]]:
     yield "T=8 ragged", VisibleTokens.random(2, patches, 8, 0.7, frame_counts=torch.tensor([8, 5]))
 
 
-def meta_arguments(variant: Variant, visible: VisibleTokens, heads: int, width: int, dtype: torch.dtype) -> list:
-    """Arguments of the registered op without its backend, on the meta device."""
+def recorded_launches(variant: Variant, visible: VisibleTokens, heads: int, width: int, dtype: torch.dtype) -> list:
+    """Every launch of forward and backward, from meta tensors."""
 
     def draw(*size):
         return torch.empty(*size, dtype=dtype, device="meta")
 
-    inputs = {"norm_eps": 1e-5, "head_norm_eps": 1e-5, "target_norm_eps": 1e-5}
-    inputs |= variant.inputs(visible, heads, width, draw)
+    inputs = variant.inputs(visible, heads, width, draw)
     if inputs.get("frame_weight") is not None:
         inputs["frame_weight"] = inputs["frame_weight"].float()
-    names = ("index", "frame_counts", "patches", "frames", "slots")
-    inputs |= dict(zip(names, visible_arguments(visible.to("meta")), strict=True))
-    inputs["wanted"] = [True] * len(variant.differentiable)
-    return [inputs[name] for name in OPS[variant.op].arguments]
-
-
-def recorded_launches(variant: Variant, visible: VisibleTokens, heads: int, width: int, dtype) -> list:
-    """Every launch of forward and backward."""
     op = OPS[variant.op]
     kernel = next(k for k in op.kernels if k.backend == "triton")
-    arguments = meta_arguments(variant, visible, heads, width, dtype)
-    everything = tuple(name in variant.differentiable for name in op.differentiable)
-    training = tuple(name in variant.learning for name in op.differentiable)
+    arguments = flat_arguments(variant, inputs, visible.to("meta"))
     with _triton.recorded() as launches:
-        outputs = kernel.forward(*arguments)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        grads = [torch.empty_like(out) for out in outputs[: op.results]]
-        saved = [outputs[place] for place in op.kept] + list(outputs[op.results :])
-        for needs in {everything, training}:
-            kernel.backward(*grads, *arguments, *saved, needs)
+        for names in (variant.learning, variant.differentiable):
+            needs = tuple(name in names for name in op.differentiable)
+            for run in passes(kernel, op, arguments, needs):
+                run()
     return launches
 
 

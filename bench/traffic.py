@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from interpreter import counted, make_strict  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from bt_kernels import VisibleTokens  # noqa: E402
-from bt_kernels._cases import Shape, Variant, variants  # noqa: E402
+from bt_kernels._cases import Shape, Variant, flat_arguments, passes, variants  # noqa: E402
+from bt_kernels._library import OPS  # noqa: E402
 
 DTYPE = torch.bfloat16
 HEADS, WIDTH, PATCHES = 16, 64, 256
@@ -67,11 +70,19 @@ class TorchTraffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
+        self.paused = False
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Inside, nothing is counted: the interpreter itself uses torch."""
+        self.paused = True
+        yield
+        self.paused = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        own = func.namespace == "aten" and not any(name.startswith(free) for free in self.FREE)
+        own = not self.paused and func.namespace == "aten" and not name.startswith(self.FREE)
         if own and not func.is_view:
             tensors = [a for a in (*args, out) if isinstance(a, torch.Tensor)]
             self.bytes += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
@@ -90,28 +101,19 @@ def count(variant: Variant, case: str, visible: VisibleTokens) -> list[Row]:
     """Forward and backward of one op, with the gradients that training needs."""
     shape = Shape(1, PATCHES, visible.frames, visible.tokens, HEADS, WIDTH, DTYPE.itemsize)
     inputs = {name: None if t is None else t.to(DTYPE) for name, t in variant.draw(visible, HEADS, WIDTH).items()}
-    for name in variant.learning:
-        inputs[name].requires_grad_()
+    op = OPS[variant.op]
+    kernel = next(k for k in op.kernels if k.backend == "triton")
+    needs = tuple(name in variant.learning for name in op.differentiable)
+    runs = passes(kernel, op, flat_arguments(variant, inputs, visible), needs)
     rows = []
-    work = dict(zip(("forward", "backward"), variant.work(shape), strict=True))
-    arguments = variant.arguments(inputs)
-
-    def measure(direction, run):
-        with counted() as launches, TorchTraffic() as between:
-            result = run()
+    works, limits = variant.work(shape), LIMITS.get(variant.function, (None, None))
+    for direction, run, work, limit in zip(("forward", "backward"), runs, works, limits, strict=True):
+        with TorchTraffic() as between, counted(between.pause) as launches:
+            run()
         memory = sum(each.distinct for each in launches) + between.bytes
         requested = sum(each.requested for each in launches) + between.bytes
-        limit = LIMITS.get(variant.function, (None, None))[direction == "backward"]
-        least = work[direction].bytes
-        rows.append(Row(variant.name, case, direction, least, memory, requested, len(launches), memory / least, limit))
-        return result
-
-    function = getattr(__import__("bt_kernels"), variant.function)
-    out = measure("forward", lambda: function(**arguments, visible=visible, backend="triton"))
-    outs = out if isinstance(out, tuple) else (out,)
-    upstream = [torch.randn_like(each) for each in outs]
-    leaves = [inputs[name] for name in variant.learning]
-    measure("backward", lambda: torch.autograd.grad(outs, leaves, upstream))
+        ratio = memory / work.bytes
+        rows.append(Row(variant.name, case, direction, work.bytes, memory, requested, len(launches), ratio, limit))
     return rows
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 import bt_kernels
 from bt_kernels import VisibleTokens, ops
+from bt_kernels._dispatch import Kernel
+from bt_kernels._library import OPS, Op, visible_arguments
 
 Inputs = dict[str, Tensor | None]
 Draw = Callable[..., Tensor]
@@ -112,6 +114,32 @@ class Variant:
         """Call the function; several results come joined along the rows."""
         out = getattr(bt_kernels, self.function)(**self.arguments(inputs), visible=visible, backend=backend)
         return torch.cat(out, 1) if isinstance(out, tuple) else out
+
+
+def flat_arguments(variant: Variant, inputs: Inputs, visible: VisibleTokens, wanted: bool = True) -> list:
+    """``inputs`` as the registered op takes them, without its backend."""
+    values: dict = {"norm_eps": NORM_EPS, "head_norm_eps": NORM_EPS, "target_norm_eps": NORM_EPS, **inputs}
+    index = visible.target_index if variant.function == "alignment_loss" else visible.index
+    names = ("index", "frame_counts", "patches", "frames", "slots")
+    values |= dict(zip(names, visible_arguments(visible, index), strict=True))
+    values["wanted"] = [wanted] * len(OPS[variant.op].differentiable)
+    return [values[name] for name in OPS[variant.op].arguments]
+
+
+def passes(kernel: Kernel, op: Op, arguments: list, needs: tuple[bool, ...]) -> tuple[Callable, Callable]:
+    """A kernel's forward and its backward (from ones) as functions to be called in turn, past dispatch and autograd."""
+    outputs: list[Tensor] = []
+
+    def forward() -> None:
+        result = kernel.forward(*arguments)
+        outputs[:] = result if isinstance(result, tuple) else (result,)
+
+    def backward() -> None:
+        grads = [torch.ones_like(out) for out in outputs[: op.results]]
+        saved = [outputs[place] for place in op.kept] + outputs[op.results :]
+        kernel.backward(*grads, *arguments, *saved, needs)
+
+    return forward, backward
 
 
 def norm_inputs(dim: int, draw: Draw) -> Inputs:

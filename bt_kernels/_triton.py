@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,7 +22,7 @@ from bt_kernels._dispatch import Kernel, imported
 
 _LARGEST_GRID = 2**31 - 1
 _recording: list[list[Launch]] = []
-on_launch: Callable[[], None] | None = None  # called before a kernel runs: benchmarks count
+around_launch: Callable[[], AbstractContextManager] = nullcontext  # entered while a kernel runs: benchmarks count
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,8 @@ def launch(kernel, programs: int, *args, warps: int = 4, stages: int = 2, **cons
     if _recording:
         _recording[-1].append(Launch(kernel, programs, args, constants, warps, stages))
         return
-    if on_launch is not None:
-        on_launch()
     device = next(a.device for a in args if isinstance(a, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), around_launch():
         kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
 
 

@@ -1,17 +1,63 @@
-"""gather_embed in Triton."""
+"""gather_embed in Triton; the kernels, shared with gather_merge, are in ``bt_kernels/_triton_gather.py``."""
+
+import torch
+
+from bt_kernels._triton_gather import RowGrads, run_forward, spread, sum_by_list
+from bt_kernels._triton_rows import wide
 
 
-def forward(*args):
-    raise NotImplementedError
+def forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots):
+    return run_forward(backbone, index, frame_counts, tables=(cls_token, pos, time))[0]
 
 
-def backward(*args):
-    raise NotImplementedError
+def backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs):
+    return _backward(RowGrads(grad), grad, backbone, pos, time, index, frame_counts, patches, frames, needs)[:4]
 
 
-def forward_norm(*args):
-    raise NotImplementedError
+def forward_norm(
+    backbone, cls_token, pos, time, norm_weight, norm_bias, index, frame_counts, patches, frames, slots, norm_eps
+):  # fmt: skip
+    norm = (norm_weight, norm_bias, norm_eps)
+    return run_forward(backbone, index, frame_counts, tables=(cls_token, pos, time), norm=norm)
 
 
-def backward_norm(*args):
-    raise NotImplementedError
+def backward_norm(
+    grad_out, grad_normed, backbone, cls_token, pos, time, norm_weight, norm_bias, index, frame_counts, patches,
+    frames, slots, norm_eps, out, mean, rstd, needs,
+):  # fmt: skip
+    if grad_normed is None:
+        nothing = [torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)]
+        grads = backward(
+            grad_out, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs[:4]
+        )
+        return *grads, *nothing
+    rows = RowGrads(grad_out, grad_normed, norm_weight, (out, mean, rstd))
+    return _backward(rows, grad_out, backbone, pos, time, index, frame_counts, patches, frames, needs)
+
+
+def _backward(rows: RowGrads, grad, backbone, pos, time, index, frame_counts, patches, frames, needs):
+    """Gradients of backbone, cls_token, pos, time, norm weight and norm bias.
+
+    In training the tower and its position table are frozen: then every gradient row is read once, summed by frame.
+    """
+    dtype, kind = rows.dtype, wide(rows.dtype)
+    batch, tokens = index.shape
+    half_cls = rows.empty(batch, rows.width, dtype=kind).zero_() if grad is None else 0.5 * grad[:, 0].to(kind)
+    total = None
+    if rows.norm and (needs[0] or needs[2]):
+        total = rows.empty(batch, 1 + tokens, rows.width, dtype=kind).zero_()
+        total[:, 0] = 2 * half_cls
+    padding = index < 0
+    by_frame, *norm_grads = sum_by_list(rows, torch.where(padding, frames, index % frames), frames, total)
+    plain = rows if total is None else RowGrads(total)
+    grad_backbone = grad_cls = grad_pos = grad_time = None
+    if needs[0]:
+        grad_backbone = spread(plain.own, None, index, frame_counts, frames, patches, dtype, 0.5)
+    if needs[1]:
+        grad_cls = half_cls.sum(0).to(dtype)
+    if needs[2]:
+        by_patch = sum_by_list(plain, torch.where(padding, patches, index // frames), patches)[0]
+        grad_pos = torch.cat([half_cls.sum(0, keepdim=True), by_patch]).to(dtype)
+    if needs[3]:
+        grad_time = torch.cat([by_frame, by_frame.new_zeros(len(time) - frames, rows.width)]).to(dtype)
+    return grad_backbone, grad_cls, grad_pos, grad_time, *(g.to(dtype) for g in norm_grads)

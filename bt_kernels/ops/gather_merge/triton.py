@@ -1,17 +1,32 @@
-"""gather_merge in Triton."""
+"""gather_merge in Triton; the kernels, shared with gather_embed, are in ``bt_kernels/_triton_gather.py``."""
+
+import torch
+
+from bt_kernels._triton_gather import RowGrads, merge_backward, run_forward
 
 
-def forward(*args):
-    raise NotImplementedError
+def forward(backbone, branch, gate, index, frame_counts, patches, frames, slots):
+    return run_forward(backbone, index, frame_counts, branch=branch, gate=gate)[0]
 
 
-def backward(*args):
-    raise NotImplementedError
+def backward(grad, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs):
+    return merge_backward(RowGrads(grad), backbone, branch, gate, index, frame_counts, needs)[:3]
 
 
-def forward_norm(*args):
-    raise NotImplementedError
+def forward_norm(
+    backbone, branch, gate, norm_weight, norm_bias, index, frame_counts, patches, frames, slots, norm_eps
+):  # fmt: skip
+    norm = (norm_weight, norm_bias, norm_eps)
+    return run_forward(backbone, index, frame_counts, branch=branch, gate=gate, norm=norm)
 
 
-def backward_norm(*args):
-    raise NotImplementedError
+def backward_norm(
+    grad_out, grad_normed, backbone, branch, gate, norm_weight, norm_bias, index, frame_counts, patches, frames, slots,
+    norm_eps, out, mean, rstd, needs,
+):  # fmt: skip
+    if grad_normed is None:
+        nothing = [torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)]
+        grads = backward(grad_out, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs[:3])
+        return *grads, *nothing
+    rows = RowGrads(grad_out, grad_normed, norm_weight, (out, mean, rstd))
+    return merge_backward(rows, backbone, branch, gate, index, frame_counts, needs[:3])

@@ -13,7 +13,8 @@ def _inputs(visible, heads, width, draw):
 
 def _work(s: Shape) -> tuple[Work, Work]:
     out, branch = s.bytes(1 + s.patches), s.bytes(1 + s.tokens)
-    return Work(s.bytes(s.frames * (1 + s.patches)) + branch + out), Work(out + branch)
+    forward = s.bytes(s.frames * (1 + s.patches)) + branch + out
+    return Work(forward), Work(s.bytes(1 + s.groups) + branch)
 
 
 VARIANTS = (Variant("pool_video_tokens", "", _inputs, ("backbone", "branch"), ("branch",), _work),)

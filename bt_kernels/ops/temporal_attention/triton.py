@@ -156,7 +156,8 @@ def backward(grad, qkv, index, frame_counts, patches, frames, slots, needs):
     grid, constants = _plan((qkv, grad), frames, slots)
     launch(
         _backward, batch * grid["tiles"] * heads, grad, qkv, grad_qkv, index,
-        *_strides(qkv, constants), *_strides(grad, constants), *index.stride(), rows, grid["S"], grid["U"], grid["tiles"], heads, width**-0.5, **constants,
+        *_strides(qkv, constants), *_strides(grad, constants), *index.stride(), rows,
+        grid["S"], grid["U"], grid["tiles"], heads, width**-0.5, **constants,
     )  # fmt: skip
     return (grad_qkv,)
 

@@ -1,0 +1,151 @@
+"""TimeSformer of Hugging Face transformers on the ops of ``bt_kernels``::
+
+    from bt_kernels.integrations import timesformer
+
+    model = TimesformerForVideoClassification.from_pretrained("facebook/timesformer-base-finetuned-k400")
+    timesformer.use(model)      # in place; timesformer.restore(model) undoes it
+
+Results and gradients are the model's own up to rounding. What falls away: the copies of hidden states into frames and
+back, the repetition of CLS, and the stored attention probabilities.
+
+Legend: B videos, P patches of a frame, T frames, N = P·T, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.models.timesformer.modeling_timesformer import TimesformerLayer
+
+from bt_kernels.nn.stochastic_depth import frame_weight_and_row_scale, sequence_row_scale
+from bt_kernels.ops.spatial_attention import spatial_attention
+from bt_kernels.ops.temporal_attention import temporal_attention
+from bt_kernels.visible import VisibleTokens
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def use(model: Model) -> Model:
+    """Let every divided space-time layer of ``model`` run on the ops of ``bt_kernels``; return the model, changed.
+
+    The layers change their class, not their weights: state dict, hooks, adapters inside, gradient checkpointing,
+    ``copy.deepcopy`` and pickling stay as they are. Policies that find layers by the name of their class (FSDP's
+    ``transformer_cls_names_to_wrap``) find ``KernelTimesformerLayer``. A second call changes nothing more.
+
+    Args:
+        model: a TimesformerModel, TimesformerForVideoClassification or any module that holds their layers.
+
+    Raises:
+        TypeError: ``model`` is no module, or a layer is of a class derived from TimesformerLayer.
+        ValueError: ``model`` holds no TimesformerLayer, or one whose ``attention_type`` is not "divided_space_time".
+            Then nothing is changed.
+    """
+    layers = _layers(model)
+    if not layers:
+        raise ValueError(f"model must hold TimeSformer layers, but {type(model).__name__} holds no TimesformerLayer")
+    for layer in layers:
+        if type(layer) not in (TimesformerLayer, KernelTimesformerLayer):
+            raise TypeError(f"model's layers must be TimesformerLayer, but one is {type(layer).__name__}")
+        if layer.attention_type != "divided_space_time":
+            raise ValueError(
+                f'model must have attention_type "divided_space_time", but has "{layer.attention_type}": '
+                "its layers do not attend in time and space apart"
+            )
+    for layer in layers:
+        layer.__class__ = KernelTimesformerLayer
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`use`; return the model, changed."""
+    for layer in _layers(model):
+        if type(layer) is KernelTimesformerLayer:
+            layer.__class__ = TimesformerLayer
+    return model
+
+
+def _layers(model: nn.Module) -> list[TimesformerLayer]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
+    return [module for module in model.modules() if isinstance(module, TimesformerLayer)]
+
+
+class KernelTimesformerLayer(TimesformerLayer):
+    """A divided space-time TimesformerLayer whose two attentions are ``temporal_attention`` and ``spatial_attention``.
+
+    Made by :func:`use`. Stochastic depth draws as many numbers as the original, in its order: under one seed the same
+    residuals drop.
+    """
+
+    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
+        """``[B, 1+N, D]``, CLS first, row 1 + p·T + t, to ``(the same shape,)``.
+
+        Raises:
+            ValueError: attention probabilities are asked for; the rows are no whole number of patches; or in training,
+                a dropout that cannot be represented is above 0: of attention probabilities, or behind the spatial
+                attention (CLS would need a draw in each frame).
+        """
+        if output_attentions:
+            raise ValueError(
+                "output_attentions=True: the kernels never hold attention probabilities; "
+                "call bt_kernels.integrations.timesformer.restore(model) first"
+            )
+        self._refuse_dropout()
+        batch, tokens, _ = hidden_states.shape
+        frames = self.config.num_frames
+        if tokens < 1 + frames or (tokens - 1) % frames:
+            raise ValueError(
+                f"hidden_states must be [B, 1 + P·{frames}, D] for num_frames = {frames}, "
+                f"but its shape is {list(hidden_states.shape)}"
+            )
+        visible = VisibleTokens.all(batch, (tokens - 1) // frames, frames, hidden_states.device)
+
+        cls, rows = hidden_states[:, :1], hidden_states[:, 1:]
+        attended = temporal_attention(_qkv(self.temporal_attention, self.temporal_layernorm(rows)), visible)
+        update = self.temporal_attention.output(attended.flatten(2))
+        scale = self._draw_scale(visible.sequences, hidden_states)
+        if scale is not None:
+            update = update * sequence_row_scale(scale, visible).to(update.dtype)
+        hidden_states = torch.cat([cls, rows + self.temporal_dense(update)], 1)
+
+        qkv = _qkv(self.attention, self.layernorm_before(hidden_states))
+        scale = self._draw_scale(visible.steps, hidden_states)
+        if scale is None:
+            update = self.attention.output(spatial_attention(qkv, visible).flatten(2))
+        else:
+            frame_weight, row_scale = frame_weight_and_row_scale(scale, visible)
+            update = self.attention.output(spatial_attention(qkv, visible, frame_weight).flatten(2))
+            update = update * row_scale.to(update.dtype)
+        hidden_states = hidden_states + update
+
+        update = self.output(self.intermediate(self.layernorm_after(hidden_states)))
+        return (hidden_states + self.drop_path(update),)
+
+    def _refuse_dropout(self) -> None:
+        for setting, dropout in (
+            ("attention_probs_dropout_prob", self.temporal_attention.attention.attn_drop),
+            ("attention_probs_dropout_prob", self.attention.attention.attn_drop),
+            ("hidden_dropout_prob", self.attention.output.dropout),
+        ):
+            if dropout.training and dropout.p > 0:
+                raise ValueError(
+                    f"{setting} must be 0 in training on these kernels, but is {dropout.p}: train with 0 (stochastic "
+                    "depth is available), call model.eval(), or bt_kernels.integrations.timesformer.restore(model)"
+                )
+
+    def _draw_scale(self, count: int, like: Tensor) -> Tensor | None:
+        """The draw of ``self.drop_path`` for ``count`` residuals of each video: ``[B, count]``; None: nothing drops."""
+        rate = getattr(self.drop_path, "drop_prob", 0.0)  # the layer has an Identity where the rate is 0
+        if rate == 0 or not self.drop_path.training:
+            return None
+        drawn = torch.rand(like.shape[0], count, dtype=like.dtype, device=like.device)
+        kept = torch.floor(drawn + (1 - rate))
+        return kept.to(torch.promote_types(like.dtype, torch.float32)) / (1 - rate)
+
+
+def _qkv(attention: nn.Module, tokens: Tensor) -> Tensor:
+    """The packed projections of a TimeSformerAttention: ``[B, rows, 3, H, E]``."""
+    heads = attention.attention.num_heads
+    return attention.attention.qkv(tokens).unflatten(-1, (3, heads, tokens.shape[-1] // heads))
