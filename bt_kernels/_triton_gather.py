@@ -270,7 +270,7 @@ class RowGrads:
 
 
 def merge_backward(grads: RowGrads, tower, branch, gate, index, frame_counts, needs) -> tuple:
-    """Gradients of tower, branch, gate, norm weight and norm bias; ``needs`` one bool for each."""
+    """Gradients of tower, branch and gate, which ``needs`` has a bool for, and of a norm's weight and bias."""
     batch, tokens = index.shape
     frames, patches = tower.shape[1], tower.shape[2] - 1
     tower, branch = adjacent(tower), adjacent(branch)
@@ -280,9 +280,9 @@ def merge_backward(grads: RowGrads, tower, branch, gate, index, frame_counts, ne
         total = grads.empty(batch, 1 + tokens, grads.width, dtype=wide(grads.dtype)) if grads.norm else grads.own
     grad_branch = grads.empty(batch, 1 + tokens, grads.width) if needs[1] else None
     # Rows of a program: many, so that partial sums are few, but not so many that processors idle.
-    rows = min(64, max(8, triton.next_power_of_2(batch * tokens // 1024)))
+    rows = min(64, max(16 if grads.norm else 8, triton.next_power_of_2(batch * tokens // 1024)))
     parts = 1 + triton.cdiv(tokens, rows)
-    sums = grads.empty(3 if grads.norm else 1, batch * parts, grads.width, dtype=wide(grads.dtype))
+    sums = grads.empty(3 if grads.norm else int(needs[2]), batch * parts, grads.width, dtype=wide(grads.dtype))
     write_total = grads.norm and needs[0]
     if needs[1] or needs[2] or grads.norm:
         launch(
@@ -293,12 +293,11 @@ def merge_backward(grads: RowGrads, tower, branch, gate, index, frame_counts, ne
             NORM=grads.norm, GRAD=grads.own is not None, BRANCH=needs[1], GATE=needs[2], TOTAL=write_total,
             COUNTED=frame_counts is not None, AT_ONCE=FRAMES_AT_ONCE, **row_options(grads.width, grads.dtype),
         )  # fmt: skip
-    sums = sums.sum(1).to(grads.dtype)
+    grad_gate, *norm_grads = [each.sum(0).to(grads.dtype) for each in sums] or [None]
     grad_tower = None
     if needs[0]:
         grad_tower = spread(total, gate, index, frame_counts, frames, patches, grads.dtype, 1.0)
-    norm_grads = [sums[i] if grads.norm else torch.zeros_like(sums[0]) for i in (1 if grads.norm else 0, -1)]
-    return grad_tower, grad_branch, sums[0] if needs[2] else None, *norm_grads
+    return grad_tower, grad_branch, grad_gate if needs[2] else None, *norm_grads
 
 
 def sum_by_list(grads: RowGrads, keys: Tensor, count: int, total: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -309,7 +308,7 @@ def sum_by_list(grads: RowGrads, keys: Tensor, count: int, total: Tensor | None 
     batch, tokens = keys.shape
     order, starts = lists_by_key(keys, count)
     each = triton.cdiv(batch * tokens, max(count, 1))  # rows of a list, on average
-    parts = max(1, min(64, triton.cdiv(each, 16)))
+    parts = max(1, min(64, triton.cdiv(each, 32)))  # partial sums cost memory traffic
     sums = grads.empty(3 if grads.norm else 1, count * parts, grads.width, dtype=wide(grads.dtype))
     launch(
         _sum_by_list, count * parts, grads.own, grads.normed, grads.weight, grads.out, grads.mean, grads.rstd, order,

@@ -147,7 +147,8 @@ def restore(model: Model) -> Model:
 
     for module in model.modules():
         if isinstance(module, Attention) and isinstance(module.processor, TemporalAttnProcessor):
-            module.set_processor(module.processor.previous or AttnProcessor2_0())
+            previous: Any = module.processor.previous or AttnProcessor2_0()
+            module.set_processor(previous)
     return model
 
 
@@ -183,20 +184,24 @@ def _temporal_attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _why_not(attn: Any, fused: bool) -> str | None:
     """Why ``attn`` is not the plain self-attention that the processor computes, or None."""
-    width = attn.inner_dim // attn.heads
-    for reason, holds in (
-        ("is cross-attention", attn.is_cross_attention),
-        ("normalises queries or keys", attn.norm_q is not None or attn.norm_k is not None),
-        ("has a group or spatial norm", attn.group_norm is not None or attn.spatial_norm is not None),
-        ("has added key and value projections", attn.added_kv_proj_dim is not None),
-        ("has fewer key heads than query heads", attn.inner_kv_dim != attn.inner_dim),
-        (f"scales scores by {attn.scale}, not by {width}**-0.5", abs(attn.scale * width**0.5 - 1) > 1e-6),
-        ("is causal", getattr(attn, "is_causal", False)),
-        ("has no output projection", attn.to_out is None),
-        ("has no to_qkv: call its fuse_projections first", fused and not hasattr(attn, "to_qkv")),
-    ):
-        if holds:
-            return reason
+    if attn.is_cross_attention:
+        return "is cross-attention"
+    if attn.norm_q is not None or attn.norm_k is not None:
+        return "normalises queries or keys"
+    if attn.group_norm is not None or attn.spatial_norm is not None:
+        return "has a group or spatial norm"
+    if attn.added_kv_proj_dim is not None:
+        return "has added key and value projections"
+    if attn.inner_kv_dim != attn.inner_dim:
+        return "has fewer key heads than query heads"
+    if not attn.scale_qk:
+        return "does not scale its scores"
+    if getattr(attn, "is_causal", False):
+        return "is causal"
+    if attn.to_out is None:
+        return "has no output projection"
+    if fused and not hasattr(attn, "to_qkv"):
+        return "has no to_qkv: call its fuse_projections first"
     return None
 
 

@@ -13,7 +13,7 @@ Legend: B videos, P patches of a frame, T frames, N = P·T, D width, H heads.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ class KernelTimesformerLayer(TimesformerLayer):
         return kept.to(torch.promote_types(like.dtype, torch.float32)) / (1 - rate)
 
 
-def _qkv(attention: nn.Module, tokens: Tensor) -> Tensor:
+def _qkv(attention: Any, tokens: Tensor) -> Tensor:
     """The packed projections of a TimeSformerAttention: ``[B, rows, 3, H, E]``."""
     heads = attention.attention.num_heads
     return attention.attention.qkv(tokens).unflatten(-1, (3, heads, tokens.shape[-1] // heads))

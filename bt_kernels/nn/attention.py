@@ -18,8 +18,8 @@ from bt_kernels.visible import VisibleTokens
 def check_tokens(name: str, tokens: Tensor, width: int, cls: int, weight_name: str, layer: nn.Module) -> None:
     """Raise unless ``tokens`` is ``[B, cls+N, D]`` in the dtype and on the device of ``layer``'s weight."""
     # An adapter or a quantised layer in its place may hold weights of another dtype than it computes in.
-    plain = type(layer) in (nn.Linear, nn.LayerNorm) and isinstance(layer.weight, Tensor)
-    like = (weight_name, layer.weight) if plain else None
+    plain = type(layer) in (nn.Linear, nn.LayerNorm)
+    like = (weight_name, layer.get_parameter("weight")) if plain else None
     check_tensor(name, tokens, "[B, 1+N, D]" if cls else "[B, N, D]", (None, None, width), like)
 
 
