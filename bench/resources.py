@@ -106,7 +106,7 @@ def specialised(launch) -> tuple[dict, dict, dict]:
 
 QUICK = {
     ("L/14", "T=8 tube 0.7", "bf16"), ("L/14", "T=8 tube 0.7", "fp32"), ("L/14", "T=64 tube 0.7", "bf16"),
-    ("L/14", "T=8 ragged", "bf16"), ("EVA-g", "T=8 tube 0.7", "bf16"),
+    ("L/14", "T=8 ragged", "bf16"), ("EVA-g", "T=8 tube 0.7", "bf16"), ("EVA-g", "T=8 tube 0.7", "fp32"),
 }  # fmt: skip
 POINTERS = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
