@@ -157,6 +157,8 @@ def _register_autograd(name: str, places: tuple[int, ...], kept: tuple[int, ...]
 
     def run_backward(ctx, *grads_in):
         inputs = list(ctx.inputs)
+        if all(grad is None for grad in grads_in[:results]):
+            return (None,) * len(inputs)
         tensors = ctx.saved_tensors
         for place, tensor in zip(ctx.tensors, tensors, strict=False):
             inputs[place] = tensor

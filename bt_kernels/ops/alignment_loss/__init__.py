@@ -1,28 +1,48 @@
 """alignment_loss: masked branch token alignment (MBTA)."""
 
+import torch
 from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_tensor, check_visible
-from bt_kernels._dispatch import Kernel, unmeasured
+from bt_kernels._dispatch import Kernel
 from bt_kernels._library import define_op, visible_arguments
 from bt_kernels._native import why_not_cpu_kernel
 from bt_kernels._triton import triton_kernel, why_not_without_float64
-from bt_kernels.ops.alignment_loss import native, reference
+from bt_kernels.ops.alignment_loss import gradients, native, reference
 from bt_kernels.visible import VisibleTokens
 
+_HEAD = ("branch", "head_weight", "head_bias", "head_norm_weight", "head_norm_bias")
+
+
+def _fake(branch, target, head_weight, *rest):
+    wanted = rest[-1]
+    wide = torch.promote_types(branch.dtype, torch.float32)
+    shared = head_weight.shape[:1]
+    sizes = (branch.shape, head_weight.shape, shared, shared, shared)
+    dtypes = (branch.dtype, wide, wide, wide, wide)
+    grads = [
+        branch.new_empty(size if want else (0,), dtype=dtype)
+        for size, dtype, want in zip(sizes, dtypes, wanted, strict=True)
+    ]
+    return branch.new_empty(()), *grads
+
+
+# The forward makes the gradients too, where they are wanted: its backward would have to repeat both products. They are
+# those of the sum over the tokens and not of the mean, which would be subnormal in float16.
 _OP = define_op(
     "alignment_loss",
     "Tensor branch, Tensor target, Tensor head_weight, Tensor head_bias, Tensor head_norm_weight, "
     "Tensor head_norm_bias, Tensor target_norm_weight, Tensor target_norm_bias, Tensor target_projection, "
     "Tensor? target_projection_bias",
-    differentiable=("branch", "head_weight", "head_bias", "head_norm_weight", "head_norm_bias"),
+    differentiable=_HEAD,
     kernels=(
         triton_kernel(f"{__name__}.triton", why_not=why_not_without_float64),
-        Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel, unmeasured),
-        Kernel("reference", reference.forward, reference.backward),
+        Kernel("cpu", native.forward, gradients.scaled, why_not_cpu_kernel),
+        Kernel("reference", reference.forward, gradients.scaled),
     ),
-    fake=lambda branch, *_: branch.new_empty(()),
-    extra=", float head_norm_eps, float target_norm_eps",
+    fake=_fake,
+    extra=", float head_norm_eps, float target_norm_eps, bool[5] wanted",
+    saved=tuple(f"sum_grad_{name}" for name in _HEAD),
 )
 
 
@@ -88,8 +108,11 @@ def alignment_loss(
     if target_projection_bias is not None:
         check_tensor("target_projection_bias", target_projection_bias, "[F]", (shared,), like)
         target_projection_bias = target_projection_bias.detach()
+    learning = (branch, head_weight, head_bias, head_norm_weight, head_norm_bias)
+    wanted = [torch.is_grad_enabled() and each.requires_grad for each in learning]
     return _OP(
         branch, target.detach(), head_weight, head_bias, head_norm_weight, head_norm_bias,
         target_norm_weight.detach(), target_norm_bias.detach(), target_projection.detach(), target_projection_bias,
-        *visible_arguments(visible, visible.target_index), head_norm_eps, target_norm_eps, backend,
-    )  # fmt: skip
+        *visible_arguments(visible, visible.target_index), head_norm_eps, target_norm_eps,
+        wanted, backend,
+    )[0]  # fmt: skip

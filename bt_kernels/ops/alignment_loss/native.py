@@ -1,9 +1,25 @@
-"""alignment_loss in C++ for CPU (csrc/cpu/alignment_loss.cpp)."""
+"""alignment_loss in C++ for CPU: the passes over rows in csrc/cpu/alignment_loss.cpp; the rest is in ``chunks.py``."""
+
+import torch
+
+from bt_kernels.ops.alignment_loss import chunks
+
+
+class _Rows:
+    @staticmethod
+    def product_dtype(dtype: torch.dtype) -> torch.dtype:
+        return torch.promote_types(dtype, torch.float32)
+
+    @staticmethod
+    def gather_norm(target, places, first, weight, bias, eps, dtype):
+        count = min(chunks.CHUNK, len(places) - first)
+        return torch.ops.bt_kernels_native.alignment_gather_norm(target, places, first, count, weight, bias, eps)
+
+    @staticmethod
+    def cosine(y, b, places, gain, shift, eps, grads, dtype):
+        losses, grad_y, sums = torch.ops.bt_kernels_native.alignment_cosine(y, b, places, gain, shift, eps, grads)
+        return losses, grad_y, sums
 
 
 def forward(*args):
-    raise NotImplementedError
-
-
-def backward(*args):
-    raise NotImplementedError
+    return chunks.forward(_Rows, *args)

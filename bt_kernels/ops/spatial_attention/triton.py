@@ -3,8 +3,8 @@
 Row 0 of a frame's sequence is the video's one CLS. Its result in each frame is kept in float32 and averaged after; its
 gradients likewise are one float32 partial a frame, summed after: the same sums in the same order every time.
 
-Legend: B videos, S steps (slots, or frames when ragged), L tokens of a frame with CLS, N patch rows of a video, H heads,
-E head width (E0 + E1 columns), M rows a program owns, J rows of the other side at a time.
+Legend: B videos, S steps (slots, or frames when ragged), L tokens of a frame with CLS, N patch rows of a video, H
+heads, E head width (E0 + E1 columns), M rows a program owns, J rows of the other side at a time.
 """
 
 import torch
@@ -282,17 +282,19 @@ def frame_lists(index: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.T
     return order, torch.searchsorted(frame, bounds)
 
 
-def _tiles(qkv, backward: bool) -> tuple[int, int, int]:
+def _tiles(qkv, ragged: bool, backward: bool) -> tuple[int, int, int]:
     """(M, J, warps), found by compiling (bench/resources.py): the largest without spills on any target."""
     split = qkv.shape[4] > 64
     if qkv.dtype == torch.float32:
         return (16, 32, 4) if backward and split else (32, 32, 8 if backward or split else 4)
+    if backward and ragged and not split:
+        return 32, 32, 4
     return (64, 32, 8 if split else 4) if backward else (64, 64, 4)
 
 
 def _options(tensors, slots, backward: bool) -> dict:
     width = tensors[0].shape[4]
-    own, other, warps = _tiles(tensors[0], backward)
+    own, other, warps = _tiles(tensors[0], slots is None, backward)
     first = max(16, 1 << (width.bit_length() - 1))
     rest = max(16, triton.next_power_of_2(width - first)) if width > first else 16
     # Strides are passed in units of 8 elements where they can be: Triton sees by itself only multiples of 16, and would

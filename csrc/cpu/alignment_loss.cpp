@@ -1,0 +1,208 @@
+// The passes over rows of alignment_loss on the CPU; the products between them are torch's.
+//   gather_norm: LayerNorm of the tower's token at each place; rows of place -1 are zeros and read nothing.
+//   cosine: a = LayerNorm(y), loss = 2 - 2 cos(a, b); its gradient in y, and sums over rows for bias, gain and shift.
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "../common.h"
+#include "convert.h"
+#include "target_clones.h"
+
+namespace bt {
+namespace {
+
+// Rows of one partial sum: it depends on shapes alone, so the result does not depend on the number of threads.
+constexpr int64_t kRows = 32;
+constexpr int64_t kGrain = 32768;  // elements a thread should have before another one is started
+
+template <typename A>
+struct Moments {
+  A mean, rstd;
+};
+
+// Sums in as many lanes as the widest vectors have: the compiler may not reorder one chain of additions by itself.
+constexpr int kLanes = 16;
+
+template <typename A, typename F>
+inline A sum_over(int64_t n, const F& term) {
+  A lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
+  }
+  A sum = 0;
+  for (int l = 0; l < kLanes; ++l) sum += lanes[l];
+  for (; i < n; ++i) sum += term(i);
+  return sum;
+}
+
+template <typename T, typename A = accumulate_t<T>>
+inline Moments<A> moments(const T* x, int64_t n, A eps) {
+  const A mean = sum_over<A>(n, [&](int64_t i) { return load(x[i]); }) / static_cast<A>(n);
+  const A var = sum_over<A>(n, [&](int64_t i) { return (load(x[i]) - mean) * (load(x[i]) - mean); }) / static_cast<A>(n);
+  return {mean, A(1) / std::sqrt(var + eps)};
+}
+
+template <typename T, typename A = accumulate_t<T>>
+inline void norm_row(const T* x, const A* weight, const A* bias, int64_t n, A eps, A* out) {
+  const Moments<A> m = moments(x, n, eps);
+  for (int64_t i = 0; i < n; ++i) out[i] = (load(x[i]) - m.mean) * m.rstd * weight[i] + bias[i];
+}
+
+BT_TARGET_CLONES void norm(const float* x, const float* w, const float* b, int64_t n, float eps, float* out) {
+  norm_row(x, w, b, n, eps, out);
+}
+BT_TARGET_CLONES void norm(const double* x, const double* w, const double* b, int64_t n, double eps, double* out) {
+  norm_row(x, w, b, n, eps, out);
+}
+BT_TARGET_CLONES void norm(const torch::headeronly::BFloat16* x, const float* w, const float* b, int64_t n, float eps,
+                           float* out) {
+  norm_row(x, w, b, n, eps, out);
+}
+BT_TARGET_CLONES void norm(const torch::headeronly::Half* x, const float* w, const float* b, int64_t n, float eps,
+                           float* out) {
+  norm_row(x, w, b, n, eps, out);
+}
+
+// One row: its loss; with grad_y its gradient in y, added to sums [bias, gain, shift] of F each. a is scratch of F.
+template <typename A>
+inline A cosine_row(const A* y, const A* b, const A* gain, const A* shift, int64_t n, A eps, A* a, A* grad_y,
+                    A* sums) {
+  const Moments<A> m = moments(y, n, eps);
+  for (int64_t i = 0; i < n; ++i) a[i] = (y[i] - m.mean) * m.rstd * gain[i] + shift[i];
+  const A least = A(1e-12);
+  const A length = std::max(std::sqrt(sum_over<A>(n, [&](int64_t i) { return a[i] * a[i]; })), least);
+  const A other = std::max(std::sqrt(sum_over<A>(n, [&](int64_t i) { return b[i] * b[i]; })), least);
+  const A cosine = sum_over<A>(n, [&](int64_t i) { return a[i] * b[i]; }) / (length * other);
+  if (!grad_y) return 2 - 2 * cosine;
+  const A to_a = 2 * cosine / (length * length), to_b = -2 / (length * other);
+  for (int64_t i = 0; i < n; ++i) {
+    const A grad = to_a * a[i] + to_b * b[i], normed = (y[i] - m.mean) * m.rstd;
+    sums[n + i] += grad * normed;
+    sums[2 * n + i] += grad;
+    grad_y[i] = grad * gain[i];
+  }
+  const A mean = sum_over<A>(n, [&](int64_t i) { return grad_y[i]; }) / static_cast<A>(n);
+  const A along =
+      sum_over<A>(n, [&](int64_t i) { return grad_y[i] * ((y[i] - m.mean) * m.rstd); }) / static_cast<A>(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const A back = m.rstd * (grad_y[i] - mean - (y[i] - m.mean) * m.rstd * along);
+    grad_y[i] = back;
+    sums[i] += back;
+  }
+  return 2 - 2 * cosine;
+}
+
+BT_TARGET_CLONES float cosine(const float* y, const float* b, const float* gain, const float* shift, int64_t n,
+                              float eps, float* a, float* grad_y, float* sums) {
+  return cosine_row(y, b, gain, shift, n, eps, a, grad_y, sums);
+}
+BT_TARGET_CLONES double cosine(const double* y, const double* b, const double* gain, const double* shift, int64_t n,
+                               double eps, double* a, double* grad_y, double* sums) {
+  return cosine_row(y, b, gain, shift, n, eps, a, grad_y, sums);
+}
+
+ScalarType wide_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// target [B, T, 1+P, D], places [B*(1+N)]; rows first ... first + count of places.
+Tensor gather_norm(const Tensor& target_in, const Tensor& places_in, int64_t first, int64_t count, const Tensor& weight,
+                   const Tensor& bias, double eps) {
+  const char* op = "alignment_loss";
+  const Tensor target = adjacent_rows(target_in), places = torch::stable::contiguous(places_in);
+  const int64_t frames = target.size(1), patches = target.size(2) - 1, width = target.size(3);
+  STD_TORCH_CHECK(first >= 0 && first + count <= places.size(0), op, ": rows past the end of places");
+  const int64_t rows = target.size(0) ? places.size(0) / target.size(0) : 1;
+  const int64_t* place = places.const_data_ptr<int64_t>();
+  for (int64_t i = first; i < first + count; ++i) {
+    STD_TORCH_CHECK(place[i] < frames * patches, op, ": index holds ", place[i], ", expected -1 or a value below P*T = ",
+                    frames * patches);
+  }
+  Tensor out = empty_like_shape(target, {count, width}, wide_type(target));
+  dispatch_float(target.scalar_type(), op, [&](auto zero) {
+    using T = decltype(zero);
+    using A = accumulate_t<T>;
+    const T* from = static_cast<const T*>(target.const_data_ptr());
+    const A *w = weight.const_data_ptr<A>(), *b = bias.const_data_ptr<A>();
+    A* to = out.mutable_data_ptr<A>();
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = place[first + i];
+        if (at < 0) {
+          std::fill_n(to + i * width, width, A(0));
+          continue;
+        }
+        const T* x = from + (first + i) / rows * target.stride(0) + at % frames * target.stride(1) +
+                     (1 + at / frames) * target.stride(2);
+        norm(x, w, b, width, static_cast<A>(eps), to + i * width);
+      }
+    });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> cosine_rows(const Tensor& y_in, const Tensor& b_in, const Tensor& places_in,
+                                               const Tensor& gain, const Tensor& shift, double eps, bool grads) {
+  const char* op = "alignment_loss";
+  const Tensor y = torch::stable::contiguous(y_in), b = torch::stable::contiguous(b_in);
+  const Tensor places = torch::stable::contiguous(places_in);
+  const int64_t count = y.size(0), width = y.size(1), parts = (count + kRows - 1) / kRows;
+  Tensor losses = empty_like_shape(y, {count});
+  Tensor grad_y = grads ? empty_like_shape(y, {count, width}) : empty_like_shape(y, {0});
+  Tensor sums = grads ? empty_like_shape(y, {3, width}) : empty_like_shape(y, {0});
+  Tensor scratch = empty_like_shape(y, {parts, 4, width});  // of each part: sums of three, and a row
+  const int64_t* place = places.const_data_ptr<int64_t>();
+  dispatch_float(y.scalar_type(), op, [&](auto zero) {
+    using A = decltype(zero);
+    if constexpr (std::is_same_v<A, float> || std::is_same_v<A, double>) {
+      const A *from = y.const_data_ptr<A>(), *other = b.const_data_ptr<A>();
+      const A *w = gain.const_data_ptr<A>(), *s = shift.const_data_ptr<A>();
+      A *loss = losses.mutable_data_ptr<A>(), *partial = scratch.mutable_data_ptr<A>();
+      A* to = grads ? grad_y.mutable_data_ptr<A>() : nullptr;
+      torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t part = begin; part < end; ++part) {
+          A *sum = partial + part * 4 * width, *row = sum + 3 * width;
+          std::fill_n(sum, 3 * width, A(0));
+          for (int64_t i = part * kRows; i < std::min(count, (part + 1) * kRows); ++i) {
+            if (place[i] < 0) {
+              loss[i] = 0;
+              if (to) std::fill_n(to + i * width, width, A(0));
+              continue;
+            }
+            loss[i] = cosine(from + i * width, other + i * width, w, s, width, static_cast<A>(eps), row,
+                             to ? to + i * width : nullptr, sum);
+          }
+        }
+      });
+      if (!grads) return;
+      A* total = sums.mutable_data_ptr<A>();
+      std::fill_n(total, 3 * width, A(0));
+      for (int64_t part = 0; part < parts; ++part) {
+        for (int64_t i = 0; i < 3 * width; ++i) total[i] += partial[part * 4 * width + i];
+      }
+    } else {
+      STD_TORCH_CHECK(false, op, ": y must be float32 or float64");
+    }
+  });
+  return {losses, grad_y, sums};
+}
+
+}  // namespace
+}  // namespace bt
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bt_kernels_native, m) {
+  m.def(
+      "alignment_gather_norm(Tensor target, Tensor places, int first, int count, Tensor weight, Tensor bias, "
+      "float eps) -> Tensor");
+  m.def(
+      "alignment_cosine(Tensor y, Tensor b, Tensor places, Tensor gain, Tensor shift, float eps, bool grads) -> "
+      "(Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bt_kernels_native, CPU, m) {
+  m.impl("alignment_gather_norm", TORCH_BOX(&bt::gather_norm));
+  m.impl("alignment_cosine", TORCH_BOX(&bt::cosine_rows));
+}
