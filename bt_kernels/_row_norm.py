@@ -1,4 +1,4 @@
-"""LayerNorm of the patch rows that a gather writes in the same pass, for the reference kernels.
+"""LayerNorm of the patch rows that a gather writes: in plain PyTorch for the references, and the CPU's C++.
 
 Legend: B videos, N visible rows, D width.
 """
@@ -50,3 +50,23 @@ def fake_norm(out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(out.dtype, torch.float32)
     mean = out.new_empty(batch, rows - 1, dtype=wide)
     return out, out.new_empty(batch, rows - 1, width), mean, torch.empty_like(mean)
+
+
+def native_norm(out: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`normalise` in C++ (csrc/cpu/row_norm.cpp)."""
+    return torch.ops.bt_kernels_native.row_norm(out, weight, bias, index, eps)
+
+
+def native_norm_backward(
+    grad_out: Tensor | None,
+    grad_normed: Tensor | None,
+    out: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`normalise_backward` in C++; the rows' gradient in their dtype."""
+    if grad_normed is None:
+        return grad_out, torch.zeros_like(weight), torch.zeros_like(weight)
+    return torch.ops.bt_kernels_native.row_norm_backward(grad_out, grad_normed, out, weight, index, mean, rstd)

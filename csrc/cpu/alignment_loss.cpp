@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "../common.h"
-#include "convert.h"
+#include "row_sums.h"
 #include "target_clones.h"
 
 namespace bt {
@@ -15,34 +15,6 @@ namespace {
 // Rows of one partial sum: it depends on shapes alone, so the result does not depend on the number of threads.
 constexpr int64_t kRows = 32;
 constexpr int64_t kGrain = 32768;  // elements a thread should have before another one is started
-
-template <typename A>
-struct Moments {
-  A mean, rstd;
-};
-
-// Sums in as many lanes as the widest vectors have: the compiler may not reorder one chain of additions by itself.
-constexpr int kLanes = 16;
-
-template <typename A, typename F>
-inline A sum_over(int64_t n, const F& term) {
-  A lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
-  }
-  A sum = 0;
-  for (int l = 0; l < kLanes; ++l) sum += lanes[l];
-  for (; i < n; ++i) sum += term(i);
-  return sum;
-}
-
-template <typename T, typename A = accumulate_t<T>>
-inline Moments<A> moments(const T* x, int64_t n, A eps) {
-  const A mean = sum_over<A>(n, [&](int64_t i) { return load(x[i]); }) / static_cast<A>(n);
-  const A var = sum_over<A>(n, [&](int64_t i) { return (load(x[i]) - mean) * (load(x[i]) - mean); }) / static_cast<A>(n);
-  return {mean, A(1) / std::sqrt(var + eps)};
-}
 
 template <typename T, typename A = accumulate_t<T>>
 inline void norm_row(const T* x, const A* weight, const A* bias, int64_t n, A eps, A* out) {
@@ -101,10 +73,6 @@ BT_TARGET_CLONES float cosine(const float* y, const float* b, const float* gain,
 BT_TARGET_CLONES double cosine(const double* y, const double* b, const double* gain, const double* shift, int64_t n,
                                double eps, double* a, double* grad_y, double* sums) {
   return cosine_row(y, b, gain, shift, n, eps, a, grad_y, sums);
-}
-
-ScalarType wide_type(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // target [B, T, 1+P, D], places [B*(1+N)]; rows first ... first + count of places.

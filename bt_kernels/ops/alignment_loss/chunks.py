@@ -1,8 +1,8 @@
 """alignment_loss in chunks of rows, so that nothing of size N·F is ever stored. Shared by Triton and C++.
 
 Products of matrices go to torch, whose library knows each device; our kernels are the two passes over rows beside them,
-``gather_norm`` and ``cosine``, which a backend brings. Rows are those of ``branch`` [B·(1+N), D]: a video's CLS row counts
-as padding, so that no row of the branch is ever copied.
+``gather_norm`` and ``cosine``, which a backend brings. Rows are those of ``branch`` [B·(1+N), D]: a video's CLS row
+counts as padding, so that no row of the branch is ever copied.
 
 Legend: B, T, P, N, D; F width of the shared space, C rows of a chunk, M = B·(1+N).
 """

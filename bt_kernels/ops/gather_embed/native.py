@@ -1,17 +1,37 @@
-"""gather_embed in C++ for CPU (csrc/cpu/gather_embed.cpp)."""
+"""gather_embed in C++ for CPU: csrc/cpu/gather_embed.cpp, and row_norm.cpp for the rows normalised."""
+
+import torch
+from torch import Tensor
+
+from bt_kernels._row_norm import native_norm, native_norm_backward
 
 
-def forward(*args):
-    raise NotImplementedError
+def forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots) -> Tensor:
+    return torch.ops.bt_kernels_native.gather_embed(backbone, cls_token, pos, time, index, frame_counts)
 
 
-def backward(*args):
-    raise NotImplementedError
+def backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs):
+    ops = torch.ops.bt_kernels_native
+    grad_backbone = None
+    if needs[0]:  # as gather_merge's without a gate, but for CLS, of which half is the tower's
+        halved = torch.cat([grad[:, :1] / 2, grad[:, 1:]], 1)
+        flags = (True, False, False)
+        grad_backbone, *_ = ops.gather_merge_backward(halved, backbone, halved, None, index, frame_counts, *flags)
+    tables = ops.gather_embed_tables_backward(grad, index, patches, frames, len(time), *needs[1:])
+    return grad_backbone, *(g if need else None for g, need in zip(tables, needs[1:], strict=True))
 
 
-def forward_norm(*args):
-    raise NotImplementedError
+def forward_norm(
+    backbone, cls_token, pos, time, norm_weight, norm_bias, index, frame_counts, patches, frames, slots, norm_eps
+):  # fmt: skip
+    out = forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots)
+    return out, *native_norm(out, index, norm_weight, norm_bias, norm_eps)
 
 
-def backward_norm(*args):
-    raise NotImplementedError
+def backward_norm(
+    grad_out, grad_normed, backbone, cls_token, pos, time, norm_weight, norm_bias, index, frame_counts, patches,
+    frames, slots, norm_eps, out, mean, rstd, needs,
+):  # fmt: skip
+    grad, *norm_grads = native_norm_backward(grad_out, grad_normed, out, norm_weight, index, mean, rstd)
+    grads = backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs[:4])
+    return *grads, *norm_grads
