@@ -176,6 +176,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bt_kernels_native, m) {
       "gather_embed(Tensor backbone, Tensor cls_token, Tensor pos, Tensor time, Tensor index, Tensor? frame_counts) -> "
       "Tensor");
   m.def(
+      "gather_embed_backward(Tensor grad, Tensor backbone, Tensor cls_token, Tensor pos, Tensor time, Tensor index, "
+      "Tensor? frame_counts, bool need_backbone, bool need_cls_token, bool need_pos, bool need_time) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");  // on CUDA; the CPU has the tables' part alone
+  m.def(
       "gather_embed_tables_backward(Tensor grad, Tensor index, int patches, int frames, int time_rows, bool need_cls, "
       "bool need_pos, bool need_time) -> (Tensor, Tensor, Tensor)");
 }

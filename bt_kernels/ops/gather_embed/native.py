@@ -1,4 +1,4 @@
-"""gather_embed in C++ for CPU: csrc/cpu/gather_embed.cpp, and row_norm.cpp for the rows normalised."""
+"""gather_embed in C++ for CPU (csrc/cpu/gather_embed.cpp, row_norm.cpp) and CUDA (csrc/cuda/gather_embed.cu)."""
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ def forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames
 
 def backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs):
     ops = torch.ops.bt_kernels_native
+    if grad.is_cuda:
+        grads = ops.gather_embed_backward(grad, backbone, cls_token, pos, time, index, frame_counts, *needs)
+        return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
     grad_backbone = None
     if needs[0]:  # as gather_merge's without a gate, but for CLS, of which half is the tower's
         halved = torch.cat([grad[:, :1] / 2, grad[:, 1:]], 1)

@@ -5,9 +5,9 @@ from torch import Tensor
 from bt_kernels._checks import check_is_visible, check_tensor, check_visible
 from bt_kernels._dispatch import Kernel, unmeasured
 from bt_kernels._library import define_op, visible_arguments
-from bt_kernels._native import why_not_cpu_kernel, why_not_cuda_kernel
-from bt_kernels._triton import triton_kernel, why_not_without_float64
-from bt_kernels.ops.temporal_attention import native, reference
+from bt_kernels._native import why_not_cpu_kernel
+from bt_kernels._triton import triton_kernel
+from bt_kernels.ops.temporal_attention import limits, native, reference
 from bt_kernels.visible import VisibleTokens
 
 _OP = define_op(
@@ -15,8 +15,8 @@ _OP = define_op(
     "Tensor qkv",
     differentiable=("qkv",),
     kernels=(
-        Kernel("cuda", native.forward, native.backward, why_not_cuda_kernel, unmeasured),
-        triton_kernel(f"{__name__}.triton", why_not=why_not_without_float64),
+        Kernel("cuda", native.forward, native.backward, limits.why_not_cuda, unmeasured),
+        triton_kernel(f"{__name__}.triton", why_not=limits.why_not_triton),
         Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel, unmeasured),
         Kernel("reference", reference.forward, reference.backward),
     ),

@@ -13,7 +13,6 @@ import triton.language as tl
 
 from bt_kernels._triton import launch
 
-LONGEST = 128  # steps of a sequence
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -162,11 +161,6 @@ def backward(grad, qkv, index, frame_counts, patches, frames, slots, needs):
     return (grad_qkv,)
 
 
-def why_not_longer(steps: int) -> str | None:
-    """Why sequences of ``steps`` tokens cannot run, or None: a whole sequence has to fit a tile."""
-    return f"sequences of {steps} tokens are longer than {LONGEST}" if steps > LONGEST else None
-
-
 def _plan(tensors, frames, slots) -> tuple[dict, dict]:
     """Tiles of a video, and the compile-time constants: a fixed table, found by compiling (bench/resources.py)."""
     qkv = tensors[0]
@@ -175,7 +169,7 @@ def _plan(tensors, frames, slots) -> tuple[dict, dict]:
     ragged, exact = slots is None, qkv.dtype == torch.float32
     least = 2 * steps if ragged else steps  # ragged tiles overlap by steps - 1 rows
     smallest = 16 if exact and width > 64 else 32
-    tile = min(LONGEST, max(smallest, triton.next_power_of_2(least)))
+    tile = max(smallest, triton.next_power_of_2(least))  # limits.py says which are taken
     advance = tile - (steps - 1) if ragged else tile // steps * steps
     first = max(16, 1 << (width.bit_length() - 1))
     rest = max(16, triton.next_power_of_2(width - first)) if width > first else 16
@@ -186,7 +180,7 @@ def _plan(tensors, frames, slots) -> tuple[dict, dict]:
     constants = dict(
         E=width, E0=first, E1=rest, R=tile, RAGGED=ragged, PRECISION="ieee" if exact else "tf32",
         UNIT=unit,
-        warps=(8 if tile == LONGEST else tile // 16) if not exact else {16: 2, 32: 4, 64: 16, 128: 16}[tile], stages=1,
+        warps=(8 if tile == 128 else tile // 16) if not exact else {16: 2, 32: 4, 64: 16, 128: 16}[tile], stages=1,
     )  # fmt: skip
     return grid, constants
 

@@ -1,0 +1,44 @@
+"""What the temporal_attention kernels on GPUs do not take. They hold whole sequences in a tile of rows."""
+
+import torch
+
+from bt_kernels._native import why_not_cuda_kernel
+from bt_kernels._triton import why_not_without_float64
+
+
+def why_not_cuda(qkv, *visible) -> str | None:
+    """Why the CUDA kernel cannot run a call, or None."""
+    reason = why_not_cuda_kernel(qkv)
+    if reason is not None or not visible:
+        return reason
+    slots, width = visible[-1], qkv.shape[4]
+    if qkv.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, got {qkv.dtype}"
+    if slots is None:
+        return "takes regular grids, got the ragged form"
+    if slots > 64:
+        return f"takes at most 64 slots, got {slots}"
+    if width % 8 or not 8 <= width <= 128:
+        return f"takes heads of a width that is a multiple of 8 up to 128, got {width}"
+    return None
+
+
+def why_not_triton(qkv, *visible) -> str | None:
+    """Why the Triton kernel cannot run a call, or None."""
+    reason = why_not_without_float64(qkv)
+    if reason is not None or not visible:
+        return reason
+    *_, frames, slots = visible
+    rows = 2 * frames if slots is None else slots  # ragged tiles overlap
+    limit = longest(qkv.dtype, qkv.shape[4])
+    if rows > limit:
+        form = "ragged sequences" if slots is None else "sequences"
+        return f"takes {form} of at most {limit // 2 if slots is None else limit} tokens in {qkv.dtype}, got {frames}"
+    return None
+
+
+def longest(dtype: torch.dtype, width: int) -> int:
+    """Rows of the largest tile that compiles without spills on every target (``bench/resources.py``)."""
+    if dtype != torch.float32:
+        return 128
+    return 32 if width <= 64 else 16
