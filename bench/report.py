@@ -64,7 +64,49 @@ def mini() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"mini": mini}
+def kernels() -> str:
+    """The CPU kernels against their peers, from ``bench/kernels.py``."""
+    rows = json.loads((RESULTS / "kernels-cpu.json").read_text(encoding="utf-8"))
+    cases: dict[tuple, dict] = {}
+    for row in rows:
+        key = (row["op"], row["frames"], row["ratio"], row["direction"])
+        cases.setdefault(key, {})[row["implementation"]] = row
+    peers = ("eager", "compiled", "sdpa")
+    lines = [
+        "| op | tokens | pass | C++, ms | over eager | over `torch.compile` | over SDPA |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (op, frames, ratio, direction), found in cases.items():
+        ours = found["cpu"]
+        shown = "all tokens" if ratio == 0 else f"tube {ratio}"
+        times = [f"{found[peer]['ms'] / ours['ms']:.2f}×" if peer in found else "" for peer in peers]
+        name = f"`{op}`" + ("" if ours["default"] else " (not the default)")
+        lines.append(f"| {name} | T = {frames}, {shown} | {direction} | {ours['ms']:.2f} | {' | '.join(times)} |")
+    facts = rows[0]["facts"]
+    lines += [
+        "",
+        f"ViT-L/14, one video, float32, {facts['threads']} threads of an {facts['device']}, torch {facts['torch']}: "
+        "medians of alternating runs in one process, a peer's time over ours, printed by `python bench/kernels.py`. "
+        "SDPA's time includes the layout changes it needs.",
+    ]
+    return "\n".join(lines)
+
+
+def traffic() -> str:
+    """Bytes the Triton kernels move over the least possible, from ``bench/traffic.py``."""
+    rows = json.loads((RESULTS / "traffic.json").read_text(encoding="utf-8"))
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    ratios = {(row["op"], row["case"], row["direction"]): row["ratio"] for row in rows}
+    columns = [(case, direction) for case in cases for direction in ("forward", "backward")]
+    lines = ["| op | " + " | ".join(f"{case}, {direction}" for case, direction in columns) + " |"]
+    lines.append("| --- " * (len(columns) + 1) + "|")
+    for op in dict.fromkeys(row["op"] for row in rows):
+        lines.append(f"| `{op}` | " + " | ".join(f"{ratios[op, *column]:.2f}" for column in columns) + " |")
+    lines += ["", "ViT-L/14, one video, bf16; counted by `python bench/traffic.py`."]
+    return "\n".join(lines)
+
+
+TABLES = {"mini": mini, "kernels": kernels, "traffic": traffic}
 
 
 def render(text: str) -> str:

@@ -180,7 +180,7 @@ def _plan(tensors, frames, slots) -> tuple[dict, dict]:
     constants = dict(
         E=width, E0=first, E1=rest, R=tile, RAGGED=ragged, PRECISION="ieee" if exact else "tf32",
         UNIT=unit,
-        warps=(8 if tile == 128 else tile // 16) if not exact else {16: 2, 32: 4, 64: 16, 128: 16}[tile], stages=1,
+        warps=(8 if tile == 128 else tile // 16) if not exact else tile // 8, stages=1,
     )  # fmt: skip
     return grid, constants
 
