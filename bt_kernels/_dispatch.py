@@ -41,6 +41,11 @@ def unmeasured(*args) -> str:
     return "no recorded run shows it to win"
 
 
+def slower_than_compiled(*args) -> str:
+    """``why_not_default`` of a kernel that loses to ``torch.compile`` of plain PyTorch where it was measured."""
+    return "bench/results shows torch.compile of the reference to be faster"
+
+
 def imported(module: str, function: str) -> Callable:
     """``module.function``, imported when first called: Triton kernels, whose import loads Triton."""
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_tensor, check_visible
-from bt_kernels._dispatch import Kernel
+from bt_kernels._dispatch import Kernel, slower_than_compiled
 from bt_kernels._library import define_op, visible_arguments
 from bt_kernels._native import why_not_cpu_kernel
 from bt_kernels._triton import triton_kernel, why_not_without_float64
@@ -37,7 +37,7 @@ _OP = define_op(
     differentiable=_HEAD,
     kernels=(
         triton_kernel(f"{__name__}.triton", why_not=why_not_without_float64),
-        Kernel("cpu", native.forward, gradients.scaled, why_not_cpu_kernel),
+        Kernel("cpu", native.forward, gradients.scaled, why_not_cpu_kernel, slower_than_compiled),
         Kernel("reference", reference.forward, gradients.scaled),
     ),
     fake=_fake,

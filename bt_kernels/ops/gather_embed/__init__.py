@@ -19,7 +19,7 @@ _OP = define_op(
     kernels=(
         Kernel("cuda", native.forward, native.backward, why_not_cuda_kernel, unmeasured),
         triton_kernel(_TRITON),
-        Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel, unmeasured),
+        Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel),
         Kernel("reference", reference.forward, reference.backward),
     ),
     fake=lambda backbone, cls_token, pos, time, index, *_: _empty_out(backbone, index),
@@ -30,7 +30,7 @@ _NORM_OP = define_op(
     differentiable=("backbone", "cls_token", "pos", "time", "norm_weight", "norm_bias"),
     kernels=(
         triton_kernel(_TRITON, "_norm"),
-        Kernel("cpu", native.forward_norm, native.backward_norm, why_not_cpu_kernel, unmeasured),
+        Kernel("cpu", native.forward_norm, native.backward_norm, why_not_cpu_kernel),
         Kernel("reference", reference.forward_norm, reference.backward_norm),
     ),
     fake=lambda backbone, cls_token, pos, time, weight, bias, index, *_: fake_norm(_empty_out(backbone, index)),

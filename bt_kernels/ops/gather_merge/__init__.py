@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_norm, check_tensor, check_visible
-from bt_kernels._dispatch import Kernel, unmeasured
+from bt_kernels._dispatch import Kernel, slower_than_compiled, unmeasured
 from bt_kernels._library import define_op, visible_arguments
 from bt_kernels._native import why_not_cpu_kernel, why_not_cuda_kernel
 from bt_kernels._row_norm import fake_norm
@@ -30,7 +30,7 @@ _NORM_OP = define_op(
     differentiable=("backbone", "branch", "gate", "norm_weight", "norm_bias"),
     kernels=(
         triton_kernel(_TRITON, "_norm"),
-        Kernel("cpu", native.forward_norm, native.backward_norm, why_not_cpu_kernel, unmeasured),
+        Kernel("cpu", native.forward_norm, native.backward_norm, why_not_cpu_kernel, slower_than_compiled),
         Kernel("reference", reference.forward_norm, reference.backward_norm),
     ),
     fake=lambda backbone, branch, *_: fake_norm(branch.new_empty(branch.shape)),

@@ -17,7 +17,7 @@ _OP = define_op(
     kernels=(
         Kernel("cuda", native.forward, native.backward, why_not_cuda_kernel, unmeasured),
         triton_kernel(f"{__name__}.triton"),
-        Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel, unmeasured),
+        Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel),
         Kernel("reference", reference.forward, reference.backward),
     ),
     fake=lambda backbone, branch, index, frame_counts, patches, *_: branch.new_empty(

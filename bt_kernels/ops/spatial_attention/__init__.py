@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_tensor, check_visible
-from bt_kernels._dispatch import Kernel, unmeasured
+from bt_kernels._dispatch import Kernel
 from bt_kernels._library import define_op, visible_arguments
 from bt_kernels._native import why_not_cpu_kernel
 from bt_kernels._triton import triton_kernel, why_not_without_float64
@@ -32,7 +32,7 @@ _OP = define_op(
     differentiable=("qkv",),
     kernels=(
         triton_kernel(f"{__name__}.triton", why_not=why_not_without_float64),
-        Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel, unmeasured),
+        Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel),
         Kernel("reference", reference.forward, reference.backward),
     ),
     fake=_fake,

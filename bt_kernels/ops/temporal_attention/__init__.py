@@ -17,7 +17,7 @@ _OP = define_op(
     kernels=(
         Kernel("cuda", native.forward, native.backward, limits.why_not_cuda, unmeasured),
         triton_kernel(f"{__name__}.triton", why_not=limits.why_not_triton),
-        Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel, unmeasured),
+        Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel),
         Kernel("reference", reference.forward, reference.backward),
     ),
     fake=lambda qkv, *_: qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[3], qkv.shape[4]),
