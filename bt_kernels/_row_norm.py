@@ -41,7 +41,8 @@ def normalise_backward(
         [True, needs[0], needs[1]],
     )  # fmt: skip
     total = torch.cat([total[:, :1], total[:, 1:] + rows], 1)
-    return total, *(None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
+    weight_bias = [None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias)]
+    return total, weight_bias[0], weight_bias[1]
 
 
 def fake_norm(out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -65,7 +66,7 @@ def native_norm_backward(
     index: Tensor,
     mean: Tensor,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """:func:`normalise_backward` in C++; the rows' gradient in their dtype."""
     if grad_normed is None:
         return grad_out, torch.zeros_like(weight), torch.zeros_like(weight)

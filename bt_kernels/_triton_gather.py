@@ -247,7 +247,7 @@ def run_forward(
         NORM=norm is not None, COUNTED=frame_counts is not None, AT_ONCE=FRAMES_AT_ONCE,
         **row_options(width, tower.dtype),
     )  # fmt: skip
-    return (out,) if norm is None else (out, normed, mean, rstd)
+    return tuple(each for each in (out, normed, mean, rstd) if each is not None)
 
 
 class RowGrads:

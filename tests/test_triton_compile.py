@@ -43,6 +43,7 @@ def test_compiles_without_spills(function, tmp_path):
         assert row["shared"] <= SHARED, f"{told}: {row['shared']} bytes of shared memory"
         assert row["registers"] <= 255 and row["instructions"] > 8, told
     if "attention" in function:
-        main = [row for row in found if row["dtype"] == "bf16" and row["kernel"].startswith(("_forward", "_backward"))]
+        passes = [row for row in found if "forward" in row["kernel"] or "backward" in row["kernel"]]
+        main = [row for row in passes if row["dtype"] == "bf16"]
         assert main and all(row["tensor_core"] > 0 for row in main)
         assert all(row["wide_loads"] > 0 for row in main)

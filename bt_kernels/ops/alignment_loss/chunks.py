@@ -35,7 +35,7 @@ class RowKernels(Protocol):
     def cosine(
         self, y: Tensor, b: Tensor, places: Tensor, gain: Tensor, shift: Tensor, eps: float, grads: bool,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """With a = LayerNorm(y): 2 - 2·cos(a, b) of each row ``[C]``; if ``grads`` its gradient in y, ``[C, F]`` in
         ``dtype``, and its sums over rows for bias, gain and shift, ``[3, F]``."""
 
@@ -62,7 +62,7 @@ def forward(
     head = Head(
         head_weight.to(operand), *(t.to(wide).contiguous() for t in (head_bias, head_norm_weight, head_norm_bias))
     )
-    norm = [t.to(wide).contiguous() for t in (target_norm_weight, target_norm_bias)]
+    norm_weight, norm_bias = (t.to(wide).contiguous() for t in (target_norm_weight, target_norm_bias))
     projection = target_projection.to(operand)
     projection_bias = None if target_projection_bias is None else target_projection_bias.to(wide)
     places = F.pad(
@@ -81,7 +81,7 @@ def forward(
         if slots is None:  # padding may hold anything, and a product would spread it
             rows = rows.masked_fill(here[:, None] < 0, 0)
         y = _product(rows, head.weight.T, wide).add_(head.bias)
-        b = kernels.gather_norm(target, places, first, *norm, target_eps, operand)[: last - first]
+        b = kernels.gather_norm(target, places, first, norm_weight, norm_bias, target_eps, operand)[: last - first]
         b = _product(b, projection.T, wide)
         if projection_bias is not None:
             b.add_(projection_bias)

@@ -1,5 +1,7 @@
 """gather_embed: the branch's first input, gathered from the tower's tokens."""
 
+from typing import overload
+
 from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_norm, check_tensor, check_visible
@@ -45,6 +47,27 @@ def _empty_out(backbone: Tensor, index: Tensor) -> Tensor:
     return backbone.new_empty(backbone.shape[0], 1 + index.shape[1], backbone.shape[3])
 
 
+@overload
+def gather_embed(
+    backbone: Tensor,
+    cls_token: Tensor,
+    pos: Tensor,
+    time: Tensor,
+    visible: VisibleTokens,
+    backend: str | None = ...,
+    norm: None = ...,
+) -> Tensor: ...
+@overload
+def gather_embed(
+    backbone: Tensor,
+    cls_token: Tensor,
+    pos: Tensor,
+    time: Tensor,
+    visible: VisibleTokens,
+    backend: str | None = ...,
+    *,
+    norm: tuple[Tensor, Tensor, float],
+) -> tuple[Tensor, Tensor]: ...
 def gather_embed(
     backbone: Tensor,
     cls_token: Tensor,

@@ -1,5 +1,7 @@
 """gather_merge: a tower layer's tokens gathered and mixed into the branch."""
 
+from typing import overload
+
 from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_norm, check_tensor, check_visible
@@ -41,6 +43,25 @@ _NORM_OP = define_op(
 )
 
 
+@overload
+def gather_merge(
+    backbone: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    visible: VisibleTokens,
+    backend: str | None = ...,
+    norm: None = ...,
+) -> Tensor: ...
+@overload
+def gather_merge(
+    backbone: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    visible: VisibleTokens,
+    backend: str | None = ...,
+    *,
+    norm: tuple[Tensor, Tensor, float],
+) -> tuple[Tensor, Tensor]: ...
 def gather_merge(
     backbone: Tensor,
     branch: Tensor,

@@ -1,0 +1,225 @@
+"""Triton kernels of spatial_attention: lists of a frame's rows, the tiles both passes share, and the forward.
+
+Legend: B videos, S steps (slots, or frames when ragged), L tokens of a frame with CLS, K the most patches of a frame,
+N patch rows of a video, H heads, E head width (E0 + E1 columns), M rows a program owns, J patches it takes at a time.
+Token 0 of a frame is the video's one CLS, token r > 0 its r-th patch. Strides come in units of UNIT elements.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def list_rows(index, order, patch, counts, index_b, index_n, N, T, K, C: tl.constexpr):
+    """Rows of a frame in ascending order, their patches, and how many: one program a frame, C rows at a time."""
+    frame = tl.program_id(0).to(tl.int64)
+    b, t = frame // T, frame % T
+    found = tl.zeros([], tl.int32)
+    for n0 in range(0, N, C):
+        n = n0 + tl.arange(0, C)
+        place = tl.load(index + b * index_b + n.to(tl.int64) * index_n, mask=n < N, other=-1)
+        hit = (place >= 0) & (place % T == t)
+        at = found + tl.cumsum(hit.to(tl.int32), 0) - 1
+        keep = hit & (at < K)
+        tl.store(order + frame * K + at, n, mask=keep)
+        tl.store(patch + frame * K + at, (place // T).to(tl.int32), mask=keep)
+        found += tl.sum(hit.to(tl.int32), 0)
+    tl.store(counts + frame, found)
+
+
+@triton.jit
+def clear_padding(index, out, index_b, index_n, N, W, R: tl.constexpr, C: tl.constexpr):
+    """Zeros in the rows of ``out`` [B, 1+N, W] whose index is -1; nothing is read or written elsewhere."""
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(N, R)
+    b = pid // blocks
+    n = (pid % blocks) * R + tl.arange(0, R)
+    empty = tl.load(index + b * index_b + n * index_n, mask=n < N, other=0) < 0
+    if tl.sum(empty.to(tl.int32), 0) > 0:
+        to = out + (b * (1 + N) + 1 + n[:, None]) * W
+        for c0 in range(0, W, C):
+            c = c0 + tl.arange(0, C)[None, :]
+            tl.store(to + c, tl.zeros([R, C], out.dtype.element_ty), mask=empty[:, None] & (c < W))
+
+
+@triton.jit
+def frame_share(weight, frame_counts, b, s, S, weight_b, weight_s):
+    """Weight of a frame in the CLS row: the given one, or that of the mean over the real frames."""
+    if weight is not None:
+        share = tl.load(weight + b * weight_b + s * weight_s).to(tl.float32)
+    elif frame_counts is not None:
+        count = tl.load(frame_counts + b)
+        share = tl.where(s < count, 1.0 / tl.maximum(count, 1).to(tl.float32), 0.0)
+    else:
+        share = 1.0 / S
+    return share
+
+
+@triton.jit
+def sum_frames(
+    partial, weight, frame_counts, out, weight_b, weight_s, out_b, S, W, WEIGHTED: tl.constexpr, C: tl.constexpr
+):
+    """out[b, 0] = Σ_s weight[b, s]·partial[b, s] (or without weights) of rows of W, in the same order every time."""
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(W, C)
+    b = pid // blocks
+    c = (pid % blocks) * C + tl.arange(0, C)
+    total = tl.zeros([C], tl.float32)
+    for s in range(S):
+        x = tl.load(partial + (b * S + s) * W + c, mask=c < W, other=0.0)
+        if WEIGHTED:
+            x *= frame_share(weight, frame_counts, b, s, S, weight_b, weight_s)
+        total += x
+    tl.store(out + b * out_b + c, total.to(out.dtype.element_ty), mask=c < W)
+
+
+@triton.jit
+def frame_length(counts, frame, K, RAGGED: tl.constexpr):
+    """L: tokens of a frame with CLS."""
+    if RAGGED:
+        length = 1 + tl.load(counts + frame)
+    else:
+        length = 1 + K
+    return length
+
+
+@triton.jit
+def patch_rows(order, patch, frame, s, j, valid, S, K, RAGGED: tl.constexpr):
+    """Rows in [1, N] of patches j of a frame, and their entries in lse, in int32. Only where valid."""
+    if RAGGED:
+        row = 1 + tl.load(order + frame * K + j, mask=valid, other=0)
+        entry = 1 + tl.load(patch + frame * K + j, mask=valid, other=0)
+    else:
+        row = (1 + j.to(tl.int64) * S + s).to(tl.int32)
+        entry = 1 + j
+    return row, entry
+
+
+@triton.jit
+def token_rows(order, patch, frame, s, r, length, S, K, RAGGED: tl.constexpr):
+    """:func:`patch_rows` of tokens r: CLS is row 0 and entry 0."""
+    row, entry = patch_rows(order, patch, frame, s, r - 1, (r > 0) & (r < length), S, K, RAGGED)
+    return tl.where(r == 0, 0, row), tl.where(r == 0, 0, entry)
+
+
+@triton.jit
+def read(at, valid, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr):
+    """Columns [0, E0) and [E0, E) of rows; the second is a copy of the first where there are none."""
+    e0, e1 = tl.arange(0, E0)[None, :], E0 + tl.arange(0, E1)[None, :]
+    if E < E0:
+        x0 = tl.load(at[:, None] + e0, mask=valid[:, None] & (e0 < E), other=0.0)
+    else:
+        x0 = tl.load(at[:, None] + e0, mask=valid[:, None], other=0.0)
+    x1 = x0
+    if E > E0:
+        x1 = tl.load(at[:, None] + e1, mask=valid[:, None] & (e1 < E), other=0.0)
+    return x0, x1
+
+
+@triton.jit
+def read_one(at, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr):
+    """A single row as :func:`read` does, in float32, [1, E0] and [1, E1]."""
+    e0, e1 = tl.arange(0, E0)[None, :], E0 + tl.arange(0, E1)[None, :]
+    x0 = tl.load(at + e0, mask=e0 < E, other=0.0).to(tl.float32)
+    x1 = tl.load(at + e1, mask=e1 < E, other=0.0).to(tl.float32)
+    return x0, x1
+
+
+@triton.jit
+def write(at, valid, x0, x1, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr):
+    e0, e1 = tl.arange(0, E0)[None, :], E0 + tl.arange(0, E1)[None, :]
+    kind = at.dtype.element_ty
+    tl.store(at[:, None] + e0, x0.to(kind), mask=valid[:, None] & (e0 < E))
+    if E > E0:
+        tl.store(at[:, None] + e1, x1.to(kind), mask=valid[:, None] & (e1 < E))
+
+
+@triton.jit
+def product(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """a·bᵀ over all columns."""
+    out = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if SPLIT:
+        out = tl.dot(a1, tl.trans(b1), out, input_precision=PRECISION)
+    return out
+
+
+@triton.jit
+def product_with_one(a0, a1, b0, b1, SPLIT: tl.constexpr):
+    """:func:`product` with a single row, [rows of a]."""
+    out = tl.sum(a0.to(tl.float32) * b0, 1)
+    if SPLIT:
+        out += tl.sum(a1.to(tl.float32) * b1, 1)
+    return out
+
+
+@triton.jit
+def _attend(
+    base, order, patch, out, lse, cls_out, step, part, b, s, h, frame, length, r, H, S, K, N, entries, scale,
+    E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, J: tl.constexpr, RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Results of tokens r, [M], of a frame: the running softmax starts from CLS, so the loop covers patches alone."""
+    SPLIT: tl.constexpr = E > E0
+    own = r < length
+    row, entry = token_rows(order, patch, frame, s, r, length, S, K, RAGGED)
+    q0, q1 = read(base + row.to(tl.int64) * step, own, E, E0, E1)
+    keys = base + part
+    c0, c1 = read_one(keys, E, E0, E1)
+    top = product_with_one(q0, q1, c0, c1, SPLIT) * (scale * LOG2_E)
+    total = tl.full([M], 1.0, tl.float32)
+    c0, c1 = read_one(keys + part, E, E0, E1)
+    acc0, acc1 = tl.zeros([M, E0], tl.float32) + c0, tl.zeros([M, E1], tl.float32) + c1
+    for j0 in range(0, length - 1, J):
+        j = j0 + tl.arange(0, J)
+        here = j < length - 1
+        at, _ = patch_rows(order, patch, frame, s, j, here, S, K, RAGGED)
+        at = keys + at.to(tl.int64) * step
+        k0, k1 = read(at, here, E, E0, E1)
+        scores = product(q0, q1, k0, k1, SPLIT, PRECISION) * (scale * LOG2_E)
+        scores = tl.where(here[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(p, 1)
+        v0, v1 = read(at + part, here, E, E0, E1)
+        p = p.to(v0.dtype)
+        acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+        if SPLIT:
+            acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+        top = higher
+    acc0, acc1 = acc0 / total[:, None], acc1 / total[:, None]
+    tl.store(lse + (frame * H + h) * entries + entry, (top + tl.log2(total)) * _LN_2, mask=own)
+    write(out + ((b * (1 + N) + row.to(tl.int64)) * H + h) * E, own & (r > 0), acc0, acc1, E, E0, E1)
+    write(cls_out + (frame * H + h) * E + row * 0, r == 0, acc0, acc1, E, E0, E1)
+
+
+@triton.jit
+def _forward(
+    qkv, order, patch, counts, out, lse, cls_out, stride_b, stride_n, stride_c, stride_h, blocks, H, S, K, N, entries,
+    scale,
+    E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, TAIL: tl.constexpr, J: tl.constexpr,
+    RAGGED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """softmax(q·kᵀ/√E)·v of M tokens of a frame; a last block of no more than TAIL takes a tile of that size."""
+    pid = tl.program_id(0).to(tl.int64)
+    block, frame_head = pid % blocks, pid // blocks
+    h, frame = frame_head % H, frame_head // H
+    b, s = frame // S, frame % S
+    length = frame_length(counts, frame, K, RAGGED)
+    r0 = (block * M).to(tl.int32)
+    base = qkv + (b * stride_b + h * stride_h) * UNIT
+    step, part = tl.cast(stride_n, tl.int64) * UNIT, tl.cast(stride_c, tl.int64) * UNIT
+    if length - r0 > TAIL:
+        _attend(
+            base, order, patch, out, lse, cls_out, step, part, b, s, h, frame, length, r0 + tl.arange(0, M),
+            H, S, K, N, entries, scale, E, E0, E1, M, J, RAGGED, PRECISION,
+        )  # fmt: skip
+    elif TAIL > 0:
+        if length > r0:
+            _attend(
+                base, order, patch, out, lse, cls_out, step, part, b, s, h, frame, length, r0 + tl.arange(0, TAIL),
+                H, S, K, N, entries, scale, E, E0, E1, TAIL, J, RAGGED, PRECISION,
+            )  # fmt: skip
