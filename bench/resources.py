@@ -104,10 +104,15 @@ def specialised(launch) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
+# What the tests look at: every target where kernels are hottest, elsewhere the one where registers are scarcest.
 QUICK = {
-    ("L/14", "T=8 tube 0.7", "bf16"), ("L/14", "T=8 tube 0.7", "fp32"), ("L/14", "T=64 tube 0.7", "bf16"),
-    ("L/14", "T=8 ragged", "bf16"), ("EVA-g", "T=8 tube 0.7", "bf16"), ("EVA-g", "T=8 tube 0.7", "fp32"),
-}  # fmt: skip
+    ("L/14", "T=8 tube 0.7", "bf16"): TARGETS,
+    ("EVA-g", "T=8 tube 0.7", "bf16"): TARGETS,
+    ("L/14", "T=64 tube 0.7", "bf16"): (80,),
+    ("L/14", "T=8 ragged", "bf16"): (80,),
+    ("L/14", "T=8 tube 0.7", "fp32"): (80,),
+    ("EVA-g", "T=8 tube 0.7", "fp32"): (80,),
+}
 POINTERS = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
     torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8",
@@ -176,7 +181,7 @@ def triton_rows(only: str | None, targets: tuple[int, ...], quick: bool) -> Iter
                         if key in seen:
                             continue
                         seen.add(key)
-                        for target in targets:
+                        for target in QUICK[model, case, name] if quick else targets:
                             found = compiled(launch, target)
                             if found["instructions"] < 8:
                                 raise RuntimeError(f"{launch.kernel.__name__} compiled to nothing for sm_{target}")

@@ -23,6 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # leaves over.
 REFERENCE_ROUNDINGS = {"forward": 4.0, "gradient": 16.0}
 FLOOR_ROUNDINGS = 2.0
+SOME_FORMS = ("tube70", "padded", "empty_frame")
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +96,8 @@ def check(variant: Variant, inputs: Inputs, visible: VisibleTokens, backend: str
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 @pytest.mark.parametrize("variant, backend, device", RUNS)
 def test_equals_dense(variant, backend, device, form, dtype):
+    if backend == "triton" and device == "cpu" and dtype == torch.float16 and form.name not in SOME_FORMS:
+        pytest.skip("in Triton's interpreter, which is slow, float16 runs on some forms; bfloat16 on all")
     visible = form.build()
     inputs = prepared(variant.draw(visible, form.heads, form.width), dtype, device, variant)
     upstream = upstream_like(exact_shape(variant, inputs, visible)).to(dtype)
@@ -136,7 +139,6 @@ def broadcast(t: Tensor) -> Tensor:
 
 
 LAYOUTS = (every_other, transposed, sliced, broadcast)
-SOME_FORMS = ("tube70", "padded", "empty_frame")
 
 
 @pytest.mark.parametrize("form", SOME_FORMS)

@@ -2,7 +2,7 @@
 
 With w the frame's weight for the CLS query and 1 for all others, and per frame:
 
-    P = exp(S - lse), dV = (w·P)ᵀ·dO, dS = w·P∘(dO·Vᵀ - δ)/√E, dK = dSᵀ·Q, dQ = dS·K, δ = Σ P∘(dO·Vᵀ) = Σ dO∘O
+    P = exp(Q·Kᵀ/√E - lse), dV = (w·P)ᵀ·dO, dS = w·P∘(dO·Vᵀ - δ)/√E, dK = dSᵀ·Q, dQ = dS·K, δ = Σ P∘(dO·Vᵀ) = Σ dO∘O
 """
 
 import triton
@@ -19,7 +19,7 @@ from bt_kernels.ops.spatial_attention.triton_forward import (
     read_one,
     token_rows,
     write,
-)  # fmt: skip
+)
 
 
 @triton.jit
