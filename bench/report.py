@@ -101,7 +101,9 @@ def traffic() -> str:
     lines = ["| op | " + " | ".join(f"{case}, {direction}" for case, direction in columns) + " |"]
     lines.append("| --- " * (len(columns) + 1) + "|")
     for op in dict.fromkeys(row["op"] for row in rows):
-        lines.append(f"| `{op}` | " + " | ".join(f"{ratios[op, *column]:.2f}" for column in columns) + " |")
+        lines.append(
+            f"| `{op}` | " + " | ".join(f"{ratios[op, *c]:.2f}" if (op, *c) in ratios else "" for c in columns) + " |"
+        )
     lines += ["", "ViT-L/14, one video, bf16; counted by `python bench/traffic.py`."]
     return "\n".join(lines)
 

@@ -308,7 +308,7 @@ def sum_by_list(grads: RowGrads, keys: Tensor, count: int, total: Tensor | None 
     batch, tokens = keys.shape
     order, starts = lists_by_key(keys, count)
     each = triton.cdiv(batch * tokens, max(count, 1))  # rows of a list, on average
-    parts = max(1, min(64, triton.cdiv(each, 32)))  # partial sums cost memory traffic
+    parts = max(1, min(64, triton.cdiv(each, 64)))  # partial sums cost memory traffic
     sums = grads.empty(3 if grads.norm else 1, count * parts, grads.width, dtype=wide(grads.dtype))
     launch(
         _sum_by_list, count * parts, grads.own, grads.normed, grads.weight, grads.out, grads.mean, grads.rstd, order,

@@ -59,5 +59,5 @@ def _backward(rows: RowGrads, grad, backbone, pos, time, index, frame_counts, pa
         by_patch = sum_by_list(plain, torch.where(padding, patches, index // frames), patches)[0]
         grad_pos = torch.cat([half_cls.sum(0, keepdim=True), by_patch]).to(dtype)
     if needs[3]:
-        grad_time = torch.cat([by_frame, by_frame.new_zeros(len(time) - frames, rows.width)]).to(dtype)
+        grad_time = torch.nn.functional.pad(by_frame.to(dtype), (0, 0, 0, len(time) - frames))
     return grad_backbone, grad_cls, grad_pos, grad_time, *(g.to(dtype) for g in norm_grads)
