@@ -28,7 +28,7 @@ demo: install
 	$(BIN)/bt-adapter demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

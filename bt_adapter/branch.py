@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bt_adapter import fused
 from bt_adapter.config import BTAdapterConfig, TowerConfig
-from bt_adapter.tower import LayerWeights, make_attention
+from bt_adapter.tower import LayerWeights, branch_attention
 from bt_kernels import VisibleTokens, gather_embed, gather_merge, spatial_attention, temporal_attention
 
 _SPATIAL_EPS = 1e-5  # for CLIP and EVA alike; EVA's tower and temporal layers use 1e-6
@@ -25,7 +26,7 @@ class TemporalLayer(nn.Module):
     def __init__(self, config: TowerConfig):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.attention = make_attention(config)
+        self.attention = branch_attention(config)
         self.fc = nn.Linear(config.hidden_size, config.hidden_size)
         nn.init.zeros_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
@@ -48,7 +49,7 @@ class SpatialLayer(LayerWeights):
     """Attention inside each frame with the one CLS of the video in every frame, then the MLP."""
 
     def __init__(self, config: TowerConfig):
-        super().__init__(config, _SPATIAL_EPS)
+        super().__init__(config, _SPATIAL_EPS, branch_attention(config))
 
     def forward(self, z: Tensor, visible: VisibleTokens, scale: Tensor | None) -> Tensor:
         """One layer on ``z``; ``scale`` [B, steps] is stochastic depth's draw over its keep probability."""
@@ -115,8 +116,10 @@ class Branch(nn.Module):
 
     def merge(self, tokens: Tensor, z: Tensor, visible: VisibleTokens) -> Tensor:
         """A later layer's input: X mixed into the branch through the merge gate."""
-        gate = _gate(self.config.merge_gate_slope, self.merge_gate, z.dtype)
-        return gather_merge(tokens.to(z.dtype), z, gate, visible)
+        tokens, slope = tokens.to(z.dtype), self.config.merge_gate_slope
+        if self.config.fused and slope is not None and self.merge_gate is not None and not tokens.requires_grad:
+            return fused.gated_merge(tokens, z, self.merge_gate, slope, visible)
+        return gather_merge(tokens, z, _gate(slope, self.merge_gate, z.dtype), visible)
 
     def run_layer(self, layer: int, z: Tensor, visible: VisibleTokens, draws: Iterator[Tensor] | None) -> Tensor:
         """Temporal then spatial attention of branch layer ``layer``; ``draws`` as in the model's forward."""
@@ -125,8 +128,12 @@ class Branch(nn.Module):
         def scale(count: int) -> Tensor | None:
             return self._draw(rate, visible.batch, count, z, draws)
 
-        z = self.temporal[layer](z, visible, scale(visible.sequences))
-        z = self.spatial[layer](z, visible, scale(visible.steps))
+        time_scale, space_scale = scale(visible.sequences), scale(visible.steps)
+        temporal, spatial = self.temporal[layer], self.spatial[layer]
+        if self.config.fused:
+            z = fused.run_layer(z, temporal, spatial, visible, time_scale, space_scale, self.config.recompute)
+        else:
+            z = spatial(temporal(z, visible, time_scale), visible, space_scale)
         if self.config.drop_block and (kept := scale(1)) is not None:
             z = z * kept[:, :, None].to(z.dtype)
         return z

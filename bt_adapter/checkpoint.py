@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
-from bt_adapter.names import to_own
+from bt_adapter.names import pack_qkv, to_own
 
 _FORMAT = 1
 
@@ -99,7 +99,7 @@ def load_model(
     """
     folder = Path(folder)
     settings = _read_settings(folder)
-    state = read_safetensors(folder / "model.safetensors")
+    state = pack_qkv(read_safetensors(folder / "model.safetensors"))  # version 0.1 kept q, k and v apart
     config, name = TowerConfig(**settings["tower"]), settings["tower_name"]
     tensors = None
     if not settings["includes_tower"]:

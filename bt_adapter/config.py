@@ -112,7 +112,10 @@ class BTAdapterConfig:
         alignment_head: whether there is a head for masked branch token alignment.
         drop_block: EVA's reference also draws stochastic depth on a spatial layer's whole result, residual
             included; kept for parity, off by default.
-        recompute: what backward computes anew instead of keeping; "none" is the one policy of this version.
+        recompute: what backward computes again instead of keeping it: "none" of the matrix products; "mlp": each
+            layer's first MLP product; "layer": each layer, of which the input alone is kept (``bt_adapter.fused``).
+        fused: run the layers of ``bt_adapter.fused``; False: the plain ones of ``bt_adapter.branch``, which know
+            "none" alone.
     """
 
     depth: int = 4
@@ -123,6 +126,7 @@ class BTAdapterConfig:
     alignment_head: bool = True
     drop_block: bool = False
     recompute: str = "none"
+    fused: bool = True
 
     def __post_init__(self) -> None:
         for name in ("depth", "max_frames"):
@@ -131,8 +135,10 @@ class BTAdapterConfig:
                 raise ValueError(f"{name} must be a positive int, but is {value!r}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must lie in [0, 1), but is {self.drop_path!r}")
-        if self.recompute != "none":
-            raise ValueError(f"recompute must be 'none' in this version, but is {self.recompute!r}")
+        if self.recompute not in ("none", "mlp", "layer"):
+            raise ValueError(f"recompute must be 'none', 'mlp' or 'layer', but is {self.recompute!r}")
+        if self.recompute != "none" and not self.fused:
+            raise ValueError(f"recompute must be 'none' where fused is False, but is {self.recompute!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""

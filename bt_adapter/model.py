@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bt_adapter.branch import Branch
 from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.losses import contrastive_loss
+from bt_adapter.names import pack_qkv
 from bt_adapter.tower import Tower
 from bt_kernels import VisibleTokens, alignment_loss, pool_video_tokens
 
@@ -270,7 +271,7 @@ class BTAdapterVisionModel(nn.Module):
         """Start the spatial layers as a copy of the tower's layers beside them."""
         for i, layer in enumerate(self.branch.spatial):
             own = layer.state_dict()
-            source = self.tower.layers[self.first_branch_layer + i - self.tower.first_layer].state_dict()
+            source = pack_qkv(self.tower.layers[self.first_branch_layer + i - self.tower.first_layer].state_dict(), "")
             layer.load_state_dict({name: source[name].to(own[name]) for name in own})
 
     @staticmethod

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 # Inside a layer: published name (regex) → own name.
 _LAYER_CLIP = [
@@ -78,6 +82,33 @@ def _layer_to_own(name: str, eva: bool, temporal: bool) -> str:
         if changed:
             break
     return name
+
+
+def pack_qkv(state: Mapping[str, Tensor], under: str = "branch.") -> dict[str, Tensor]:
+    """``state`` with q, k and v of CLIP's attentions joined, where a name begins with ``under``."""
+    packed = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(rf"({re.escape(under)}.*attention\.)([qkv])_proj\.(weight|bias)", name)
+        if match is None:
+            packed[name] = tensor
+        elif match[2] == "q":
+            parts = [state.get(f"{match[1]}{part}_proj.{match[3]}") for part in "qkv"]
+            if all(part is not None for part in parts):
+                packed[f"{match[1]}qkv_{match[3]}"] = torch.cat([part for part in parts if part is not None])
+    return packed
+
+
+def unpack_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back from :func:`pack_qkv`, for a CLIP branch."""
+    unpacked = {}
+    for name, tensor in state.items():
+        head, found, kind = name.rpartition("attention.qkv_")
+        if found:
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                unpacked[f"{head}attention.{part}_proj.{kind}"] = piece
+        else:
+            unpacked[name] = tensor
+    return unpacked
 
 
 def layer_to_reference(own: str, eva: bool) -> str:

@@ -23,7 +23,9 @@ from bt_adapter.names import (
     TOP_CLIP,
     TOP_EVA,
     layer_to_reference,
+    pack_qkv,
     to_own,
+    unpack_qkv,
 )
 from bt_adapter.tower import Tower
 
@@ -91,7 +93,7 @@ def load_reference_checkpoint(
             tensor = tensor[0]
         own[to_own(name, eva) or name] = tensor
     _add_gates(own, model)
-    load_exactly(model, own, "the checkpoint")
+    load_exactly(model, pack_qkv(own), "the checkpoint")
     return model.eval()
 
 
@@ -105,7 +107,8 @@ def to_reference_state_dict(model: BTAdapterVisionModel) -> dict[str, Tensor]:
     back = {own: name for name, own in {**top, **HEAD}.items()}
     stacks = STACKS_EVA if eva else STACKS_CLIP
     result = {}
-    for own, tensor in model.state_dict().items():
+    state = model.state_dict() if eva else unpack_qkv(model.state_dict())
+    for own, tensor in state.items():
         name = back.get(own, "")
         if not name:
             for own_stack, stack in zip(OWN_STACKS, stacks, strict=True):

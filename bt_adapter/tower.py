@@ -5,6 +5,8 @@ Legend: n images, P patches of an image, D width, H heads, E head width, F width
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,26 @@ class ClipAttention(nn.Module):
         return packed.unflatten(-1, (3, self.heads, -1))
 
 
+class PackedAttention(nn.Module):
+    """The same projections with q, k and v in one parameter, as the branch holds them."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        parts = [nn.Linear(width, width) for _ in range(3)]
+        self.qkv_weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]))
+        self.qkv_bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]))
+        self.out_proj = nn.Linear(width, width)
+
+    def packed_bias(self) -> Tensor:
+        """Bias of q, k and v, ``[3D]``."""
+        return self.qkv_bias
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., 3, H, E]``, in one matrix product."""
+        return F.linear(x, self.qkv_weight, self.qkv_bias).unflatten(-1, (3, self.heads, -1))
+
+
 class EvaAttention(nn.Module):
     """Projections of EVA's attention: packed qkv, biases on q and v alone."""
 
@@ -42,14 +64,22 @@ class EvaAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.trunc_normal_(self.qkv_weight, std=0.02)
 
+    def packed_bias(self) -> Tensor:
+        """Bias of q, k and v, ``[3D]``; k's is zero."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
     def qkv(self, x: Tensor) -> Tensor:
         """``[..., D]`` to ``[..., 3, H, E]``, in one matrix product."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return F.linear(x, self.qkv_weight, bias).unflatten(-1, (3, self.heads, -1))
+        return F.linear(x, self.qkv_weight, self.packed_bias()).unflatten(-1, (3, self.heads, -1))
 
 
-def make_attention(config: TowerConfig) -> ClipAttention | EvaAttention:
-    """The attention projections of the tower's kind."""
+def branch_attention(config: TowerConfig) -> PackedAttention | EvaAttention:
+    """The projections of the branch's attentions."""
+    kind = EvaAttention if config.is_eva else PackedAttention
+    return kind(config.hidden_size, config.num_attention_heads)
+
+
+def _tower_attention(config: TowerConfig) -> ClipAttention | EvaAttention:
     kind = EvaAttention if config.is_eva else ClipAttention
     return kind(config.hidden_size, config.num_attention_heads)
 
@@ -57,10 +87,10 @@ def make_attention(config: TowerConfig) -> ClipAttention | EvaAttention:
 class LayerWeights(nn.Module):
     """Parameters of a pre-norm transformer layer, and its MLP: of the tower's layers and the branch's spatial ones."""
 
-    def __init__(self, config: TowerConfig, eps: float):
+    def __init__(self, config: TowerConfig, eps: float, attention: nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps)
-        self.attention = make_attention(config)
+        self.attention: Any = attention
         self.norm2 = nn.LayerNorm(config.hidden_size, eps)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -75,6 +105,9 @@ class LayerWeights(nn.Module):
 
 class TowerLayer(LayerWeights):
     """One layer of the tower."""
+
+    def __init__(self, config: TowerConfig, eps: float):
+        super().__init__(config, eps, _tower_attention(config))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, 1+P, D]`` to the same shape; every token attends to all of its image."""

@@ -70,6 +70,7 @@ def define_op(
     results: tuple[str, ...] = ("out",),
     keep: tuple[str, ...] = (),
     saved: tuple[str, ...] = (),
+    unread: tuple[str, ...] = (),
 ) -> Op:
     """Register ``bt_kernels::name`` and ``bt_kernels::name_backward`` and return the op.
 
@@ -90,6 +91,7 @@ def define_op(
         results: names of what the forward returns and is differentiable in.
         keep: those of ``results`` that the backward reads.
         saved: names of further tensors that the forward returns for the backward alone.
+        unread: tensor arguments of which the backward wants shape, dtype and device, not the values: they are not kept.
     """
     arguments = f"{tensors}, {_VISIBLE}{extra}"
     names = tuple(part.split()[-1] for part in arguments.split(", "))
@@ -126,7 +128,7 @@ def define_op(
     _LIBRARY.impl(backward_name, backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bt_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
     torch.library.register_fake(f"bt_kernels::{backward_name}", fake_backward, lib=_LIBRARY)
-    _register_autograd(name, places, kept, len(results))
+    _register_autograd(name, places, kept, len(results), frozenset(names.index(each) for each in unread))
     _refuse_second_derivative(backward_name)
     skipped = {names.index(each) for each in uncast}
     for device in ("CPU", "CUDA"):
@@ -143,14 +145,21 @@ def _alone(values: tuple) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _register_autograd(name: str, places: tuple[int, ...], kept: tuple[int, ...], results: int) -> None:
+def _register_autograd(
+    name: str, places: tuple[int, ...], kept: tuple[int, ...], results: int, unread: frozenset[int]
+) -> None:
+    def worth_keeping(place: int, tensor: Tensor) -> Tensor:
+        if place not in unread:
+            return tensor
+        return tensor.new_empty(tensor.shape[-1:]).expand(tensor.shape)  # one row stands for all
+
     def setup_context(ctx, inputs, output) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
         tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         saved = outputs[results:]
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)  # zeros of the size of every result without a gradient
-        ctx.save_for_backward(*[inputs[i] for i in tensors], *[outputs[i] for i in kept], *saved)
+        ctx.save_for_backward(*[worth_keeping(i, inputs[i]) for i in tensors], *[outputs[i] for i in kept], *saved)
         ctx.tensors = tensors
         ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.inputs[-1] = forced_backend(inputs[-1])  # a block that forces a backend holds for its backward too

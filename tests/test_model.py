@@ -8,6 +8,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithP
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, TowerConfig
 from bt_adapter.losses import contrastive_loss
 from bt_adapter.model import average_frames
+from bt_adapter.names import pack_qkv
 from bt_kernels import VisibleTokens
 
 SIZES = {
@@ -74,7 +75,7 @@ def test_spatial_layers_start_as_the_towers(vision_config):
     model = make(vision_config)
     model.reset_spatial_layers()
     for i, layer in enumerate(model.branch.spatial):
-        tower = model.tower.layers[2 + i].state_dict()
+        tower = pack_qkv(model.tower.layers[2 + i].state_dict(), "")
         assert all(torch.equal(value, tower[name]) for name, value in layer.state_dict().items())
 
 

@@ -25,6 +25,7 @@ _OP = define_op(
         Kernel("reference", reference.forward, reference.backward),
     ),
     fake=lambda backbone, cls_token, pos, time, index, *_: _empty_out(backbone, index),
+    unread=("backbone", "cls_token", "pos", "time"),
 )
 _NORM_OP = define_op(
     "gather_embed_norm",
@@ -40,6 +41,7 @@ _NORM_OP = define_op(
     results=("out", "normed"),
     keep=("out",),
     saved=("mean", "rstd"),
+    unread=("backbone", "cls_token", "pos", "time"),
 )
 
 

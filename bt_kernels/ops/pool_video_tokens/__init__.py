@@ -23,6 +23,7 @@ _OP = define_op(
     fake=lambda backbone, branch, index, frame_counts, patches, *_: branch.new_empty(
         branch.shape[0], patches + 1, branch.shape[2]
     ),
+    unread=("backbone", "branch"),
 )
 
 

@@ -1,0 +1,52 @@
+"""The tower's tokens merged into the branch, without keeping the tower's state for backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bt_kernels import VisibleTokens
+from bt_kernels._dispatch import forced_backend
+from bt_kernels._library import visible_arguments
+
+
+def gated_merge(tokens: Tensor, z: Tensor, parameter: Tensor, slope: float, visible: VisibleTokens) -> Tensor:
+    """``m = (1 - w)·z + w·tokens`` at the visible places, w = sigmoid(slope·parameter), for a frozen tower.
+
+    All gradients follow from m and z alone, since w·(tokens - z) = m - z: the parameter's is
+    ``slope·(1 - w)·Σ grad·(m - z)``. So the tower's state is not kept, and nothing is divided by a gate that may be 0.
+
+    Args:
+        tokens: the tower's, ``[B, T, 1+P, D]``, without a gradient.
+        z: the branch's state, ``[B, 1+N, D]``.
+        parameter: of the gate, ``[D]``.
+        slope: of the gate.
+        visible: which tokens.
+
+    Returns:
+        ``[B, 1+N, D]``.
+    """
+    return _GatedMerge.apply(tokens, z, parameter, slope, forced_backend(None), *visible_arguments(visible))
+
+
+class _GatedMerge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, z, parameter, slope, backend, *visible):
+        gate = torch.sigmoid(slope * parameter).to(z.dtype)
+        merged = torch.ops.bt_kernels.gather_merge(tokens, z, gate, *visible, backend)
+        ctx.slope, ctx.backend = slope, backend
+        ctx.save_for_backward(z, merged, parameter)
+        return merged
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, merged, parameter = ctx.saved_tensors
+        gate = torch.sigmoid(ctx.slope * parameter)
+        # m takes the place of a tower of one frame, all of whose patches are visible
+        tokens = z.shape[1] - 1
+        index = torch.arange(tokens, device=z.device).expand(z.shape[0], -1)
+        _, grad_z, grad_gate = torch.ops.bt_kernels.gather_merge_backward(
+            grad, merged[:, None], z, gate.to(z.dtype), index, None, tokens, 1, 1, [False, True, True], ctx.backend
+        )
+        grad_parameter = ctx.slope * (1 - gate) * grad_gate.to(parameter.dtype)
+        return None, grad_z, grad_parameter, *[None] * 7

@@ -1,0 +1,62 @@
+"""What every update of a layer is made of: LayerNorm and products on the rows of ``[B, rows, D]``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """A LayerNorm's parameters."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+def norm(x: Tensor, by: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """``x`` normalised, and each row's mean and 1/deviation for :func:`norm_backward`."""
+    dtype = x.dtype
+    return torch.native_layer_norm(x, (x.shape[-1],), by.weight.to(dtype), by.bias.to(dtype), by.eps)
+
+
+def norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, by: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, weight and bias."""
+    dtype = x.dtype
+    return torch.ops.aten.native_layer_norm_backward(
+        grad.to(dtype), x, (x.shape[-1],), mean, rstd, by.weight.to(dtype), by.bias.to(dtype), [True, True, True]
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x·weightᵀ + bias`` in the dtype of ``x``."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def product_backward(grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of a product's input."""
+    return grad @ weight.to(grad.dtype)
+
+
+def weight_grad(grad: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
+    """Gradient of a product's weight, times ``scale``."""
+    left, right = grad.flatten(0, 1).t(), x.flatten(0, 1)
+    return left @ right if scale == 1 else torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=scale)
+
+
+def bias_grad(grad: Tensor) -> Tensor:
+    """Gradient of a product's bias."""
+    return grad.sum((0, 1))
+
+
+def add_rows(z: Tensor, update: Tensor) -> Tensor:
+    """``z`` plus ``update``, which may lack the CLS row."""
+    if update.shape == z.shape:
+        return z + update
+    out = torch.empty_like(z)
+    out[:, :1] = z[:, :1]
+    torch.add(z[:, 1:], update, out=out[:, 1:])
+    return out
