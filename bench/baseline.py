@@ -49,8 +49,7 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(split(self.q(x)), split(self.k(x)), split(self.v(x)))
         else:
             q, k, v = (
-                split(y).view(count * self.heads, length, each)
-                for y in (self.q(x) * each**-0.5, self.k(x), self.v(x))
+                split(y).view(count * self.heads, length, each) for y in (self.q(x) * each**-0.5, self.k(x), self.v(x))
             )
             weights = F.softmax(torch.bmm(q, k.transpose(1, 2)), dim=-1)
             mixed = torch.bmm(weights, v).view(count, self.heads, length, each)

@@ -117,8 +117,8 @@ class Branch(nn.Module):
     def merge(self, tokens: Tensor, z: Tensor, visible: VisibleTokens) -> Tensor:
         """A later layer's input: X mixed into the branch through the merge gate."""
         tokens, slope = tokens.to(z.dtype), self.config.merge_gate_slope
-        if self.config.fused and slope is not None and self.merge_gate is not None and not tokens.requires_grad:
-            return fused.gated_merge(tokens, z, self.merge_gate, slope, visible)
+        if self.config.fused and not tokens.requires_grad:
+            return fused.merge(tokens, z, self.merge_gate, slope, visible)
         return gather_merge(tokens, z, _gate(slope, self.merge_gate, z.dtype), visible)
 
     def run_layer(self, layer: int, z: Tensor, visible: VisibleTokens, draws: Iterator[Tensor] | None) -> Tensor:

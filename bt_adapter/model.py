@@ -7,7 +7,7 @@ layers, d branch layers.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from bt_adapter.branch import Branch
 from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.losses import contrastive_loss
 from bt_adapter.names import pack_qkv
+from bt_adapter.progress import Progress, counter, nothing
 from bt_adapter.tower import Tower
 from bt_kernels import VisibleTokens, alignment_loss, pool_video_tokens
 
@@ -130,7 +131,7 @@ class BTAdapterVisionModel(nn.Module):
         """The frozen tower's embeddings of still images, ``[n, 3, h, w]`` to ``[n, F]``, without the branch."""
         self._check_pixels(pixel_values, "[n, 3, h, w]")
         with torch.no_grad():
-            return self.tower.image_embeds(pixel_values.to(self.tower.dtype))
+            return self.tower.image_embeds(pixel_values)
 
     def video_tokens(
         self,
@@ -139,6 +140,7 @@ class BTAdapterVisionModel(nn.Module):
         features: Tensor | None = None,
         start_layer: int | None = None,
         draws: Iterable[Tensor] | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:
         """Tokens of each video for a language model's projector: one set of P+1 whatever T is, CLS last.
 
@@ -154,6 +156,8 @@ class BTAdapterVisionModel(nn.Module):
             features: stored input of tower layer ``start_layer``, ``[B, T, 1+P, D]``.
             start_layer: 0-based; None: L-d, the first layer with a branch layer beside it (20 for ViT-L/14).
             draws: as in :meth:`forward`.
+            progress: called with what is done and how much there is, as each chunk of frames leaves a tower layer and
+                as each branch layer ends.
 
         Returns:
             ``[B, P+1, D]``.
@@ -171,10 +175,15 @@ class BTAdapterVisionModel(nn.Module):
             if start_layer is not None:
                 raise ValueError("start_layer goes with features, but pixel_values was given")
             self._check_pixels(pixel_values)
-            tokens = self._embed(pixel_values)
+            done = self._counter(pixel_values, 0, self.config.depth - 1, progress)
+            tokens = self._embed(pixel_values, done)
         else:
             start = self.first_branch_layer if start_layer is None else start_layer
-            tokens = self._run_tower_from(features, start)
+            features = self._check_features(features, start)
+            done = self._counter(features, start, self.config.depth - 1, progress)
+            tokens = features.detach().to(self.tower.dtype, copy=True, memory_format=torch.contiguous_format)
+            for layer in range(start, self.first_branch_layer):
+                tokens = self._run_tower_layer(layer, tokens, done)
         batch, frames, places = tokens.shape[:3]
         merged = -(-frames // self.config.max_frames)
         steps = -(-frames // merged)
@@ -185,20 +194,22 @@ class BTAdapterVisionModel(nn.Module):
                 f"published code fails there too, or takes at most {2 * self.config.max_frames}); use windows='full'"
             )
         visible = VisibleTokens.all(batch, places - 1, steps, tokens.device, slots)
-        tokens, z = self._run(tokens, visible, 0, self.config.depth - 1, draws, merged)
+        tokens, z = self._run(tokens, visible, 0, self.config.depth - 1, draws, merged, done)
         return pool_video_tokens(tokens.to(z.dtype), z, visible)
 
-    def frame_mean_tokens(self, pixel_values: Tensor) -> Tensor:
+    @torch.no_grad()
+    def frame_mean_tokens(self, pixel_values: Tensor, progress: Progress | None = None) -> Tensor:
         """What :meth:`video_tokens` becomes without the branch: the mean over time of tower layer L-2's tokens.
 
         ``[B, T, 3, h, w]`` to ``[B, P+1, D]``, CLS last. The baseline of every comparison with the branch.
+        ``progress`` as there.
         """
         self._check_pixels(pixel_values)
-        with torch.no_grad():
-            tokens = self._embed(pixel_values)
-            for layer in range(self.first_branch_layer, self.vision_config.num_hidden_layers - 1):
-                tokens = self._run_tower_layer(layer, tokens)
-            mean = tokens.mean(1)
+        done = self._counter(pixel_values, 0, 0, progress)
+        tokens = self._embed(pixel_values, done)
+        for layer in range(self.first_branch_layer, self.vision_config.num_hidden_layers - 1):
+            tokens = self._run_tower_layer(layer, tokens, done)
+        mean = tokens.mean(1)
         return torch.cat([mean[:, 1:], mean[:, :1]], 1)
 
     def pretraining_losses(
@@ -298,20 +309,21 @@ class BTAdapterVisionModel(nn.Module):
 
         return load_model(folder, clip, share)
 
-    @torch.no_grad()
-    def _embed(self, pixel_values: Tensor) -> Tensor:
+    def _embed(self, pixel_values: Tensor, done: Callable[[], None] = nothing) -> Tensor:
         """Frames to the input of tower layer L-d, ``[B, T, 1+P, D]``."""
-        tower = self.tower
-        tokens = tower.embed(pixel_values.flatten(0, 1).to(tower.dtype))
-        for layer in range(self.first_branch_layer):
-            tokens = tower.run_layer(layer, tokens)
+        tokens = self.tower.run(pixel_values.flatten(0, 1), self.first_branch_layer, done)
         return tokens.unflatten(0, pixel_values.shape[:2])
 
-    @torch.no_grad()
-    def _run_tower_layer(self, layer: int, tokens: Tensor) -> Tensor:
-        return self.tower.run_layer(layer, tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+    def _run_tower_layer(self, layer: int, tokens: Tensor, done: Callable[[], None] = nothing) -> Tensor:
+        """Over ``tokens``, whose values are then gone."""
+        return self.tower.run_layer(layer, tokens.flatten(0, 1), done).unflatten(0, tokens.shape[:2])
 
-    def _run_tower_from(self, features: Any, start: int) -> Tensor:
+    def _counter(self, videos: Tensor, start: int, branch_layers: int, progress: Progress | None) -> Callable[[], None]:
+        """What counts the steps of a run from tower layer ``start`` to L-2."""
+        chunks = self.tower.chunks(videos.shape[0] * videos.shape[1])
+        return counter(chunks * (self.vision_config.num_hidden_layers - 1 - start) + branch_layers, progress)
+
+    def _check_features(self, features: Any, start: int) -> Tensor:
         config = self.vision_config
         if not isinstance(features, Tensor) or not features.is_floating_point():
             raise TypeError(f"features must be a float tensor [B, T, 1+P, D], but is {_describe(features)}")
@@ -330,10 +342,7 @@ class BTAdapterVisionModel(nn.Module):
             raise ValueError(
                 f"start_layer must lie in [{self.tower.first_layer}, {self.first_branch_layer}], but is {start}"
             )
-        tokens = features.to(self.tower.dtype)
-        for layer in range(start, self.first_branch_layer):
-            tokens = self._run_tower_layer(layer, tokens)
-        return tokens
+        return features
 
     def _run(
         self,
@@ -343,19 +352,23 @@ class BTAdapterVisionModel(nn.Module):
         stop: int,
         draws: Iterable[Tensor] | None,
         merged: int = 1,
+        done: Callable[[], None] = nothing,
     ) -> tuple[Tensor, Tensor]:
         """Tower and branch side by side over branch layers [start, stop): last X and last z."""
         recorded: Iterator[Tensor] | None = None if draws is None else iter(draws)
         z: Any = None
         for layer in range(start, stop):
-            tokens = self._run_tower_layer(self.first_branch_layer + layer, tokens)
+            tokens = self._run_tower_layer(self.first_branch_layer + layer, tokens, done)
             seen = average_frames(tokens, merged)
+            if seen is tokens and not self.config.fused:
+                seen = tokens.clone()  # the plain layers keep it for backward, and the tower writes over its own
             z = (
                 self.branch.embed(seen, self.tower.position, visible)
                 if z is None
                 else self.branch.merge(seen, z, visible)
             )
             z = self.branch.run_layer(layer, z, visible, recorded)
+            done()
         return tokens, z
 
     def _final_norm(self, tokens: Tensor) -> Tensor:

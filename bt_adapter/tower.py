@@ -5,6 +5,7 @@ Legend: n images, P patches of an image, D width, H heads, E head width, F width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_adapter.config import TowerConfig
+from bt_adapter.cuda_graph import Recorded
+from bt_adapter.fp8 import Fp8Weight
+from bt_adapter.fused import mlp
+from bt_adapter.products import linear
+from bt_adapter.progress import nothing
 
 
 class ClipAttention(nn.Module):
@@ -25,11 +31,10 @@ class ClipAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def qkv(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., 3, H, E]``, in one matrix product."""
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        packed = F.linear(x, torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
-        return packed.unflatten(-1, (3, self.heads, -1))
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of ``[n, s, D]``, each ``[n, H, s, E]``."""
+        q, k, v = (linear(x, p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return tuple(y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
 
 
 class PackedAttention(nn.Module):
@@ -72,6 +77,11 @@ class EvaAttention(nn.Module):
         """``[..., D]`` to ``[..., 3, H, E]``, in one matrix product."""
         return F.linear(x, self.qkv_weight, self.packed_bias()).unflatten(-1, (3, self.heads, -1))
 
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of ``[n, s, D]``, each ``[n, H, s, E]``."""
+        packed = linear(x, self.qkv_weight, self.packed_bias()).unflatten(-1, (3, self.heads, -1))
+        return packed.permute(2, 0, 3, 1, 4).unbind(0)
+
 
 def branch_attention(config: TowerConfig) -> PackedAttention | EvaAttention:
     """The projections of the branch's attentions."""
@@ -96,6 +106,10 @@ class LayerWeights(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.quick = config.hidden_act == "quick_gelu"
 
+    def mlp_weights(self) -> mlp.Weights:
+        """The parameters of :meth:`mlp`."""
+        return mlp.Weights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
     def mlp(self, x: Tensor) -> Tensor:
         """``fc2(act(fc1(x)))``; quick-GELU is x·sigmoid(1.702·x)."""
         hidden = self.fc1(x)
@@ -110,11 +124,13 @@ class TowerLayer(LayerWeights):
         super().__init__(config, eps, _tower_attention(config))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, 1+P, D]`` to the same shape; every token attends to all of its image."""
-        q, k, v = self.attention.qkv(self.norm1(x)).permute(2, 0, 3, 1, 4).unbind(0)  # [n, H, 1+P, E]
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.attention.out_proj(attended)
-        return x + self.mlp(self.norm2(x))
+        """``[n, 1+P, D]`` to the same shape, written over ``x``; every token attends to all of its image."""
+        attended = F.scaled_dot_product_attention(*self.attention.split(self.norm1(x))).transpose(1, 2).flatten(2)
+        out = self.attention.out_proj
+        x += linear(attended, out.weight, out.bias)
+        del attended
+        mlp.add_(x, self.norm2(x), self.mlp_weights(), self.quick)
+        return x
 
 
 class Tower(nn.Module):
@@ -139,6 +155,8 @@ class Tower(nn.Module):
             self.final_norm = nn.LayerNorm(width, eps)
             if config.projection_dim is not None:
                 self.projection = nn.Linear(width, config.projection_dim, bias=config.is_eva)
+        self.chunk = 32
+        self._recorded: Recorded | None = None
         self.requires_grad_(False)
         super().train(False)
 
@@ -162,15 +180,93 @@ class Tower(nn.Module):
         """Dtype of the weights."""
         return self.position.dtype
 
+    def optimize(
+        self,
+        dtype: torch.dtype | None = None,
+        chunk: int | None = None,
+        compile: bool = False,
+        graphs: bool = False,
+        fp8: bool = False,
+    ) -> Tower:
+        """Choose how the tower runs; what is not given stays as it is.
+
+        Args:
+            dtype: of the weights from now on, for example ``torch.bfloat16``. A tower shared with a chat model leaves
+                that model's dtype.
+            chunk: images that run at once, 32 unless chosen. It bounds the memory between layers: about 9 rows of D a
+                token (less the state of all images, 1 row) in the dtype of the weights.
+            compile: ``torch.compile`` each layer, once for each shape.
+            graphs: record CUDA graphs, one for each shape of a chunk; call again after the weights were moved.
+            fp8: products with 8-bit weights and rows; for GPUs of compute capability 8.9 or more. There is no way back.
+
+        Raises:
+            ValueError: ``chunk`` is not positive, or ``graphs`` is asked for and there is no CUDA device.
+        """
+        if chunk is not None:
+            if chunk < 1:
+                raise ValueError(f"chunk must be a positive int, but is {chunk}")
+            self.chunk = chunk
+        if dtype is not None:
+            self.to(dtype)
+        if fp8:
+            for module in list(self.layers.modules()):
+                for name in ("weight", "qkv_weight"):
+                    if isinstance(weight := getattr(module, name, None), nn.Parameter) and weight.ndim == 2:
+                        delattr(module, name)
+                        setattr(module, name, Fp8Weight(weight))
+        if compile:
+            for layer in self.layers:
+                layer.compile()
+        if graphs:
+            if self.position.device.type != "cuda":
+                raise ValueError(f"graphs needs the tower on a CUDA device, but it is on {self.position.device}")
+            self._recorded = Recorded()
+        return self
+
     def embed(self, images: Tensor) -> Tensor:
         """Normalised images ``[n, 3, h, w]`` to the input of layer 0, ``[n, 1+P, D]``."""
-        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
+        patches = self.patch_embedding(images.to(self.dtype)).flatten(2).transpose(1, 2)
         cls = self.class_embedding.expand(len(images), 1, -1)
         return self.pre_norm(torch.cat([cls, patches], 1) + self.position)
 
-    def run_layer(self, layer: int, x: Tensor) -> Tensor:
-        """Output of layer ``layer`` (0-based in the whole tower) on ``[n, 1+P, D]``."""
-        return self.layers[layer - self.first_layer](x)
+    @torch.no_grad()
+    def run(self, images: Tensor, stop: int, done: Callable[[], None] = nothing) -> Tensor:
+        """Normalised images ``[n, 3, h, w]`` to the input of layer ``stop``, a chunk at a time: ``[n, 1+P, D]``.
+
+        ``done`` is called as each chunk leaves a layer.
+        """
+
+        def first_layers(piece: Tensor) -> Tensor:
+            x = self.embed(piece)
+            for layer in range(stop):
+                x = self.layers[layer](x)
+                done()
+            return x
+
+        if len(images) <= self.chunk and self._recorded is None:
+            return first_layers(images)
+        state = self.position.new_empty(len(images), *self.position.shape)
+        for start in range(0, len(images), self.chunk):
+            piece = images[start : start + self.chunk]
+            state[start : start + self.chunk] = self._run(("first", stop), first_layers, piece)
+        return state
+
+    @torch.no_grad()
+    def run_layer(self, layer: int, x: Tensor, done: Callable[[], None] = nothing) -> Tensor:
+        """Output of layer ``layer`` (0-based in the whole tower) on ``[n, 1+P, D]``, written over ``x``."""
+        for piece in x.split(self.chunk):
+            result = self._run(layer, self.layers[layer - self.first_layer], piece)
+            if result is not piece:
+                piece.copy_(result)
+            done()
+        return x
+
+    def chunks(self, images: int) -> int:
+        """How many chunks that many images make."""
+        return -(-images // self.chunk)
+
+    def _run(self, name: Any, function: Callable[[Tensor], Tensor], piece: Tensor) -> Tensor:
+        return function(piece) if self._recorded is None else self._recorded(name, function, piece)
 
     def project(self, tokens: Tensor) -> Tensor:
         """``[..., D]`` to the shared space ``[..., F]``, without the final LayerNorm.
@@ -184,7 +280,5 @@ class Tower(nn.Module):
 
     def image_embeds(self, images: Tensor) -> Tensor:
         """Embeddings of single images, ``[n, 3, h, w]`` to ``[n, F]``: plain CLIP."""
-        x = self.embed(images)
-        for layer in self.layers:
-            x = layer(x)
+        x = self.run(images, len(self.layers))
         return self.project(self.final_norm(x[:, 0]))

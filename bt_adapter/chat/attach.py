@@ -18,6 +18,7 @@ from bt_adapter.checkpoint import clip_tensors
 from bt_adapter.config import TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.names import to_own
+from bt_adapter.progress import Progress
 from bt_adapter.published import load_reference_checkpoint
 
 
@@ -115,11 +116,14 @@ class _Features:
         self.inner, self.branch, self.enabled = inner, branch, True
         self.asked_gradients = before  # of the chat model's tower, for `detach`
 
-    def __call__(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
+    def __call__(
+        self, pixel_values: Tensor, *args: Any, progress: Progress | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling | tuple:
         if pixel_values.ndim != 5:
             return type(self.inner).get_image_features(self.inner, pixel_values, *args, **kwargs)
         model = self.branch
-        tokens = model.video_tokens(pixel_values) if self.enabled else model.frame_mean_tokens(pixel_values)
+        encode = model.video_tokens if self.enabled else model.frame_mean_tokens
+        tokens = encode(pixel_values, progress=progress)
         projected = self.inner.multi_modal_projector(tokens)
         output: Any = BaseModelOutputWithPooling(last_hidden_state=tokens)
         output.pooler_output = list(projected)  # a list, as LLaVA's own method has it

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from bt_adapter.chat.attach import attach, attached_branch, branch_enabled
 from bt_adapter.chat.prompts import video_prompt
 from bt_adapter.data import CLIP_MEAN, CLIP_STD, Video, preprocess, read_video
 from bt_adapter.model import BTAdapterVisionModel
-
-Progress = Callable[[int, int], None]  # (done, in all)
+from bt_adapter.progress import Progress
 
 
 @dataclass
@@ -109,11 +107,11 @@ class VideoChat:
     def encode(self, video: Video | Tensor, branch: bool = True, progress: Progress | None = None) -> Tensor:
         """A video (or its frames, uint8 ``[T, 3, H, W]``) -> its tokens for the language model ``[1, P+1, width]``.
 
-        branch: False for the mean of the frames' tokens in the branch's place. progress: called a layer at a time.
+        branch: False for the mean of the frames' tokens in the branch's place. progress: as for ``video_tokens``.
         """
         pixels = self.prepare(video.frames if isinstance(video, Video) else video)
-        with branch_enabled(self.model, branch), _layer_progress(attached_branch(self.model), branch, progress):
-            tokens = self.model.model.get_image_features(pixels).pooler_output[0][None]
+        with branch_enabled(self.model, branch):
+            tokens = self.model.model.get_image_features(pixels, progress=progress).pooler_output[0][None]
         if tokens.device.type == "cuda":
             torch.cuda.synchronize(tokens.device)
         return tokens
@@ -176,26 +174,3 @@ class _Stream(TextStreamer):
         self.text.append(text)
         if text:
             self.on_text(text)
-
-
-@contextmanager
-def _layer_progress(model: BTAdapterVisionModel, branch: bool, progress: Progress | None) -> Iterator[None]:
-    """Report each tower and branch layer as it ends."""
-    if progress is None:
-        with nullcontext():
-            yield
-        return
-    layers = [*model.tower.layers[: model.vision_config.num_hidden_layers - 1]]
-    if branch:
-        layers += model.branch.spatial[: model.config.depth - 1]
-    done = 0
-
-    def count(*_: Any) -> None:
-        nonlocal done
-        done += 1
-        progress(done, len(layers))
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.register_forward_hook(count).remove)
-        yield

@@ -6,7 +6,7 @@ import bisect
 import io
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import BinaryIO
@@ -15,6 +15,8 @@ import av
 import numpy as np
 from av.error import FFmpegError
 from av.stream import Disposition
+
+from bt_adapter.progress import Progress
 
 # Containers FFmpeg may take a file for. Without the list it also "plays" text files, and follows playlists to
 # others.
@@ -30,7 +32,6 @@ _INDEXED_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d")
 _SEEK_COST = 16
 
 PathLike = str | os.PathLike | bytes | BinaryIO
-Progress = Callable[[int, int], None]
 Span = tuple[float, float]  # seconds from the start of the file, half-open
 
 

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from av.error import FFmpegError
 
+from bt_adapter.progress import Progress
+
 from ._decode import (
     PathLike,
-    Progress,
     Source,
     Span,
     VideoError,

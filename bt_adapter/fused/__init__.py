@@ -2,10 +2,10 @@
 
 Each of ``temporal``, ``spatial`` and ``mlp`` is one residual update as a pair of functions, forward and backward, that
 share no state but what forward hands back to be kept. ``layer`` strings them together and chooses what is kept;
-``merge`` stands before every layer but the first. Formulas: arXiv 2309.15785 section 3.1.
+``gate`` stands before every layer but the first. Formulas: arXiv 2309.15785 section 3.1.
 """
 
+from bt_adapter.fused.gate import merge
 from bt_adapter.fused.layer import run_layer
-from bt_adapter.fused.merge import gated_merge
 
-__all__ = ["gated_merge", "run_layer"]
+__all__ = ["merge", "run_layer"]

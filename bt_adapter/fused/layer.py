@@ -105,9 +105,9 @@ class _Parts:
     def __init__(self, layer: Layer, index: Tensor, frame_counts: Tensor | None, scales: Scales, weights):
         self.layer, self.scales = layer, scales
         self.visible = (index, frame_counts, *layer.sizes)
-        self.norm = Norm(*weights[0:2], layer.temporal_eps)
-        self.norm1 = Norm(*weights[2:4], layer.spatial_eps)
-        self.norm2 = Norm(*weights[4:6], layer.spatial_eps)
+        self.norm = Norm(weights[0], weights[1], layer.temporal_eps)
+        self.norm1 = Norm(weights[2], weights[3], layer.spatial_eps)
+        self.norm2 = Norm(weights[4], weights[5], layer.spatial_eps)
         self.temporal = temporal.Weights(*weights[6:12])
         self.spatial = spatial.Weights(*weights[12:16])
         self.mlp = mlp.Weights(*weights[16:20])
@@ -140,9 +140,7 @@ class _Layer(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             n, kept = _until_mlp(z, parts)
             hidden = mlp.hidden(n, parts.mlp, layer.quick)
-            update = mlp.finish(hidden, parts.mlp, layer.quick)
-            y = kept[3]
-            out = update.add_(y) if update.dtype == y.dtype else y + update
+            out = mlp.finish(kept[3], hidden, parts.mlp, layer.quick)
         if layer.recompute == "layer":
             kept = ()
         elif layer.recompute == "none":
@@ -175,9 +173,7 @@ class _Layer(torch.autograd.Function):
             rows = z[:, 1:]
             n, *moments = norm(rows, parts.norm)
             update_grad = grad[:, 1:].to(product)
-            grad_n, temporal_grads = temporal.backward(
-                update_grad, n.to(product), (qkv, other), *parts.temporal_call()
-            )
+            grad_n, temporal_grads = temporal.backward(update_grad, n.to(product), (qkv, other), *parts.temporal_call())
             grad_rows, *norm_grads = norm_backward(grad_n, rows, *moments, parts.norm)
             grad[:, 1:] += grad_rows
         grads = (*norm_grads, *norm1_grads, *norm2_grads, *temporal_grads, *spatial_grads, *mlp_grads)

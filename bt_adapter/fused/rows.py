@@ -1,11 +1,10 @@
-"""What every update of a layer is made of: LayerNorm and products on the rows of ``[B, rows, D]``."""
+"""What every update of a layer is made of: LayerNorm, biases and residuals on the rows of ``[B, rows, D]``."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,22 +28,6 @@ def norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, by: Norm)
     return torch.ops.aten.native_layer_norm_backward(
         grad.to(dtype), x, (x.shape[-1],), mean, rstd, by.weight.to(dtype), by.bias.to(dtype), [True, True, True]
     )
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x·weightᵀ + bias`` in the dtype of ``x``."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def product_backward(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of a product's input."""
-    return grad @ weight.to(grad.dtype)
-
-
-def weight_grad(grad: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
-    """Gradient of a product's weight, times ``scale``."""
-    left, right = grad.flatten(0, 1).t(), x.flatten(0, 1)
-    return left @ right if scale == 1 else torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=scale)
 
 
 def bias_grad(grad: Tensor) -> Tensor:

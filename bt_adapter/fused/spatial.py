@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bt_adapter.fused.rows import bias_grad, product, product_backward, weight_grad
+from bt_adapter.fused.rows import bias_grad
+from bt_adapter.products import input_grad, linear, weight_grad
 
 
 class Weights(NamedTuple):
@@ -28,10 +29,10 @@ def forward(
     backend: str | None,
 ):  # fmt: skip
     """The update ``[B, 1+N, D]``, and what backward wants kept. ``scale``: ``[B, 1+N, 1]`` or None."""
-    qkv = product(n, w.qkv_weight, w.qkv_bias)
+    qkv = linear(n, w.qkv_weight, w.qkv_bias)
     split = qkv.unflatten(2, (3, heads, -1))
     attended, lse, cls_out = torch.ops.bt_kernels.spatial_attention(split, frame_weight, *visible, backend)
-    update = product(attended.flatten(2), w.out_weight, w.out_bias)
+    update = linear(attended.flatten(2), w.out_weight, w.out_bias)
     return update if scale is None else update.mul_(scale), (qkv, attended, lse, cls_out)
 
 
@@ -43,9 +44,9 @@ def backward(
     qkv, attended, lse, cls_out = kept
     if scale is not None:
         grad = grad * scale
-    grad_attended = product_backward(grad, w.out_weight).view(attended.shape)
+    grad_attended = input_grad(grad, w.out_weight).view(attended.shape)
     grad_qkv = torch.ops.bt_kernels.spatial_attention_backward(
         grad_attended, qkv.unflatten(2, (3, heads, -1)), frame_weight, *visible, attended, lse, cls_out, [True], backend
     ).flatten(2)
     out_grads = (weight_grad(grad, attended.flatten(2)), bias_grad(grad))
-    return product_backward(grad_qkv, w.qkv_weight), (weight_grad(grad_qkv, n), bias_grad(grad_qkv), *out_grads)
+    return input_grad(grad_qkv, w.qkv_weight), (weight_grad(grad_qkv, n), bias_grad(grad_qkv), *out_grads)

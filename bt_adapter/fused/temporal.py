@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bt_adapter.fused.rows import bias_grad, product, product_backward, weight_grad
+from bt_adapter.fused.rows import bias_grad
+from bt_adapter.products import input_grad, linear, weight_grad
 
 
 class Weights(NamedTuple):
@@ -28,18 +29,18 @@ class Weights(NamedTuple):
 
 def forward(n: Tensor, w: Weights, heads: int, scale: Tensor | None, visible: tuple, backend: str | None):
     """The update ``[B, N, D]``, and what backward wants kept. ``scale``: ``[B, N, 1]`` or None."""
-    qkv = product(n, w.qkv_weight, w.qkv_bias)
+    qkv = linear(n, w.qkv_weight, w.qkv_bias)
     attended = _attend(qkv, heads, visible, backend)
     if pays(n):
-        joint = w.fc_weight.to(n.dtype) @ w.out_weight.to(n.dtype)
+        joint = input_grad(w.fc_weight.to(n.dtype), w.out_weight)
         bias = w.fc_weight @ w.out_bias
         if scale is None:
-            return product(attended, joint, bias + w.fc_bias), (qkv, joint)
-        return product(attended, joint, bias).mul_(scale).add_(w.fc_bias), (qkv, joint)
-    mixed = product(attended, w.out_weight, w.out_bias)
+            return linear(attended, joint, bias + w.fc_bias), (qkv, joint)
+        return linear(attended, joint, bias).mul_(scale).add_(w.fc_bias), (qkv, joint)
+    mixed = linear(attended, w.out_weight, w.out_bias)
     if scale is not None:
         mixed.mul_(scale)
-    return product(mixed, w.fc_weight, w.fc_bias), (qkv, mixed)
+    return linear(mixed, w.fc_weight, w.fc_bias), (qkv, mixed)
 
 
 def backward(
@@ -51,21 +52,21 @@ def backward(
     attended = _attend(qkv, heads, visible, backend)
     scaled = grad if scale is None else grad * scale
     if pays(n):
-        grad_attended = product_backward(scaled, other)
+        grad_attended = input_grad(scaled, other)
         joint_grad, summed = weight_grad(scaled, attended), bias_grad(scaled)
-        out_weight, fc_weight = w.out_weight.to(grad.dtype), w.fc_weight.to(grad.dtype)
-        fc_weight_grad = torch.addr(joint_grad @ out_weight.t(), summed, w.out_bias.to(grad.dtype))
-        out_grads = (fc_weight.t() @ joint_grad, summed @ fc_weight)
+        fc_weight = w.fc_weight.to(grad.dtype)
+        fc_weight_grad = linear(joint_grad, w.out_weight).addr_(summed, w.out_bias.to(grad.dtype))
+        out_grads = (weight_grad(fc_weight, joint_grad), summed @ fc_weight)
     else:
         fc_weight_grad = weight_grad(grad, other)
-        grad_mixed = product_backward(scaled, w.fc_weight)
+        grad_mixed = input_grad(scaled, w.fc_weight)
         out_grads = (weight_grad(grad_mixed, attended), bias_grad(grad_mixed))
-        grad_attended = product_backward(grad_mixed, w.out_weight)
+        grad_attended = input_grad(grad_mixed, w.out_weight)
     grad_qkv = torch.ops.bt_kernels.temporal_attention_backward(
         _split_heads(grad_attended, 1, heads)[:, :, 0], _split_heads(qkv, 3, heads), *visible, [True], backend
     ).flatten(2)
     grads = (weight_grad(grad_qkv, n), bias_grad(grad_qkv), *out_grads, fc_weight_grad, bias_grad(grad))
-    return product_backward(grad_qkv, w.qkv_weight), grads
+    return input_grad(grad_qkv, w.qkv_weight), grads
 
 
 def pays(n: Tensor) -> bool:

@@ -10,7 +10,7 @@ from bt_kernels._dispatch import forced_backend
 from bt_kernels._library import visible_arguments
 
 
-def gated_merge(tokens: Tensor, z: Tensor, parameter: Tensor, slope: float, visible: VisibleTokens) -> Tensor:
+def merge(tokens: Tensor, z: Tensor, parameter: Tensor | None, slope: float | None, visible: VisibleTokens) -> Tensor:
     """``m = (1 - w)·z + w·tokens`` at the visible places, w = sigmoid(slope·parameter), for a frozen tower.
 
     All gradients follow from m and z alone, since w·(tokens - z) = m - z: the parameter's is
@@ -19,14 +19,26 @@ def gated_merge(tokens: Tensor, z: Tensor, parameter: Tensor, slope: float, visi
     Args:
         tokens: the tower's, ``[B, T, 1+P, D]``, without a gradient.
         z: the branch's state, ``[B, 1+N, D]``.
-        parameter: of the gate, ``[D]``.
-        slope: of the gate.
+        parameter: of the gate, ``[D]``, or None.
+        slope: of the gate, or None.
         visible: which tokens.
 
     Returns:
         ``[B, 1+N, D]``.
     """
+    if parameter is None or slope is None:
+        return _PlainMerge.apply(tokens, z, forced_backend(None), *visible_arguments(visible))
     return _GatedMerge.apply(tokens, z, parameter, slope, forced_backend(None), *visible_arguments(visible))
+
+
+class _PlainMerge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, z, backend, *visible):
+        return torch.ops.bt_kernels.gather_merge(tokens, z, None, *visible, backend)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad, *[None] * 6
 
 
 class _GatedMerge(torch.autograd.Function):

@@ -1,0 +1,58 @@
+"""Matrix products of tower and branch, and their gradients, by the fastest library at hand.
+
+On a CPU with AVX-512 that is not Intel's, MKL, which torch asks for float32 products, stays with AVX2; oneDNN, which
+comes with torch too, does not, and is 1.1-1.6 times as fast (``bench/NOTES.md``).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bt_adapter.fp8 import Fp8Weight
+
+
+def linear(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Tensor:
+    """``x·weightᵀ + bias`` in the dtype of ``x``: ``[..., I]`` by ``[O, I]`` to ``[..., O]``."""
+    if isinstance(weight, Fp8Weight):
+        return weight.linear(x, bias)
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if _by_onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of a product's input: ``grad·weight``."""
+    return linear(grad, weight.t()) if _by_onednn(grad) else grad @ weight.to(grad.dtype)
+
+
+def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of a product's weight, ``gradᵀ·x`` over all rows."""
+    left, right = grad.flatten(0, -2).t(), x.flatten(0, -2).t()
+    if not _by_onednn(grad):
+        return left @ right.t()
+    # oneDNN is quicker where the result has fewer rows than columns
+    return linear(left, right) if len(left) <= len(right) else linear(right, left).t()
+
+
+def _by_onednn(x: Tensor) -> bool:
+    # oneDNN's product has no derivative: it serves frozen layers and the insides of autograd functions. A compiler
+    # chooses for itself.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and _onednn_is_faster()
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    cpu = Path("/proc/cpuinfo")
+    intel = not cpu.exists() or "GenuineIntel" in cpu.read_text()[:4096]
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and not intel
