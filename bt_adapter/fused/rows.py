@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -39,6 +40,8 @@ def add_rows(z: Tensor, update: Tensor) -> Tensor:
     """``z`` plus ``update``, which may lack the CLS row."""
     if update.shape == z.shape:
         return z + update
+    if torch.compiler.is_compiling():  # takes no out= that is part of a tensor, and fuses this
+        return z + F.pad(update, (0, 0, 1, 0))
     out = torch.empty_like(z)
     out[:, :1] = z[:, :1]
     torch.add(z[:, 1:], update, out=out[:, 1:])
