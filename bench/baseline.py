@@ -133,17 +133,13 @@ class Baseline(nn.Module):
         self.first = tower.config.num_hidden_layers - branch.config.depth
 
     def forward(self, pixels: Tensor, text: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """The three losses. ``mask``: bool ``[B, P·T]`` in the order of the tokens, True where the branch sees none."""
+        """The three losses. ``mask``: bool ``[B, P·T]``, True where the branch sees none of the tokens, patch by patch.
+
+        Alignment takes the tower's tokens frame by frame and applies the same mask, as the reference does.
+        """
         batch, frames = pixels.shape[:2]
-        states = []
-        with torch.no_grad():
-            x = self.patch_embedding(pixels.flatten(0, 1)).flatten(2).transpose(1, 2)
-            cls = self.class_embedding.expand(len(x), 1, -1)
-            x = self.pre_norm(torch.cat([cls, x], 1) + self.position)
-            for number, layer in enumerate(self.tower):
-                x = layer(x)
-                if number >= self.first:
-                    states.append(x)
+        states = self.states(pixels)
+        x = states[-1]
         z = self.branch(states, frames, mask)
         tower_cls = x[:, 0].view(batch, frames, -1)
         gate = torch.sigmoid(self.slopes[1] * self.output_gate)
@@ -154,21 +150,50 @@ class Baseline(nn.Module):
             "mbca": 0.1 * contrastive_loss(self.projection(z[:, 1:].mean(1)), text, 0.01),
         }
         if self.head is not None:
-            target = self.projection(self.final_norm(self.tokens(x, frames, mask)))
+            rows = x[:, 1:].reshape(batch, -1, x.shape[-1])
+            rows = rows if mask is None else rows[~mask].view(batch, -1, x.shape[-1])
+            target = self.projection(self.final_norm(rows))
             cosine = F.cosine_similarity(self.head(z[:, 1:]), target, dim=-1)
             losses["mbta"] = 0.1 * (2 - 2 * cosine).mean()
         return losses
 
+    @torch.no_grad()
+    def states(self, pixels: Tensor) -> list[Tensor]:
+        """Outputs of the tower's layers beside the branch."""
+        x = self.patch_embedding(pixels.flatten(0, 1)).flatten(2).transpose(1, 2)
+        cls = self.class_embedding.expand(len(x), 1, -1)
+        x = self.pre_norm(torch.cat([cls, x], 1) + self.position)
+        states = []
+        for number, layer in enumerate(self.tower):
+            x = layer(x)
+            if number >= self.first:
+                states.append(x)
+        return states
+
+    @torch.no_grad()
+    def video_tokens(self, pixels: Tensor) -> Tensor:
+        """What a chat model is given, ``[B, 1+P, D]``, CLS last: neighbouring frames averaged beyond the time table."""
+        batch, frames = pixels.shape[:2]
+        states = [x.view(batch, frames, *x.shape[1:]) for x in self.states(pixels)[:-1]]
+        steps = frames
+        while steps > len(self.time):
+            steps //= 2
+            states = [x.view(batch, steps, 2, *x.shape[2:]).mean(2) for x in states]
+        z = self.branch([x.flatten(0, 1) for x in states], steps, None)
+        x = states[-1].mean(1)
+        rows = z[:, 1:].view(batch, -1, steps, z.shape[-1]).mean(2)
+        return torch.cat([(x[:, 1:] + rows) / 2, (x[:, :1] + z[:, :1]) / 2], 1)
+
     def branch(self, states: list[Tensor], frames: int, mask: Tensor | None) -> Tensor:
         """The branch's last state from the tower's, ``[B·T, 1+P, D]`` each."""
         z = self.embed(states[0], frames, mask)
-        for number, (temporal, spatial) in enumerate(zip(self.temporal, self.spatial, strict=True)):
+        for number, x in enumerate(states):
             if number:
-                x = states[number]
                 cls = x[:, 0].view(-1, frames, x.shape[-1]).mean(1, keepdim=True)
+                tokens = torch.cat([cls, self.tokens(x, frames, mask)], 1)
                 gate = torch.sigmoid(self.slopes[0] * self.merge_gate)
-                z = (1 - gate) * z + gate * torch.cat([cls, self.tokens(x, frames, mask)], 1)
-            for layer in (temporal, spatial):
+                z = (1 - gate) * z + gate * tokens
+            for layer in (self.temporal[number], self.spatial[number]):
                 z = checkpoint(layer, z, frames, use_reentrant=False) if self.options.checkpoint else layer(z, frames)
         return z
 

@@ -15,28 +15,24 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import torch
+from measure import COPY_BYTES, ROOT, facts, peak_memory, results_file, rounds_of, write
 from peers import peers
-from pytest_benchmark.stats import Stats
 
 from bt_kernels import BackendUnavailable, VisibleTokens
 from bt_kernels._cases import Shape, Variant, variants
 from bt_kernels._library import OPS
 
-ROOT = Path(__file__).resolve().parent.parent
 # (name, heads, head width, patches)
 MODELS = {"B/32": (12, 64, 49), "L/14": (16, 64, 256), "L/14-336": (16, 64, 576), "EVA-g": (16, 88, 256)}
 FRAMES, RATIOS, BATCHES = (8, 16, 32, 64), (0.0, 0.7), (1, 52)
@@ -47,7 +43,6 @@ DEVICES = {
     "H200 SXM": (4.8e12, 989e12),
     "B200": (8.0e12, 2250e12),
 }
-COPY_BYTES = 256 * 2**20
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # of the largest value: do two implementations agree at all
 
 
@@ -113,30 +108,6 @@ class Row:
     facts: dict = field(default_factory=dict)
 
 
-def facts(device: str) -> dict:
-    """What a row needs to be read later."""
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    packages = {p: v for p in ("torch", "triton", "xformers", "flash-attn") if (v := installed(p))}
-    return {"device": name, "threads": torch.get_num_threads(), "commit": commit.strip(), **packages}
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def cases(device: str, everything: bool, only: str | None) -> Iterator[Case]:
     """On a GPU every shape, those that targets name first; on a CPU these alone, unless ``everything`` is asked for."""
     named = [("L/14", 8, 0.7, 52), ("L/14", 16, 0.0, 1), ("EVA-g", 8, 0.7, 52)]
@@ -194,34 +165,6 @@ def agrees(got: list, expected: list, dtype: torch.dtype) -> str:
     return ""
 
 
-def rounds_of(functions: dict[str, Callable], device: str, seconds: float, least: int = 5) -> dict[str, Stats]:
-    """Run all functions in turn, again and again, and collect a time of each per round."""
-    stats = {name: Stats() for name in functions}
-    flush = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
-    ends = time.perf_counter() + seconds * len(functions)
-    rounds = 0
-    while rounds < least or (time.perf_counter() < ends and rounds < 1000):
-        pending = []
-        for name, function in functions.items():
-            if device == "cuda":
-                flush.zero_()
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                function()
-                end.record()
-                pending.append((name, start, end))
-            else:
-                began = time.perf_counter()
-                function()
-                stats[name].update(time.perf_counter() - began)
-        if device == "cuda":
-            torch.cuda.synchronize()
-            for name, start, end in pending:
-                stats[name].update(start.elapsed_time(end) / 1e3)
-        rounds += 1
-    return stats
-
-
 def copy_bandwidth(device: str) -> float:
     """Bytes read and written per second by a plain copy."""
     source = torch.ones(COPY_BYTES // 4, device=device)
@@ -229,18 +172,6 @@ def copy_bandwidth(device: str) -> float:
     target.copy_(source)
     stats = rounds_of({"copy": lambda: target.copy_(source)}, device, 0.5)["copy"]
     return 2 * COPY_BYTES / stats.median
-
-
-def peak_memory(function: Callable, device: str) -> float | None:
-    """MiB the allocator held on top of what was there before; None on a CPU."""
-    if device != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def measure(case: Case, device: str, seconds: float, bandwidth: float, red: dict) -> Iterator[Row]:
@@ -311,14 +242,6 @@ def predict(only: str | None) -> None:
             print(line + "".join(f"{t:>20.1f}" for t in times))
 
 
-def write(rows: list[Row], path: Path) -> None:
-    """Write the rows aside and rename, so that a run killed at any moment leaves the last whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    os.replace(aside, path)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", help="one public op alone")
@@ -335,8 +258,7 @@ def main() -> int:
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about = facts(device)
-    folder = Path(os.environ.get("OUT", ROOT / "bench" / "results"))
-    out = options.out or folder / f"kernels-{device if device == 'cpu' else about['device'].replace(' ', '-')}.json"
+    out = options.out or results_file("kernels", about)
     bandwidth = copy_bandwidth(device)
     print(f"{about}, copy {bandwidth / 1e9:.1f} GB/s", flush=True)
     rows: list[Row] = []

@@ -35,10 +35,9 @@ def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of a product's weight, ``gradᵀ·x`` over all rows."""
     left, right = grad.flatten(0, -2).t(), x.flatten(0, -2).t()
-    if not _by_onednn(grad):
-        return left @ right.t()
-    # oneDNN is quicker where the result has fewer rows than columns
-    return linear(left, right) if len(left) <= len(right) else linear(right, left).t()
+    # oneDNN loses where the result has more rows than columns. Its transpose, which it is quick at, would be no help:
+    # autograd copies a gradient that does not lie as its parameter does.
+    return linear(left, right) if len(left) <= len(right) and _by_onednn(grad) else left @ right.t()
 
 
 def _by_onednn(x: Tensor) -> bool:

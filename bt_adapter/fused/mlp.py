@@ -50,8 +50,9 @@ def add_(y: Tensor, n: Tensor, w: Weights, quick: bool) -> None:
 
 def backward(grad: Tensor, n: Tensor, x: Tensor, w: Weights, quick: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Gradients of n and of the weights; ``x`` of :func:`hidden`."""
-    grad_x = input_grad(grad, w.fc2_weight)
     fc2_grads = weight_grad(grad / _QUICK if quick else grad, F.silu(x) if quick else F.gelu(x)), bias_grad(grad)
-    grad_x = torch.ops.aten.silu_backward(grad_x, x) if quick else torch.ops.aten.gelu_backward(grad_x, x)
+    grad_x = input_grad(grad, w.fc2_weight)
+    act_backward = torch.ops.aten.silu_backward if quick else torch.ops.aten.gelu_backward
+    act_backward.grad_input(grad_x, x, grad_input=grad_x)
     grads = weight_grad(grad_x, n), bias_grad(grad_x), *fc2_grads
     return input_grad(grad_x, w.fc1_weight), grads

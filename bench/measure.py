@@ -1,0 +1,97 @@
+"""What the benchmarks share: alternating rounds, memory, what is written beside a figure, and where."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from pytest_benchmark.stats import Stats
+
+ROOT = Path(__file__).resolve().parent.parent
+COPY_BYTES = 256 * 2**20
+
+
+def facts(device: str) -> dict:
+    """What a row needs to be read later."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    packages = {p: v for p in ("torch", "triton", "xformers", "flash-attn") if (v := installed(p))}
+    return {"device": name, "kind": device, "threads": torch.get_num_threads(), "commit": commit.strip(), **packages}
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def rounds_of(functions: dict[str, Callable], device: str, seconds: float, least: int = 5) -> dict[str, Stats]:
+    """Run all functions in turn, again and again, and collect a time of each per round."""
+    stats = {name: Stats() for name in functions}
+    flush = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+    ends = time.perf_counter() + seconds * len(functions)
+    rounds = 0
+    while rounds < least or (time.perf_counter() < ends and rounds < 1000):
+        pending = []
+        for name, function in functions.items():
+            if device == "cuda":
+                flush.zero_()
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                function()
+                end.record()
+                pending.append((name, start, end))
+            else:
+                began = time.perf_counter()
+                function()
+                stats[name].update(time.perf_counter() - began)
+        if device == "cuda":
+            torch.cuda.synchronize()
+            for name, start, end in pending:
+                stats[name].update(start.elapsed_time(end) / 1e3)
+        rounds += 1
+    return stats
+
+
+def peak_memory(function: Callable, device: str) -> float | None:
+    """MiB the allocator held on top of what was there before; None on a CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def results_file(name: str, about: dict) -> Path:
+    """Where rows go: ``$OUT`` or bench/results, by the kind of device."""
+    folder = Path(os.environ.get("OUT", ROOT / "bench" / "results"))
+    return folder / f"{name}-{'cpu' if about['kind'] == 'cpu' else about['device'].replace(' ', '-')}.json"
+
+
+def write(rows: list, path: Path) -> None:
+    """Write the rows aside and rename, so that a run killed at any moment leaves the last whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".writing")
+    aside.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    os.replace(aside, path)

@@ -1,0 +1,65 @@
+"""The benchmark's baseline is the published procedure: its golden numbers, and ours where ours are the same."""
+
+import pytest
+import torch
+from baseline import Baseline, Options
+from reference_cases import load, relative_error
+from small_models import PATCHES, make, shake, video
+from test_golden import FORWARD, GRADIENT, LOSSES
+
+from bt_kernels import VisibleTokens
+
+OPTIONS = [Options(), Options(sdpa=True), Options(checkpoint=True)]
+options = pytest.mark.parametrize("options", OPTIONS, ids=["eager", "sdpa", "checkpoint"])
+
+
+@options
+def test_baseline_computes_the_golden_numbers(options):
+    case = load("clip_pretrain_tube70")
+    baseline = Baseline(case.model(), options)
+    losses = baseline(case.pixels(), case["outputs.text_feature"], case["inputs.mask"])
+    for ours, theirs in LOSSES.items():
+        expected = case[f"losses.{theirs}"]
+        assert float((losses[ours].detach() - expected).abs() / expected.abs()) <= FORWARD, ours
+    sum(losses.values()).backward()
+    expected = case.gradients()
+    layer = baseline.spatial[1]
+    pairs = {
+        "btadapter_S_layers.1.mlp.fc1.weight": layer.fc1.weight,
+        "btadapter_S_layers.1.self_attn.k_proj.weight": layer.attention.k.weight,
+        "btadapter_cls_token": baseline.cls_token,
+        "btadapter_time_embed.weight": baseline.time,
+    }
+    for name, parameter in pairs.items():
+        gradient = expected[name].view_as(parameter) if expected[name].numel() == parameter.numel() else None
+        assert gradient is not None, (name, expected[name].shape)
+        assert relative_error(parameter.grad, gradient) <= GRADIENT, name
+
+
+@options
+def test_baseline_step_is_our_step(options):
+    model = shake(make(depth=3)).double()
+    baseline = Baseline(model, options)
+    mask = torch.zeros(2, PATCHES * 4, dtype=torch.bool).view(2, -1, 4)
+    mask[:, ::3] = True
+    mask = mask.flatten(1)
+    text = torch.randn(2, 24, dtype=torch.float64)
+    losses = baseline(video().double(), text, mask)
+    mine = model.pretraining_losses(model(video().double(), VisibleTokens.from_reference_mask(mask, 4)), text)
+    for name in mine:
+        torch.testing.assert_close(losses[name], mine[name], rtol=1e-9, atol=1e-9)
+    sum(losses.values()).backward()
+    sum(mine.values()).backward()
+    for theirs, ours in zip(baseline.spatial, model.branch.spatial, strict=True):
+        torch.testing.assert_close(theirs.fc1.weight.grad, ours.fc1.weight.grad, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(baseline.merge_gate.grad, model.branch.merge_gate.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("frames", [4, 16])
+def test_baseline_video_tokens_are_ours(frames):
+    model = shake(make(depth=3)).double()
+    pixels = video(frames).double()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            Baseline(model).video_tokens(pixels), model.video_tokens(pixels), rtol=1e-9, atol=1e-9
+        )
