@@ -19,7 +19,6 @@ accumulate. "products": the branch's matrix products alone, the limit of what an
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import subprocess
 import sys
@@ -136,7 +135,7 @@ class Contender:
         if self.name in BASELINES:
             z = self.model.branch([x.flatten(0, 1) for x in states], self.case.frames, self.mask)
         else:
-            branch = self.use_policy()
+            self.model.recompute, branch = self.name, self.model.branch
             z = branch.embed(states[0], self.model.tower.position, self.visible)
             for layer, x in enumerate(states):
                 z = z if layer == 0 else branch.merge(x, z, self.visible)
@@ -148,18 +147,13 @@ class Contender:
         if self.name in BASELINES:
             losses = self.model(pixels, text, self.mask)
         else:
-            self.use_policy()
+            self.model.recompute = self.name
             losses = self.model.pretraining_losses(self.model(pixels, self.visible), text)
         return sum(losses.values())
 
     @torch.no_grad()
     def chat(self) -> Tensor:
         return self.model.video_tokens(self.inputs["pixels"])
-
-    def use_policy(self):
-        branch = self.model.branch
-        branch.config = dataclasses.replace(branch.config, recompute=self.name)
-        return branch
 
     def clear(self) -> None:
         for parameter in self.parameters:

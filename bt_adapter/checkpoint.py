@@ -56,7 +56,12 @@ def save_model(
     """Write ``config.json`` and ``model.safetensors``, each to a temporary name and then renamed.
 
     The frozen tower is named, not copied, unless ``include_tower``; ``dtype`` casts what is written.
+
+    Raises:
+        ValueError: ``include_tower`` is asked for a tower in 8 bits, which no longer has the weights to write.
     """
+    if include_tower and model.tower.is_fp8:
+        raise ValueError("include_tower must be False for a tower in 8 bits (optimize(fp8=True)), but is True")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {

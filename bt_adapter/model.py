@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,15 @@ class BTAdapterVisionModel(nn.Module):
     def config(self) -> BTAdapterConfig:
         """Configuration of the branch."""
         return self.branch.config
+
+    @property
+    def recompute(self) -> str:
+        """What backward computes again: see :class:`BTAdapterConfig`. May be set at any time."""
+        return self.branch.config.recompute
+
+    @recompute.setter
+    def recompute(self, policy: str) -> None:
+        self.branch.config = replace(self.branch.config, recompute=policy)
 
     @property
     def vision_config(self) -> TowerConfig:

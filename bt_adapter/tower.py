@@ -176,6 +176,11 @@ class Tower(nn.Module):
         return {name: weights[name].detach().float().norm().item() for name in chosen if name in weights}
 
     @property
+    def is_fp8(self) -> bool:
+        """Whether :meth:`optimize` turned the layers' weights into 8 bits."""
+        return any(isinstance(module, Fp8Weight) for module in self.layers.modules())
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return self.position.dtype
@@ -209,11 +214,15 @@ class Tower(nn.Module):
         if dtype is not None:
             self.to(dtype)
         if fp8:
-            for module in list(self.layers.modules()):
-                for name in ("weight", "qkv_weight"):
-                    if isinstance(weight := getattr(module, name, None), nn.Parameter) and weight.ndim == 2:
-                        delattr(module, name)
-                        setattr(module, name, Fp8Weight(weight))
+            weights = [
+                (module, name, weight)
+                for module in self.layers.modules()
+                for name in ("weight", "qkv_weight")
+                if isinstance(weight := getattr(module, name, None), nn.Parameter) and weight.ndim == 2
+            ]
+            for (module, name, _), small in zip(weights, [Fp8Weight(w) for _, _, w in weights], strict=True):
+                delattr(module, name)
+                setattr(module, name, small)
         if compile:
             for layer in self.layers:
                 layer.compile()

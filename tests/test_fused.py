@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from small_models import EVA, PATCHES, SIZES, make, shake, video
@@ -165,14 +163,14 @@ def large() -> BTAdapterVisionModel:
 
 @pytest.mark.parametrize(("recompute", "limit"), [("none", 0.55), ("mlp", 0.45), ("layer", 25e6 / REFERENCE)])
 def test_bytes_kept(large, recompute, limit):
-    large.branch.config = dataclasses.replace(large.branch.config, recompute=recompute)
+    large.recompute = recompute
     kept = saved_bytes(large, VisibleTokens.tube(1, 256, 8, 0.7), 8)
     assert kept <= limit * REFERENCE
 
 
 @pytest.mark.parametrize(("recompute", "limit"), [("none", 0.50), ("mlp", 0.36), ("layer", 0.065)])
 def test_bytes_kept_of_all_tokens_of_sixteen_frames(large, recompute, limit):
-    large.branch.config = dataclasses.replace(large.branch.config, recompute=recompute)
+    large.recompute = recompute
     assert saved_bytes(large, VisibleTokens.all(1, 256, 16), 16) <= limit * 2_218_966_880
 
 

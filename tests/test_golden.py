@@ -34,10 +34,11 @@ def test_every_case_is_here():
     assert len(PRETRAINING) == 8
 
 
+@pytest.mark.parametrize("recompute", ["plain", "none", "mlp", "layer"])
 @pytest.mark.parametrize("name", PRETRAINING)
-def test_pretraining(name, kernels):
+def test_pretraining(name, recompute, kernels):
     case = load(name)
-    model = case.model()
+    model = case.model(**({"fused": False} if recompute == "plain" else {"recompute": recompute}))
     output = model(case.pixels(), case.visible(), case.draws())
     last = f"outputs.encoder_states.{case.config['layers']}"
     assert relative_error(output.backbone_tokens.flatten(0, 1), case[f"{last}.x"]) <= FORWARD

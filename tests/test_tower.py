@@ -1,0 +1,155 @@
+"""How the frozen tower runs: in chunks over one state, in other precisions, compiled, as CUDA graphs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import EVA, SIZES, make, shake, video
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bt_kernels import VisibleTokens
+
+towers = pytest.mark.parametrize("config", [SIZES, EVA], ids=["clip", "eva"])
+
+
+@towers
+def test_chunks_change_nothing(config):
+    model = shake(make(config, depth=3)).double()
+    pixels = video(5).double()
+    whole = model(pixels), model.video_tokens(pixels), model.frame_mean_tokens(pixels)
+    model.tower.optimize(chunk=3)
+    parts = model(pixels), model.video_tokens(pixels), model.frame_mean_tokens(pixels)
+    torch.testing.assert_close(parts[0].backbone_tokens, whole[0].backbone_tokens, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts[0].video_embeds, whole[0].video_embeds, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts[1:], whole[1:], rtol=1e-12, atol=1e-12)
+
+
+class LargestResult(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        self.elements = max([self.elements, *(r.numel() for r in results if isinstance(r, torch.Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_chunks_bound_what_a_layer_allocates(chunk):
+    model = make(depth=2)
+    model.tower.optimize(chunk=chunk)
+    images = video(8, batch=4).flatten(0, 1)
+    with LargestResult() as seen:
+        model.tower.run(images, 2)
+    state = images.shape[0] * 17 * 32
+    assert seen.elements == max(state, chunk * 17 * 64)  # all states once, a chunk's MLP
+    x = torch.randn(32, 17, 32)
+    with LargestResult() as seen:
+        assert model.tower.run_layer(2, x) is x
+    assert seen.elements <= max(chunk * 17 * 64, x.numel())
+
+
+@pytest.mark.parametrize("start_layer", [0, None])
+def test_stored_features_are_left_as_they_are(start_layer):
+    model = shake(make(depth=3))
+    features = torch.randn(2, 4, 17, 32)
+    before = features.clone()
+    model.video_tokens(features=features, start_layer=start_layer)
+    assert torch.equal(features, before)
+
+
+def test_plain_layers_keep_what_the_tower_writes_over():
+    model = shake(make(depth=3, fused=False))
+    visible = VisibleTokens.tube(2, 16, 4, 0.5)
+    output = model(video(), visible)
+    output.branch_tokens.square().sum().backward()  # an in-place change would be an error here
+    assert model.branch.merge_gate.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("branch", [True, False])
+def test_progress_counts_every_chunk_of_every_layer(branch):
+    model = make(depth=3)
+    model.tower.optimize(chunk=3)
+    seen = []
+    encode = model.video_tokens if branch else model.frame_mean_tokens
+    encode(video(4), progress=lambda done, total: seen.append((done, total)))
+    total = 3 * 3 + (2 if branch else 0)  # 8 images, tower layers 0-2, branch layers 0-1
+    assert seen == [(i + 1, total) for i in range(total)]
+
+
+@towers
+def test_half_precision_tower_beside_a_float32_branch(config):
+    model = shake(make(config, depth=3))
+    exact = model(video())
+    model.tower.optimize(dtype=torch.bfloat16)
+    output = model(video())
+    assert output.backbone_tokens.dtype == torch.bfloat16 and output.branch_tokens.dtype == torch.float32
+    similarity = F.cosine_similarity(output.video_embeds.float(), exact.video_embeds, dim=-1)
+    assert similarity.min() > 0.999
+    losses = model.pretraining_losses(output, torch.randn(2, 24))
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.branch.parameters())
+
+
+@towers
+def test_eight_bits(config, tmp_path):
+    model = shake(make(config, depth=3))
+    exact = model(video())
+    stored = sum(p.numel() * p.element_size() for p in model.tower.layers.parameters())
+    model.tower.optimize(dtype=torch.bfloat16, fp8=True)
+    bytes_now = sum(t.numel() * t.element_size() for t in model.tower.layers.state_dict().values())
+    assert bytes_now < 0.35 * stored
+    assert not [n for n, p in model.tower.layers.named_parameters() if p.ndim == 2]
+    output = model.to(torch.bfloat16)(video())
+    similarity = F.cosine_similarity(output.video_embeds.float(), exact.video_embeds, dim=-1)
+    assert 0.99 < similarity.min() < 0.999999
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="include_tower must be False"):
+        model.save_pretrained(tmp_path, include_tower=True)
+
+
+def test_eight_bits_need_sides_of_sixteen():
+    model = make({**SIZES, "intermediate_size": 72})
+    with pytest.raises(ValueError, match=r"multiples of 16, but is \[72, 32\]"):
+        model.tower.optimize(fp8=True)
+
+
+def test_compiled_layers():
+    model = shake(make(depth=3))
+    expected = model.video_tokens(video())
+    model.tower.optimize(compile=True)
+    torch.testing.assert_close(model.video_tokens(video()), expected, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
+def test_bad_options():
+    tower = make().tower
+    with pytest.raises(ValueError, match="chunk must be a positive int, but is 0"):
+        tower.optimize(chunk=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="graphs needs the tower on a CUDA device, but it is on cpu"):
+            tower.optimize(graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("frames", [4, 5])
+def test_cuda_graphs_change_nothing(frames):
+    model = shake(make(depth=3)).cuda()
+    pixels = video(frames).cuda()
+    expected = model(pixels).video_embeds, model.video_tokens(pixels)
+    model.tower.optimize(chunk=4, graphs=True)
+    for _ in range(2):  # recorded, then replayed
+        torch.testing.assert_close((model(pixels).video_embeds, model.video_tokens(pixels)), expected)
+    other = video(frames, seed=2).cuda()
+    assert not torch.allclose(model.video_tokens(other), expected[1])
+
+
+@pytest.mark.gpu
+def test_eight_bits_on_a_gpu_that_has_them():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs compute capability 8.9")
+    model = shake(make(depth=3)).cuda()
+    exact = model(video().cuda()).video_embeds
+    model.tower.optimize(dtype=torch.bfloat16, fp8=True)
+    assert F.cosine_similarity(model(video().cuda()).video_embeds.float(), exact, dim=-1).min() > 0.99
