@@ -108,7 +108,69 @@ def traffic() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"mini": mini, "kernels": kernels, "traffic": traffic}
+CONTENDERS = {
+    "eager": "the reference's structure",
+    "sdpa": "the same with SDPA",
+    "compiled": "the same under `torch.compile`",
+    "checkpoint": "the same with checkpointing",
+    "none": '**ours**, `recompute="none"`',
+    "mlp": '**ours**, `"mlp"`',
+    "layer": '**ours**, `"layer"`',
+    "half": '**ours**, `"mlp"`, tower in bfloat16',
+    "products": "the matrix products alone",
+}
+STEP_CASES = {
+    ("branch", 8, 0.7, 1): "Branch alone, forward and backward, T = 8, tubes 0.7",
+    ("branch", 16, 0.0, 1): "Branch alone, T = 16, all tokens",
+    ("step", 8, 0.7, 1): "Whole step: tower, branch, three losses, gradients; T = 8, tubes 0.7",
+    ("step", 8, 0.7, 4): "The same for 4 clips",
+    ("chat", 8, 0.0, 1): "Encoding a video for chat, 8 frames",
+    ("chat", 100, 0.0, 1): "Encoding a video for chat, 100 frames",
+}
+
+
+def step() -> str:
+    """Steps and encodings against the reference's structure, from ``bench/step.py``."""
+    rows = json.loads((RESULTS / "step-cpu.json").read_text(encoding="utf-8"))
+    lines = []
+    for key, title in STEP_CASES.items():
+        found = {
+            r["contender"]: r
+            for r in rows
+            if (r["part"], r["frames"], r["ratio"], r["batch"]) == key and not r["error"]
+        }
+        if "eager" not in found:
+            continue
+        chat = key[0] == "chat"
+        eager = found["eager"]
+        columns = ["", "s", "speed", *([] if chat else ["kept for backward, MB"]), "peak, MB"]
+        columns += [] if chat else ["peak, gradients not counted, MB"]
+        columns += ["operators", "waits"]
+        lines += [f"**{title}**", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+        for name, label in CONTENDERS.items():
+            if name not in found:
+                continue
+            row = found[name]
+            timed = row["seconds"] > 0
+            cells = [
+                label,
+                *([f"{row['seconds']:.2f}", f"{eager['seconds'] / row['seconds']:.2f}×"] if timed else "  "),
+            ]
+            wanted = ["peak"] if chat else ["saved", "peak", "peak_gradients_standing"]
+            cells += ["" if row[value] is None else f"{row[value] / 1e6:.0f}" for value in wanted]
+            cells += ["", ""] if not row["operators"] else [str(row["operators"]), str(row["waits"])]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    facts = rows[0]["facts"]
+    lines.append(
+        f"ViT-L/14 of random weights, depth 4, float32, {facts['threads']} threads of an {facts['device']}, torch "
+        f"{facts['torch']}; printed by `python bench/step.py`, which says how each column is taken. Speed: the first "
+        "row's time over this one's. Waits: operators whose result the host would wait for on a GPU."
+    )
+    return "\n".join(lines)
+
+
+TABLES = {"mini": mini, "kernels": kernels, "traffic": traffic, "step": step}
 
 
 def render(text: str) -> str:

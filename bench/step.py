@@ -19,7 +19,10 @@ accumulate. "products": the branch's matrix products alone, the limit of what an
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import gc
+import os
 import subprocess
 import sys
 import time
@@ -46,7 +49,8 @@ BASELINES = {
     "checkpoint": Options(checkpoint=True),
 }
 POLICIES = ("none", "mlp", "layer")
-CONTENDERS = (*BASELINES, *POLICIES)
+HALF = "half"  # ours, "mlp", the tower in bfloat16
+CONTENDERS = (*BASELINES, *POLICIES, HALF)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # gradients, relative in norm
 
 
@@ -58,6 +62,13 @@ class Case:
     frames: int
     ratio: float
     batch: int
+    timed: bool = True  # else memory alone
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        if self.part == "chat":
+            return ("eager", "sdpa", "compiled", "none", HALF)
+        return CONTENDERS[: None if self.part == "step" else -1]
 
     @property
     def name(self) -> str:
@@ -116,9 +127,12 @@ class Contender:
                 for layer in self.model.tower:
                     layer.compile(dynamic=False)
                 self.model.branch = torch.compile(self.model.branch, dynamic=False)
+        elif name == HALF:
+            self.model = copy.deepcopy(model)
+            self.model.tower.optimize(dtype=torch.bfloat16)
         else:
             self.model = model
-        learning = model.branch if name in POLICIES else self.model
+        learning = self.model if name in BASELINES else self.model.branch
         self.parameters = [p for p in learning.parameters() if p.requires_grad]
 
     def run(self) -> Tensor:
@@ -147,7 +161,7 @@ class Contender:
         if self.name in BASELINES:
             losses = self.model(pixels, text, self.mask)
         else:
-            self.model.recompute = self.name
+            self.model.recompute = "mlp" if self.name == HALF else self.name
             losses = self.model.pretraining_losses(self.model(pixels, self.visible), text)
         return sum(losses.values())
 
@@ -166,10 +180,12 @@ class Contender:
         return [spatial[0].fc1.weight.grad, spatial[-1].fc2.weight.grad, own.time.grad, own.merge_gate.grad]
 
 
-def make_model(device: str) -> BTAdapterVisionModel:
+def make_model(part: str, device: str) -> BTAdapterVisionModel:
+    """For the branch alone, a tower of no more layers than it has."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = BTAdapterVisionModel(VIT_L, BTAdapterConfig(depth=4)).eval()
+        config = dataclasses.replace(VIT_L, num_hidden_layers=4) if part == "branch" else VIT_L
+        model = BTAdapterVisionModel(config, BTAdapterConfig(depth=4)).eval()
     with torch.no_grad():
         for layer in model.branch.temporal:  # a fresh one adds nothing
             layer.fc.weight.normal_(0, 0.02)
@@ -242,27 +258,30 @@ def launches(contender: Contender) -> int | None:
     return sum(1 for event in record.events() if event.device_type == torch.autograd.DeviceType.CUDA)
 
 
-def resident_peak(case: Case, name: str, standing: bool) -> int | None:
-    """Bytes of a fresh CPU process beyond what it held before the run."""
-    command = [sys.executable, __file__, "--peak-of", name, "--part", case.part, "--frames", str(case.frames)]
-    command += ["--ratio", str(case.ratio), "--batch", str(case.batch), *["--standing"][: int(standing)]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+def resident_peaks(case: Case, name: str) -> tuple[int | None, int | None]:
+    """Bytes a fresh CPU process holds beyond weights and inputs: with gradients made by the run, and there before."""
+    command = [sys.executable, __file__, "--peaks-of", name, "--part", case.part, "--frames", str(case.frames)]
+    command += ["--ratio", str(case.ratio), "--batch", str(case.batch)]
+    # what is freed goes back at once, so that resident is what is in use and not what the allocator holds on to
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    if done.returncode:
+        return None, None
+    peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
+    return peaks[0], peaks[1] if len(peaks) > 1 else None
 
 
-def print_peak(case: Case, name: str, standing: bool) -> None:
-    """The child of :func:`resident_peak`."""
-    contender = Contender(name, make_model("cpu"), case, "cpu", make_inputs(case, "cpu"))
-    if name in BASELINES:
-        gc.collect()  # the model it was copied from
+def print_peaks(case: Case, name: str) -> None:
+    """The child of :func:`resident_peaks`."""
+    contender = Contender(name, make_model(case.part, "cpu"), case, "cpu", make_inputs(case, "cpu"))
+    gc.collect()  # the model it was copied from
     small = torch.randn(64, 64)
     small @ small  # threads and libraries come up
-    for parameter in contender.parameters if standing else ():
-        parameter.grad = torch.ones_like(parameter)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
-    contender.run()
-    print(status("VmHWM") - before)
+    for _ in range(1 if case.part == "chat" else 2):  # the first run's gradients stay for the second
+        before = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+        contender.run()
+        print("peak", status("VmHWM") - before)
 
 
 def status(name: str) -> int:
@@ -292,8 +311,14 @@ def products(case: Case, device: str) -> Callable[[], None]:
 
 def measure(case: Case, device: str, names: tuple[str, ...], seconds: float, least: int, peaks: bool) -> Iterator[Row]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model, inputs = make_model(device), make_inputs(case, device)
-    names = tuple(n for n in names if case.part != "chat" or n in ("eager", "sdpa", "compiled", "none"))
+    names = tuple(name for name in case.contenders if name in names)
+    if not case.timed:
+        for name in (n for n in names if n not in ("sdpa", "compiled")):
+            row = Row(case.part, case.frames, case.ratio, case.batch, name, str(dtype)[6:])
+            row.peak, row.peak_gradients_standing = resident_peaks(case, name)
+            yield row
+        return
+    model, inputs = make_model(case.part, device), make_inputs(case, device)
     rows, running, expected = {}, {}, None
     for name in sorted(names, key=lambda n: n not in POLICIES):
         row = rows[name] = Row(case.part, case.frames, case.ratio, case.batch, name, str(dtype)[6:])
@@ -307,7 +332,7 @@ def measure(case: Case, device: str, names: tuple[str, ...], seconds: float, lea
             continue
         expected = expected or found
         worst = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
-        if not worst <= TOLERANCE[dtype]:
+        if not worst <= TOLERANCE[torch.bfloat16 if name == HALF else dtype]:
             row.error = f"differs from ours by {worst:.1e}"
             continue
         running[name] = contender
@@ -340,16 +365,14 @@ def measure(case: Case, device: str, names: tuple[str, ...], seconds: float, lea
             rows[name].peak = int(peak_memory(contender.run, device) * 2**20)
             rows[name].peak_gradients_standing = int(peak_memory(contender.run, device) * 2**20)
             contender.clear()
-        elif peaks and name != "compiled":
-            rows[name].peak = resident_peak(case, name, False)
-            if case.part != "chat":
-                rows[name].peak_gradients_standing = resident_peak(case, name, True)
+        elif peaks and name not in ("sdpa", "compiled"):
+            rows[name].peak, rows[name].peak_gradients_standing = resident_peaks(case, name)
     yield from rows.values()
 
 
 def largest_batch(device: str) -> None:
     """Print the largest batch of a step (T = 8, ratio 0.7) for each contender, by trying."""
-    model = make_model(device)
+    model = make_model("step", device)
     for name in CONTENDERS:
         fits, fails = 0, None
         while fails is None or fails - fits > max(1, fits // 32):
@@ -380,8 +403,8 @@ def chosen_cases(options: argparse.Namespace, device: str) -> list[Case]:
         shapes = [(8, r) for r in (0.0, 0.3, 0.5, 0.7, 0.9)] + [(t, 0.7) for t in (16, 32, 64)]
         return [Case("branch", *shape, 1 if device == "cpu" else 16) for shape in shapes]
     if device == "cpu":
-        return [Case("branch", 8, 0.7, 1), Case("step", 8, 0.7, 1), Case("branch", 16, 0.0, 1),
-                Case("chat", 8, 0.0, 1), Case("chat", 100, 0.0, 1)]  # fmt: skip
+        return [Case("branch", 8, 0.7, 1), Case("step", 8, 0.7, 1), Case("branch", 16, 0.0, 1), Case("chat", 8, 0.0, 1),
+                Case("step", 8, 0.7, 4, timed=False), Case("chat", 100, 0.0, 1, timed=False)]  # fmt: skip
     return [Case("step", 8, 0.7, 52), Case("branch", 8, 0.7, 52), Case("chat", 100, 0.0, 1), Case("chat", 8, 0.0, 1),
             Case("branch", 16, 0.0, 8), Case("step", 8, 0.0, 52)]  # fmt: skip
 
@@ -400,11 +423,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further case after so long")
     parser.add_argument("--no-peaks", action="store_true", help="leave the processes of their own out (CPU)")
     parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/step[-sweep]-<device>.json")
-    parser.add_argument("--peak-of", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--standing", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--peaks-of", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.peak_of:
-        print_peak(Case(options.part, options.frames, options.ratio, options.batch), options.peak_of, options.standing)
+    if options.peaks_of:
+        print_peaks(Case(options.part, options.frames, options.ratio, options.batch), options.peaks_of)
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not golden_is_green():

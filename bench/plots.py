@@ -1,0 +1,56 @@
+"""The plots in docs/, from ``bench/results/``: ``python bench/plots.py``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = {
+    "eager": ("reference's structure", "tab:gray", "o-"),
+    "checkpoint": ("with checkpointing", "tab:gray", "s--"),
+    "none": ('ours, recompute="none"', "tab:blue", "o-"),
+    "mlp": ('"mlp"', "tab:green", "^-"),
+    "layer": ('"layer"', "tab:orange", "s-"),
+}
+
+
+def sweep(device: str) -> Path:
+    """Bytes kept and seconds of the branch's forward and backward, against the mask's ratio and against frames."""
+    rows = json.loads((ROOT / "bench" / "results" / f"step-sweep-{device}.json").read_text(encoding="utf-8"))
+    rows = [row for row in rows if not row["error"]]
+    axes_of = {"ratio": lambda row: row["frames"] == 8, "frames": lambda row: row["ratio"] == 0.7}
+    values = {"saved": ("kept for backward, MB", 1e6), "seconds": ("forward + backward, s", 1.0)}
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex="col", layout="constrained")
+    for column, (axis, chosen) in enumerate(axes_of.items()):
+        for line, (value, (label, unit)) in enumerate(values.items()):
+            plot = axes[line][column]
+            for name, (title, colour, style) in SHOWN.items():
+                points = sorted((r[axis], r[value] / unit) for r in rows if r["contender"] == name and chosen(r))
+                plot.plot(*zip(*points, strict=True), style, color=colour, label=title, markersize=4)
+            plot.set_ylim(bottom=0)
+            plot.grid(alpha=0.3)
+            plot.set_ylabel(label)
+        axes[1][column].set_xlabel({"ratio": "masked share of tubes, 8 frames", "frames": "frames, 0.7 masked"}[axis])
+    axes[0][0].legend(fontsize=8)
+    facts = rows[0]["facts"]
+    figure.suptitle(
+        f"The branch alone: ViT-L/14, depth 4, {rows[0]['batch']} clip(s), {rows[0]['dtype']}, {facts['device']}, "
+        f"torch {facts['torch']}",
+        fontsize=10,
+    )
+    out = ROOT / "docs" / f"step-{device}.png"
+    out.parent.mkdir(exist_ok=True)
+    figure.savefig(out, dpi=120)
+    return out
+
+
+if __name__ == "__main__":
+    for device in sys.argv[1:] or ["cpu"]:
+        print(f"wrote {sweep(device)}")
