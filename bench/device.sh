@@ -8,7 +8,8 @@
 # have torch, and builds into bt_kernels/ with CMake. A failing step is reported and the next one runs; the exit status
 # says whether all went well. Benchmarks write their rows to OUT.
 #
-# Seconds a step may take: BUILD_S (120), TEST_S (150), SANITIZE_S (60), RESOURCES_S (60), BENCH_S (180), REST_S (400).
+# Seconds a step may take: BUILD_S (120), TEST_S (150), SANITIZE_S (60), RESOURCES_S (60), BENCH_S (180), STEP_S (180),
+# FITS_S (90), REST_S (400).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -69,6 +70,8 @@ step build "${BUILD_S:-120}" bash -uo pipefail -c build
 step facts 60 bash -c facts
 step gpu-tests "${TEST_S:-150}" $tests -m gpu --junitxml "$OUT/gpu-tests.xml"
 step bench-kernels "${BENCH_S:-180}" "$PYTHON" bench/kernels.py --minutes 2.5
+step bench-step "${STEP_S:-180}" "$PYTHON" bench/step.py --minutes 1.5
+step largest-batch "${FITS_S:-90}" "$PYTHON" bench/step.py --fits
 step sanitize "${SANITIZE_S:-60}" bash -uo pipefail -c sanitize
 step resources "${RESOURCES_S:-60}" "$PYTHON" bench/resources.py --quick --json "$OUT/resources.json"
 step rest-of-tests "${REST_S:-400}" $tests -m "not gpu" --junitxml "$OUT/tests.xml"

@@ -3,7 +3,7 @@
     python bench/step.py                      the cases that targets name, rows to bench/results/
     python bench/step.py --part branch --frames 16 --ratio 0 --batch 1
     python bench/step.py --sweep              counted bytes and time against frames and ratio, for the plots
-    python bench/step.py --fits               the largest batch that fits, on a GPU by trying
+    python bench/step.py --fits [--memory 24] the largest batch that fits: on a GPU by trying, else from counted bytes
 
 Contenders: the reference's structure (``baseline.py``) as it is, with fused attention, compiled, with checkpointing;
 and ours under each policy of ``recompute``. ViT-L/14 of random weights, depth 4; a loss and its gradients, no
@@ -13,7 +13,9 @@ that hold the baseline against the golden numbers fail, and no contender whose g
 Medians of alternating runs in one process. "saved": bytes kept for backward, unique storages, parameters excluded.
 "peak": the most memory beyond weights and inputs: on a GPU the allocator's, on a CPU resident, each contender in a
 process of its own; once with gradients made by the step, once with gradients that were there before, as where they
-accumulate. "products": the branch's matrix products alone, the limit of what anyone can reach.
+accumulate. "products": the branch's matrix products alone, the limit of what anyone can reach. "similarity": the
+smallest cosine of a gradient (chat: of the tokens) to that of ours, which tells what a tower in another precision
+costs.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import argparse
 import copy
 import dataclasses
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -31,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from baseline import Baseline, Options
 from measure import ROOT, facts, peak_memory, results_file, rounds_of, write
 from torch import Tensor
@@ -49,8 +53,16 @@ BASELINES = {
     "checkpoint": Options(checkpoint=True),
 }
 POLICIES = ("none", "mlp", "layer")
-HALF = "half"  # ours, "mlp", the tower in bfloat16
-CONTENDERS = (*BASELINES, *POLICIES, HALF)
+# Ours with the tower run otherwise (``Tower.optimize``), under "mlp"; on a GPU it is in bfloat16 always.
+TOWERS: dict[str, dict] = {"half": {"dtype": torch.bfloat16}}
+GPU_TOWERS: dict[str, dict] = {
+    "compiled tower": {"compile": True},
+    "graphs": {"graphs": True},
+    "fp8": {"fp8": True, "compile": True},
+}
+if torch.cuda.is_available():
+    TOWERS = GPU_TOWERS
+CONTENDERS = (*BASELINES, *POLICIES, *TOWERS)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # gradients, relative in norm
 
 
@@ -67,8 +79,8 @@ class Case:
     @property
     def contenders(self) -> tuple[str, ...]:
         if self.part == "chat":
-            return ("eager", "sdpa", "compiled", "none", HALF)
-        return CONTENDERS[: None if self.part == "step" else -1]
+            return ("eager", "sdpa", "compiled", "none", *TOWERS)
+        return CONTENDERS if self.part == "step" else (*BASELINES, *POLICIES)
 
     @property
     def name(self) -> str:
@@ -109,6 +121,7 @@ class Row:
     peak_gradients_standing: int | None = None
     operators: int = 0
     waits: int = 0
+    similarity: float | None = None
     launches: int | None = None
     error: str = ""
     facts: dict = field(default_factory=dict)
@@ -127,9 +140,9 @@ class Contender:
                 for layer in self.model.tower:
                     layer.compile(dynamic=False)
                 self.model.branch = torch.compile(self.model.branch, dynamic=False)
-        elif name == HALF:
+        elif name in TOWERS:
             self.model = copy.deepcopy(model)
-            self.model.tower.optimize(dtype=torch.bfloat16)
+            self.model.tower.optimize(**TOWERS[name])
         else:
             self.model = model
         learning = self.model if name in BASELINES else self.model.branch
@@ -161,7 +174,7 @@ class Contender:
         if self.name in BASELINES:
             losses = self.model(pixels, text, self.mask)
         else:
-            self.model.recompute = "mlp" if self.name == HALF else self.name
+            self.model.recompute = "mlp" if self.name in TOWERS else self.name
             losses = self.model.pretraining_losses(self.model(pixels, self.visible), text)
         return sum(losses.values())
 
@@ -217,6 +230,7 @@ def saved_bytes(contender: Contender) -> int | None:
         own.add(contender.inputs["cotangent"].untyped_storage().data_ptr())
     kept: dict[int, int] = {}
 
+    @torch.compiler.disable
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
@@ -332,7 +346,10 @@ def measure(case: Case, device: str, names: tuple[str, ...], seconds: float, lea
             continue
         expected = expected or found
         worst = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
-        if not worst <= TOLERANCE[torch.bfloat16 if name == HALF else dtype]:
+        row.similarity = min(
+            float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)) for a, b in zip(found, expected, strict=True)
+        )
+        if not worst <= TOLERANCE[dtype] and name not in TOWERS:
             row.error = f"differs from ours by {worst:.1e}"
             continue
         running[name] = contender
@@ -391,16 +408,31 @@ def largest_batch(device: str) -> None:
         print(f"{name}: {fits} clips of 8 frames, ratio 0.7")
 
 
+def counted_batch(memory: float) -> None:
+    """Print the largest batch of the branch (T = 8, ratio 0.7, float32) from the bytes that each contender keeps.
+
+    Counted too: the tower's weights, the branch's, its gradients and Adam's two moments. Not counted: what lives within
+    a layer, and the tower's state.
+    """
+    model = make_model("step", "cpu")
+    fixed = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
+    for name in (*BASELINES, *POLICIES):
+        kept = []
+        for batch in (1, 2):
+            case = Case("branch", 8, 0.7, batch)
+            kept.append(saved_bytes(Contender(name, model, case, "cpu", make_inputs(case, "cpu"))) or 0)
+        clip = kept[1] - kept[0]
+        print(f"{name}: {clip / 1e6:.1f} MB a clip, {int((memory * 2**30 - fixed) // clip)} clips in {memory:g} GiB")
+
+
 def golden_is_green() -> bool:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_step.py"]
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
 def chosen_cases(options: argparse.Namespace, device: str) -> list[Case]:
-    if options.part:
-        return [Case(options.part, options.frames, options.ratio, options.batch)]
     if options.sweep:
-        shapes = [(8, r) for r in (0.0, 0.3, 0.5, 0.7, 0.9)] + [(t, 0.7) for t in (16, 32, 64)]
+        shapes = [(8, r) for r in (0.0, 0.3, 0.5, 0.7, 0.9)] + [(t, 0.7) for t in (16, 32)]
         return [Case("branch", *shape, 1 if device == "cpu" else 16) for shape in shapes]
     if device == "cpu":
         return [Case("branch", 8, 0.7, 1), Case("step", 8, 0.7, 1), Case("branch", 16, 0.0, 1), Case("chat", 8, 0.0, 1),
@@ -412,12 +444,14 @@ def chosen_cases(options: argparse.Namespace, device: str) -> list[Case]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("branch", "step", "chat"), help="one case alone")
+    parser.add_argument("--peaks", action="store_true", help="its peaks alone (CPU)")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--ratio", type=float, default=0.7)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--sweep", action="store_true", help="the branch against frames and ratio")
-    parser.add_argument("--fits", action="store_true", help="the largest batch on this GPU")
+    parser.add_argument("--fits", action="store_true", help="the largest batch")
+    parser.add_argument("--memory", type=float, default=24.0, help="GiB, for --fits without a GPU")
     parser.add_argument("--seconds", type=float, default=None, help="for each contender of a case (CPU 15, GPU 1)")
     parser.add_argument("--rounds", type=int, default=3, help="at least so many")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further case after so long")
@@ -433,26 +467,43 @@ def main() -> int:
         print("tests/test_step.py fails: the baseline is not the reference's procedure, nothing is timed")
         return 1
     if options.fits:
-        largest_batch(device)
+        largest_batch(device) if device == "cuda" else counted_batch(options.memory)
         return 0
-    about = facts(device)
-    out = options.out or results_file("step-sweep" if options.sweep else "step", about)
-    print(about, flush=True)
-    rows: list[Row] = []
+    out = options.out or results_file("step-sweep" if options.sweep else "step", facts(device))
+    if options.part:
+        run_case(options, device, out)
+        return 0
     ends = time.monotonic() + 60 * options.minutes
-    seconds = options.seconds or (1.0 if device == "cuda" else 15.0)
-    for case in chosen_cases(options, device):
+    failed = False
+    for case in chosen_cases(options, device):  # each in a process of its own, whose memory is whole
         if time.monotonic() > ends:
             print(f"stopped after {options.minutes} minutes, before {case.name}")
             break
-        for row in measure(case, device, tuple(options.only), seconds, options.rounds, not options.no_peaks):
-            row.facts = about
-            rows.append(row)
-            print(f"{case.name:<28} {row.contender:<11} {row.error or told(row)}", flush=True)
-        write(rows, out)
-        gc.collect()
-    print(f"wrote {out}")
-    return 0
+        command = [sys.executable, __file__, "--part", case.part, "--frames", str(case.frames), "--out", str(out)]
+        command += ["--ratio", str(case.ratio), "--batch", str(case.batch), "--only", *options.only]
+        command += ["--rounds", str(options.rounds), *(["--seconds", str(options.seconds)] if options.seconds else [])]
+        command += [flag for flag, on in (("--no-peaks", options.no_peaks), ("--peaks", not case.timed)) if on]
+        failed |= subprocess.run(command, cwd=ROOT).returncode != 0
+    return int(failed)
+
+
+def run_case(options: argparse.Namespace, device: str, out: Path) -> None:
+    """Measure one case; its rows take the place of those that ``out`` has of the same contenders and case."""
+    case = Case(options.part, options.frames, options.ratio, options.batch, not options.peaks)
+    about = facts(device)
+    seconds = options.seconds or (1.0 if device == "cuda" else 15.0)
+    rows = []
+    for row in measure(case, device, tuple(options.only), seconds, options.rounds, not options.no_peaks):
+        row.facts = about
+        rows.append(row)
+        print(f"{case.name:<28} {row.contender:<11} {row.error or told(row)}", flush=True)
+
+    def place(row: Row) -> tuple:
+        return row.part, row.frames, row.ratio, row.batch, row.contender
+
+    new = {place(row) for row in rows}
+    old = [Row(**row) for row in json.loads(out.read_text(encoding="utf-8"))] if out.exists() else []
+    write([row for row in old if place(row) not in new] + rows, out)
 
 
 def told(row: Row) -> str:
@@ -462,7 +513,8 @@ def told(row: Row) -> str:
     return (
         f"{row.seconds:8.3f} s ±{row.iqr:6.3f} ({row.rounds}) saved {megabytes(row.saved):>8} MB, peak "
         f"{megabytes(row.peak):>8}, gradients standing {megabytes(row.peak_gradients_standing):>8} MB, "
-        f"{row.operators} operators, {row.waits} waits, launches {row.launches}"
+        f"{row.operators} operators, {row.waits} waits, launches {row.launches}, "
+        f"cosine to ours {'-' if row.similarity is None else format(row.similarity, '.6f')}"
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def contrastive_loss(video: Tensor, text: Tensor, temperature: float | Tensor) -> Tensor:
+def contrastive_loss(
+    video: Tensor, text: Tensor, temperature: float | Tensor, group: dist.ProcessGroup | None = None
+) -> Tensor:
     """Symmetric video-text contrastive loss: the sum of both directions' mean negative log-likelihoods.
 
     Video b and text b belong together; all others of the batch are negatives. Source: VTC, arXiv 2309.15785
@@ -16,6 +19,10 @@ def contrastive_loss(video: Tensor, text: Tensor, temperature: float | Tensor) -
     Args:
         video: ``[B, F]``, any length. text: ``[B, F]``.
         temperature: τ; cosine similarities are divided by it.
+        group: processes whose batches make one, all of the same size. Each compares its own part with the whole, so
+            that no process holds the whole matrix. The mean of the results over processes is the loss of the whole
+            batch, and the mean of the parameters' gradients, which DDP and FSDP take, is its gradient: gradients pass
+            through the exchange.
 
     Returns:
         A scalar, computed in float32 or wider.
@@ -25,6 +32,28 @@ def contrastive_loss(video: Tensor, text: Tensor, temperature: float | Tensor) -
     wide = torch.promote_types(video.dtype, torch.float32)
     with torch.autocast(video.device.type, enabled=False):  # cosines over τ = 0.01: bfloat16 would be off by a third
         video, text = F.normalize(video.to(wide), dim=-1), F.normalize(text.to(wide), dim=-1)
-        logits = video @ text.T / temperature
-        labels = torch.arange(len(logits), device=logits.device)
-        return F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)
+        labels = torch.arange(len(video), device=video.device)
+        if group is None:
+            logits = video @ text.T / temperature
+            return F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)
+        labels += dist.get_rank(group) * len(video)
+        to_text = video @ _Gathered.apply(text, group).T / temperature
+        to_video = text @ _Gathered.apply(video, group).T / temperature
+        return F.cross_entropy(to_text, labels) + F.cross_entropy(to_video, labels)
+
+
+class _Gathered(torch.autograd.Function):
+    """The rows of all processes, ``[B, F]`` to ``[k·B, F]``; gradients of one's own rows are summed over processes."""
+
+    @staticmethod
+    def forward(ctx, rows, group):
+        ctx.group, ctx.count = group, len(rows)
+        whole = rows.new_empty(len(rows) * dist.get_world_size(group), rows.shape[1])
+        dist.all_gather_into_tensor(whole, rows.contiguous(), group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[dist.get_rank(ctx.group) * ctx.count :][: ctx.count], None

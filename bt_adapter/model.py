@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from bt_adapter.branch import Branch
 from bt_adapter.config import BTAdapterConfig, TowerConfig
@@ -229,6 +230,7 @@ class BTAdapterVisionModel(nn.Module):
         temperature: float | Tensor = 0.01,
         mbca_weight: float = 0.1,
         mbta_weight: float = 0.1,
+        group: ProcessGroup | None = None,
     ) -> dict[str, Tensor]:
         """The three losses of pretraining over the batch given, already weighted (arXiv 2309.15785 section 3.2).
 
@@ -239,6 +241,8 @@ class BTAdapterVisionModel(nn.Module):
             temperature: τ of the contrastive losses.
             mbca_weight: of the branch-text contrastive loss on the mean of the branch's patch tokens.
             mbta_weight: of the alignment of branch tokens with the tower's.
+            group: processes whose batches, of one size, make one: see ``bt_adapter.losses.contrastive_loss``. Losses
+                and gradients of the whole batch are then the means over the processes.
 
         Returns:
             {"vtc", "mbca"} and, where the branch has an alignment head, "mbta".
@@ -249,8 +253,8 @@ class BTAdapterVisionModel(nn.Module):
         real = (visible.index >= 0)[:, :, None]
         mean = (rows * real).sum(1) / real.sum(1).clamp(min=1)
         losses = {
-            "vtc": contrastive_loss(output.video_embeds, text_embeds, temperature),
-            "mbca": mbca_weight * contrastive_loss(self._project(mean), text_embeds, temperature),
+            "vtc": contrastive_loss(output.video_embeds, text_embeds, temperature, group),
+            "mbca": mbca_weight * contrastive_loss(self._project(mean), text_embeds, temperature, group),
         }
         if branch.alignment_head is not None:
             head: Any = branch.alignment_head

@@ -196,10 +196,10 @@ class Tower(nn.Module):
         """Choose how the tower runs; what is not given stays as it is.
 
         Args:
-            dtype: of the weights from now on, for example ``torch.bfloat16``. A tower shared with a chat model leaves
-                that model's dtype.
-            chunk: images that run at once, 32 unless chosen. It bounds the memory between layers: about 9 rows of D a
-                token (less the state of all images, 1 row) in the dtype of the weights.
+            dtype: of the weights from now on, for example ``torch.bfloat16``. Not for a tower shared with a chat model:
+                its weights would change too, and the rest of it would not.
+            chunk: images that run at once, 32 unless chosen. It bounds what a layer needs beside the state of all
+                images: about 7 rows of D a token of the chunk, and what attention takes.
             compile: ``torch.compile`` each layer, once for each shape.
             graphs: record CUDA graphs, one for each shape of a chunk; call again after the weights were moved.
             fp8: products with 8-bit weights and rows; for GPUs of compute capability 8.9 or more. There is no way back.
@@ -249,7 +249,8 @@ class Tower(nn.Module):
             x = self.embed(piece)
             for layer in range(stop):
                 x = self.layers[layer](x)
-                done()
+                if self._recorded is None:  # a recording calls nothing when it is replayed
+                    done()
             return x
 
         if len(images) <= self.chunk and self._recorded is None:
@@ -258,6 +259,8 @@ class Tower(nn.Module):
         for start in range(0, len(images), self.chunk):
             piece = images[start : start + self.chunk]
             state[start : start + self.chunk] = self._run(("first", stop), first_layers, piece)
+            for _ in range(0 if self._recorded is None else stop):
+                done()
         return state
 
     @torch.no_grad()

@@ -1,8 +1,7 @@
-"""Two processes with a half of the batch each: the gradients of one with both halves, under every memory policy."""
+"""Several processes with a part of the batch each: the losses and gradients of one, under every memory policy."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -21,49 +20,58 @@ def make_model(recompute: str) -> BTAdapterVisionModel:
     return shake(make(depth=3, recompute=recompute)).double()
 
 
-def half_step(model, core, half: int) -> None:
-    """Backward of one half's losses; ``core`` is what ``model`` wraps."""
-    part = slice(2 * half, 2 * half + 2)
+def step(model, core, part: slice, group=None) -> torch.Tensor:
+    """Losses of a part of a batch of four, and their backward; ``core`` is what ``model`` wraps."""
     visible = VisibleTokens.tube(4, PATCHES, 4, 0.5, generator=torch.Generator().manual_seed(0))
     visible = VisibleTokens(visible.index[part], PATCHES, 4, visible.slots)
     text = torch.randn(4, 24, generator=torch.Generator().manual_seed(3)).double()
     output = model(video(4, batch=4)[part].double(), visible)
-    sum(core.pretraining_losses(output, text[part]).values()).backward()
+    losses = core.pretraining_losses(output, text[part], group=group)
+    sum(losses.values()).backward()
+    return torch.stack([loss.detach() for loss in losses.values()])
 
 
-def gradients(model: BTAdapterVisionModel) -> dict[str, torch.Tensor]:
-    return {
-        name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-        for name, p in model.branch.named_parameters()
-    }
-
-
-def work(rank: int, way: str, recompute: str, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def work(rank: int, world: int, way: str, whole: bool, recompute: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.set_num_threads(1)
     model = make_model(recompute)
+    wrapped = model
     if way == "ddp":
-        half_step(DistributedDataParallel(model), model, rank)
+        wrapped = DistributedDataParallel(model)
     else:
         fully_shard(model, ignored_params=set(model.tower.parameters()))
         assert model.branch.time.to_local().numel() < model.branch.time.numel()
-        half_step(model, model, rank)
-    found = gradients(model)
+    size = 4 // world
+    losses = step(wrapped, model, slice(rank * size, rank * size + size), dist.group.WORLD if whole else None)
+    dist.all_reduce(losses)
+    gradients = {
+        name: p.grad.full_tensor() if way == "fsdp2" else p.grad for name, p in model.branch.named_parameters()
+    }
     if rank == 0:
-        torch.save(found, Path(folder) / "gradients.pt")
+        torch.save({"losses": losses / world, **gradients}, Path(folder) / "found.pt")
     dist.destroy_process_group()
+
+
+def check(folder: Path, expected: torch.Tensor, model: BTAdapterVisionModel, parts: int) -> None:
+    found = torch.load(folder / "found.pt")
+    torch.testing.assert_close(found["losses"], expected, rtol=1e-9, atol=1e-12)
+    for name, parameter in model.branch.named_parameters():
+        torch.testing.assert_close(
+            found[name], parameter.grad / parts, rtol=1e-9, atol=1e-12, msg=lambda message, n=name: f"{n}: {message}"
+        )
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-def test_two_processes_get_the_gradients_of_one(way, recompute, tmp_path):
-    mp.spawn(work, (way, recompute, str(tmp_path)), nprocs=2)
-    found = torch.load(tmp_path / "gradients.pt")
+def test_two_processes_with_a_half_each(way, recompute, tmp_path):
+    mp.spawn(work, (2, way, False, recompute, str(tmp_path)), nprocs=2)
     model = make_model(recompute)
-    for half in range(2):
-        half_step(model, model, half)
-    for name, parameter in model.branch.named_parameters():
-        torch.testing.assert_close(
-            found[name], parameter.grad / 2, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    losses = [step(model, model, slice(2 * half, 2 * half + 2)) for half in range(2)]
+    check(tmp_path, sum(losses) / 2, model, 2)
+
+
+@pytest.mark.parametrize(("way", "world"), [("ddp", 2), ("ddp", 4), ("fsdp2", 2)])
+def test_contrastive_losses_over_the_batches_of_all_processes(way, world, tmp_path):
+    mp.spawn(work, (world, way, True, "mlp", str(tmp_path)), nprocs=world)
+    model = make_model("mlp")
+    check(tmp_path, step(model, model, slice(0, 4)), model, 1)

@@ -142,7 +142,10 @@ def test_cuda_graphs_change_nothing(frames):
     for _ in range(2):  # recorded, then replayed
         torch.testing.assert_close((model(pixels).video_embeds, model.video_tokens(pixels)), expected)
     other = video(frames, seed=2).cuda()
-    assert not torch.allclose(model.video_tokens(other), expected[1])
+    seen = []
+    tokens = model.video_tokens(other, progress=lambda done, total: seen.append((done, total)))
+    assert not torch.allclose(tokens, expected[1])
+    assert seen == [(i + 1, len(seen)) for i in range(len(seen))] and seen[-1][0] == seen[-1][1]
 
 
 @pytest.mark.gpu
