@@ -21,8 +21,6 @@ costs.
 from __future__ import annotations
 
 import argparse
-import copy
-import dataclasses
 import gc
 import json
 import os
@@ -33,73 +31,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import contenders
 import torch
 import torch.nn.functional as F
-from baseline import Baseline, Options
+from contenders import CONTENDERS, POLICIES, TOWERS, Case, Contender, make_inputs, make_model
+from counting import Operators, counted_batch, largest_batch, launches, saved_bytes
 from measure import ROOT, facts, peak_memory, results_file, rounds_of, write
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
-from bt_adapter.config import TowerConfig
 from bt_adapter.products import input_grad, linear, weight_grad
-from bt_kernels import VisibleTokens
 
-VIT_L = TowerConfig(1024, 4096, 24, 16, 224, 14, 768)
-BASELINES = {
-    "eager": Options(),
-    "sdpa": Options(sdpa=True),
-    "compiled": Options(),
-    "checkpoint": Options(checkpoint=True),
-}
-POLICIES = ("none", "mlp", "layer")
-# Ours with the tower run otherwise (``Tower.optimize``), under "mlp"; on a GPU it is in bfloat16 always.
-TOWERS: dict[str, dict] = {"half": {"dtype": torch.bfloat16}}
-GPU_TOWERS: dict[str, dict] = {
-    "compiled tower": {"compile": True},
-    "graphs": {"graphs": True},
-    "fp8": {"fp8": True, "compile": True},
-}
-if torch.cuda.is_available():
-    TOWERS = GPU_TOWERS
-CONTENDERS = (*BASELINES, *POLICIES, *TOWERS)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # gradients, relative in norm
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is run: "branch" and "step" forward and backward, "chat" forward."""
-
-    part: str
-    frames: int
-    ratio: float
-    batch: int
-    timed: bool = True  # else memory alone
-
-    @property
-    def contenders(self) -> tuple[str, ...]:
-        if self.part == "chat":
-            return ("eager", "sdpa", "compiled", "none", *TOWERS)
-        return CONTENDERS if self.part == "step" else (*BASELINES, *POLICIES)
-
-    @property
-    def name(self) -> str:
-        return f"{self.part} T={self.frames} ratio {self.ratio} B={self.batch}"
-
-    def mask(self, device: str) -> Tensor | None:
-        """Bool ``[B, P·T]``, patch by patch, True = masked: true tubes."""
-        if self.ratio == 0:
-            return None
-        generator = torch.Generator().manual_seed(0)
-        order = torch.rand(self.batch, VIT_L.patches, generator=generator).argsort(1)
-        tubes = order < int(self.ratio * VIT_L.patches)
-        return tubes[:, :, None].expand(-1, -1, self.frames).flatten(1).to(device)
-
-    def visible(self, device: str) -> VisibleTokens:
-        mask = self.mask(device)
-        if mask is None:
-            return VisibleTokens.all(self.batch, VIT_L.patches, self.frames, device=device)
-        return VisibleTokens.from_reference_mask(mask, self.frames)
 
 
 @dataclass
@@ -127,151 +68,6 @@ class Row:
     facts: dict = field(default_factory=dict)
 
 
-class Contender:
-    """A model in one of the forms, and its run of a case: ``run()``, then gradients in ``parameters``."""
-
-    def __init__(self, name: str, model: BTAdapterVisionModel, case: Case, device: str, inputs: dict[str, Tensor]):
-        self.name, self.case, self.device, self.inputs = name, case, device, inputs
-        self.visible = case.visible(device)
-        self.mask = case.mask(device)
-        if name in BASELINES:
-            self.model = Baseline(model, BASELINES[name]).to(device)
-            if name == "compiled":
-                for layer in self.model.tower:
-                    layer.compile(dynamic=False)
-                self.model.branch = torch.compile(self.model.branch, dynamic=False)
-        elif name in TOWERS:
-            self.model = copy.deepcopy(model)
-            self.model.tower.optimize(**TOWERS[name])
-        else:
-            self.model = model
-        learning = self.model if name in BASELINES else self.model.branch
-        self.parameters = [p for p in learning.parameters() if p.requires_grad]
-
-    def run(self) -> Tensor:
-        """Gradients set anew."""
-        amp = self.device == "cuda" and self.name in BASELINES
-        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
-            out = getattr(self, self.case.part)()
-        if out.requires_grad:
-            out.backward()
-        return out
-
-    def branch(self) -> Tensor:
-        states, cotangent = self.inputs["states"], self.inputs["cotangent"]
-        if self.name in BASELINES:
-            z = self.model.branch([x.flatten(0, 1) for x in states], self.case.frames, self.mask)
-        else:
-            self.model.recompute, branch = self.name, self.model.branch
-            z = branch.embed(states[0], self.model.tower.position, self.visible)
-            for layer, x in enumerate(states):
-                z = z if layer == 0 else branch.merge(x, z, self.visible)
-                z = branch.run_layer(layer, z, self.visible, None)
-        return (z * cotangent[:, : z.shape[1]]).sum()
-
-    def step(self) -> Tensor:
-        pixels, text = self.inputs["pixels"], self.inputs["text"]
-        if self.name in BASELINES:
-            losses = self.model(pixels, text, self.mask)
-        else:
-            self.model.recompute = "mlp" if self.name in TOWERS else self.name
-            losses = self.model.pretraining_losses(self.model(pixels, self.visible), text)
-        return sum(losses.values())
-
-    @torch.no_grad()
-    def chat(self) -> Tensor:
-        return self.model.video_tokens(self.inputs["pixels"])
-
-    def clear(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def gradients(self) -> list[Tensor]:
-        """Of some weights that every form has alike."""
-        spatial = self.model.spatial if self.name in BASELINES else self.model.branch.spatial
-        own = self.model if self.name in BASELINES else self.model.branch
-        return [spatial[0].fc1.weight.grad, spatial[-1].fc2.weight.grad, own.time.grad, own.merge_gate.grad]
-
-
-def make_model(part: str, device: str) -> BTAdapterVisionModel:
-    """For the branch alone, a tower of no more layers than it has."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        config = dataclasses.replace(VIT_L, num_hidden_layers=4) if part == "branch" else VIT_L
-        model = BTAdapterVisionModel(config, BTAdapterConfig(depth=4)).eval()
-    with torch.no_grad():
-        for layer in model.branch.temporal:  # a fresh one adds nothing
-            layer.fc.weight.normal_(0, 0.02)
-    if device == "cuda":
-        model.tower.optimize(dtype=torch.bfloat16)
-    return model
-
-
-def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
-    generator = torch.Generator(device).manual_seed(1)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device)
-
-    if case.part == "branch":
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        tokens = 1 + VIT_L.patches
-        states = [draw(case.batch, case.frames, tokens, 1024).to(dtype) for _ in range(4)]
-        return {"states": states, "cotangent": draw(case.batch, tokens * case.frames, 1024)}
-    return {"pixels": draw(case.batch, case.frames, 3, 224, 224), "text": draw(case.batch, 768)}
-
-
-def saved_bytes(contender: Contender) -> int | None:
-    """Unique storages kept for backward, without parameters, inputs and buffers."""
-    if contender.case.part == "chat":
-        return None
-    own = {t.untyped_storage().data_ptr() for t in contender.model.parameters()}
-    if contender.case.part == "branch":  # of the product that stands for a loss
-        own.add(contender.inputs["cotangent"].untyped_storage().data_ptr())
-    kept: dict[int, int] = {}
-
-    @torch.compiler.disable
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        getattr(contender, contender.case.part)()
-    return sum(kept.values())
-
-
-class Operators(TorchDispatchMode):
-    """Counts operators that do work, and those whose result a host waits for on a GPU."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = self.waits = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        indices = args[1] if func.overloadpacket.__name__ in ("index", "index_put_", "index_put") else ()
-        boolean = any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices)
-        self.waits += boolean or func.overloadpacket.__name__ in self.WAITING
-        self.count += not func.is_view
-        return result
-
-
-def launches(contender: Contender) -> int | None:
-    """Kernels a run starts on a GPU."""
-    if contender.device != "cuda":
-        return None
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
-        contender.run()
-        torch.cuda.synchronize()
-    return sum(1 for event in record.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-
-
 def resident_peaks(case: Case, name: str) -> tuple[int | None, int | None]:
     """Bytes a fresh CPU process holds beyond weights and inputs: with gradients made by the run, and there before."""
     command = [sys.executable, __file__, "--peaks-of", name, "--part", case.part, "--frames", str(case.frames)]
@@ -280,6 +76,7 @@ def resident_peaks(case: Case, name: str) -> tuple[int | None, int | None]:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:
+        print(f"{case.name}: no peak of {name}, its process ended with {done.returncode}: {done.stderr[-200:]}")
         return None, None
     peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
     return peaks[0], peaks[1] if len(peaks) > 1 else None
@@ -305,16 +102,15 @@ def status(name: str) -> int:
 
 def products(case: Case, device: str) -> Callable[[], None]:
     """The branch's matrix products of a step, forward and backward, on rows and weights that are there."""
-    rows = case.batch * (1 + case.visible(device).index.shape[1])
-    shapes = [(3072, 1024), (1024, 1024), (1024, 1024), (3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096)]
-    if rows > 1024:
-        shapes.pop(1)  # out and fc as one
+    rows, width = case.batch * (1 + case.visible(device).index.shape[1]), contenders.VIT_L.hidden_size
+    of_time = [(3, 1), (1, 1)] if rows > width else [(3, 1), (1, 1), (1, 1)]  # out and fc are one from there on
+    shapes = [(o * width, i * width) for o, i in (*of_time, (3, 1), (1, 1), (4, 1), (1, 4))]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     operands = [[torch.randn(s, device=device).to(dtype) for s in ((rows, i), (o, i), (rows, o))] for o, i in shapes]
 
     @torch.no_grad()
     def run() -> None:
-        for _ in range(4):
+        for _ in range(contenders.DEPTH):
             for x, weight, grad in operands:
                 linear(x, weight)
                 input_grad(grad, weight)
@@ -385,44 +181,6 @@ def measure(case: Case, device: str, names: tuple[str, ...], seconds: float, lea
         elif peaks and name not in ("sdpa", "compiled"):
             rows[name].peak, rows[name].peak_gradients_standing = resident_peaks(case, name)
     yield from rows.values()
-
-
-def largest_batch(device: str) -> None:
-    """Print the largest batch of a step (T = 8, ratio 0.7) for each contender, by trying."""
-    model = make_model("step", device)
-    for name in CONTENDERS:
-        fits, fails = 0, None
-        while fails is None or fails - fits > max(1, fits // 32):
-            batch = max(1, 2 * fits) if fails is None else (fits + fails) // 2
-            try:
-                case = Case("step", 8, 0.7, batch)
-                contender = Contender(name, model, case, device, make_inputs(case, device))
-                contender.run()
-                contender.clear()
-                fits = batch
-            except torch.OutOfMemoryError:
-                fails = batch
-            contender = None
-            gc.collect()
-            torch.cuda.empty_cache()
-        print(f"{name}: {fits} clips of 8 frames, ratio 0.7")
-
-
-def counted_batch(memory: float) -> None:
-    """Print the largest batch of the branch (T = 8, ratio 0.7, float32) from the bytes that each contender keeps.
-
-    Counted too: the tower's weights, the branch's, its gradients and Adam's two moments. Not counted: what lives within
-    a layer, and the tower's state.
-    """
-    model = make_model("step", "cpu")
-    fixed = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
-    for name in (*BASELINES, *POLICIES):
-        kept = []
-        for batch in (1, 2):
-            case = Case("branch", 8, 0.7, batch)
-            kept.append(saved_bytes(Contender(name, model, case, "cpu", make_inputs(case, "cpu"))) or 0)
-        clip = kept[1] - kept[0]
-        print(f"{name}: {clip / 1e6:.1f} MB a clip, {int((memory * 2**30 - fixed) // clip)} clips in {memory:g} GiB")
 
 
 def golden_is_green() -> bool:

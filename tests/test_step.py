@@ -1,12 +1,15 @@
 """The benchmark's baseline is the published procedure: its golden numbers, and ours where ours are the same."""
 
+import contenders
 import pytest
+import step
 import torch
 from baseline import Baseline, Options
 from reference_cases import load, relative_error
 from small_models import PATCHES, make, shake, video
 from test_golden import FORWARD, GRADIENT, LOSSES
 
+from bt_adapter.config import TowerConfig
 from bt_kernels import VisibleTokens
 
 OPTIONS = [Options(), Options(sdpa=True), Options(checkpoint=True)]
@@ -63,3 +66,20 @@ def test_baseline_video_tokens_are_ours(frames):
         torch.testing.assert_close(
             Baseline(model).video_tokens(pixels), model.video_tokens(pixels), rtol=1e-9, atol=1e-9
         )
+
+
+@pytest.mark.parametrize("part", ["branch", "step", "chat"])
+def test_benchmark_measures_what_it_says(part, monkeypatch):
+    monkeypatch.setattr(contenders, "VIT_L", TowerConfig(32, 64, 6, 2, 16, 4, 24))
+    case = contenders.Case(part, 4, 0.0 if part == "chat" else 0.5, 2)
+    names = ("eager", "sdpa", "checkpoint", "none", "mlp", "layer", "half")
+    rows = {row.contender: row for row in step.measure(case, "cpu", names, 0.0, 1, False)}
+    assert all(row.error == "" and row.seconds > 0 for row in rows.values())
+    assert rows["none"].waits == 0 and rows["none"].operators < rows["eager"].operators
+    if part == "chat":
+        assert set(rows) == {"eager", "sdpa", "none", "half"} and rows["half"].similarity > 0.99
+        return
+    assert rows["eager"].waits > 0
+    assert rows["layer"].saved < rows["mlp"].saved < rows["none"].saved < rows["eager"].saved
+    assert rows["checkpoint"].saved < rows["eager"].saved
+    assert ("half" in rows) == (part == "step") and ("products" in rows) == (part == "branch")

@@ -1,0 +1,166 @@
+"""Who runs a step in ``bench/step.py``: the reference's structure in its forms, and ours under each policy."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from baseline import Baseline, Options
+from torch import Tensor
+
+from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
+from bt_adapter.config import TowerConfig
+from bt_kernels import VisibleTokens
+
+VIT_L = TowerConfig(1024, 4096, 24, 16, 224, 14, 768)
+DEPTH = 4
+BASELINES = {
+    "eager": Options(),
+    "sdpa": Options(sdpa=True),
+    "compiled": Options(),
+    "checkpoint": Options(checkpoint=True),
+}
+POLICIES = ("none", "mlp", "layer")
+# Ours with the tower run otherwise (``Tower.optimize``), under "mlp"; on a GPU it is in bfloat16 always.
+TOWERS: dict[str, dict] = {"half": {"dtype": torch.bfloat16}}
+GPU_TOWERS: dict[str, dict] = {
+    "compiled tower": {"compile": True},
+    "graphs": {"graphs": True},
+    "fp8": {"fp8": True, "compile": True},
+}
+if torch.cuda.is_available():
+    TOWERS = GPU_TOWERS
+CONTENDERS = (*BASELINES, *POLICIES, *TOWERS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run: "branch" and "step" forward and backward, "chat" forward."""
+
+    part: str
+    frames: int
+    ratio: float
+    batch: int
+    timed: bool = True  # else memory alone
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        if self.part == "chat":
+            return ("eager", "sdpa", "compiled", "none", *TOWERS)
+        return CONTENDERS if self.part == "step" else (*BASELINES, *POLICIES)
+
+    @property
+    def name(self) -> str:
+        return f"{self.part} T={self.frames} ratio {self.ratio} B={self.batch}"
+
+    def mask(self, device: str) -> Tensor | None:
+        """Bool ``[B, P·T]``, patch by patch, True = masked: true tubes."""
+        if self.ratio == 0:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        order = torch.rand(self.batch, VIT_L.patches, generator=generator).argsort(1)
+        tubes = order < int(self.ratio * VIT_L.patches)
+        return tubes[:, :, None].expand(-1, -1, self.frames).flatten(1).to(device)
+
+    def visible(self, device: str) -> VisibleTokens:
+        mask = self.mask(device)
+        if mask is None:
+            return VisibleTokens.all(self.batch, VIT_L.patches, self.frames, device=device)
+        return VisibleTokens.from_reference_mask(mask, self.frames)
+
+
+class Contender:
+    """A model in one of the forms, and its run of a case: ``run()``, then gradients in ``parameters``."""
+
+    def __init__(self, name: str, model: BTAdapterVisionModel, case: Case, device: str, inputs: dict[str, Tensor]):
+        self.name, self.case, self.device, self.inputs = name, case, device, inputs
+        self.visible = case.visible(device)
+        self.mask = case.mask(device)
+        if name in BASELINES:
+            self.model = Baseline(model, BASELINES[name]).to(device)
+            if name == "compiled":
+                for layer in self.model.tower:
+                    layer.compile(dynamic=False)
+                self.model.branch = torch.compile(self.model.branch, dynamic=False)
+        elif name in TOWERS:
+            self.model = copy.deepcopy(model)
+            self.model.tower.optimize(**TOWERS[name])
+        else:
+            self.model = model
+        learning = self.model if name in BASELINES else self.model.branch
+        self.parameters = [p for p in learning.parameters() if p.requires_grad]
+
+    def run(self) -> Tensor:
+        """Gradients set anew."""
+        amp = self.device == "cuda" and self.name in BASELINES
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+            out = getattr(self, self.case.part)()
+        if out.requires_grad:
+            out.backward()
+        return out
+
+    def branch(self) -> Tensor:
+        states, cotangent = self.inputs["states"], self.inputs["cotangent"]
+        if self.name in BASELINES:
+            z = self.model.branch([x.flatten(0, 1) for x in states], self.case.frames, self.mask)
+        else:
+            self.model.recompute, branch = self.name, self.model.branch
+            z = branch.embed(states[0], self.model.tower.position, self.visible)
+            for layer, x in enumerate(states):
+                z = z if layer == 0 else branch.merge(x, z, self.visible)
+                z = branch.run_layer(layer, z, self.visible, None)
+        return (z * cotangent[:, : z.shape[1]]).sum()
+
+    def step(self) -> Tensor:
+        pixels, text = self.inputs["pixels"], self.inputs["text"]
+        if self.name in BASELINES:
+            losses = self.model(pixels, text, self.mask)
+        else:
+            self.model.recompute = "mlp" if self.name in TOWERS else self.name
+            losses = self.model.pretraining_losses(self.model(pixels, self.visible), text)
+        return sum(losses.values())
+
+    @torch.no_grad()
+    def chat(self) -> Tensor:
+        return self.model.video_tokens(self.inputs["pixels"])
+
+    def clear(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """Of some weights that every form has alike."""
+        spatial = self.model.spatial if self.name in BASELINES else self.model.branch.spatial
+        own = self.model if self.name in BASELINES else self.model.branch
+        return [spatial[0].fc1.weight.grad, spatial[-1].fc2.weight.grad, own.time.grad, own.merge_gate.grad]
+
+
+def make_model(part: str, device: str) -> BTAdapterVisionModel:
+    """For the branch alone, a tower of no more layers than it has."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = dataclasses.replace(VIT_L, num_hidden_layers=DEPTH) if part == "branch" else VIT_L
+        model = BTAdapterVisionModel(config, BTAdapterConfig(depth=DEPTH)).eval()
+    with torch.no_grad():
+        for layer in model.branch.temporal:  # a fresh one adds nothing
+            layer.fc.weight.normal_(0, 0.02)
+    if device == "cuda":
+        model.tower.optimize(dtype=torch.bfloat16)
+    return model
+
+
+def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
+    generator = torch.Generator(device).manual_seed(1)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    if case.part == "branch":
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        tokens, width = 1 + VIT_L.patches, VIT_L.hidden_size
+        states = [draw(case.batch, case.frames, tokens, width).to(dtype) for _ in range(DEPTH)]
+        return {"states": states, "cotangent": draw(case.batch, tokens * case.frames, width)}
+    size = VIT_L.image_size
+    return {"pixels": draw(case.batch, case.frames, 3, size, size), "text": draw(case.batch, VIT_L.projection_dim)}
