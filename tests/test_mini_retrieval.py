@@ -10,17 +10,8 @@ from bt_adapter.mini import training
 from bt_adapter.mini.clip import load_clip, make_clip, zero_shot
 from bt_adapter.mini.items import load_items
 from bt_adapter.mini.pretrain import bank_contrastive, branch_groups, load_branch_model, make_branch_model
-from bt_adapter.mini.retrieval import embed, evaluate, every_label, mcnemar, ranks, score
+from bt_adapter.mini.retrieval import embed, evaluate, every_label, mcnemar, score
 from bt_adapter.mini.scenes import MOTIONS
-
-
-def test_ranks_count_strictly_greater_and_average_ties():
-    scores = torch.tensor([[0.5, 0.9, 0.1], [0.3, 0.3, 0.3], [0.2, 0.7, 0.7]])
-    assert ranks(scores).tolist() == [2.0, 2.0, 1.5]
-
-
-def test_ranks_of_a_constant_score_are_chance():
-    assert ranks(torch.zeros(9, 9)).tolist() == [5.0] * 9
 
 
 def test_mcnemar():

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
+from bt_adapter.ranking import ranks
+
 from .clip import load_clip, normalise, text_embeds
 from .items import ITEMS, Items, load_items
 from .scenes import COLOURS, MOTIONS, caption, clips
@@ -30,14 +32,6 @@ DIRECTIONS = tuple(MOTIONS.index(name) for name in ("left", "right", "up", "down
 def every_label() -> torch.Tensor:
     """The 432 labels with a motion, int64 [432, 3], motion fastest."""
     return torch.cartesian_prod(*(torch.arange(len(values)) for values in (ITEMS, COLOURS, MOTIONS)))
-
-
-def ranks(scores: torch.Tensor) -> torch.Tensor:
-    """Rank of the diagonal in each row of scores [n, n] (1 is best, ties averaged) -> float [n]."""
-    own = scores.diagonal()[:, None]
-    greater = (scores > own).sum(1)
-    equal = (scores == own).sum(1) - 1
-    return 1 + greater + equal / 2
 
 
 def mcnemar(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -58,7 +52,7 @@ def score(videos: torch.Tensor, texts: torch.Tensor) -> tuple[dict[str, Any], di
     figures: dict[str, Any] = {"n": len(labels)}
     hits = {}
     for name, matrix in (("text_to_video", similarity.T), ("video_to_text", similarity)):
-        place = ranks(matrix)
+        place, _ = ranks(matrix, torch.eye(len(matrix), dtype=torch.bool))
         hits[name] = place <= 1
         figures[name] = {f"R@{k}": round((place <= k).float().mean().item(), 4) for k in (1, 5, 10)}
         figures[name]["mean_rank"] = round(place.mean().item(), 2)
