@@ -80,6 +80,8 @@ def run_layer(
     if z.dtype == torch.float64:
         product = z.dtype
     index, frame_counts, *sizes = visible_arguments(visible)
+    if not torch.is_grad_enabled():
+        recompute = "layer"  # nothing is kept, and each part's tensors are gone before the next begins
     layer = Layer(
         temporal_layer.attention.heads, temporal_layer.norm.eps, spatial_layer.norm1.eps, spatial_layer.quick,
         recompute, forced_backend(None), product, tuple(sizes),
@@ -120,16 +122,20 @@ class _Parts:
         return self.spatial, self.layer.heads, scales.frame_weight, scales.spatial, self.visible, self.layer.backend
 
 
-def _until_mlp(z: Tensor, parts: _Parts) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The normalised input of the MLP, and what backward wants of the way there: six tensors, the last one the state
-    before the MLP, then two of spatial attention."""
+def _until_mlp(z: Tensor, parts: _Parts, keep: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """The normalised input of the MLP; the state before it; and what backward wants of the way there, or nothing.
+
+    That is: two tensors of time, the state before the spatial half, four of space.
+    """
     product = parts.layer.product
-    update, (qkv, other) = temporal.forward(norm(z[:, 1:], parts.norm)[0].to(product), *parts.temporal_call())
+    update, of_time = temporal.forward(norm(z[:, 1:], parts.norm)[0].to(product), *parts.temporal_call())
     x = add_rows(z, update)
-    del update
-    update, (*attention,) = spatial.forward(norm(x, parts.norm1)[0].to(product), *parts.spatial_call())
+    if not keep:
+        of_time = ()
+    update, of_space = spatial.forward(norm(x, parts.norm1)[0].to(product), *parts.spatial_call())
     y = add_rows(x, update)
-    return norm(y, parts.norm2)[0].to(product), (qkv, other, x, y, *attention)
+    kept = (*of_time, x, *of_space) if keep else ()
+    return norm(y, parts.norm2)[0].to(product), y, kept
 
 
 class _Layer(torch.autograd.Function):
@@ -138,13 +144,11 @@ class _Layer(torch.autograd.Function):
         scales = Scales(temporal_scale, frame_weight, spatial_scale)
         parts = _Parts(layer, index, frame_counts, scales, weights)
         with torch.autocast(z.device.type, enabled=False):
-            n, kept = _until_mlp(z, parts)
+            n, y, kept = _until_mlp(z, parts, layer.recompute != "layer")
             hidden = mlp.hidden(n, parts.mlp, layer.quick)
-            out = mlp.finish(kept[3], hidden, parts.mlp, layer.quick)
-        if layer.recompute == "layer":
-            kept = ()
-        elif layer.recompute == "none":
-            kept = (*kept, hidden)
+            out = mlp.finish(y, hidden, parts.mlp, layer.quick)
+        if kept:
+            kept = (y, *kept, hidden) if layer.recompute == "none" else (y, *kept)
         ctx.layer = layer
         ctx.save_for_backward(z, index, frame_counts, *scales, *weights, *kept)
         return out
@@ -155,8 +159,11 @@ class _Layer(torch.autograd.Function):
         layer, product = ctx.layer, ctx.layer.product
         parts = _Parts(layer, index, frame_counts, Scales(*rest[:3]), rest[3:23])
         with torch.autocast(z.device.type, enabled=False):
-            kept = rest[23:] or _until_mlp(z, parts)[1]
-            qkv, other, x, y, *attention = kept
+            if len(rest) == 23:
+                _, y, kept = _until_mlp(z, parts, True)
+            else:
+                y, *kept = rest[23:]
+            qkv, other, x, *attention = kept
             n, *moments = norm(y, parts.norm2)
             n = n.to(product)
             hidden = attention.pop() if len(attention) == 5 else mlp.hidden(n, parts.mlp, layer.quick)
