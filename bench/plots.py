@@ -33,6 +33,8 @@ def sweep(device: str) -> Path:
             plot = axes[line][column]
             for name, (title, colour, style) in SHOWN.items():
                 points = sorted((r[axis], r[value] / unit) for r in rows if r["contender"] == name and chosen(r))
+                if not points:
+                    continue
                 plot.plot(*zip(*points, strict=True), style, color=colour, label=title, markersize=4)
             plot.set_ylim(bottom=0)
             plot.grid(alpha=0.3)

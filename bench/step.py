@@ -184,7 +184,8 @@ def measure(case: Case, device: str, names: tuple[str, ...], seconds: float, lea
 
 
 def golden_is_green() -> bool:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_step.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "baseline"]
+    command.append("tests/test_step.py")
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
