@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import processes
 import pytest
 import torch
 from hypothesis import settings
@@ -41,3 +42,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = sum("gpu" in report.keywords for report in terminalreporter.stats.get("skipped", []))
     if skipped:
         terminalreporter.write_line(f"{skipped} GPU tests did not run: no GPU", yellow=True)
+
+
+@pytest.fixture(scope="session")
+def gloo(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Skips where torch's own processes cannot reach one another: nothing about this package can be told there."""
+    try:
+        processes.run(tmp_path_factory.mktemp("gloo"), 2, processes.torch_alone, seconds=90)
+    except AssertionError as failure:
+        pytest.skip(f"gloo processes do not work on this machine: {str(failure)[-300:]}")

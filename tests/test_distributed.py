@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from small_models import PATCHES, make, shake, video
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bt_adapter import BTAdapterVisionModel
 from bt_kernels import VisibleTokens
+
+
+pytestmark = pytest.mark.usefixtures("gloo")
 
 
 def make_model(recompute: str) -> BTAdapterVisionModel:
@@ -32,8 +35,6 @@ def step(model, core, part: slice, group=None) -> torch.Tensor:
 
 
 def work(rank: int, world: int, way: str, whole: bool, recompute: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.set_num_threads(1)
     model = make_model(recompute)
     wrapped = model
     if way == "ddp":
@@ -49,7 +50,6 @@ def work(rank: int, world: int, way: str, whole: bool, recompute: str, folder: s
     }
     if rank == 0:
         torch.save({"losses": losses / world, **gradients}, Path(folder) / "found.pt")
-    dist.destroy_process_group()
 
 
 def check(folder: Path, expected: torch.Tensor, model: BTAdapterVisionModel, parts: int) -> None:
@@ -64,7 +64,7 @@ def check(folder: Path, expected: torch.Tensor, model: BTAdapterVisionModel, par
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_two_processes_with_a_half_each(way, recompute, tmp_path):
-    mp.spawn(work, (2, way, False, recompute, str(tmp_path)), nprocs=2)
+    processes.run(tmp_path, 2, work, way, False, recompute, str(tmp_path))
     model = make_model(recompute)
     losses = [step(model, model, slice(2 * half, 2 * half + 2)) for half in range(2)]
     check(tmp_path, sum(losses) / 2, model, 2)
@@ -72,6 +72,6 @@ def test_two_processes_with_a_half_each(way, recompute, tmp_path):
 
 @pytest.mark.parametrize(("way", "world"), [("ddp", 2), ("ddp", 4), ("fsdp2", 2)])
 def test_contrastive_losses_over_the_batches_of_all_processes(way, world, tmp_path):
-    mp.spawn(work, (world, way, True, "mlp", str(tmp_path)), nprocs=world)
+    processes.run(tmp_path, world, work, way, True, "mlp", str(tmp_path))
     model = make_model("mlp")
     check(tmp_path, step(model, model, slice(0, 4)), model, 1)
