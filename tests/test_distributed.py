@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from bt_adapter import BTAdapterVisionModel
 from bt_kernels import VisibleTokens
 
-
 pytestmark = pytest.mark.usefixtures("gloo")
 
 
