@@ -34,7 +34,7 @@ from bt_adapter.mini.items import ITEMS, load_items
 from bt_adapter.mini.scenes import COLOURS, MOTIONS, Label, caption, clips, to_labels
 
 if TYPE_CHECKING:
-    from bt_adapter.cli import Demo
+    from bt_adapter.commands.demo import Demo
 
 ROOT = Path(bt_adapter.__file__).resolve().parent.parent
 # An installed package has no bench/ beside it, and its own folder is no place to write to.

@@ -71,7 +71,7 @@ def test_faults_of_the_program_are_not_hidden(monkeypatch, clip):
     def broken(command):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_run_chat", broken)
+    monkeypatch.setattr(cli.chat, "run", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["chat", "--video", str(clip), "How?"])
 

@@ -17,7 +17,7 @@ from bt_adapter.chat.prompts import image_token
 from bt_adapter.errors import CommandError
 
 if TYPE_CHECKING:
-    from bt_adapter.cli import Chat
+    from bt_adapter.commands.chat import Chat
 
 
 def run_chat(command: Chat) -> int:

@@ -1,0 +1,47 @@
+"""A clip and what is said of it: the one form in which every data set reaches training and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .video import Video, read_video
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside an uncompressed tar: ``size`` bytes from ``offset`` on."""
+
+    path: str
+    offset: int
+    size: int
+    name: str
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video, or a part of one, with its captions.
+
+    Attributes:
+        key: its name, unique within its data set; what reports call it.
+        source: a video file, or a video inside a shard.
+        captions: of a training clip the alternatives of which one is drawn; of a test clip all that are right.
+        start, end: the part of the video it is, in seconds; None: to that side all.
+    """
+
+    key: str
+    source: str | Member
+    captions: tuple[str, ...] = ()
+    start: float | None = None
+    end: float | None = None
+
+    def read(self, frames: int | None, **options: Any) -> Video:
+        """Its frames; arguments and errors as for :func:`read_video`."""
+        source = self.source.read() if isinstance(self.source, Member) else self.source
+        return read_video(source, frames, start=self.start, end=self.end, **options)
