@@ -52,10 +52,12 @@ def save_model(
     folder: str | os.PathLike,
     include_tower: bool = False,
     dtype: torch.dtype | None = None,
+    branch: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write ``config.json`` and ``model.safetensors``, each to a temporary name and then renamed.
 
-    The frozen tower is named, not copied, unless ``include_tower``; ``dtype`` casts what is written.
+    The frozen tower is named, not copied, unless ``include_tower``; ``dtype`` casts what is written. ``branch``: write
+    these tensors and not the branch's own (which may lie in parts on many processes, or be averages of it).
 
     Raises:
         ValueError: ``include_tower`` is asked for a tower in 8 bits, which no longer has the weights to write.
@@ -64,11 +66,9 @@ def save_model(
         raise ValueError("include_tower must be False for a tower in 8 bits (optimize(fp8=True)), but is True")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: tensor.detach().to(dtype=dtype, device="cpu").contiguous()
-        for name, tensor in model.state_dict().items()
-        if include_tower or name.startswith("branch.")
-    }
+    tensors = {n: t for n, t in model.state_dict().items() if include_tower or n.startswith("branch.")}
+    tensors.update({f"branch.{name}": tensor for name, tensor in (branch or {}).items()})
+    state = {name: t.detach().to(dtype=dtype, device="cpu").contiguous() for name, t in tensors.items()}
     config = {
         "format": _FORMAT,
         "tower_name": model.tower_name,

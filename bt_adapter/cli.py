@@ -6,23 +6,28 @@ Nothing heavy is imported before the arguments are read, so ``--help`` and wrong
 from __future__ import annotations
 
 import sys
-from types import ModuleType
 from typing import Annotated, Any
 
 import tyro
 from tyro.conf import subcommand
 
-from bt_adapter.commands import chat, demo, mini
+from bt_adapter.commands import chat, demo, mini, pretrain
 from bt_adapter.errors import CommandError
+from bt_adapter.pretrain.recipe import Recipe
 
-DESCRIPTION = "Video for image chat models: chat about a video file, show the demo, train the small stack."
+DESCRIPTION = "Video for image chat models: chat, pretraining of the branch, zero-shot evaluation, and the demo."
 
 
-def commands(argv: list[str]) -> Any:
-    """The type that holds every command's arguments."""
+# Which part of this package runs a command, by the type that holds its arguments.
+RUN = {chat.Chat: chat, demo.Demo: demo, mini.Mini: mini, Recipe: pretrain}
+
+
+def commands(recipe: Recipe) -> Any:
+    """The type of every command's arguments; ``recipe``: the defaults of pretraining."""
     return (
         Annotated[chat.Chat, subcommand("chat")]
         | Annotated[demo.Demo, subcommand("demo")]
+        | Annotated[Recipe, subcommand("pretrain", default=recipe)]
         | Annotated[mini.Mini, subcommand("mini")]
     )
 
@@ -33,15 +38,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[:1] == ["mini"] and len(argv) > 1 and argv[1] in mini.PARTS:
             return mini.run_part(argv[1], argv[2:])
+        recipe, argv = pretrain.defaults(argv) if argv[:1] == ["pretrain"] else (Recipe(), argv)
         command = tyro.cli(
-            commands(argv),
+            commands(recipe),
             args=argv,
             prog="bt-adapter",
             description=DESCRIPTION,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-        home: ModuleType = sys.modules[type(command).__module__]
-        return home.run(command)
+        return RUN[type(command)].run(command)
     except KeyboardInterrupt:
         print("bt-adapter: interrupted", file=sys.stderr)
         return 130

@@ -247,35 +247,45 @@ class BTAdapterVisionModel(nn.Module):
         Returns:
             {"vtc", "mbca"} and, where the branch has an alignment head, "mbta".
         """
-        visible = output.visible if visible is None else visible
-        tower, branch = self.tower, self.branch
-        rows = output.branch_tokens[:, 1:]
-        real = (visible.index >= 0)[:, :, None]
-        mean = (rows * real).sum(1) / real.sum(1).clamp(min=1)
         losses = {
             "vtc": contrastive_loss(output.video_embeds, text_embeds, temperature, group),
-            "mbca": mbca_weight * contrastive_loss(self._project(mean), text_embeds, temperature, group),
+            "mbca": mbca_weight
+            * contrastive_loss(self.branch_embeds(output, visible), text_embeds, temperature, group),
         }
-        if branch.alignment_head is not None:
-            head: Any = branch.alignment_head
-            linear, norm = head[0], head[1]
-            dtype = output.branch_tokens.dtype
-            losses["mbta"] = mbta_weight * alignment_loss(
-                output.branch_tokens,
-                output.backbone_tokens.to(dtype),
-                visible,
-                linear.weight.to(dtype),
-                linear.bias.to(dtype),
-                norm.weight.to(dtype),
-                norm.bias.to(dtype),
-                tower.final_norm.weight.to(dtype),
-                tower.final_norm.bias.to(dtype),
-                tower.projection.weight.to(dtype),
-                None if tower.projection.bias is None else tower.projection.bias.to(dtype),
-                head_norm_eps=norm.eps,
-                target_norm_eps=tower.final_norm.eps,
-            )
+        if self.branch.alignment_head is not None:
+            losses["mbta"] = mbta_weight * self.token_alignment(output, visible)
         return losses
+
+    def branch_embeds(self, output: BTAdapterOutput, visible: VisibleTokens | None = None) -> Tensor:
+        """What MBCA compares with the text: the mean of the branch's patch tokens, projected, ``[B, F]``."""
+        visible = output.visible if visible is None else visible
+        real = (visible.index >= 0)[:, :, None]
+        mean = (output.branch_tokens[:, 1:] * real).sum(1) / real.sum(1).clamp(min=1)
+        return self._project(mean)
+
+    def token_alignment(self, output: BTAdapterOutput, visible: VisibleTokens | None = None) -> Tensor:
+        """MBTA, not weighted: a scalar. The branch must have an alignment head."""
+        tower, head = self.tower, self.branch.alignment_head
+        if head is None:
+            raise ValueError("the branch must have an alignment head (alignment_head=True), but has none")
+        linear: Any = head[0]
+        norm: Any = head[1]
+        dtype = output.branch_tokens.dtype
+        return alignment_loss(
+            output.branch_tokens,
+            output.backbone_tokens.to(dtype),
+            output.visible if visible is None else visible,
+            linear.weight.to(dtype),
+            linear.bias.to(dtype),
+            norm.weight.to(dtype),
+            norm.bias.to(dtype),
+            tower.final_norm.weight.to(dtype),
+            tower.final_norm.bias.to(dtype),
+            tower.projection.weight.to(dtype),
+            None if tower.projection.bias is None else tower.projection.bias.to(dtype),
+            head_norm_eps=norm.eps,
+            target_norm_eps=tower.final_norm.eps,
+        )
 
     def parameter_groups(self, lr: float = 2e-6, weight_decay: float = 0.05) -> list[dict[str, Any]]:
         """AdamW groups of the published recipe: lr ×10 for branch and alignment head, ×100 for temporal layers, gates.

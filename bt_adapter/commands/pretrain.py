@@ -1,0 +1,33 @@
+"""``bt-adapter pretrain``."""
+
+from __future__ import annotations
+
+import sys
+
+from bt_adapter.pretrain.recipe import Recipe, from_yaml
+
+
+def defaults(argv: list[str]) -> tuple[Recipe, list[str]]:
+    """The recipe of ``--config FILE`` where one is given, and the arguments without it."""
+    rest, config = [], None
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            config = next(words, "")
+        elif word.startswith("--config="):
+            config = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+    return (Recipe() if config is None else from_yaml(config)), rest
+
+
+def run(recipe: Recipe) -> int:
+    """Pretrain. Returns 0, or 143 where the run was stopped and can go on."""
+    from bt_adapter.pretrain.run import Stopped, pretrain
+
+    try:
+        pretrain(recipe)
+    except Stopped as stopped:
+        print(f"bt-adapter: {stopped}", file=sys.stderr)
+        return 143
+    return 0

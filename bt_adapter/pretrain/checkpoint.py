@@ -1,0 +1,152 @@
+"""What a run that was killed at any moment goes on from.
+
+``OUT/checkpoints/00000200/`` appears whole or not at all: ``branch/`` (of save_pretrained), ``optimizer.safetensors``,
+``state.json``, and ``ema/`` where there is one. Tensors are stored whole whatever the number of processes was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bt_adapter.checkpoint import CheckpointError, save_model
+from bt_adapter.model import BTAdapterVisionModel
+
+KEPT = ("exp_avg", "exp_avg_sq", "step")
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, out: Path, keep_last: int) -> None:
+        self.folder, self.keep_last = out / "checkpoints", max(1, keep_last)
+
+    def steps(self) -> list[int]:
+        """Of which steps there are whole ones, ascending."""
+        return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
+
+    def path(self, step: int) -> Path:
+        """Folder of a step's checkpoint."""
+        return self.folder / f"{step:08d}"
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Folder and state of the newest one; None where there is none."""
+        if not (steps := self.steps()):
+            return None
+        folder = self.path(steps[-1])
+        try:
+            return folder, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder}/state.json cannot be read: {error}") from error
+
+    def save(
+        self,
+        model: BTAdapterVisionModel,
+        optimizer: torch.optim.Optimizer,
+        ema: Mapping[str, Tensor],
+        state: dict[str, Any],
+    ) -> None:
+        """Write a checkpoint and drop what need not be kept. Every process calls it, the first one writes."""
+        branch = {name: whole(tensor) for name, tensor in model.branch.state_dict().items()}
+        moments = {name: whole(tensor) for name, tensor in moments_of(model.branch, optimizer).items()}
+        averages = {name: whole(tensor) for name, tensor in ema.items()}
+        if first():
+            folder = self.path(state["step"])
+            writing = folder.with_name(folder.name + ".writing")
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+            save_model(model, writing / "branch", branch=branch)
+            if averages:
+                save_model(model, writing / "ema", branch=averages)
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in moments.items()}, writing / "optimizer.safetensors"
+            )
+            (writing / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(writing, folder)
+            self._drop(best=state.get("best"))
+        if dist.is_initialized():
+            dist.barrier()
+
+    def _drop(self, best: dict[str, Any] | None) -> None:
+        kept = {*self.steps()[-self.keep_last :], (best or {}).get("step")}
+        for step in self.steps():
+            if step not in kept:
+                # renamed first: a folder half gone must not look like a checkpoint
+                doomed = self.path(step).with_name(f"{step:08d}.dropped")
+                os.replace(self.path(step), doomed)
+        for doomed in (*self.folder.glob("*.dropped"), *self.folder.glob("*.writing")):
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may lie in parts on many processes; they all call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, laid out as the parameter it belongs to."""
+    tensor = tensor.to(parameter.device)
+    if not hasattr(parameter, "placements"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def moments_of(branch: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What AdamW remembers, by "<what>.<parameter>"."""
+    return {
+        f"{what}.{name}": optimizer.state[parameter][what]
+        for name, parameter in branch.named_parameters()
+        for what in KEPT
+        if parameter in optimizer.state
+    }
+
+
+def load_moments(branch: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Give AdamW back what it remembered.
+
+    Raises:
+        CheckpointError: the file is damaged, or lacks a parameter.
+    """
+    try:
+        stored = load_file(file)
+    except Exception as error:  # safetensors raises its own kinds
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    for name, parameter in branch.named_parameters():
+        found = {what: stored.get(f"{what}.{name}") for what in KEPT}
+        if missing := [what for what, tensor in found.items() if tensor is None]:
+            if len(missing) == len(KEPT):
+                continue  # it never had a gradient
+            raise CheckpointError(f"{file} lacks {', '.join(missing)} of {name}")
+        moments: dict[str, Any] = found
+        step = moments.pop("step")
+        optimizer.state[parameter] = {what: like(t, parameter) for what, t in moments.items()} | {
+            "step": step.to(parameter.device) if _fused(optimizer) else step
+        }
+
+
+def _fused(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.defaults.get("fused"))
+
+
+def load_averages(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The averaged branch stored beside."""
+    stored = load_file(folder / "model.safetensors")
+    return {name: like(stored[f"branch.{name}"], parameter) for name, parameter in parameters}

@@ -1,0 +1,81 @@
+"""One JSON line a step, TensorBoard where asked for, and a line or bar for who watches."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS = 10.0  # between lines where no bar can be drawn
+
+
+class Log:
+    """Written by the first process alone; ``step`` is the one a run goes on from, and lines past it are dropped."""
+
+    def __init__(self, out: Path, step: int, total: int, tensorboard: bool) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "log.jsonl"
+        _cut(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.total, self.console, self.told = total, Console(stderr=True, highlight=False), 0.0
+        self.bar: Progress | None = None
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console)
+            self.task = self.bar.add_task("pretraining", total=total, completed=step)
+            self.bar.start()
+        self.events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(os.fspath(out / "tensorboard"), purge_step=step)
+
+    def step(self, values: dict[str, Any]) -> None:
+        """A finished step."""
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        if self.events is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.events.add_scalar(name, value, values["step"])
+        text = (
+            f"loss {values['loss']:.4f}, {values['clips_per_s']:.1f} clips/s, {100 * values['data_wait']:.0f} % waiting"
+        )
+        if self.bar is not None:
+            self.bar.update(self.task, completed=values["step"], description=text)
+        elif time.monotonic() - self.told > SECONDS:
+            self.told = time.monotonic()
+            self.console.print(f"step {values['step']} of {self.total}: {text}")
+
+    def say(self, text: str) -> None:
+        """A line for who watches."""
+        self.console.print(text)
+
+    def close(self) -> None:
+        """Let go of the terminal and the files."""
+        if self.bar is not None:
+            self.bar.stop()
+        if self.events is not None:
+            self.events.close()
+        self.file.close()
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop the lines of steps that will run again, and a last line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

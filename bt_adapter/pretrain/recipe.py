@@ -1,0 +1,229 @@
+"""What a pretraining run is asked for. Defaults: the published recipe (arXiv 2309.15785, public configuration)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from bt_adapter.errors import CommandError
+
+# What may change between the two halves of a run that was stopped: nothing that the losses depend on.
+FREE = frozenset(
+    {
+        "workers", "prefetch", "save_steps", "save_minutes", "keep_last", "tensorboard", "device", "sharding", "batch",
+        "recompute", "tower_chunk", "tower_compile", "tower_graphs", "max_skipped", "out", "videos",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Pretrain the branch beside a frozen CLIP on clips and captions.
+
+    --config FILE takes fields from a YAML file; what the command line says goes before it. The same command again goes
+    on where a run stopped.
+    """
+
+    data: str = ""
+    """WebVid-like .csv, .jsonl, a folder or pattern of .tar shards, or "synthetic" (no decoding; needs --steps)."""
+    out: Path = Path("pretrained")
+    """Folder of the run: checkpoints, log, and in the end branch/."""
+    videos: Path | None = None
+    """Folder of the video files, where --data names them relative to another one."""
+    validation: str | None = None
+    """Clips and captions as --data; the checkpoint with the best retrieval on them (mean R@1 both ways) is kept."""
+    validation_videos: Path | None = None
+    """As --videos, for --validation."""
+
+    clip: str = "mini"
+    """The CLIP: hub name, local folder, or "mini" (the small one of this package)."""
+    init: str | None = None
+    """Branch to start from: a folder of save_pretrained or a published checkpoint; default: a fresh one."""
+    depth: int = 4
+    """d: branch layers."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last branch layer."""
+    gates: bool = True
+    """Gates between tower and branch; without them plain sums."""
+    max_frames: int = 64
+    """Rows of the branch's time table."""
+
+    frames: int = 8
+    """T: frames of a clip."""
+    batch: int = 416
+    """Clips of a step over all processes (published: 8 times 52)."""
+    accumulate: int = 1
+    """Parts a process cuts its clips into, one after the other; the contrastive losses still see all of them."""
+    epochs: float = 1.0
+    """Passes over the clips."""
+    steps: int | None = None
+    """Steps in all, instead of --epochs."""
+    mask: Literal["tube", "random"] = "tube"
+    """What is hidden from the branch: whole patches over all frames, or any tokens."""
+    ratio: float = 0.7
+    """Share hidden."""
+    seed: int = 0
+    """Of order, frames, crops, masks and the fresh branch."""
+
+    lr: float = 2e-6
+    """Base learning rate: ten times it for the branch, a hundred times for temporal layers and gates."""
+    beta1: float = 0.9
+    """AdamW's."""
+    beta2: float = 0.98
+    """AdamW's."""
+    eps: float = 1e-8
+    """AdamW's."""
+    weight_decay: float = 0.05
+    """AdamW's."""
+    grad_norm: float = 5.0
+    """Longest gradient; 0: any."""
+    warmup: float = 0.5
+    """Epochs of linear warm-up, cosine to 0 after it."""
+    temperature: float = 0.01
+    """Of the contrastive losses."""
+    mbca: float = 0.1
+    """Weight of masked branch cross-modal alignment."""
+    mbta: float = 0.1
+    """Weight of masked branch token alignment; 0: no alignment head."""
+    ema: float = 0.0
+    """Decay of an averaged branch kept beside (0.999); 0: none."""
+
+    crop: tuple[float, float] = (0.08, 1.0)
+    """Least and greatest share of a frame's area that the training crop takes."""
+    workers: int = 4
+    """Decoding processes of each process; 0: decode in it."""
+    prefetch: int = 2
+    """Batches each of them is ahead."""
+    max_skipped: float = 0.1
+    """Share of unusable clips that stops the run."""
+
+    device: str = "auto"
+    """"cpu", "cuda"; "auto" takes GPUs where there are any."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the products; weights of the branch and losses are float32."""
+    sharding: Literal["ddp", "fsdp2"] = "ddp"
+    """What many processes share: ddp gradients, fsdp2 also the branch's weights and optimizer."""
+    recompute: Literal["none", "mlp", "layer"] = "mlp"
+    """What backward computes again instead of keeping."""
+    tower_chunk: int = 32
+    """Images that run through the tower at once."""
+    tower_compile: bool = False
+    """Compile the tower's layers."""
+    tower_graphs: bool = False
+    """Run the tower as CUDA graphs."""
+    tower_fp8: bool = False
+    """Products of the tower in 8 bits."""
+
+    save_steps: int | None = None
+    """Write a checkpoint every so many steps."""
+    save_minutes: float = 10.0
+    """And every so many minutes."""
+    keep_last: int = 2
+    """Checkpoints kept, beside the best one."""
+    tensorboard: bool = False
+    """Write TensorBoard events to OUT/tensorboard."""
+
+    def check(self, world: int) -> None:
+        """Raise CommandError for the first value that cannot be, with ``world`` processes."""
+        positive = (
+            "batch",
+            "accumulate",
+            "frames",
+            "depth",
+            "max_frames",
+            "lr",
+            "temperature",
+            "tower_chunk",
+            "epochs",
+        )
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise CommandError(f"{option(name)} must be above 0, got {getattr(self, name)}")
+        for name, most in (("ratio", 1), ("ema", 1), ("drop_path", 1), ("max_skipped", 1.0001)):
+            if not 0 <= getattr(self, name) < most:
+                raise CommandError(f"{option(name)} must lie in [0, 1), got {getattr(self, name)}")
+        if not self.data:
+            raise CommandError("--data is missing: a .csv, .jsonl, .tar shards, or synthetic")
+        if self.data == "synthetic" and self.steps is None:
+            raise CommandError("--data synthetic needs --steps: it has no end of its own")
+        if self.batch % (world * self.accumulate):
+            raise CommandError(
+                f"--batch must be a multiple of processes times --accumulate, got {self.batch} for {world} times "
+                f"{self.accumulate}"
+            )
+        if self.batch == 1:
+            raise CommandError("--batch must be at least 2: the other clips of a step are what a clip is told from")
+        if self.frames > self.max_frames:
+            raise CommandError(f"--frames must be at most --max-frames {self.max_frames}, got {self.frames}")
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """In what a stored recipe is another run: "name here against there"."""
+        mine = self.to_dict()
+        names = [name for name in mine if name not in FREE - {"batch"}]
+        return [
+            f"{option(name)} {mine[name]} against {other.get(name)}" for name in names if mine[name] != other.get(name)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON and YAML."""
+        return {
+            name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def from_yaml(path: str | Path) -> Recipe:
+    """A recipe from a YAML file of its fields.
+
+    Raises:
+        CommandError: the file is missing, no YAML mapping, or holds a field that a recipe lacks.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CommandError(f"--config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise CommandError(f"--config {path} must hold fields and values, but holds a {type(values).__name__}")
+    known = {field.name: field for field in fields(Recipe)}
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if unknown := sorted(set(values) - set(known)):
+        raise CommandError(f"--config {path}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    recipe = Recipe()
+    for name, value in values.items():
+        recipe = replace(recipe, **{name: _cast(path, name, value, getattr(recipe, name), str(known[name].type))})
+    return recipe
+
+
+def _cast(path: str | Path, name: str, value: Any, default: Any, kind: str) -> Any:
+    """``value`` as the field's type: YAML reads 2e-6 as a string and knows no paths or tuples."""
+    try:
+        if value is None and "None" in kind:
+            return None
+        if "Path" in kind:
+            return Path(value)
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise ValueError("true or false")
+            return value
+        if kind.startswith("int"):
+            if isinstance(value, bool) or int(value) != float(value):
+                raise ValueError("a whole number")
+            return int(value)
+        if kind.startswith("float"):
+            return float(value)
+        if kind.startswith("tuple"):
+            low, high = value
+            return float(low), float(high)
+        if kind.startswith("Literal") and repr(value).replace("'", '"') not in kind:
+            raise ValueError(kind.removeprefix("Literal"))
+        return str(value)
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"--config {path}: {name} is {value!r}, expected {kind} ({error})") from error
+
+
+def option(name: str) -> str:
+    """A field's name on the command line."""
+    return "--" + name.replace("_", "-")

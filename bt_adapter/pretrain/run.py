@@ -1,0 +1,376 @@
+"""The pretraining loop: from one process on a laptop to torchrun over many machines."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, load_reference_checkpoint
+from bt_adapter.checkpoint import save_model
+from bt_adapter.data import TrainTransform
+from bt_adapter.data.loading import SyntheticClips, TrainingClips, batches
+from bt_adapter.data.manifests import read_clips
+from bt_adapter.data.skipped import Skipped
+from bt_adapter.errors import CommandError
+from bt_adapter.pretrain.checkpoint import Checkpoints, load_averages, load_moments, whole
+from bt_adapter.pretrain.log import Log
+from bt_adapter.pretrain.recipe import Recipe
+from bt_adapter.pretrain.step import Pretraining, backward, draw_visible, mix
+from bt_adapter.text import load_clip
+
+LOSSES = ("vtc", "mbca", "mbta")
+WINDOW = 20  # steps that throughput and data wait are means over
+
+
+class Stopped(Exception):
+    """The run was asked to end before its last step; what it did is saved."""
+
+
+def pretrain(recipe: Recipe) -> Path:
+    """Pretrain a branch, or go on with a run that was stopped. Returns the folder of the branch, ``OUT/branch``.
+
+    Raises:
+        CommandError: a value of the recipe cannot be, or the run in ``OUT`` had another one.
+        TooManySkipped: more than ``max_skipped`` of the clips cannot be used.
+        Stopped: SIGTERM or SIGINT came; a checkpoint was written.
+    """
+    processes = Processes(recipe)
+    try:
+        recipe.check(processes.world)
+        run = Run(recipe, processes)
+        return run.to_the_end()
+    finally:
+        processes.leave()
+
+
+class Processes:
+    """Which of how many processes this is, by torchrun's environment variables, and its device."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        cuda = torch.cuda.is_available() if recipe.device == "auto" else recipe.device.startswith("cuda")
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        self.began = "RANK" in os.environ and not dist.is_initialized()
+        if self.began:
+            dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(minutes=30))
+        many = dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
+        self.group = dist.group.WORLD if many else None
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes."""
+        return self.rank == 0
+
+    def leave(self) -> None:
+        """End the group, where it was begun here."""
+        if self.began:
+            dist.destroy_process_group()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+class Run:
+    """One run: model, data, optimizer, and where it stands."""
+
+    def __init__(self, recipe: Recipe, processes: Processes) -> None:
+        self.recipe, self.processes = recipe, processes
+        self.checkpoints = Checkpoints(recipe.out, recipe.keep_last)
+        found = self.checkpoints.newest()
+        self.state: dict[str, Any] = found[1] if found else {"step": 0, "recipe": recipe.to_dict()}
+        if wrong := recipe.differences(self.state["recipe"]):
+            raise CommandError(f"--out {recipe.out} holds a run of another recipe: {'; '.join(wrong)}")
+        self.skipped = Skipped()
+        self._data()
+        self._model(found[0] if found else None)
+        self.warm_steps = max(1, round(recipe.warmup * self.steps_per_epoch))
+        self.asked = self.stop = False  # by a signal; agreed on by all processes
+
+    def _data(self) -> None:
+        recipe = self.recipe
+        self.clip: Any
+        self.clip, self.text = load_clip(recipe.clip)
+        size = self.clip.config.vision_config.image_size
+        if recipe.data == "synthetic":
+            self.clips: Any = SyntheticClips(recipe.frames, size, recipe.seed)
+            self.steps_per_epoch = self.steps = recipe.steps or 1
+        else:
+            clips, unusable = read_clips(recipe.data, recipe.videos)
+            self.skipped.merge(unusable)
+            if len(clips) < recipe.batch:
+                raise CommandError(
+                    f"--data {recipe.data} holds {len(clips)} usable clips, fewer than one --batch of {recipe.batch}"
+                    + (f"; {unusable.report()}" if len(unusable) else "")
+                )
+            self.unusable, self.listed = len(unusable), len(clips) + len(unusable)
+            transform = TrainTransform(size, scale=recipe.crop)
+            self.clips = TrainingClips(clips, recipe.frames, transform, recipe.seed)
+            self.steps_per_epoch = len(clips) // recipe.batch
+            self.steps = recipe.steps or max(1, round(recipe.epochs * self.steps_per_epoch))
+        if self.state.get("skipped"):
+            self.skipped.load_state_dict(self.state["skipped"])
+
+    def _model(self, folder: Path | None) -> None:
+        recipe, device = self.recipe, self.processes.device
+        torch.manual_seed(recipe.seed)
+        self.model = start_model(recipe, self.clip, folder)
+        self.text.to(device)
+        self.model.to(device).train()
+        self.model.recompute = recipe.recompute
+        tower_dtype = None if recipe.precision == "float32" else getattr(torch, recipe.precision)
+        self.model.tower.optimize(
+            tower_dtype, recipe.tower_chunk, recipe.tower_compile, recipe.tower_graphs, recipe.tower_fp8
+        )
+        self.module: nn.Module = wrap(Pretraining(self.model, recipe), recipe, device, self.processes.group is not None)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameter_groups(recipe.lr, recipe.weight_decay), betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.eps, fused=True,
+        )  # fmt: skip
+        for rates in self.optimizer.param_groups:
+            rates["base"] = rates["lr"]
+        self.ema: dict[str, Tensor] = {}
+        if folder is not None:
+            load_moments(self.model.branch, self.optimizer, folder / "optimizer.safetensors")
+            if recipe.ema:
+                self.ema = load_averages(folder / "ema", self.model.branch.named_parameters())
+        elif recipe.ema:
+            self.ema = {name: p.detach().clone() for name, p in self.model.branch.named_parameters()}
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
+        if self.state.get("scaler"):
+            self.scaler.load_state_dict(self.state["scaler"])
+
+    def to_the_end(self) -> Path:
+        """Every step that is left, then the branch."""
+        recipe, processes, done = self.recipe, self.processes, self.state["step"]
+        out = recipe.out / "branch"
+        self.log = Log(recipe.out, done, self.steps, recipe.tensorboard) if processes.first else None
+        handlers = self._listen()
+        try:
+            if done:
+                self._say(f"going on after step {done} of {self.steps}")
+            self._loop(done)
+            if processes.first or recipe.sharding == "fsdp2":
+                branch = {name: whole(t).cpu() for name, t in self.model.branch.state_dict().items()}
+                averages = {name: whole(t).cpu() for name, t in self.ema.items()}
+                if processes.first:
+                    save_model(self.model, out, branch=branch)
+                    if averages:
+                        save_model(self.model, recipe.out / "ema", branch=averages)
+            if len(self.skipped):
+                self._say(self.skipped.report())
+            self._say(f"{self.steps} steps done; the branch is in {out}")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if self.log is not None:
+                self.log.close()
+        return out
+
+    def _loop(self, done: int) -> None:
+        recipe, processes = self.recipe, self.processes
+        data = iter(
+            batches(
+                self.clips, recipe.batch // processes.world, processes.rank, processes.world, done, self.steps,
+                recipe.workers, pin_memory=processes.device.type == "cuda", prefetch=recipe.prefetch,
+            )
+        ) if done < self.steps else iter(())  # fmt: skip
+        clock, saved, losses = Clock(), time.monotonic(), []
+        pending: list[Callable[[], dict[str, Any]]] = []
+        for step in range(done + 1, self.steps + 1):
+            clock.begin()
+            batch = next(data)
+            clock.got_data()
+            for key, reason in batch.failed:
+                self.skipped.add(key, reason)
+            pending.append(self._step(step, batch))
+            clock.end()
+            due = self._due(step, saved) or step == self.steps
+            # Reading a step's figures waits for the device, so it is done when the next step is under way.
+            while len(pending) > (0 if due or processes.device.type == "cpu" else 1):
+                losses.append(self._tell(pending.pop(0)(), clock))
+            if due or self.stop:
+                losses.extend(self._tell(read(), clock) for read in pending)
+                pending = []
+                self._save(step, sum(losses) / len(losses) if losses else math.inf)
+                saved, losses = time.monotonic(), []
+            if self.stop and step < self.steps:
+                raise Stopped(f"stopped after step {step} of {self.steps}; the same command goes on from there")
+
+    def _step(self, step: int, batch: Any) -> Callable[[], dict[str, Any]]:
+        """One step; what is returned reads its figures, and so waits for the device."""
+        recipe, processes, device = self.recipe, self.processes, self.processes.device
+        torch.manual_seed(mix(recipe.seed, step, processes.rank))  # of stochastic depth: a function of the step
+        visible = draw_visible(recipe, self.model.vision_config.patches, step, processes.rank, processes.world, device)
+        frames = batch.frames.to(device, non_blocking=True)
+        text = self.text(batch.captions)
+        parts = backward(self.module, frames, visible, text, recipe, processes.group, self.scaler.get_scale())
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.branch.parameters(), recipe.grad_norm or math.inf)
+        factor = rate(step, self.steps, self.warm_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base"] * factor
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in self.model.branch.named_parameters() if self.ema else ():
+                self.ema[name].lerp_(parameter, 1 - recipe.ema)
+        flags = torch.tensor([len(batch.failed), float(self.asked)], device=device)
+        sums = torch.cat([parts, flags])
+        if processes.group is not None:
+            dist.all_reduce(sums)
+        lr = recipe.lr * factor
+
+        def read() -> dict[str, Any]:
+            *values, failed, stop = sums.tolist()
+            values = [value / processes.world for value in values]
+            self.stop = stop > 0
+            self.state["failed"] = self.state.get("failed", 0) + int(failed)
+            return {
+                "step": step,
+                "epoch": round(step / self.steps_per_epoch, 4),
+                "loss": sum(values),
+                **dict(zip(LOSSES, values, strict=True)),
+                "grad_norm": float(whole(norm)),
+                "lr": lr,
+                "skipped": self.state["failed"],
+            }
+
+        return read
+
+    def _tell(self, values: dict[str, Any], clock: Clock) -> float:
+        seen = values["step"] * self.recipe.batch + values["skipped"]
+        self.skipped.check(seen, self.recipe.max_skipped)
+        if not math.isfinite(values["loss"]) and self.recipe.precision != "float16":
+            raise CommandError(f"the loss of step {values['step']} is {values['loss']}: --lr may be too large")
+        if self.log is not None:
+            per_second, waiting = clock.figures(self.recipe.batch)
+            self.log.step({**values, "clips_per_s": round(per_second, 3), "data_wait": round(waiting, 4)})
+        return values["loss"]
+
+    def _due(self, step: int, saved: float) -> bool:
+        """Whether a checkpoint is due, on every process alike."""
+        recipe = self.recipe
+        if recipe.save_steps and step % recipe.save_steps == 0:
+            return True
+        late = time.monotonic() - saved > 60 * recipe.save_minutes
+        if self.processes.group is None:
+            return late
+        if step % 10:
+            return False
+        return any(self.processes.gather(late))
+
+    def _save(self, step: int, loss: float) -> None:
+        for skipped in self.processes.gather(self.skipped.state_dict()):
+            other = Skipped()
+            other.load_state_dict(skipped)
+            self.skipped.merge(other)
+        best = self.state.get("best")
+        score = self._score(loss)
+        if best is None or score > best["score"]:
+            best = {"step": step, "score": score}
+        self.state |= {
+            "step": step, "best": best, "skipped": self.skipped.state_dict(), "recipe": self.recipe.to_dict(),
+            "scaler": self.scaler.state_dict(), "torch": torch.__version__,
+        }  # fmt: skip
+        self.checkpoints.save(self.model, self.optimizer, self.ema, self.state)
+
+    def _score(self, loss: float) -> float:
+        """What the best checkpoint has most of: here, the least loss since the one before."""
+        return -loss
+
+    def _listen(self) -> dict[int, Any]:
+        """Let SIGTERM and SIGINT end the run after the step at hand."""
+
+        def stop(number: int, frame: Any) -> None:
+            self.asked = True
+            signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+
+        try:
+            return {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread
+            return {}
+
+    def _say(self, text: str) -> None:
+        if self.log is not None:
+            self.log.say(text)
+
+
+class Clock:
+    """Throughput and the share of time spent waiting for data, over the last steps."""
+
+    def __init__(self) -> None:
+        self.steps: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+
+    def begin(self) -> None:
+        """A step begins, with waiting for its batch."""
+        self.began = time.perf_counter()
+
+    def got_data(self) -> None:
+        """The batch is there."""
+        self.waited = time.perf_counter() - self.began
+
+    def end(self) -> None:
+        """The step is over."""
+        self.steps.append((time.perf_counter() - self.began, self.waited))
+
+    def figures(self, batch: int) -> tuple[float, float]:
+        """Clips per second, and the share of waiting in [0, 1]."""
+        seconds, waited = (sum(values) for values in zip(*self.steps, strict=True)) if self.steps else (0.0, 0.0)
+        return (batch * len(self.steps) / seconds, waited / seconds) if seconds else (0.0, 0.0)
+
+
+def start_model(recipe: Recipe, clip: Any, folder: Path | None) -> BTAdapterVisionModel:
+    """The model at the beginning: of a checkpoint, of ``init``, or with a fresh branch."""
+    if folder is not None:
+        return BTAdapterVisionModel.from_pretrained(folder / "branch", clip=clip)
+    if recipe.init is not None:
+        if Path(recipe.init).is_file():
+            return load_reference_checkpoint(recipe.init, drop_path=recipe.drop_path)
+        return BTAdapterVisionModel.from_pretrained(recipe.init, clip=clip)
+    slopes: dict[str, Any] = {} if recipe.gates else {"merge_gate_slope": None, "output_gate_slope": None}
+    config = BTAdapterConfig(
+        depth=recipe.depth, drop_path=recipe.drop_path, max_frames=recipe.max_frames, alignment_head=recipe.mbta > 0,
+        **slopes,
+    )  # fmt: skip
+    return BTAdapterVisionModel.from_clip(clip, config)
+
+
+def wrap(module: Pretraining, recipe: Recipe, device: torch.device, many: bool) -> nn.Module:
+    """The module as the processes share it."""
+    if not many:
+        return module
+    if recipe.sharding == "ddp":
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # The branch's layers run as one function each, on weights that must all be there: so one unit, not one a layer.
+    fully_shard(module, ignored_params=set(module.model.tower.parameters()))
+    return module
+
+
+def rate(step: int, steps: int, warm: int) -> float:
+    """Factor of the learning rate at a step, counted from 1: linear warm-up, then cosine to 0."""
+    if step <= warm:
+        return step / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

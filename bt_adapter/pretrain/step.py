@@ -1,0 +1,150 @@
+"""Losses and gradients of one batch: at once, or in parts that the contrastive losses still see as one batch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bt_adapter.data import normalise
+from bt_adapter.losses import contrastive_loss
+from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.pretrain.recipe import Recipe
+from bt_kernels import VisibleTokens
+
+
+class Pretraining(nn.Module):
+    """Frames to what the losses compare. All that learns runs inside, so that DDP and FSDP2 can wrap it."""
+
+    def __init__(self, model: BTAdapterVisionModel, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+
+    def forward(self, frames: Tensor, visible: VisibleTokens, align: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 ``[B, T, 3, S, S]`` to the videos' embeddings and the branch's, ``[B, F]`` each, and MBTA (weighted).
+
+        ``align=False`` leaves MBTA out: 0.
+        """
+        pixels = normalise(frames.flatten(0, 1), dtype=self.model.tower.dtype).unflatten(0, frames.shape[:2])
+        output = self.model(pixels, visible)
+        loss = output.video_embeds.new_zeros((), dtype=torch.float32)
+        if align and self.model.branch.alignment_head is not None:
+            loss = self.recipe.mbta * self.model.token_alignment(output)
+        return output.video_embeds, self.model.branch_embeds(output), loss
+
+
+def draw_visible(recipe: Recipe, patches: int, step: int, rank: int, world: int, device: torch.device) -> VisibleTokens:
+    """What this process's clips show the branch: its part of the draws for the whole batch."""
+    generator = torch.Generator().manual_seed(mix(recipe.seed, step))
+    draw = VisibleTokens.tube if recipe.mask == "tube" else VisibleTokens.random
+    whole = draw(recipe.batch, patches, recipe.frames, recipe.ratio, generator)
+    return part_of(whole, rank, world, device)
+
+
+def part_of(visible: VisibleTokens, number: int, parts: int, device: torch.device | None = None) -> VisibleTokens:
+    """Part ``number`` of ``parts`` equal parts of the batch."""
+    size = visible.batch // parts
+    index = visible.index[number * size : (number + 1) * size]
+    return VisibleTokens(index.to(device or index.device), visible.patches, visible.frames, visible.slots, check=False)
+
+
+def mix(*numbers: int) -> int:
+    """One seed of several numbers, such that neighbours share nothing."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+        seed ^= seed >> 29
+    return seed
+
+
+def backward(
+    module: nn.Module,
+    frames: Tensor,
+    visible: VisibleTokens,
+    text: Tensor,
+    recipe: Recipe,
+    group: dist.ProcessGroup | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Add the gradients of one batch to the parameters'.
+
+    Args:
+        module: a :class:`Pretraining`, wrapped or not.
+        frames: this process's clips, uint8 ``[B, T, 3, S, S]``. visible: what the branch sees of them.
+        text: embeddings of their captions, ``[B, F]``.
+        recipe: temperature, weights, precision and ``accumulate``. With parts, the clips go through tower and branch
+            twice: once without gradients for the embeddings of all of them, whose gradients the losses over the whole
+            batch give, and once part by part to carry those on. The kept activations are one part's. (The idea:
+            GradCache, arXiv 2101.06983.)
+        group: processes whose batches make one.
+        scale: factor of the gradients (float16).
+
+    Returns:
+        vtc, mbca and mbta, weighted, float32 ``[3]``: this process's share, whose mean over processes is the batch's.
+    """
+    if recipe.accumulate == 1:
+        with _autocast(recipe, frames.device):
+            video, branch, mbta = module(frames, visible)
+        vtc, mbca = _contrast(video, branch, text, recipe, group)
+        ((vtc + mbca + mbta) * scale).backward()
+        return torch.stack([vtc, mbca, mbta]).detach().float()
+    parts = [
+        (piece, part_of(visible, number, recipe.accumulate))
+        for number, piece in enumerate(frames.chunk(recipe.accumulate))
+    ]
+    draws, seen = [], []
+    for piece, shown in parts:
+        draws.append(_random_state(frames.device))
+        with torch.no_grad(), _autocast(recipe, frames.device):
+            seen.append(module(piece, shown, align=False)[:2])
+    video, branch = (torch.cat(pieces).requires_grad_() for pieces in zip(*seen, strict=True))
+    vtc, mbca = _contrast(video, branch, text, recipe, group)
+    ((vtc + mbca) * scale).backward()
+    assert video.grad is not None and branch.grad is not None
+    grads = zip(video.grad.chunk(recipe.accumulate), branch.grad.chunk(recipe.accumulate), strict=True)
+    mbta = torch.zeros_like(vtc)
+    for number, ((piece, shown), (of_video, of_branch)) in enumerate(zip(parts, grads, strict=True)):
+        _set_random_state(draws[number], frames.device)  # the same layers drop out as before
+        with _waiting(module, number + 1 < len(parts)):
+            with _autocast(recipe, frames.device):
+                video, branch, aligned = module(piece, shown)
+            aligned = aligned / len(parts)
+            carried = (video.float() * of_video.float()).sum() + (branch.float() * of_branch.float()).sum()
+            (carried + aligned * scale).backward()
+        mbta += aligned.detach()
+    return torch.stack([vtc, mbca, mbta]).detach().float()
+
+
+def _contrast(
+    video: Tensor, branch: Tensor, text: Tensor, recipe: Recipe, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    text = text.to(video.dtype)
+    vtc = contrastive_loss(video, text, recipe.temperature, group)
+    return vtc, recipe.mbca * contrastive_loss(branch, text, recipe.temperature, group)
+
+
+def _autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, getattr(torch, recipe.precision), enabled=recipe.precision != "float32")
+
+
+def _waiting(module: Any, wait: bool) -> AbstractContextManager:
+    """No exchange of gradients while ``wait``."""
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync() if wait else nullcontext()
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(not wait)
+    return nullcontext()
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,45 @@
+"""Runs of pretraining killed at random moments, until one gets to its end. Prints how many were killed before it.
+
+``python tests/killed.py MANIFEST OUT KILLS SEED``. A process of its own, so that its children can be forked: they start
+with everything imported, and a kill falls into the run and not into the imports.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pretraining import recipe
+
+from bt_adapter.pretrain.run import pretrain
+
+
+def main(manifest: str, out: str, kills: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    wanted = recipe(data=manifest, out=Path(out), steps=30, save_steps=3, ema=0.9, drop_path=0.3, accumulate=2)
+    draws, killed = random.Random(seed), 0
+    while True:
+        child = os.fork()
+        if not child:
+            pretrain(wanted)
+            os._exit(0)
+        if killed < kills:
+            time.sleep(draws.uniform(0.05, 1.2))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            killed += 1
+            continue
+        assert os.waitstatus_to_exitcode(status) == 0, status
+        if killed >= kills or (Path(out) / "branch").exists():
+            print(killed)
+            return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

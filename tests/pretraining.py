@@ -1,0 +1,45 @@
+"""A small pretraining run for the tests: moving clips as mp4 files, a manifest, the mini CLIP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from bt_adapter.data import write_video
+from bt_adapter.pretrain.recipe import Recipe
+
+SMALL = {"frames": 4, "batch": 4, "depth": 2, "workers": 0, "ratio": 0.5, "lr": 1e-4, "warmup": 0.1, "max_frames": 8}
+
+
+def write_clips(folder: Path, count: int = 12, broken: tuple[int, ...] = ()) -> Path:
+    """``count`` clips of the mini stack's scenes, those in ``broken`` without a video in them; returns the manifest."""
+    from bt_adapter.mini.items import load_items
+    from bt_adapter.mini.scenes import caption, clips, random_labels
+
+    labels = random_labels(count, True, torch.Generator().manual_seed(1))
+    videos, _ = clips(load_items("shipped"), count, 6, torch.Generator().manual_seed(2), labels)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (video, label) in enumerate(zip(videos, labels.tolist(), strict=True)):
+        path = folder / f"clip{number:03d}.mp4"
+        if number in broken:
+            path.write_bytes(b"no video " * 20)
+        else:
+            write_video(path, video)
+        lines.append(json.dumps({"video": path.name, "caption": caption(label)}) + "\n")
+    manifest = folder / "clips.jsonl"
+    manifest.write_text("".join(lines))
+    return manifest
+
+
+def recipe(**changes) -> Recipe:
+    """A recipe of seconds."""
+    return Recipe(**{**SMALL, **changes})
+
+
+def losses(out: Path) -> list[tuple[int, float, float, float]]:
+    """Step and losses of every line of a run's log."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(row["step"], row["vtc"], row["mbca"], row["mbta"]) for row in rows]

@@ -1,0 +1,295 @@
+"""Pretraining: the same numbers however a run is split up, stopped, killed and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+from pretraining import losses, recipe, write_clips
+from small_models import video
+from test_chat import mini_is_there
+
+from bt_adapter import BTAdapterVisionModel, cli
+from bt_adapter.errors import CommandError
+from bt_adapter.pretrain.recipe import Recipe, from_yaml
+from bt_adapter.pretrain.run import pretrain, rate, start_model, wrap
+from bt_adapter.pretrain.step import Pretraining, backward, draw_visible
+from bt_adapter.text import load_clip
+
+pytestmark = pytest.mark.skipif(bool(mini_is_there()), reason=str(mini_is_there()))
+CAPTIONS = [
+    "a red sneaker moving left",
+    "a blue bag growing",
+    "the white shirt standing still",
+    "a green coat moving up",
+]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return write_clips(tmp_path_factory.mktemp("clips"))
+
+
+def gradients(rank: int, world: int, wanted: Recipe, folder: str, double: bool = True) -> None:
+    """Losses and gradients of one step on this process's part of four clips; the first process writes them."""
+    torch.manual_seed(0)
+    clip, text = load_clip("mini")
+    model = start_model(wanted, clip, None)
+    with torch.no_grad():
+        for number, p in enumerate(model.branch.parameters()):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(number)) * 0.02)
+    if double:
+        model, text = model.double(), text.double()
+    module = wrap(Pretraining(model.train(), wanted), wanted, torch.device("cpu"), world > 1)
+    size = 4 // world
+    mine = slice(rank * size, rank * size + size)
+    frames = torch.randint(0, 256, (4, 4, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    visible = draw_visible(wanted, model.vision_config.patches, 1, rank, world, torch.device("cpu"))
+    group = dist.group.WORLD if world > 1 else None
+    parts = backward(module, frames[mine], visible, text(CAPTIONS[mine]), wanted, group).double()
+    if group is not None:
+        dist.all_reduce(parts)
+    grads = {
+        name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad)
+        for name, p in model.branch.named_parameters()
+    }
+    if rank == 0:
+        torch.save({"losses": parts / world, **grads}, Path(folder) / "found.pt")
+
+
+def plain(folder: Path, **changes) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    gradients(0, 1, recipe(drop_path=0.0, **changes), str(folder))
+    return torch.load(folder / "found.pt")
+
+
+def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-6, atol=0)
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()) + 1e-12, name
+        assert name == "losses" or gradient.norm() > 0, name
+
+
+@pytest.mark.usefixtures("gloo")
+@pytest.mark.parametrize(
+    ("world", "sharding", "accumulate"), [(2, "ddp", 1), (4, "ddp", 1), (2, "fsdp2", 1), (2, "ddp", 2), (2, "fsdp2", 2)]
+)
+def test_processes_compute_what_one_computes(world, sharding, accumulate, tmp_path):
+    expected = plain(tmp_path / "one")
+    wanted = recipe(drop_path=0.0, sharding=sharding, accumulate=accumulate)
+    processes.run(tmp_path / "many", world, gradients, wanted, str(tmp_path))
+    check(torch.load(tmp_path / "found.pt"), expected)
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"accumulate": 4, "recompute": "layer"}, {"mask": "random"}])
+def test_parts_compute_what_the_whole_computes(changes, tmp_path):
+    base = {"mask": changes.get("mask", "tube")}
+    check(plain(tmp_path / "parts", **{"accumulate": 2} | changes), plain(tmp_path / "whole", **base))
+
+
+def test_the_same_layers_drop_out_in_both_passes_of_a_part(monkeypatch, tmp_path):
+    seen = []
+    forward = Pretraining.forward
+
+    def watched(self, frames, visible, align=True):
+        out = forward(self, frames, visible, align)
+        seen.append(out[0].detach().clone())
+        return out
+
+    monkeypatch.setattr(Pretraining, "forward", watched)
+    gradients(0, 1, recipe(drop_path=0.5, accumulate=2), str(tmp_path))
+    assert len(seen) == 4
+    torch.testing.assert_close(seen[0], seen[2], rtol=1e-12, atol=0)
+    torch.testing.assert_close(seen[1], seen[3], rtol=1e-12, atol=0)
+
+
+def test_parts_keep_the_activations_of_one_part(monkeypatch):
+    clip, text = load_clip("mini")
+    sections: list[dict[int, int]] = []
+    forward = Pretraining.forward
+    monkeypatch.setattr(Pretraining, "forward", lambda *a, **k: sections.append({}) or forward(*a, **k))
+
+    def pack(tensor):
+        sections[-1][tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    kept = {}
+    for accumulate in (1, 4):
+        wanted = recipe(accumulate=accumulate, batch=8)
+        module = Pretraining(start_model(wanted, clip, None).train(), wanted)
+        weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        visible = draw_visible(wanted, 36, 1, 0, 1, torch.device("cpu"))
+        sections.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            frames = torch.zeros(8, 4, 3, 48, 48, dtype=torch.uint8)
+            backward(module, frames, visible, text(CAPTIONS * 2), wanted)
+        assert len(sections) == (1 if accumulate == 1 else 8)
+        kept[accumulate] = max(sum(n for key, n in s.items() if key not in weights) for s in sections)
+    assert 0 < kept[4] < 0.3 * kept[1]
+
+
+def test_a_run_ends_with_a_branch_that_loads_and_has_learned(manifest, tmp_path):
+    out = tmp_path / "run"
+    wanted = recipe(data=str(manifest), out=out, steps=12, ema=0.9, save_steps=5, keep_last=1, lr=3e-4)
+    folder = pretrain(wanted)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["lr"] < rows[3]["lr"] and all(0 <= row["data_wait"] <= 1 for row in rows)
+    assert sum(row["loss"] for row in rows[-3:]) < sum(row["loss"] for row in rows[:3])
+    for name in (folder, out / "ema"):
+        branch = BTAdapterVisionModel.from_pretrained(name, clip=load_clip("mini")[0])
+        assert branch(video(4).new_zeros(1, 4, 3, 48, 48)).video_embeds.isfinite().all()
+    state = json.loads((out / "checkpoints/00000012/state.json").read_text())
+    left = {int(path.name) for path in (out / "checkpoints").iterdir()}
+    assert left == {12, state["best"]["step"]}
+
+
+def test_one_batch_order_whatever_the_workers(manifest, tmp_path):
+    runs = [pretrain(recipe(data=str(manifest), out=tmp_path / str(n), steps=4, workers=n)).parent for n in (0, 2)]
+    assert losses(runs[0]) == losses(runs[1])
+
+
+def test_killed_at_random_moments_it_ends_as_if_never_killed(manifest, tmp_path):
+    """Three kills; ``KILLS=20`` for what a release is held to."""
+    kills = int(os.environ.get("KILLS", "3"))
+    script = Path(__file__).parent / "killed.py"
+    ends = []
+    for name, count in (("whole", 0), ("killed", kills)):
+        command = [sys.executable, str(script), str(manifest), str(tmp_path / name), str(count), "11"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent)
+        assert done.returncode == 0, done.stderr[-2000:]
+        ends.append(int(done.stdout.split()[-1]))
+    assert ends[0] == 0 and ends[1] >= min(kills, 1)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    for name in ("branch/model.safetensors", "ema/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(manifest, tmp_path):
+    arguments = ["--data", str(manifest), "--steps", "200", "--frames", "4", "--batch", "4", "--depth", "2"]
+    arguments += ["--workers", "0", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "bt_adapter.cli", "pretrain", *arguments]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 3):
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 143 and "goes on from there" in said
+    step = max(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
+    assert losses(tmp_path / "run")[-1][0] == step
+    longer = recipe(data=str(manifest), out=tmp_path / "run", steps=200)
+    with pytest.raises(CommandError, match="another recipe: --"):
+        pretrain(replace(longer, seed=1))
+
+
+@pytest.mark.usefixtures("gloo")
+def test_a_run_goes_on_with_another_number_of_processes(manifest, tmp_path):
+    whole = recipe(data=str(manifest), out=tmp_path / "whole", steps=6, drop_path=0.0)
+    pretrain(whole)
+    split = replace(whole, out=tmp_path / "split", sharding="fsdp2", save_steps=3)
+    processes.run(tmp_path / "a", 2, half, split, 3)
+    assert [row[0] for row in losses(tmp_path / "split")] == [1, 2, 3]
+    pretrain(split)
+    for mine, theirs in zip(losses(tmp_path / "split"), losses(tmp_path / "whole"), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4)
+
+
+def half(rank: int, world: int, wanted: Recipe, until: int) -> None:
+    """A run that is stopped after step ``until``, as by a signal."""
+    from bt_adapter.pretrain import run as module
+
+    step = module.Run._step
+
+    def watched(self, number, batch):
+        self.asked = number >= until
+        return step(self, number, batch)
+
+    module.Run._step = watched
+    try:
+        pretrain(wanted)
+    except module.Stopped:
+        return
+    raise AssertionError("it went to its end")
+
+
+def test_broken_clips_are_named_and_too_many_stop_the_run(tmp_path, capsys):
+    manifest = write_clips(tmp_path / "clips", 12, broken=(3,))
+    out = tmp_path / "run"
+    pretrain(recipe(data=str(manifest), out=out, steps=9, max_skipped=0.5))
+    assert "clip003" in " ".join(capsys.readouterr().err.split())
+    state = json.loads((out / "checkpoints/00000009/state.json").read_text())
+    assert "clip003" in json.dumps(state["skipped"])
+    many = write_clips(tmp_path / "many", 12, broken=tuple(range(6)))
+    with pytest.raises(CommandError, match="clip00"):
+        pretrain(recipe(data=str(many), out=tmp_path / "stopped", steps=60, max_skipped=0.1))
+
+
+def test_yaml_gives_defaults_and_the_command_line_goes_before(tmp_path, monkeypatch):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "data: synthetic\nsteps: 3\nlr: 2e-5\nmax-frames: 16\ncrop: [0.5, 1]\nout: somewhere\ngates: false\n"
+    )
+    assert from_yaml(file) == Recipe(
+        data="synthetic", steps=3, lr=2e-5, max_frames=16, crop=(0.5, 1.0), out=Path("somewhere"), gates=False
+    )
+    seen = []
+    monkeypatch.setattr(cli.pretrain, "run", lambda recipe: seen.append(recipe) or 0)
+    monkeypatch.setitem(cli.RUN, Recipe, cli.pretrain)
+    assert cli.main(["pretrain", "--config", str(file), "--lr", "1e-3"]) == 0
+    assert seen[0].lr == 1e-3 and seen[0].max_frames == 16 and seen[0].steps == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense: 1", "unknown nonsense"),
+        ("- a list", "fields and values"),
+        ("batch: many", "batch is 'many', expected int"),
+        ("batch: 2.5", "batch is 2.5"),
+        ("gates: 3", "true or false"),
+        ("mask: tubes", "mask is 'tubes'"),
+        ("a: [", "--config"),
+    ],
+)
+def test_wrong_yaml_is_one_error(tmp_path, text, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(CommandError, match=message):
+        from_yaml(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "message"),
+    [
+        ({"data": ""}, 1, "--data is missing"),
+        ({"data": "synthetic"}, 1, "--steps"),
+        ({"data": "x.csv", "batch": 6}, 4, "multiple of processes"),
+        ({"data": "x.csv", "ratio": 1.0}, 1, "--ratio"),
+        ({"data": "x.csv", "frames": 9}, 1, "--max-frames"),
+        ({"data": "x.csv", "lr": 0.0}, 1, "--lr"),
+    ],
+)
+def test_values_that_cannot_be(changes, world, message):
+    with pytest.raises(CommandError, match=message):
+        recipe(**changes).check(world)
+
+
+def test_learning_rate():
+    factors = [rate(step, 20, 5) for step in range(1, 21)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(a > b for a, b in zip(factors[4:], factors[5:], strict=False)) and factors[-1] == pytest.approx(
+        0, abs=1e-9
+    )
