@@ -11,7 +11,7 @@ from bt_adapter.errors import CommandError
 # What may change between the two halves of a run that was stopped: nothing that the losses depend on.
 FREE = frozenset(
     {
-        "workers", "prefetch", "save_steps", "save_minutes", "keep_last", "tensorboard", "device", "sharding", "batch",
+        "workers", "prefetch", "save_steps", "save_minutes", "keep_last", "tensorboard", "device", "sharding",
         "recompute", "tower_chunk", "tower_compile", "tower_graphs", "max_skipped", "out", "videos",
     }
 )  # fmt: skip
@@ -160,7 +160,7 @@ class Recipe:
     def differences(self, other: dict[str, Any]) -> list[str]:
         """In what a stored recipe is another run: "name here against there"."""
         mine = self.to_dict()
-        names = [name for name in mine if name not in FREE - {"batch"}]
+        names = [name for name in mine if name not in FREE]
         return [
             f"{option(name)} {mine[name]} against {other.get(name)}" for name in names if mine[name] != other.get(name)
         ]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from bt_adapter.data import TrainTransform
 from bt_adapter.data.loading import SyntheticClips, TrainingClips, batches
 from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.skipped import Skipped
+from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.checkpoint import Checkpoints, load_averages, load_moments, whole
 from bt_adapter.pretrain.log import Log
@@ -47,48 +46,13 @@ def pretrain(recipe: Recipe) -> Path:
         TooManySkipped: more than ``max_skipped`` of the clips cannot be used.
         Stopped: SIGTERM or SIGINT came; a checkpoint was written.
     """
-    processes = Processes(recipe)
+    processes = Processes(recipe.device)
     try:
         recipe.check(processes.world)
         run = Run(recipe, processes)
         return run.to_the_end()
     finally:
         processes.leave()
-
-
-class Processes:
-    """Which of how many processes this is, by torchrun's environment variables, and its device."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        cuda = torch.cuda.is_available() if recipe.device == "auto" else recipe.device.startswith("cuda")
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)
-        self.began = "RANK" in os.environ and not dist.is_initialized()
-        if self.began:
-            dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(minutes=30))
-        many = dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
-        self.group = dist.group.WORLD if many else None
-
-    @property
-    def first(self) -> bool:
-        """Whether this one writes."""
-        return self.rank == 0
-
-    def leave(self) -> None:
-        """End the group, where it was begun here."""
-        if self.began:
-            dist.destroy_process_group()
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's value."""
-        if self.group is None:
-            return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
 
 
 class Run:

@@ -1,0 +1,66 @@
+"""One process of perhaps many: which it is, on which device, and what they tell one another."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bt_adapter.errors import CommandError
+
+
+class Processes:
+    """Which of how many processes this is, by torchrun's environment variables, and its device.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1"; "auto" takes GPUs where there are any, one a process.
+
+    Raises:
+        CommandError: no such device, or no GPU that this torch can use.
+    """
+
+    def __init__(self, device: str = "auto") -> None:
+        self.device = _device(device)
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(self.device)
+        self.began = "RANK" in os.environ and not dist.is_initialized()
+        if self.began:
+            dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(minutes=30))
+        many = dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
+        self.group = dist.group.WORLD if many else None
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes."""
+        return self.rank == 0
+
+    def leave(self) -> None:
+        """End the group, where it was begun here."""
+        if self.began:
+            dist.destroy_process_group()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of their ranks."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+    except RuntimeError as error:
+        raise CommandError(f"--device {name}: not a device") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise CommandError(f"--device {name}: no GPU that this torch can use")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
