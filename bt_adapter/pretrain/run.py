@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,16 +24,12 @@ from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.checkpoint import Checkpoints, load_averages, load_moments, whole
 from bt_adapter.pretrain.log import Log
+from bt_adapter.pretrain.loop import Clock, Stopped, rate, signals
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.pretrain.step import Pretraining, backward, draw_visible, mix
 from bt_adapter.text import load_clip
 
 LOSSES = ("vtc", "mbca", "mbta")
-WINDOW = 20  # steps that throughput and data wait are means over
-
-
-class Stopped(Exception):
-    """The run was asked to end before its last step; what it did is saved."""
 
 
 def pretrain(recipe: Recipe) -> Path:
@@ -129,27 +123,32 @@ class Run:
         recipe, processes, done = self.recipe, self.processes, self.state["step"]
         out = recipe.out / "branch"
         self.log = Log(recipe.out, done, self.steps, recipe.tensorboard) if processes.first else None
-        handlers = self._listen()
         try:
-            if done:
-                self._say(f"going on after step {done} of {self.steps}")
-            self._loop(done)
-            if processes.first or recipe.sharding == "fsdp2":
-                branch = {name: whole(t).cpu() for name, t in self.model.branch.state_dict().items()}
-                averages = {name: whole(t).cpu() for name, t in self.ema.items()}
-                if processes.first:
-                    save_model(self.model, out, branch=branch)
-                    if averages:
-                        save_model(self.model, recipe.out / "ema", branch=averages)
-            if len(self.skipped):
-                self._say(self.skipped.report())
-            self._say(f"{self.steps} steps done; the branch is in {out}")
+            with signals(self._ask):
+                self._run(done, out)
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
             if self.log is not None:
                 self.log.close()
         return out
+
+    def _run(self, done: int, out: Path) -> None:
+        recipe, processes = self.recipe, self.processes
+        if done:
+            self._say(f"going on after step {done} of {self.steps}")
+        self._loop(done)
+        if processes.first or recipe.sharding == "fsdp2":
+            branch = {name: whole(t).cpu() for name, t in self.model.branch.state_dict().items()}
+            averages = {name: whole(t).cpu() for name, t in self.ema.items()}
+            if processes.first:
+                save_model(self.model, out, branch=branch)
+                if averages:
+                    save_model(self.model, recipe.out / "ema", branch=averages)
+        if len(self.skipped):
+            self._say(self.skipped.report())
+        self._say(f"{self.steps} steps done; the branch is in {out}")
+
+    def _ask(self) -> None:
+        self.asked = True
 
     def _loop(self, done: int) -> None:
         recipe, processes = self.recipe, self.processes
@@ -264,45 +263,9 @@ class Run:
         """What the best checkpoint has most of: here, the least loss since the one before."""
         return -loss
 
-    def _listen(self) -> dict[int, Any]:
-        """Let SIGTERM and SIGINT end the run after the step at hand."""
-
-        def stop(number: int, frame: Any) -> None:
-            self.asked = True
-            signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-
-        try:
-            return {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread
-            return {}
-
     def _say(self, text: str) -> None:
         if self.log is not None:
             self.log.say(text)
-
-
-class Clock:
-    """Throughput and the share of time spent waiting for data, over the last steps."""
-
-    def __init__(self) -> None:
-        self.steps: deque[tuple[float, float]] = deque(maxlen=WINDOW)
-
-    def begin(self) -> None:
-        """A step begins, with waiting for its batch."""
-        self.began = time.perf_counter()
-
-    def got_data(self) -> None:
-        """The batch is there."""
-        self.waited = time.perf_counter() - self.began
-
-    def end(self) -> None:
-        """The step is over."""
-        self.steps.append((time.perf_counter() - self.began, self.waited))
-
-    def figures(self, batch: int) -> tuple[float, float]:
-        """Clips per second, and the share of waiting in [0, 1]."""
-        seconds, waited = (sum(values) for values in zip(*self.steps, strict=True)) if self.steps else (0.0, 0.0)
-        return (batch * len(self.steps) / seconds, waited / seconds) if seconds else (0.0, 0.0)
 
 
 def start_model(recipe: Recipe, clip: Any, folder: Path | None) -> BTAdapterVisionModel:
@@ -331,10 +294,3 @@ def wrap(module: Pretraining, recipe: Recipe, device: torch.device, many: bool) 
     # The branch's layers run as one function each, on weights that must all be there: so one unit, not one a layer.
     fully_shard(module, ignored_params=set(module.model.tower.parameters()))
     return module
-
-
-def rate(step: int, steps: int, warm: int) -> float:
-    """Factor of the learning rate at a step, counted from 1: linear warm-up, then cosine to 0."""
-    if step <= warm:
-        return step / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
