@@ -21,6 +21,7 @@ class Log:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "log.jsonl"
         _cut(self.path, step)
+        _cut(out / "validation.jsonl", step)
         self.file = self.path.open("a", encoding="utf-8")
         self.total, self.console, self.told = total, Console(stderr=True, highlight=False), 0.0
         self.bar: Progress | None = None
@@ -51,6 +52,17 @@ class Log:
         elif time.monotonic() - self.told > SECONDS:
             self.told = time.monotonic()
             self.console.print(f"step {values['step']} of {self.total}: {text}")
+
+    def validation(self, values: dict[str, Any]) -> None:
+        """Retrieval on the validation clips, a line in validation.jsonl."""
+        with self.path.with_name("validation.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        ways = [name for name in values if name != "step"]
+        if self.events is not None:
+            for name in ways:
+                self.events.add_scalar(f"validation/{name}_r1", values[name]["r1"], values["step"])
+        shown = ", ".join(f"{name.replace('_', ' ')} {values[name]['r1']:.3f}" for name in ways)
+        self.say(f"validation after step {values['step']}, R@1: {shown}")
 
     def say(self, text: str) -> None:
         """A line for who watches."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, load_reference_checkpoint
 from bt_adapter.checkpoint import save_model
 from bt_adapter.data import TrainTransform
+from bt_adapter.data.clips import Clip
 from bt_adapter.data.loading import SyntheticClips, TrainingClips, batches
 from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.skipped import Skipped
@@ -86,6 +88,12 @@ class Run:
             self.clips = TrainingClips(clips, recipe.frames, transform, recipe.seed)
             self.steps_per_epoch = len(clips) // recipe.batch
             self.steps = recipe.steps or max(1, round(recipe.epochs * self.steps_per_epoch))
+        self.validation: list[Clip] = []
+        if recipe.validation is not None:
+            self.validation, unusable = read_clips(recipe.validation, recipe.validation_videos)
+            self.skipped.merge(unusable)
+            if len(self.validation) < 2:
+                raise CommandError(f"--validation {recipe.validation} holds {len(self.validation)} usable clips, not 2")
         if self.state.get("skipped"):
             self.skipped.load_state_dict(self.state["skipped"])
 
@@ -250,7 +258,7 @@ class Run:
             other.load_state_dict(skipped)
             self.skipped.merge(other)
         best = self.state.get("best")
-        score = self._score(loss)
+        score = self._score(step, loss)
         if best is None or score > best["score"]:
             best = {"step": step, "score": score}
         self.state |= {
@@ -259,9 +267,23 @@ class Run:
         }  # fmt: skip
         self.checkpoints.save(self.model, self.optimizer, self.ema, self.state)
 
-    def _score(self, loss: float) -> float:
-        """What the best checkpoint has most of: here, the least loss since the one before."""
-        return -loss
+    def _score(self, step: int, loss: float) -> float:
+        """What the best checkpoint has most of: R@1 on the validation clips, else the least loss since the last one."""
+        if not self.validation:
+            return -loss
+        from bt_adapter.eval.retrieval import quick
+
+        recipe = self.recipe
+        self.model.eval()
+        with gathered(self.module):
+            found = quick(self.model, self.text, self.validation, recipe.frames, recipe.tower_chunk, recipe.workers)
+        self.model.train()
+        score = (found[0].r1 + found[1].r1) / 2
+        if self.log is not None:
+            self.log.validation(
+                {"step": step, "text_to_video": found[0].to_dict(), "video_to_text": found[1].to_dict()}
+            )
+        return score
 
     def _say(self, text: str) -> None:
         if self.log is not None:
@@ -294,3 +316,16 @@ def wrap(module: Pretraining, recipe: Recipe, device: torch.device, many: bool) 
     # The branch's layers run as one function each, on weights that must all be there: so one unit, not one a layer.
     fully_shard(module, ignored_params=set(module.model.tower.parameters()))
     return module
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within the context, every process has all weights, for what runs outside of the module's own ``forward``."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
