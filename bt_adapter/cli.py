@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[:1] == ["mini"] and len(argv) > 1 and argv[1] in mini.PARTS:
             return mini.run_part(argv[1], argv[2:])
-        recipe, argv = pretrain.defaults(argv) if argv[:1] == ["pretrain"] else (Recipe(), argv)
+        recipe, argv = pretrain.defaults(argv, Recipe()) if argv[:1] == ["pretrain"] else (Recipe(), argv)
         command = tyro.cli(
             commands(recipe),
             args=argv,

@@ -242,7 +242,7 @@ def test_yaml_gives_defaults_and_the_command_line_goes_before(tmp_path, monkeypa
     file.write_text(
         "data: synthetic\nsteps: 3\nlr: 2e-5\nmax-frames: 16\ncrop: [0.5, 1]\nout: somewhere\ngates: false\n"
     )
-    assert from_yaml(file) == Recipe(
+    assert from_yaml(file, Recipe()) == Recipe(
         data="synthetic", steps=3, lr=2e-5, max_frames=16, crop=(0.5, 1.0), out=Path("somewhere"), gates=False
     )
     seen = []
@@ -268,7 +268,7 @@ def test_wrong_yaml_is_one_error(tmp_path, text, message):
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
     with pytest.raises(CommandError, match=message):
-        from_yaml(file)
+        from_yaml(file, Recipe())
 
 
 @pytest.mark.parametrize(

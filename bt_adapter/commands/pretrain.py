@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from bt_adapter.pretrain.recipe import Recipe, from_yaml
+from bt_adapter.pretrain.recipe import Recipe, SettingsT, from_yaml
 
 
-def defaults(argv: list[str]) -> tuple[Recipe, list[str]]:
-    """The recipe of ``--config FILE`` where one is given, and the arguments without it."""
+def defaults(argv: list[str], default: SettingsT) -> tuple[SettingsT, list[str]]:
+    """``default`` with what ``--config FILE`` says where one is given, and the arguments without it."""
     rest, config = [], None
     words = iter(argv)
     for word in words:
@@ -18,7 +18,7 @@ def defaults(argv: list[str]) -> tuple[Recipe, list[str]]:
             config = word.removeprefix("--config=")
         else:
             rest.append(word)
-    return (Recipe() if config is None else from_yaml(config)), rest
+    return (default if config is None else from_yaml(config, default)), rest
 
 
 def run(recipe: Recipe) -> int:

@@ -4,26 +4,48 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from bt_adapter.errors import CommandError
 
-# What may change between the two halves of a run that was stopped: nothing that the losses depend on.
-FREE = frozenset(
-    {
-        "workers", "prefetch", "save_steps", "save_minutes", "keep_last", "tensorboard", "device", "sharding",
-        "recompute", "tower_chunk", "tower_compile", "tower_graphs", "max_skipped", "out", "videos",
-    }
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class Settings:
+    """What the options of a run can do, whichever run it is; subclasses are dataclasses."""
+
+    free: ClassVar[frozenset[str]]
+    """What may change between the two halves of a run that was stopped: nothing that the losses depend on."""
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """In what a stored recipe is another run: "name here against there"."""
+        mine = self.to_dict()
+        names = [name for name in mine if name not in self.free]
+        return [
+            f"{option(name)} {mine[name]} against {other.get(name)}" for name in names if mine[name] != other.get(name)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON and YAML."""
+        return {
+            name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Settings):
     """Pretrain the branch beside a frozen CLIP on clips and captions.
 
     --config FILE takes fields from a YAML file; what the command line says goes before it. The same command again goes
     on where a run stopped.
     """
+
+    free = frozenset(
+        {
+            "workers", "prefetch", "save_steps", "save_minutes", "keep_last", "tensorboard", "device", "sharding",
+            "recompute", "tower_chunk", "tower_compile", "tower_graphs", "max_skipped", "out", "videos",
+        }
+    )  # fmt: skip
 
     data: str = ""
     """WebVid-like .csv, .jsonl, a folder or pattern of .tar shards, or "synthetic" (no decoding; needs --steps)."""
@@ -157,24 +179,12 @@ class Recipe:
         if self.frames > self.max_frames:
             raise CommandError(f"--frames must be at most --max-frames {self.max_frames}, got {self.frames}")
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """In what a stored recipe is another run: "name here against there"."""
-        mine = self.to_dict()
-        names = [name for name in mine if name not in FREE]
-        return [
-            f"{option(name)} {mine[name]} against {other.get(name)}" for name in names if mine[name] != other.get(name)
-        ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON and YAML."""
-        return {
-            name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-def from_yaml(path: str | Path) -> Recipe:
-    """A recipe from a YAML file of its fields.
+def from_yaml(path: str | Path, default: SettingsT) -> SettingsT:
+    """``default``, with what a YAML file of its fields says.
 
     Raises:
         CommandError: the file is missing, no YAML mapping, or holds a field that a recipe lacks.
@@ -187,14 +197,12 @@ def from_yaml(path: str | Path) -> Recipe:
         raise CommandError(f"--config {path}: {error}") from error
     if not isinstance(values, dict):
         raise CommandError(f"--config {path} must hold fields and values, but holds a {type(values).__name__}")
-    known = {field.name: field for field in fields(Recipe)}
+    known = {field.name: field for field in fields(default)}
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     if unknown := sorted(set(values) - set(known)):
         raise CommandError(f"--config {path}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    recipe = Recipe()
-    for name, value in values.items():
-        recipe = replace(recipe, **{name: _cast(path, name, value, getattr(recipe, name), str(known[name].type))})
-    return recipe
+    cast = {n: _cast(path, n, value, getattr(default, n), str(known[n].type)) for n, value in values.items()}
+    return replace(default, **cast)
 
 
 def _cast(path: str | Path, name: str, value: Any, default: Any, kind: str) -> Any:
@@ -214,9 +222,11 @@ def _cast(path: str | Path, name: str, value: Any, default: Any, kind: str) -> A
             return int(value)
         if kind.startswith("float"):
             return float(value)
-        if kind.startswith("tuple"):
+        if kind.startswith("tuple[float"):
             low, high = value
             return float(low), float(high)
+        if kind.startswith("tuple"):
+            return tuple(str(part) for part in ([value] if isinstance(value, str) else value))
         if kind.startswith("Literal") and repr(value).replace("'", '"') not in kind:
             raise ValueError(kind.removeprefix("Literal"))
         return str(value)
