@@ -62,7 +62,7 @@ def load_reference_checkpoint(
             no ``clip`` is given, or has names or shapes that do not fit; the message lists them.
         FileNotFoundError: there is no such file.
     """
-    state = _strip_prefixes(_read(path_or_state_dict))
+    state = _strip_prefixes(read_tensors(path_or_state_dict))
     eva = any(name.startswith(("btadapter_S.", "blocks.")) for name in state)
     stacks = STACKS_EVA if eva else STACKS_CLIP
     branch_layers, tower_layers = _count(state, stacks[1]), _count(state, stacks[0])
@@ -124,7 +124,8 @@ def to_reference_state_dict(model: BTAdapterVisionModel) -> dict[str, Tensor]:
     return result
 
 
-def _read(source: str | os.PathLike | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def read_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """All tensors of a published checkpoint under the names it has for them; errors as above."""
     state: Any = source
     if not isinstance(source, Mapping):
         path = Path(source)
