@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,26 @@ class Checkpoints:
         branch = {name: whole(tensor) for name, tensor in model.branch.state_dict().items()}
         moments = {name: whole(tensor) for name, tensor in moments_of(model.branch, optimizer).items()}
         averages = {name: whole(tensor) for name, tensor in ema.items()}
+
+        def fill(folder: Path) -> None:
+            save_model(model, folder / "branch", branch=branch)
+            if averages:
+                save_model(model, folder / "ema", branch=averages)
+            save_moments(moments, folder / "optimizer.safetensors")
+
+        self.write(state, fill)
+
+    def write(self, state: dict[str, Any], fill: Callable[[Path], None]) -> None:
+        """A checkpoint of what ``fill`` writes into a folder. Every process calls it, the first one writes.
+
+        state: of the run, JSON; its "step" names the checkpoint, and that of its "best", where it has one, is kept.
+        """
         if first():
             folder = self.path(state["step"])
             writing = folder.with_name(folder.name + ".writing")
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
-            save_model(model, writing / "branch", branch=branch)
-            if averages:
-                save_model(model, writing / "ema", branch=averages)
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in moments.items()}, writing / "optimizer.safetensors"
-            )
+            fill(writing)
             (writing / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(writing, folder)
@@ -117,6 +126,11 @@ def moments_of(branch: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
         for what in KEPT
         if parameter in optimizer.state
     }
+
+
+def save_moments(moments: Mapping[str, Tensor], file: Path) -> None:
+    """Write what AdamW remembers."""
+    save_file({name: tensor.cpu().contiguous() for name, tensor in moments.items()}, file)
 
 
 def load_moments(branch: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> None:
