@@ -22,14 +22,14 @@ class Fp8Weight(nn.Module):
         super().__init__()
         if weight.shape[0] % 16 or weight.shape[1] % 16:
             raise ValueError(f"weight must have sides that are multiples of 16, but is {list(weight.shape)}")
-        values, scale = _quantize(weight.detach())
+        values, scale = quantize(weight.detach())
         # as bytes, so that a module's .to(dtype) leaves them alone
         self.register_buffer("bytes", values.view(torch.uint8))
         self.register_buffer("scale", scale.t())
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x·weightᵀ + bias`` in the dtype of ``x``, ``[..., I]`` to ``[..., O]``."""
-        rows, scale = _quantize(x.flatten(0, -2))
+        rows, scale = quantize(x.flatten(0, -2))
         weight = self.get_buffer("bytes").view(_FP8).t()
         # scales of rows and columns go with results in bfloat16 alone
         out = torch._scaled_mm(rows, weight, scale, self.get_buffer("scale").float(), out_dtype=torch.bfloat16)
@@ -37,7 +37,7 @@ class Fp8Weight(nn.Module):
         return out if bias is None else out.add_(bias.to(x.dtype))
 
 
-def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     """``[n, I]`` to float8 of the same shape and float32 scales ``[n, 1]``."""
     scale = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
     return (rows / scale).clamp(-_LARGEST, _LARGEST).to(_FP8), scale

@@ -43,6 +43,16 @@ def preprocess(
         TypeError: `frames` is no uint8 tensor, `dtype` no floating-point dtype, or `size` no int.
         ValueError: another rank or channel count, an empty side, `size` below 1, or wrong `mean` or `std`.
     """
+    return normalise(resize_and_crop(frames, size), mean, std, dtype)
+
+
+def resize_and_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
+    """`preprocess` before its normalisation: uint8 `[T, 3, H, W]` to uint8 `[T, 3, size, size]`."""
+    return normalise(fit(frames, size), mean, std, dtype)
+
+
+def fit(frames: torch.Tensor, size: int) -> torch.Tensor:
+    """`preprocess` without the normalisation: uint8 `[T, 3, H, W]` to uint8 `[T, 3, size, size]`."""
     check_frames(frames)
     _check_size(size)
     height, width = frames.shape[-2:]
@@ -52,7 +62,7 @@ def preprocess(
         target = (max(size, int(size * height / width)), size)
     frames = _resize(frames, target)
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
-    return normalise(frames[:, :, top : top + size, left : left + size], mean, std, dtype)
+    return frames[:, :, top : top + size, left : left + size]
 
 
 class TrainTransform:
@@ -112,12 +122,16 @@ class TrainTransform:
 
     def __call__(self, frames: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """uint8 `[T, 3, H, W]` to `[T, 3, size, size]`; draws from `generator`, or torch's global one."""
+        return normalise(self.crop(frames, generator), self.mean, self.std, self.dtype)
+
+    def crop(self, frames: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """The same without the normalisation, still uint8: a fourth of the bytes to carry to a device."""
         check_frames(frames)
         top, left, h, w = self.box(frames.shape[-2], frames.shape[-1], generator)
         frames = _resize(frames[:, :, top : top + h, left : left + w], (self.size, self.size))
         if self._uniform(0, 1, generator) < self.flip:
             frames = frames.flip(-1)
-        return normalise(frames, self.mean, self.std, self.dtype)
+        return frames
 
     @staticmethod
     def _uniform(low: float, high: float, generator: torch.Generator | None) -> float:
