@@ -1,7 +1,7 @@
 """Video files in, normalised frames out."""
 
 from .sampling import sample_indices
-from .transforms import CLIP_MEAN, CLIP_STD, TrainTransform, fit, normalise, preprocess
+from .transforms import CLIP_MEAN, CLIP_STD, TrainTransform, normalise, preprocess
 from .video import Video, VideoError, read_video, write_video
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "TrainTransform",
     "Video",
     "VideoError",
-    "fit",
     "normalise",
     "preprocess",
     "read_video",

@@ -48,11 +48,6 @@ def preprocess(
 
 def resize_and_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
     """`preprocess` before its normalisation: uint8 `[T, 3, H, W]` to uint8 `[T, 3, size, size]`."""
-    return normalise(fit(frames, size), mean, std, dtype)
-
-
-def fit(frames: torch.Tensor, size: int) -> torch.Tensor:
-    """`preprocess` without the normalisation: uint8 `[T, 3, H, W]` to uint8 `[T, 3, size, size]`."""
     check_frames(frames)
     _check_size(size)
     height, width = frames.shape[-2:]
