@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .video import Video, read_video
+from .video import Video, VideoError, read_video
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A file inside an uncompressed tar: ``size`` bytes from ``offset`` on."""
 
@@ -18,13 +18,16 @@ class Member:
     name: str
 
     def read(self) -> bytes:
-        """Its bytes."""
+        """Its bytes. Raises OSError, and VideoError where the tar ends before them."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            return file.read(self.size)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise VideoError(f"{self.path}: ends inside {self.name}, after {len(content)} of its {self.size} bytes")
+        return content
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Clip:
     """A video, or a part of one, with its captions.
 
@@ -33,6 +36,7 @@ class Clip:
         source: a video file, or a video inside a shard.
         captions: of a training clip the alternatives of which one is drawn; of a test clip all that are right.
         start, end: the part of the video it is, in seconds; None: to that side all.
+        label: number of its class, where the data set has classes; the class's name is then its caption.
     """
 
     key: str
@@ -40,6 +44,7 @@ class Clip:
     captions: tuple[str, ...] = ()
     start: float | None = None
     end: float | None = None
+    label: int | None = None
 
     def read(self, frames: int | None, **options: Any) -> Video:
         """Its frames; arguments and errors as for :func:`read_video`."""

@@ -1,0 +1,149 @@
+"""Clips as lists state them, checked and put together."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bt_adapter.data.clips import Clip, Member
+from bt_adapter.data.skipped import Skipped
+from bt_adapter.errors import CommandError
+
+
+@dataclass(frozen=True)
+class Row:
+    """A clip as a list states it, nothing of it checked yet. ``where``: its place in the list."""
+
+    where: str
+    id: Any
+    videos: list[str]  # places to look at, relative to the folder of the videos
+    captions: Any
+    start: Any = None
+    end: Any = None
+    label: int | None = None
+
+
+class Gathered:
+    """Usable clips, and what is not, while a list is being read.
+
+    Attributes:
+        folder: what names of videos are relative to.
+        skipped: what cannot be used.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.skipped = folder, Skipped()
+        self._clips: dict[str, Clip] = {}
+        self._names: dict[str, set[str] | None] = {}  # of the folders seen so far; None: cannot be listed
+
+    def add(self, row: Row) -> None:
+        """Check a row whose video is a file and take it."""
+        key = row.id if isinstance(row.id, str) and row.id else str(row.id or next(iter(row.videos), ""))
+        if not key or not row.videos:
+            self.skipped.add(row.where, "no video is named")
+            return
+        try:
+            start, end = _seconds("start", row.start), _seconds("end", row.end)
+            if (start or 0.0) >= (math.inf if end is None else end):
+                raise ValueError(f"start {start} does not lie before end {end}")
+            path = self._find(row.videos)
+        except ValueError as error:
+            self.skipped.add(key, str(error))
+            return
+        if not row.id and (start is not None or end is not None):
+            key = f"{key}#{start or 0:g}-{'' if end is None else f'{end:g}'}"
+        self.take(row.where, key, path, row.captions, start, end, row.label)
+
+    def take(
+        self, where: str, key: str, source: str | Member, captions: Any, start: float | None = None,
+        end: float | None = None, label: int | None = None,
+    ) -> None:  # fmt: skip
+        """Check the captions and take the clip."""
+        if not _is_text(key):
+            self.skipped.add(where, "its name is not UTF-8")
+            return
+        good = self._captions(key, captions)
+        if not good:
+            return
+        clip = Clip(key, source, good, start, end, label)
+        there = self._clips.setdefault(key, clip)
+        if there is clip:
+            return
+        if (there.source, there.start, there.end, there.label) != (source, start, end, label):
+            self.skipped.add(f"{key} ({where})", "another clip before it has the same name")
+            return
+        self._clips[key] = replace(there, captions=tuple(dict.fromkeys(there.captions + good)))
+
+    def result(self, name: str) -> tuple[list[Clip], Skipped]:
+        """All of it. Raises CommandError where no clip is usable."""
+        if not self._clips:
+            raise CommandError(f"{name}: no usable clip in it; {self.skipped.report(3)}")
+        return list(self._clips.values()), self.skipped
+
+    def _captions(self, key: str, value: Any) -> tuple[str, ...]:
+        """The usable ones; the others are noted, as the clip itself where none is left."""
+        values = value if isinstance(value, list | tuple) else [value]
+        wrong = [_wrong_caption(caption) for caption in values] or ["no caption"]
+        good = tuple(dict.fromkeys(c.strip() for c, why in zip(values, wrong, strict=False) if why is None))
+        for number, why in enumerate(wrong, 1):
+            if why is not None:
+                self.skipped.add(f"{key}, caption {number}" if good else key, why)
+        return good
+
+    def _find(self, places: list[str]) -> str:
+        """The first that is there. Raises ValueError."""
+        for place in places:
+            if "://" in place:
+                raise ValueError("its video is an address, not a file")
+            if "\0" in place or not _is_text(place):
+                raise ValueError("the name of its video is not UTF-8")
+            path = os.path.join(self.folder, place)
+            if self._is_there(path):
+                return path
+        raise ValueError(f"no such video in {self.folder or '.'}")
+
+    def _is_there(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self._names:
+            try:
+                self._names[folder] = set(os.listdir(folder or "."))
+            except (FileNotFoundError, NotADirectoryError):
+                self._names[folder] = set()
+            except OSError:  # a folder may be passed through without being listed
+                self._names[folder] = None
+        names = self._names[folder]
+        return os.path.exists(path) if names is None else name in names
+
+
+def captions_of(value: dict[str, Any]) -> Any:
+    """What a JSON object gives as caption or captions, unchecked; None: nothing."""
+    found = value.get("captions", value.get("caption"))
+    return value.get("caption") if found == [] else found
+
+
+def _wrong_caption(caption: Any) -> str | None:
+    if caption is None:
+        return "no caption"
+    if not isinstance(caption, str):
+        return f"its caption is of type {type(caption).__name__}, not text"
+    if not caption.strip():
+        return "its caption is empty"
+    return None if _is_text(caption) else "its caption is not UTF-8"
+
+
+def _is_text(value: str) -> bool:
+    return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _seconds(name: str, value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"{name} must be a number of seconds of at least 0, got {value!r}")
+    return seconds

@@ -1,0 +1,274 @@
+"""Batches of training clips, the same whatever reads them: a function of the seed and the step alone."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from av.error import FFmpegError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bt_adapter.data.clips import Clip
+from bt_adapter.data.transforms import TrainTransform
+from bt_adapter.data.video import VideoError
+from bt_adapter.errors import CommandError
+
+# So many clips are tried in the place of one that cannot be read. Where all of them fail, the data is at fault.
+ATTEMPTS = 100
+_NOISE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A clip as a step sees it: uint8 ``[T, 3, S, S]``, a caption, and what was tried in vain before it."""
+
+    frames: Tensor
+    caption: str
+    failed: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's clips of a step.
+
+    Attributes:
+        frames: uint8 ``[B, T, 3, S, S]``, RGB.
+        captions: one for each clip.
+        failed: key and reason of each clip that could not be read and had another put in its place. A clip that comes
+            again in a later epoch is named again.
+    """
+
+    frames: Tensor
+    captions: list[str]
+    failed: list[tuple[str, str]]
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory (the loader asks for it by this name)."""
+        return replace(self, frames=self.frames.pin_memory())
+
+
+class Clips(Protocol):
+    """What :func:`batches` takes its clips from."""
+
+    def draw(self, step: int, place: int, batch: int) -> Drawn:
+        """Clip number ``place`` of the ``batch`` clips of a step, counted from 0."""
+        ...
+
+    def check(self, batch: int) -> None:
+        """Raise CommandError if there cannot be batches of so many clips."""
+        ...
+
+
+class TrainingClips:
+    """Clips in another order every epoch; of each one frame a segment, one crop and one caption are drawn.
+
+    Args:
+        clips: with a caption each. They are kept as one block of bytes, which worker processes share.
+        frames: T; a shorter clip repeats frames.
+        transform: whose :meth:`~TrainTransform.crop` is taken.
+        seed: of all draws.
+    """
+
+    def __init__(self, clips: Sequence[Clip], frames: int, transform: TrainTransform, seed: int) -> None:
+        self.frames, self.transform, self.seed = frames, transform, seed
+        self._packed = _Packed(clips)
+        self._known: dict[int, tuple[str, str]] = {}  # clips this process found that cannot be read
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def check(self, batch: int) -> None:
+        """Raise CommandError if they are fewer than one batch."""
+        if len(self) < batch:
+            raise CommandError(f"there are {len(self)} clips, fewer than one batch of {batch}")
+
+    def draw(self, step: int, place: int, batch: int) -> Drawn:
+        """Clip ``place`` of step ``step`` in batches of ``batch``; the last, incomplete batch of an epoch is left out.
+
+        In the place of a clip that cannot be read comes the one of the same place in the next batch of the epoch's
+        order, and so on: never a clip of the same batch.
+
+        Raises:
+            CommandError: none of so many clips can be read.
+        """
+        count = len(self)
+        epoch, within = divmod(step, count // batch)
+        position = within * batch + place
+        stride = next(s for s in range(batch, batch + count + 1) if math.gcd(s, count) == 1)  # passes through all
+        failed: list[tuple[str, str]] = []
+        for attempt in range(min(ATTEMPTS, count)):
+            number = shuffled((position + attempt * stride) % count, count, self.seed, epoch)
+            try:
+                frames, caption = self._read(number, numbers_seed(self.seed, epoch, position, attempt))
+            except _Unreadable as error:
+                failed.append(error.named)
+            else:
+                return Drawn(frames, caption, tuple(failed))
+        named = "; ".join(f"{key}: {reason}" for key, reason in failed[:3])
+        raise CommandError(f"none of {len(failed)} clips that were tried for one place can be read: {named}")
+
+    def _read(self, number: int, seed: int) -> tuple[Tensor, str]:
+        if number in self._known:
+            raise _Unreadable(self._known[number])
+        clip = self._packed[number]
+        generator = torch.Generator().manual_seed(seed)
+        caption = clip.captions[int(torch.randint(len(clip.captions), (), generator=generator))]
+        try:
+            video = clip.read(self.frames, sampling="random", generator=generator, repeat=True)
+        except (VideoError, FFmpegError, OSError) as error:
+            self._known[number] = clip.key, str(error)
+            raise _Unreadable(self._known[number]) from error
+        return self.transform.crop(video.frames, generator), caption
+
+
+class SyntheticClips:
+    """Noise with captions, without end: what a run costs without reading any data.
+
+    Args:
+        frames: T. size: S. seed: of all draws.
+    """
+
+    def __init__(self, frames: int, size: int, seed: int) -> None:
+        self.shape, self.seed = (frames, 3, size, size), seed
+        generator = torch.Generator().manual_seed(seed)
+        # A clip is a window of it, elsewhere for each: to draw every pixel costs more than a decoder takes.
+        self._noise = torch.randint(256, (math.prod(self.shape) + _NOISE,), dtype=torch.uint8, generator=generator)
+
+    def check(self, batch: int) -> None:
+        """Any number will do."""
+
+    def draw(self, step: int, place: int, batch: int) -> Drawn:
+        """Clip ``place`` of step ``step``."""
+        number = step * batch + place
+        start = numbers_seed(self.seed, number) % _NOISE
+        return Drawn(self._noise[start : start + math.prod(self.shape)].view(self.shape), f"clip number {number}")
+
+
+def batches(
+    clips: Clips, size: int, rank: int, world: int, done: int, steps: int, workers: int, pin_memory: bool = False,
+    prefetch: int = 2,
+) -> Iterator[Batch]:  # fmt: skip
+    """Batches of the steps after ``done`` up to ``steps``.
+
+    What a step gets depends on the seed and its number only: not on workers, not on where the run was resumed. The
+    clips of all processes together are the same however many they are; each takes its contiguous part.
+
+    Args:
+        clips: a :class:`TrainingClips` or :class:`SyntheticClips`.
+        size: clips of a batch of this process.
+        rank, world: which process of how many this is.
+        done, steps: steps done before, and in all.
+        workers: processes that decode, for as long as the iterator lives; 0: this one does.
+        pin_memory: put the frames into page-locked memory.
+        prefetch: batches each worker is ahead.
+
+    Raises:
+        CommandError: there are fewer clips than one batch of all processes; while iterating: no clip can be read, or a
+            worker died.
+    """
+    clips.check(size * world)
+    loader = DataLoader(
+        _Steps(clips, size, rank, world), batch_size=None, sampler=range(done, steps), num_workers=workers,
+        pin_memory=pin_memory, prefetch_factor=prefetch if workers else None, worker_init_fn=_begin_worker,
+        generator=torch.Generator(),  # or it draws from the global one
+    )  # fmt: skip
+    return _checked(iter(loader), workers)
+
+
+def _checked(batches: Iterator[Batch | CommandError], workers: int) -> Iterator[Batch]:
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise CommandError(
+                f"a process that decodes died ({error}); where memory or shared memory (/dev/shm) ran out, fewer of "
+                f"them (now {workers}) or a smaller prefetch help"
+            ) from error
+        if batch is None:
+            return
+        if isinstance(batch, CommandError):
+            raise batch
+        yield batch
+
+
+class _Steps(Dataset):
+    """Batch by number of the step."""
+
+    def __init__(self, clips: Clips, size: int, rank: int, world: int) -> None:
+        self.clips, self.size, self.rank, self.world = clips, size, rank, world
+
+    def __getitem__(self, step: int) -> Batch | CommandError:
+        first = self.rank * self.size
+        try:
+            drawn = [self.clips.draw(step, first + place, self.size * self.world) for place in range(self.size)]
+        except CommandError as error:
+            return error  # raised in a worker it would reach the user inside a traceback
+        return Batch(
+            torch.stack([clip.frames for clip in drawn]),
+            [clip.caption for clip in drawn],
+            [named for clip in drawn for named in clip.failed],
+        )
+
+
+class _Unreadable(Exception):
+    """A clip that cannot be read, with its key and the reason."""
+
+    def __init__(self, named: tuple[str, str]) -> None:
+        super().__init__(*named)
+        self.named = named
+
+
+class _Packed:
+    """Clips as one block of bytes: millions of objects would be copied into every worker, page by page, as their
+    reference counts change."""
+
+    def __init__(self, clips: Sequence[Clip]) -> None:
+        parts = [pickle.dumps(clip, pickle.HIGHEST_PROTOCOL) for clip in clips]
+        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(parts), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, number: int) -> Clip:
+        start = int(self._ends[number - 1]) if number else 0
+        return pickle.loads(self._bytes[start : int(self._ends[number])].tobytes())
+
+
+def shuffled(position: int, count: int, seed: int, epoch: int) -> int:
+    """Which of ``count`` things stands at ``position`` of an epoch's order: a permutation, one value at a time.
+
+    A Feistel network over the next even power of two, gone through again while it leads outside of ``count``.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for turn in range(6):
+            left, right = right, left ^ (numbers_seed(seed, epoch, turn, right) & mask)
+        position = left << half | right
+        if position < count:
+            return position
+
+
+def numbers_seed(*numbers: int) -> int:
+    """63 bits that depend on all the numbers, such that neighbours share nothing."""
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def _begin_worker(number: int) -> Any:
+    """Signals to the whole group are the training process's to answer: it ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The first one may be for the group; a second comes from the training process.
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
