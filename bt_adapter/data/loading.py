@@ -175,15 +175,25 @@ def batches(
             worker died.
     """
     clips.check(size * world)
+    return in_order(_Steps(clips, size, rank, world), done, steps, workers, pin_memory, prefetch)
+
+
+def in_order(
+    dataset: Dataset, done: int, steps: int, workers: int, pin_memory: bool = False, prefetch: int = 2
+) -> Iterator[Any]:
+    """``dataset[step]`` of the steps after ``done`` up to ``steps``, counted from 0; the rest as for :func:`batches`.
+
+    A CommandError that the data set returns is raised here.
+    """
     loader = DataLoader(
-        _Steps(clips, size, rank, world), batch_size=None, sampler=range(done, steps), num_workers=workers,
-        pin_memory=pin_memory, prefetch_factor=prefetch if workers else None, worker_init_fn=_begin_worker,
+        dataset, batch_size=None, sampler=range(done, steps), num_workers=workers, pin_memory=pin_memory,
+        prefetch_factor=prefetch if workers else None, worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # or it draws from the global one
     )  # fmt: skip
     return _checked(iter(loader), workers)
 
 
-def _checked(batches: Iterator[Batch | CommandError], workers: int) -> Iterator[Batch]:
+def _checked(batches: Iterator[Any], workers: int) -> Iterator[Any]:
     while True:
         try:
             batch = next(batches, None)
