@@ -103,7 +103,7 @@ def load_model(
         CheckpointError: a file is damaged, names or shapes do not fit, the CLIP is another one, or none is known.
     """
     folder = Path(folder)
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
     state = pack_qkv(read_safetensors(folder / "model.safetensors"))  # version 0.1 kept q, k and v apart
     config, name = TowerConfig(**settings["tower"]), settings["tower_name"]
     tensors = None
@@ -138,7 +138,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {error}") from error
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} has no {file}: not a saved BT-Adapter branch")

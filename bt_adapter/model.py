@@ -382,17 +382,28 @@ class BTAdapterVisionModel(nn.Module):
         z: Any = None
         for layer in range(start, stop):
             tokens = self._run_tower_layer(self.first_branch_layer + layer, tokens, done)
-            seen = average_frames(tokens, merged)
-            if seen is tokens and not self.config.fused:
-                seen = tokens.clone()  # the plain layers keep it for backward, and the tower writes over its own
-            z = (
-                self.branch.embed(seen, self.tower.position, visible)
-                if z is None
-                else self.branch.merge(seen, z, visible)
-            )
-            z = self.branch.run_layer(layer, z, visible, recorded)
+            z = self._run_branch_layer(layer, tokens, z, visible, recorded, merged)
             done()
         return tokens, z
+
+    def _run_branch_layer(
+        self,
+        layer: int,
+        tokens: Tensor,
+        z: Tensor | None,
+        visible: VisibleTokens,
+        draws: Iterator[Tensor] | None = None,
+        merged: int = 1,
+    ) -> Tensor:
+        """z after branch layer ``layer``, which reads the tower layer beside it; z None: the first."""
+        seen = average_frames(tokens, merged)
+        if seen is tokens and not self.config.fused:
+            seen = tokens.clone()  # the plain layers keep it for backward, and the tower writes over its own
+        if z is None:
+            z = self.branch.embed(seen, self.tower.position, visible)
+        else:
+            z = self.branch.merge(seen, z, visible)
+        return self.branch.run_layer(layer, z, visible, draws)
 
     def _final_norm(self, tokens: Tensor) -> Tensor:
         return self.tower.final_norm(tokens.to(self.tower.dtype))

@@ -227,7 +227,7 @@ def test_other_refusals(chat, tmp_path):
     branch = make_branch(chat)
     chat.config.vision_feature_layer = -1
     chat.model.config.vision_feature_layer = -1
-    with pytest.raises(ValueError, match="vision_feature_layer -1"):
+    with pytest.raises(ValueError, match=r"after layers \[4\] of 4"):
         attach(chat, branch)
 
 

@@ -2,153 +2,190 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, LlavaModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from bt_adapter.checkpoint import clip_tensors
-from bt_adapter.config import TowerConfig
+from bt_adapter.chat.branch_files import load_branch
+from bt_adapter.chat.families import Family, Visuals, family_of
+from bt_adapter.chat.pairing import beside, check_shapes, check_values, is_shared, share_tower
 from bt_adapter.model import BTAdapterVisionModel
-from bt_adapter.names import to_own
 from bt_adapter.progress import Progress
-from bt_adapter.published import load_reference_checkpoint
 
 
 def attach(
-    image_chat_model: LlavaForConditionalGeneration, branch: BTAdapterVisionModel | str | os.PathLike[str]
-) -> LlavaForConditionalGeneration:
-    """Let a LLaVA take videos: ``pixel_values`` of ``[B, T, 3, h, w]`` beside stills of ``[B, 3, h, w]``.
+    image_chat_model: Any, branch: BTAdapterVisionModel | str | os.PathLike[str], require_same_tower: bool = True
+) -> Any:
+    """Let an image chat model take videos: ``pixel_values`` of ``[B, T, 3, h, w]`` beside stills of ``[B, 3, h, w]``.
 
-    A video becomes P+1 tokens whatever T is: ``video_tokens`` through the model's own projector, in the place of P+1
-    image tokens (`bt_adapter.chat.prompts.expand` puts that many into a prompt). Stills take the path they took
-    before, token for token; ``generate`` works unchanged. The chat model's vision tower and the branch's are then one
-    set of weights, the chat model's, frozen. What learns is registered as ``model.bt_adapter``: it follows ``to`` and
-    ``train`` and is among ``parameters()``; what video tokens never reach (the branch's last layer, its output gate
-    and alignment head) is frozen. Save it with ``attached_branch(model).save_pretrained(folder)``: transformers'
-    own ``save_pretrained`` writes it too, but its ``from_pretrained`` does not take it back. `detach` takes it off.
+    A video becomes as many tokens whatever T is (``family_of(model).video_length``): ``video_tokens`` through the
+    model's own projector or Q-Former, in the place of image tokens. Stills take the path they took before, token for
+    token; ``generate`` works unchanged. Stills and videos together, or videos of different length, come as `Visuals`;
+    every image token of a prompt is filled, in order. The chat model's vision tower and the branch's are then one set
+    of weights, the chat model's, frozen. What learns is registered as ``bt_adapter`` in the chat model (LLaVA-like: in
+    its ``model``): it follows ``to`` and ``train`` and is among ``parameters()``; what video tokens never reach (the
+    branch's last layer, its output gate and alignment head) is frozen. Save it with
+    ``attached_branch(model).save_pretrained(folder)``: transformers' own ``save_pretrained`` writes it too, but its
+    ``from_pretrained`` does not take it back. `detach` takes it off.
 
     Args:
-        image_chat_model: changed in place.
+        image_chat_model: LLaVA-1.5, LLaVA-NeXT or ViP-LLaVA with a CLIP tower, BLIP-2 or InstructBLIP; changed in
+            place. docs/chat-models.md says what differs.
         branch: a model; a folder of `BTAdapterVisionModel.save_pretrained`, or the hub name of one; or a published
             checkpoint. Its learned part is moved to the tower's device and dtype.
+        require_same_tower: False: a branch trained beside another CLIP of the same shape, or at another resolution
+            (CLIP-L/14 at 224 px beside CLIP-L/14-336), is attached with a warning. The same CLIP at another resolution
+            needs no leave: the chat model's position table serves.
 
     Returns:
         The same chat model.
 
     Raises:
-        TypeError: ``image_chat_model`` is no LLaVA with a CLIP tower, or ``branch`` nothing of the above.
+        TypeError: ``image_chat_model`` is none of these, or ``branch`` nothing of the above.
         FileNotFoundError: there is no such branch.
         ValueError: branch and chat model do not match; the message lists in what.
     """
-    if not isinstance(image_chat_model, LlavaForConditionalGeneration):
-        raise TypeError(
-            f"image_chat_model must be a LlavaForConditionalGeneration, but is {type(image_chat_model).__name__}"
-        )
-    inner = image_chat_model.model
-    name, tensors, found = clip_tensors(inner.vision_tower)  # TypeError unless it is a CLIP
-    _check_feature_layer(inner)
-    attached = inner.__dict__.get("get_image_features")
-    before = {p: p.requires_grad for p in inner.vision_tower.parameters()}
-    if isinstance(attached, _Features):
+    family = family_of(image_chat_model)
+    tensors, _ = family.tower()  # TypeError unless it is a CLIP
+    before = {p: p.requires_grad for p in family.vision_tower.parameters()}
+    if (attached := _find(family)) is not None:
         before = attached.asked_gradients
     if isinstance(branch, (str, os.PathLike)):
-        branch = _load(branch, inner.vision_tower)
+        branch = load_branch(branch, family, require_same_tower)
     elif not isinstance(branch, BTAdapterVisionModel):
         raise TypeError(f"branch must be a BTAdapterVisionModel, a folder or a file, but is {type(branch).__name__}")
-    _check_shapes(branch, found)
-    _share_tower(branch, tensors)
-    branch.tower_name = branch.tower_name or name
+    check_shapes(branch.vision_config, branch.config.depth, family)
+    check_values(branch.tower, family, require_same_tower)
+    if branch.stored_features:  # its tower has no embeddings
+        branch = beside(family, branch)
+    else:
+        share_tower(branch.tower, family)
+    branch.tower_name = branch.tower_name or getattr(family.vision_tower, "name_or_path", None) or None
 
     detach(image_chat_model)
-    inner.vision_tower.requires_grad_(False)
+    family.vision_tower.requires_grad_(False)
     place = tensors["class_embedding"]
-    branch.branch.to(device=place.device, dtype=place.dtype).train(inner.training)
+    owner, method = family.hook
+    home = _home(family)
+    branch.branch.to(device=place.device, dtype=place.dtype).train(home.training)
     _freeze_unreached(branch)
-    inner.bt_adapter = branch.branch
-    inner.get_image_features = _Features(inner, branch, before)
+    home.bt_adapter = branch.branch
+    setattr(owner, method, _Visuals(family, branch, before))
     return image_chat_model
 
 
-def attached_branch(image_chat_model: LlavaForConditionalGeneration) -> BTAdapterVisionModel:
+def attached_branch(image_chat_model: Any) -> BTAdapterVisionModel:
     """The attached branch with its tower. Raises ValueError when none is attached."""
-    return _features(image_chat_model).branch
+    return _attached(image_chat_model).branch
 
 
-def detach(image_chat_model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+def detach(image_chat_model: Any) -> Any:
     """Take the branch off; the chat model is as before `attach`. Does nothing when none is attached."""
-    inner = image_chat_model.model
-    features = inner.__dict__.get("get_image_features")
-    if isinstance(features, _Features):
-        for parameter, asked in features.asked_gradients.items():
+    family = family_of(image_chat_model)
+    attached = _find(family)
+    if attached is not None:
+        for parameter, asked in attached.asked_gradients.items():
             parameter.requires_grad_(asked)
-        del inner.get_image_features
-        del inner.bt_adapter
+        owner, method = family.hook
+        delattr(owner, method)
+        del _home(family).bt_adapter
     return image_chat_model
 
 
 @contextmanager
-def branch_enabled(image_chat_model: LlavaForConditionalGeneration, enabled: bool = True) -> Iterator[None]:
+def branch_enabled(image_chat_model: Any, enabled: bool = True) -> Iterator[None]:
     """Within the context, videos go through the branch or (False) past it.
 
     Past it, a video's tokens are the mean over its frames of tower layer L-2's tokens, P patches and CLS: what
     ``video_tokens`` is made of but for the branch, and what an image model without any sense of time can see.
     """
-    features = _features(image_chat_model)
-    before, features.enabled = features.enabled, enabled
+    attached = _attached(image_chat_model)
+    before, attached.enabled = attached.enabled, enabled
     try:
         yield
     finally:
-        features.enabled = before
+        attached.enabled = before
 
 
-class _Features:
-    """Stands in for ``LlavaModel.get_image_features``: videos by the branch, stills by the model's own method."""
+def video_tokens(image_chat_model: Any, pixel_values: Tensor, progress: Progress | None = None) -> Tensor:
+    """Tokens of videos ``[B, T, 3, h, w]`` before the projector or Q-Former, ``[B, P+1, D]``, CLS last.
 
-    def __init__(self, inner: LlavaModel, branch: BTAdapterVisionModel, before: dict[nn.Parameter, bool]) -> None:
-        self.inner, self.branch, self.enabled = inner, branch, True
+    ``family_of(model).project`` makes the language model's embeddings of them. Heeds `branch_enabled`. ViP-LLaVA: the
+    tokens of its tower layers side by side. progress: as for ``BTAdapterVisionModel.video_tokens``.
+    """
+    return _attached(image_chat_model).encode(pixel_values, progress)
+
+
+class _Visuals:
+    """Stands in for the method through which a chat model sees: videos by the branch, stills by its own method."""
+
+    def __init__(self, family: Family, branch: BTAdapterVisionModel, before: dict[nn.Parameter, bool]) -> None:
+        self.family, self.branch, self.enabled = family, branch, True
         self.asked_gradients = before  # of the chat model's tower, for `detach`
+        self.__signature__ = inspect.signature(self._own())  # generate reads off it which arguments to hand over
 
-    def __call__(
-        self, pixel_values: Tensor, *args: Any, progress: Progress | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling | tuple:
-        if pixel_values.ndim != 5:
-            return type(self.inner).get_image_features(self.inner, pixel_values, *args, **kwargs)
-        model = self.branch
-        encode = model.video_tokens if self.enabled else model.frame_mean_tokens
-        tokens = encode(pixel_values, progress=progress)
-        projected = self.inner.multi_modal_projector(tokens)
-        output: Any = BaseModelOutputWithPooling(last_hidden_state=tokens)
-        output.pooler_output = list(projected)  # a list, as LLaVA's own method has it
+    def __call__(self, pixel_values: Any, *args: Any, progress: Progress | None = None, **kwargs: Any) -> Any:
+        family = self.family
+        if isinstance(pixel_values, Tensor):
+            if not family.takes_videos(pixel_values, args, kwargs):
+                return self._own()(pixel_values, *args, **kwargs)
+            output = family.output(list(family.videos(self.encode(pixel_values, progress))))
+        elif isinstance(pixel_values, (list, tuple)):
+            output = family.output(self._sort(Visuals.of(pixel_values), kwargs))
+        else:
+            raise TypeError(f"pixel_values must be a tensor or Visuals, but is {type(pixel_values).__name__}")
         return output if kwargs.get("return_dict", True) else output.to_tuple()
 
+    def encode(self, pixel_values: Tensor, progress: Progress | None = None) -> Tensor:
+        """Videos ``[B, T, 3, h, w]`` to the tokens the projector or Q-Former reads."""
+        if not is_shared(self.branch.tower, self.family):
+            share_tower(self.branch.tower, self.family)
+        return self.family.video_tokens(self.branch, pixel_values, branch=self.enabled, progress=progress)
 
-def _features(chat: LlavaForConditionalGeneration) -> _Features:
-    features = chat.model.__dict__.get("get_image_features")
-    if not isinstance(features, _Features):
+    def _sort(self, visuals: Visuals, kwargs: dict[str, Any]) -> list[Tensor]:
+        """Features of each in order; stills in one batch, videos of one length in one."""
+        kwargs = {name: value for name, value in kwargs.items() if name != "image_sizes"} | {"return_dict": True}
+        features: list[Any] = [None] * len(visuals)
+        groups: dict[Any, list[int]] = {}
+        for i, item in enumerate(visuals):
+            groups.setdefault(item.shape if visuals.is_video(i) else None, []).append(i)
+        for shape, places in groups.items():
+            items = [visuals[i] for i in places]
+            if shape is None:
+                found = self.family.stills(self._own(), items, [visuals.image_sizes[i] for i in places], kwargs)
+            else:
+                found = list(self.family.videos(self.encode(torch.stack(items))))
+            for i, feature in zip(places, found, strict=True):
+                features[i] = feature
+        return features
+
+    def _own(self) -> Callable[..., Any]:
+        owner, method = self.family.hook
+        return MethodType(getattr(type(owner), method), owner)
+
+
+def _home(family: Family) -> nn.Module:
+    """Where the branch is registered."""
+    return getattr(family.chat, "model", family.chat)
+
+
+def _find(family: Family) -> _Visuals | None:
+    owner, method = family.hook
+    found = owner.__dict__.get(method)
+    return found if isinstance(found, _Visuals) else None
+
+
+def _attached(chat: Any) -> _Visuals:
+    attached = _find(family_of(chat))
+    if attached is None:
         raise ValueError("image_chat_model has no branch: attach(image_chat_model, branch) comes first")
-    return features
-
-
-def _load(source: str | os.PathLike[str], tower: nn.Module) -> BTAdapterVisionModel:
-    """A branch from disk or the hub; ``tower`` serves where the branch comes alone."""
-    path = Path(source)
-    if not path.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-            raise FileNotFoundError(f"branch {source} is not there, and is no hub name (owner/name)")
-        from huggingface_hub import snapshot_download
-
-        path = Path(snapshot_download(str(source)))  # OSError where there is no such repository, or no network
-    if path.is_dir():
-        return BTAdapterVisionModel.from_pretrained(path, clip=tower, share=True)
-    return load_reference_checkpoint(path, clip=tower)
+    return attached
 
 
 def _freeze_unreached(branch: BTAdapterVisionModel) -> None:
@@ -158,58 +195,3 @@ def _freeze_unreached(branch: BTAdapterVisionModel) -> None:
     for name, parameter in branch.branch.named_parameters():
         if name.startswith(unreached):
             parameter.requires_grad_(False)
-
-
-def _check_feature_layer(inner: LlavaModel) -> None:
-    layer = inner.config.vision_feature_layer
-    layers = inner.vision_tower.config.num_hidden_layers
-    if layer not in (-2, layers - 1):
-        raise ValueError(
-            f"image_chat_model takes its image tokens from vision_feature_layer {layer}; a branch fits models that "
-            f"take them from the last layer but one (-2) of their {layers}"
-        )
-
-
-def _check_shapes(branch: BTAdapterVisionModel, found: TowerConfig) -> None:
-    if branch.stored_features:
-        raise ValueError("branch is for stored features and holds no tower embeddings: attach takes a whole one")
-    if branch.vision_config.is_eva:
-        raise ValueError("branch belongs to an EVA-CLIP tower, but image_chat_model has a CLIP tower")
-    wrong = branch.vision_config.differences(found)
-    if wrong:
-        raise ValueError(f"branch does not fit image_chat_model's vision tower: {', '.join(wrong)}")
-    if branch.config.depth < 2:
-        raise ValueError(f"branch has depth {branch.config.depth}; video tokens need 2 or more")
-
-
-def _share_tower(branch: BTAdapterVisionModel, tensors: dict[str, Tensor]) -> None:
-    """Make the chat model's tower tensors the branch's. ValueError where they hold another CLIP's values."""
-    own = {}
-    for published, tensor in tensors.items():
-        name = to_own(published, False)
-        if name is not None and name.startswith("tower.") and not name.startswith("tower.projection"):
-            own[name.removeprefix("tower.")] = tensor
-    mine = dict(branch.tower.named_parameters())
-    if lacking := [n for n in mine if n not in own and not n.startswith(("projection", "final_norm"))]:
-        raise ValueError(f"image_chat_model's vision tower lacks {', '.join(lacking)}")
-    off = {n: _distance(mine[n], t) for n, t in own.items() if n in mine}
-    worst = max(off, key=off.__getitem__)
-    # a tower stored in half precision differs by rounding alone: at most 2^-8 of the largest value
-    if off[worst] > 2**-7:
-        raise ValueError(
-            f"branch was trained on another CLIP than image_chat_model's: the vision towers have one shape but "
-            f"other values ({worst} differs by {off[worst]:.2g} of its largest value)"
-        )
-    for name, tensor in own.items():
-        path, _, leaf = name.rpartition(".")
-        parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-        setattr(branch.tower.get_submodule(path), leaf, parameter.requires_grad_(False))
-
-
-@torch.no_grad()
-def _distance(mine: Tensor, theirs: Tensor) -> float:
-    """Largest difference, in units of the largest value."""
-    if mine is theirs:
-        return 0.0
-    mine = mine.to(theirs.device, torch.float32)
-    return ((mine - theirs.float()).abs().max() / mine.abs().max().clamp(min=1e-6)).item()

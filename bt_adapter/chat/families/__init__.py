@@ -1,0 +1,32 @@
+"""Image chat models a branch can be attached to, behind one interface: `family_of`.
+
+Engine, prompts and tuning ask the `Family` and never the model's class. What differs between the models: ``projector``
+(LLaVA-1.5, LLaVA-NeXT, ViP-LLaVA: a projector after a CLIP) and ``qformer`` (BLIP-2, InstructBLIP: a Q-Former after
+an EVA-CLIP).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bt_adapter.chat.families.base import Family
+from bt_adapter.chat.families.projector import Llava, LlavaNext, VipLlava
+from bt_adapter.chat.families.qformer import Blip2, InstructBlip
+from bt_adapter.chat.families.visuals import Visuals
+
+__all__ = ["FAMILIES", "Family", "Visuals", "family_of"]
+
+FAMILIES: tuple[type[Family], ...] = (Llava, LlavaNext, VipLlava, Blip2, InstructBlip)
+
+
+def family_of(chat: Any) -> Family:
+    """What a chat model is made of and how it takes visual tokens.
+
+    Raises:
+        TypeError: ``chat`` is none of the models a branch can be attached to.
+    """
+    for family in FAMILIES:
+        if isinstance(chat, family.model_class):
+            return family(chat)
+    names = ", ".join(family.model_class.__name__ for family in FAMILIES)
+    raise TypeError(f"image_chat_model must be one of {names}, but is {type(chat).__name__}")

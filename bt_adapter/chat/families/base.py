@@ -1,0 +1,178 @@
+"""What every image chat model has in common, seen from its visual tokens.
+
+Legend: B videos, T frames, P patches of a frame, D width of the vision tower, L its layers, W width of the language
+model, V tokens of one video in a prompt.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from bt_adapter.config import TowerConfig
+from bt_adapter.data import CLIP_MEAN, CLIP_STD
+from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.progress import Progress
+
+
+class Family(ABC):
+    """One image chat model of a kind; made by `family_of`, holds nothing but the model.
+
+    Attributes:
+        chat: the model.
+        name: its ``config.model_type``.
+        mean, std: of the normalisation its tower was trained with.
+        needs_question: whether :meth:`project` must be given the question (InstructBLIP).
+        layers_removed: tower layers that the model's files leave out at the end, 0 or 1.
+    """
+
+    name: ClassVar[str]
+    model_class: ClassVar[type]
+    mean: ClassVar[tuple[float, ...]] = CLIP_MEAN
+    std: ClassVar[tuple[float, ...]] = CLIP_STD
+    needs_question: ClassVar[bool] = False
+    layers_removed: ClassVar[int] = 0
+
+    def __init__(self, chat: Any) -> None:
+        self.chat = chat
+
+    @property
+    @abstractmethod
+    def vision_tower(self) -> nn.Module:
+        """The chat model's own."""
+
+    @abstractmethod
+    def tower(self) -> tuple[dict[str, Tensor], TowerConfig]:
+        """Its tensors under the names of ``bt_adapter.tower.Tower``, sharing its memory, and its configuration.
+
+        Raises TypeError where it is neither a CLIP nor an EVA-CLIP.
+        """
+
+    @property
+    @abstractmethod
+    def feature_layers(self) -> tuple[int, ...]:
+        """After how many tower layers image tokens are read; several: side by side in the channels."""
+
+    @property
+    @abstractmethod
+    def hook(self) -> tuple[nn.Module, str]:
+        """The method, and whose, that `attach` stands in for."""
+
+    @property
+    def tower_config(self) -> TowerConfig:
+        """Of the tower a branch must stand beside: the chat model's with the layers its files leave out."""
+        found = self.tower()[1]
+        return replace(found, num_hidden_layers=found.num_hidden_layers + self.layers_removed)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of a frame, in pixels."""
+        size = self.chat.config.vision_config.image_size
+        return size if isinstance(size, int) else size[0]
+
+    @property
+    def patches(self) -> int:
+        """P, patch tokens of one frame."""
+        size = self.chat.config.vision_config.patch_size
+        return (self.image_size // (size if isinstance(size, int) else size[0])) ** 2
+
+    @property
+    @abstractmethod
+    def video_length(self) -> int:
+        """V, the image tokens that one video takes in a prompt, whatever its number of frames."""
+
+    @abstractmethod
+    def image_length(self, height: int | None = None, width: int | None = None) -> int:
+        """The image tokens one still takes in a prompt; height and width of the picture matter to LLaVA-NeXT alone."""
+
+    @property
+    def image_token_id(self) -> int:
+        """Of the token whose places visual tokens take. Raises ValueError where the configuration names none."""
+        token = self.chat.config.image_token_id
+        if token is None:
+            raise ValueError(f"the configuration of this {self.name} model names no image_token_index: set it")
+        return token
+
+    def image_token(self, tokenizer: Any) -> str:
+        """Its text. Raises ValueError when the tokenizer does not know it."""
+        text = tokenizer.convert_ids_to_tokens(self.image_token_id)
+        if text is None:
+            raise ValueError(f"tokenizer has no token {self.image_token_id}, the chat model's image token")
+        return text
+
+    @abstractmethod
+    def project(self, tokens: Tensor, question: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What :meth:`video_tokens` gives, to the language model's embeddings of the videos, ``[B, V, W]``.
+
+        question: where ``needs_question``: ``input_ids`` and ``attention_mask`` ``[B, S]`` of the question, by the
+        Q-Former's own tokenizer. Gradients flow to the tokens and to what projects.
+        """
+
+    def video_tokens(
+        self,
+        model: BTAdapterVisionModel,
+        pixel_values: Tensor | None = None,
+        features: Tensor | None = None,
+        start_layer: int | None = None,
+        branch: bool = True,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """The visual tokens of videos before the projector or Q-Former, ``[B, P+1, D]`` (several layers: a multiple).
+
+        Args:
+            model: the attached branch with its tower.
+            pixel_values: normalised frames ``[B, T, 3, h, w]``, or None where ``features`` are given, stored for
+                ``start_layer``, ``[B, T, 1+P, D]``: see ``BTAdapterVisionModel.video_tokens``.
+            branch: False: the mean over the frames of the tower's tokens, without the branch (pixels alone).
+            progress: as there.
+
+        Raises:
+            ValueError, TypeError: an argument has the wrong shape or value; the message names it.
+        """
+        if branch:
+            return model.video_tokens(pixel_values, features=features, start_layer=start_layer, progress=progress)
+        if pixel_values is None:
+            raise ValueError("pixel_values must be given where branch is False")
+        return model.frame_mean_tokens(pixel_values, progress)
+
+    @abstractmethod
+    def stills(
+        self, own: Callable[..., Any], pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        """Features of stills by the model's own method ``own``, one tensor each, as :meth:`output` takes them."""
+
+    @abstractmethod
+    def videos(self, tokens: Tensor) -> Tensor:
+        """Features of videos from their tokens, as :meth:`output` takes them."""
+
+    @abstractmethod
+    def output(self, features: list[Tensor]) -> Any:
+        """Features of all visuals in order, as the hooked method returns them."""
+
+    def takes_videos(self, pixel_values: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a plain tensor that came to the hooked method holds videos and no stills."""
+        return pixel_values.ndim == 5
+
+    @property
+    @abstractmethod
+    def language_model(self) -> nn.Module:
+        """The decoder alone: ``inputs_embeds [B, S, W]`` to ``last_hidden_state [B, S, W]``."""
+
+    @property
+    @abstractmethod
+    def generator(self) -> Any:
+        """What has ``generate(inputs_embeds=…)`` over embeddings in which visual tokens stand already."""
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """Hidden states ``[…, W]`` to logits over the vocabulary."""
+        return self.chat.get_output_embeddings()
+
+    @property
+    def input_embeddings(self) -> nn.Module:
+        """Token ids to ``[…, W]``."""
+        return self.chat.get_input_embeddings()

@@ -1,0 +1,148 @@
+"""LLaVA-1.5, LLaVA-NeXT and ViP-LLaVA: a projector turns the tokens of a CLIP into the language model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    VipLlavaForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from bt_adapter.chat.families.base import Family
+from bt_adapter.chat.families.layers import video_tokens_of_layers
+from bt_adapter.checkpoint import clip_tensors
+from bt_adapter.config import TowerConfig
+from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.names import to_own
+from bt_adapter.progress import Progress
+
+
+class Llava(Family):
+    """LLaVA-1.5, and what is built like it: P tokens a still, P+1 a video, each through the projector."""
+
+    name, model_class = "llava", LlavaForConditionalGeneration
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.chat.model.vision_tower
+
+    def tower(self) -> tuple[dict[str, Tensor], TowerConfig]:
+        _, published, config = clip_tensors(self.vision_tower)
+        own = {to_own(name, False) or name: tensor for name, tensor in published.items()}
+        return {name.removeprefix("tower."): t for name, t in own.items() if name.startswith("tower.")}, config
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """From ``vision_feature_layer``, which indexes the tower's hidden states, its input first."""
+        chosen = self.chat.config.vision_feature_layer
+        layers = self.chat.config.vision_config.num_hidden_layers
+        chosen = (chosen,) if isinstance(chosen, int) else tuple(chosen)
+        return tuple(layer + layers + 1 if layer < 0 else layer for layer in chosen)
+
+    @property
+    def hook(self) -> tuple[nn.Module, str]:
+        return self.chat.model, "get_image_features"
+
+    @property
+    def video_length(self) -> int:
+        return self.patches + 1
+
+    def image_length(self, height: int | None = None, width: int | None = None) -> int:
+        """P, or P+1 where the model keeps CLS (``vision_feature_select_strategy`` "full")."""
+        return self.patches + (getattr(self.chat.config, "vision_feature_select_strategy", "default") == "full")
+
+    def project(self, tokens: Tensor, question: Mapping[str, Tensor] | None = None) -> Tensor:
+        return self.chat.model.multi_modal_projector(tokens)
+
+    def video_tokens(
+        self,
+        model: BTAdapterVisionModel,
+        pixel_values: Tensor | None = None,
+        features: Tensor | None = None,
+        start_layer: int | None = None,
+        branch: bool = True,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        layers = self.feature_layers
+        if len(layers) == 1:
+            return super().video_tokens(model, pixel_values, features, start_layer, branch, progress)
+        if pixel_values is None:
+            raise ValueError(
+                f"this model reads its tower after layers {layers}: it needs pixel_values, stored features hold one"
+            )
+        return video_tokens_of_layers(model, pixel_values, layers, branch, progress)
+
+    def stills(
+        self, own: Callable[..., Any], pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        return list(own(torch.stack(pixels), **kwargs).pooler_output)
+
+    def videos(self, tokens: Tensor) -> Tensor:
+        return self.project(tokens)
+
+    def output(self, features: list[Tensor]) -> Any:
+        output: Any = BaseModelOutputWithPooling()
+        output.pooler_output = features  # a list, as LLaVA's own method has it
+        return output
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.chat.model.language_model
+
+    @property
+    def generator(self) -> Any:
+        return self.chat
+
+
+class LlavaNext(Llava):
+    """LLaVA-NeXT (1.6): stills go in pieces with tokens at the ends of lines; a video is P+1 tokens and no more.
+
+    Videos come without ``image_sizes``, stills always with them: that tells one 5-d tensor from the other.
+    """
+
+    name, model_class = "llava_next", LlavaNextForConditionalGeneration
+
+    def image_length(self, height: int | None = None, width: int | None = None) -> int:
+        """Of a picture of that size, as the processor cuts it. Raises ValueError without a size."""
+        if height is None or width is None:
+            raise ValueError("height and width must be given: a still's tokens depend on them in LLaVA-NeXT")
+        config = self.chat.config
+        tile = config.vision_config.image_size
+        pieces = image_size_to_num_patches((height, width), config.image_grid_pinpoints, tile)
+        blank = torch.empty(pieces, self.patches, 1, device="meta")  # the model's own count, without its arithmetic
+        packed, _ = self.chat.model.pack_image_features(
+            [blank], [(height, width)], config.vision_feature_select_strategy, torch.empty(1, device="meta")
+        )
+        return len(packed[0])
+
+    def stills(
+        self, own: Callable[..., Any], pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        most = max(len(pieces) for pieces in pixels)
+        padded = [torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pixels]
+        return list(own(torch.stack(padded), torch.tensor(sizes), **kwargs).pooler_output)
+
+    def takes_videos(self, pixel_values: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
+        return pixel_values.ndim == 5 and (args[0] if args else kwargs.get("image_sizes")) is None
+
+
+class VipLlava(Llava):
+    """ViP-LLaVA: its projector reads several tower layers side by side. See ``layers.video_tokens_of_layers``."""
+
+    name, model_class = "vipllava", VipLlavaForConditionalGeneration
+
+    def image_length(self, height: int | None = None, width: int | None = None) -> int:
+        return self.patches
+
+    def output(self, features: list[Tensor]) -> Any:
+        output: Any = BaseModelOutputWithPooling()
+        same = len({len(f) for f in features}) == 1
+        output.pooler_output = torch.stack(features) if same else torch.cat(features)  # a tensor, as its own method
+        return output

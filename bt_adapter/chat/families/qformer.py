@@ -1,0 +1,141 @@
+"""BLIP-2 and InstructBLIP: a Q-Former reads the tokens of an EVA-CLIP and gives a fixed number of its own.
+
+Their tower is EVA-CLIP-g without its last layer (39 of 40), so what they read, the output of layer 38 (0-based), is
+X of layer L-2 as video tokens are made of it: the same place by another count. Then comes a LayerNorm that was trained
+with the Q-Former (``post_layernorm``, not the CLIP's own final one); video tokens go through it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from bt_adapter.chat.families.base import Family
+from bt_adapter.config import TowerConfig
+
+_TOP = {
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.position_embedding": "position",
+    "embeddings.patch_embedding.weight": "patch_embedding.weight",
+    "embeddings.patch_embedding.bias": "patch_embedding.bias",
+}
+_LAYER = {
+    "self_attn.qkv.weight": "attention.qkv_weight",
+    "self_attn.projection.weight": "attention.out_proj.weight",
+    "self_attn.projection.bias": "attention.out_proj.bias",
+    "layer_norm1.weight": "norm1.weight",
+    "layer_norm1.bias": "norm1.bias",
+    "layer_norm2.weight": "norm2.weight",
+    "layer_norm2.bias": "norm2.bias",
+    "mlp.fc1.weight": "fc1.weight",
+    "mlp.fc1.bias": "fc1.bias",
+    "mlp.fc2.weight": "fc2.weight",
+    "mlp.fc2.bias": "fc2.bias",
+}
+
+
+class Blip2(Family):
+    """BLIP-2. The Q-Former attends to all video tokens alike, so their order does not matter to it."""
+
+    name, model_class = "blip-2", Blip2ForConditionalGeneration
+    layers_removed = 1
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.chat.vision_model
+
+    def tower(self) -> tuple[dict[str, Tensor], TowerConfig]:
+        """Views of the tower's tensors where shapes differ; the bias of the keys, which no softmax sees, is left."""
+        config: Any = self.vision_tower.config
+        width = config.hidden_size
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.vision_tower.named_parameters():
+            if name in _TOP:
+                shape = {"class_embedding": (width,), "position": (-1, width)}.get(_TOP[name], tensor.shape)
+                tensors[_TOP[name]] = tensor if shape == tensor.shape else tensor.detach().view(shape)
+            elif name.startswith("encoder.layers."):
+                layer, _, inside = name.removeprefix("encoder.layers.").partition(".")
+                if inside == "self_attn.qkv.bias":
+                    tensors[f"layers.{layer}.attention.q_bias"] = tensor.detach()[:width]
+                    tensors[f"layers.{layer}.attention.v_bias"] = tensor.detach()[2 * width :]
+                else:
+                    tensors[f"layers.{layer}.{_LAYER[inside]}"] = tensor
+        return tensors, TowerConfig.of({**vars(config), "model_type": "eva", "projection_dim": None})
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        return (self.chat.config.vision_config.num_hidden_layers,)
+
+    @property
+    def hook(self) -> tuple[nn.Module, str]:
+        """The tower's forward, and not ``get_image_features``: BLIP-2's ``generate`` goes past that."""
+        return self.vision_tower, "forward"
+
+    @property
+    def video_length(self) -> int:
+        return self.chat.config.num_query_tokens
+
+    def image_length(self, height: int | None = None, width: int | None = None) -> int:
+        return self.chat.config.num_query_tokens
+
+    def project(self, tokens: Tensor, question: Mapping[str, Tensor] | None = None) -> Tensor:
+        seen = self.videos(tokens)
+        queries = self.chat.query_tokens.expand(len(seen), -1, -1)
+        output = self.chat.qformer(
+            **self._instruct(queries, question),
+            query_embeds=queries,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=seen.new_ones(seen.shape[:2], dtype=torch.long),
+        )
+        read = output.last_hidden_state[:, : queries.shape[1]]
+        return self.chat.language_projection(read.to(self.chat.language_projection.weight.dtype))
+
+    def _instruct(self, queries: Tensor, question: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        return {}
+
+    def stills(
+        self, own: Callable[..., Any], pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        return list(own(torch.stack(pixels), **kwargs).last_hidden_state)
+
+    def videos(self, tokens: Tensor) -> Tensor:
+        """``[B, P+1, D]``, CLS first as the tower has it, after the norm the Q-Former was trained behind."""
+        return self.chat.vision_model.post_layernorm(torch.cat([tokens[:, -1:], tokens[:, :-1]], 1))
+
+    def output(self, features: list[Tensor]) -> Any:
+        tokens = torch.stack(features)
+        # the tower's own method norms its pooled token a second time; nothing in these models reads it
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens, pooler_output=self.chat.vision_model.post_layernorm(tokens[:, 0])
+        )
+
+    @property
+    def language_model(self) -> nn.Module:
+        """Of a decoder-only model. Raises ValueError for one with an encoder (Flan-T5): use ``generator``."""
+        if not self.chat.config.use_decoder_only_language_model:
+            raise ValueError("this model's language model has an encoder and a decoder; expected a decoder alone")
+        return self.chat.language_model.base_model
+
+    @property
+    def generator(self) -> Any:
+        return self.chat.language_model
+
+
+class InstructBlip(Blip2):
+    """InstructBLIP: BLIP-2 whose Q-Former reads the question too."""
+
+    name, model_class = "instructblip", InstructBlipForConditionalGeneration
+    needs_question = True
+
+    def _instruct(self, queries: Tensor, question: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        if question is None:
+            raise ValueError("question must be given: InstructBLIP's Q-Former reads it beside the video")
+        ids = question["input_ids"]
+        mask = question.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        return {"input_ids": ids, "attention_mask": torch.cat([mask.new_ones(queries.shape[:2]), mask], 1)}
