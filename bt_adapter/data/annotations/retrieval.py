@@ -1,0 +1,91 @@
+"""Captions of MSR-VTT, DiDeMo, LSMDC and ActivityNet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bt_adapter.data.annotations.files import files, lines, one_split, read_json, records, table
+from bt_adapter.data.gathering import Row
+from bt_adapter.data.skipped import Skipped
+from bt_adapter.errors import CommandError
+
+DIDEMO_SECONDS = 30.0  # what its annotators saw of a video, at most
+
+
+def msrvtt(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
+    """The captions of a video are all right; 1k-A keeps one of each."""
+    chosen: dict[str, Any] | None = None
+    if path.suffix == ".csv":
+        one_split(path, split)
+        rows = list(table(path, ("video_id",)))
+        if rows and "sentence" in rows[0]:
+            for number, row in enumerate(rows, 2):
+                yield Row(f"{path} line {number}", row["video_id"], files(row["video_id"]), row["sentence"])
+            return
+        chosen, path = {row["video_id"]: None for row in rows}, path.with_name("MSRVTT_data.json")
+    data = read_json(path, dict)
+    known = {str(video.get("video_id")): video.get("split") for video in records(path, data, "videos")}
+    if chosen is None:
+        wanted = {"val": "validate"}.get(split or "", split)
+        chosen = {name: None for name, part in known.items() if wanted in (None, part)}
+        if not chosen:
+            parts = ", ".join(sorted({str(part) for part in known.values()}))
+            raise CommandError(f"{path}: no split {split!r}; it has {parts}")
+    captions: dict[str, list[Any]] = {name: [] for name in chosen}
+    for sentence in records(path, data, "sentences"):
+        if (name := str(sentence.get("video_id"))) in captions:
+            captions[name].append(sentence.get("caption"))
+    for name, found in captions.items():
+        yield Row(str(path), name, files(name), found)
+
+
+def didemo(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
+    """The descriptions of a video in one paragraph."""
+    one_split(path, split)
+    paragraphs: dict[str, list[Any]] = {}
+    for number, entry in enumerate(read_json(path, list)):
+        if isinstance(entry, dict) and isinstance(entry.get("video"), str):
+            paragraphs.setdefault(entry["video"], []).append(entry.get("description"))
+        else:
+            skipped.add(f"{path} entry {number}", "names no video")
+    for name, sentences in paragraphs.items():
+        stem = os.path.splitext(name)[0]
+        places = [name, *files(stem), f"{name}.mp4"]
+        yield Row(str(path), name, places, _paragraph(name, sentences, skipped), end=DIDEMO_SECONDS)
+
+
+def lsmdc(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
+    """A sentence a clip."""
+    one_split(path, split)
+    for where, line in lines(path):
+        cells = line.split("\t")
+        if cells[0].lower().strip("<>") in ("clip_id", "video_id"):
+            continue
+        if len(cells) != 6:
+            skipped.add(where, f"{len(cells)} columns, between tabs, instead of 6")
+            continue
+        name, movie = cells[0], cells[0].rpartition("_")[0]  # movie_begin-end
+        yield Row(where, name, [*files(f"{movie}/{name}"), *files(name)], cells[5])
+
+
+def activitynet(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
+    """The sentences of a video in one paragraph."""
+    one_split(path, split)
+    for name, entry in read_json(path, dict).items():
+        sentences = entry.get("sentences") if isinstance(entry, dict) else None
+        if not isinstance(sentences, list):
+            skipped.add(name, "has no list of sentences")
+            continue
+        yield Row(str(path), name, files(name), _paragraph(name, sentences, skipped))
+
+
+def _paragraph(name: str, sentences: list[Any], skipped: Skipped) -> str | None:
+    """All sentences that are text; the others are noted."""
+    good = [s.strip() for s in sentences if isinstance(s, str) and s.strip()]
+    for number, sentence in enumerate(sentences, 1):
+        if good and not (isinstance(sentence, str) and sentence.strip()):
+            skipped.add(f"{name}, sentence {number}", "is empty or no text")
+    return " ".join(good) or None
