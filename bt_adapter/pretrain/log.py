@@ -28,7 +28,7 @@ class Log:
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console)
-            self.task = self.bar.add_task("pretraining", total=total, completed=step)
+            self.task = self.bar.add_task("training", total=total, completed=step)
             self.bar.start()
         self.events: Any = None
         if tensorboard:
