@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
-from bt_adapter.commands import chat, demo, mini, pretrain
+from bt_adapter.commands import chat, demo, eval, mini, pretrain
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.recipe import Recipe
 
@@ -19,7 +19,10 @@ DESCRIPTION = "Video for image chat models: chat, pretraining of the branch, zer
 
 
 # Which part of this package runs a command, by the type that holds its arguments.
-RUN = {chat.Chat: chat, demo.Demo: demo, mini.Mini: mini, Recipe: pretrain}
+RUN = {
+    chat.Chat: chat, demo.Demo: demo, mini.Mini: mini, Recipe: pretrain,
+    eval.Retrieval: eval, eval.Recognition: eval,
+}  # fmt: skip
 
 
 def commands(recipe: Recipe) -> Any:
@@ -28,6 +31,7 @@ def commands(recipe: Recipe) -> Any:
         Annotated[chat.Chat, subcommand("chat")]
         | Annotated[demo.Demo, subcommand("demo")]
         | Annotated[Recipe, subcommand("pretrain", default=recipe)]
+        | eval.COMMANDS
         | Annotated[mini.Mini, subcommand("mini")]
     )
 

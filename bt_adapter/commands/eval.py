@@ -1,0 +1,106 @@
+"""``bt-adapter eval``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg, subcommand
+
+from bt_adapter.errors import CommandError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What both evaluations are told."""
+
+    data: Path
+    """The data set's annotations: a file or folder, see --layout."""
+    out: Path = Path("evaluation.json")
+    """File of the result."""
+    videos: Path | None = None
+    """Folder of the video files; default: the one of --data."""
+    split: str | None = None
+    """Part of the data set, where its layout has parts."""
+    clip: str = "mini"
+    """The CLIP: hub name, local folder, or "mini" (the small one of this package)."""
+    branch: str | None = None
+    """A folder of save_pretrained, or a published checkpoint; mini has its own."""
+    no_branch: Annotated[bool, arg(name="no-branch")] = False
+    """The baseline: the frozen CLIP's embeddings, averaged over the frames."""
+    frames: int | None = None
+    """Frames of a view; default: 12 for MSR-VTT, 64 for DiDeMo, LSMDC, ActivityNet, 16 for recognition, else 8."""
+    sampling: Literal["middle", "reference"] = "middle"
+    """Which frames: the middle of equal parts, or those of the published scores (within two frames of it)."""
+    views: int = 1
+    """Times --frames frames that the model looks at, each spread over the clip; their scores are averaged."""
+    batch: int = 16
+    """Clips that run through the model at once."""
+    workers: int = 4
+    """Decoding processes of each process; 0: decode in it."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1"; "auto" takes GPUs where there are any."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the products of tower and branch."""
+    cache: Path = Path("features")
+    """Folder of stored features: nothing is computed twice, and a run that was killed goes on."""
+    no_cache: Annotated[bool, arg(name="no-cache")] = False
+    """Neither read nor store features."""
+
+
+@dataclass(frozen=True)
+class Retrieval(Evaluation):
+    """Find the video of a caption, and the caption of a video: R@1, R@5, R@10, median and mean rank.
+
+    Under torchrun each process computes a part of the features.
+    """
+
+    layout: Literal["clips", "msrvtt", "didemo", "lsmdc", "activitynet"] = "clips"
+    """What --data looks like; clips: .csv, .jsonl or .tar shards of clips and captions."""
+    out: Path = Path("retrieval.json")
+    """File of the result."""
+    dual_softmax: bool = False
+    """Also report figures with scores that all queries of the set compete for (not comparable with others)."""
+    temperature: float = 0.01
+    """Of the dual softmax."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recognition(Evaluation):
+    """Tell which class a video is of, by the classes' names: top-1, top-5, mean accuracy of classes.
+
+    Under torchrun each process computes a part of the features.
+    """
+
+    layout: Literal["hmdb51", "ucf101", "kinetics400"]
+    """What --data looks like."""
+    out: Path = Path("recognition.json")
+    """File of the result."""
+    templates: Path | None = None
+    """Text file of prompts, one a line, {} where the name goes: their embeddings are averaged; default: the name."""
+
+
+COMMANDS = Annotated[
+    Annotated[Retrieval, subcommand("retrieval")] | Annotated[Recognition, subcommand("recognition")],
+    subcommand("eval", description="Zero-shot evaluation on a data set: text-to-video retrieval, action recognition."),
+]
+
+
+def run(command: Evaluation) -> int:
+    """Check what can be checked at once, then evaluate. Returns the exit code."""
+    for name in ("frames", "views", "batch"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise CommandError(f"--{name} must be 1 or more, got {value}")
+    if command.workers < 0:
+        raise CommandError(f"--workers must be 0 or more, got {command.workers}")
+    if isinstance(command, Retrieval) and command.temperature <= 0:
+        raise CommandError(f"--temperature must be above 0, got {command.temperature}")
+    if not command.data.exists() and not any(mark in str(command.data) for mark in "*?["):
+        raise CommandError(f"--data {command.data}: there is no such file or folder")
+    if command.videos is not None and not command.videos.is_dir():
+        raise CommandError(f"--videos {command.videos}: there is no such folder")
+    from bt_adapter.eval.run import evaluate
+
+    return evaluate(command)

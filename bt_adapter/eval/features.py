@@ -1,0 +1,223 @@
+"""Clips to vectors: decoded by worker processes, embedded in batches, by one process or many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from av.error import FFmpegError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bt_adapter.data import Video, VideoError, normalise
+from bt_adapter.data.clips import Clip
+from bt_adapter.data.loading import in_order
+from bt_adapter.data.transforms import resize_and_crop
+from bt_adapter.distributed import Processes
+from bt_adapter.errors import CommandError
+from bt_adapter.eval.cache import Feature, FeatureCache, identity
+from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.progress import Progress
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is taken of a clip.
+
+    Attributes:
+        frames: T, of one view. A video with fewer has frames repeated, evenly spread.
+        sampling: "middle" or "reference", see ``bt_adapter.data.sample_indices``.
+        views: how often the model looks: frames·views frames are sampled, and view v takes every views-th of them from
+            v on, so that each view spreads over the whole clip. The scores of the views are averaged.
+    """
+
+    frames: int
+    sampling: str = "middle"
+    views: int = 1
+
+
+@dataclass(frozen=True)
+class Features:
+    """What came out.
+
+    Attributes:
+        vectors: float32 ``[n, F]``, the mean of each clip's unit vectors, one a view: its product with a text's unit
+            vector is the mean of the views' cosines. Not normalised again.
+        kept: which clips they are, ascending; clips of the same part of the same file have the very same vector.
+        failed: the other clips, each with the reason.
+        truncated: those of the kept whose file is damaged or cut short.
+        computed: videos that this run decoded and embedded, over all processes.
+    """
+
+    vectors: Tensor
+    kept: list[int]
+    failed: dict[int, str]
+    truncated: list[int]
+    computed: int
+
+
+def extract(
+    model: BTAdapterVisionModel,
+    clips: Sequence[Clip],
+    look: Look,
+    branch: bool = True,
+    batch: int = 16,
+    workers: int = 4,
+    cache: FeatureCache | None = None,
+    processes: Processes | None = None,
+    progress: Progress | None = None,
+) -> Features:
+    """Vectors of clips; each of several processes computes its part, and all get all of them.
+
+    Args:
+        model: on its device; where its tower is of half precision, all products are.
+        branch: False: the frozen tower's embeddings, averaged over the frames.
+        batch: clips that run through the model at once.
+        workers: decoding processes of this process; 0: decode in it.
+        progress: called with the clips done and all clips of this process.
+
+    Raises:
+        CommandError: ``look`` has more frames than the branch has time steps, no clip can be used, or a feature is not
+            a finite number, or a decoding process died.
+    """
+    if branch and look.frames > model.config.max_frames:
+        raise CommandError(
+            f"--frames must be at most {model.config.max_frames}, the steps of the branch's time table, but is "
+            f"{look.frames}"
+        )
+    processes = processes or Processes(str(model.tower.position.device))
+    # by source: a video that stands there twice is embedded once, and its two vectors do not differ by rounding
+    videos = list(dict.fromkeys((clip.source, clip.start, clip.end) for clip in clips))
+    part = [Clip("", source, start=start, end=end) for source, start, end in videos[processes.rank :: processes.world]]
+    training = model.training
+    model.eval()
+    try:
+        mine = _Part(model, part, look, branch, cache or FeatureCache(None, {}))
+        mine.compute(batch, workers, progress)
+    finally:
+        model.train(training)
+    results: list[Any] = [None] * len(videos)
+    gathered = processes.gather((mine.results, mine.computed))
+    for rank, (found, _) in enumerate(gathered):
+        results[rank :: processes.world] = found
+    of_video = dict(zip(videos, results, strict=True))
+    return _features([of_video[clip.source, clip.start, clip.end] for clip in clips], sum(n for _, n in gathered))
+
+
+def _features(results: list[Feature | str], computed: int) -> Features:
+    kept = {number: result for number, result in enumerate(results) if isinstance(result, Feature)}
+    failed = {number: result for number, result in enumerate(results) if isinstance(result, str)}
+    if not kept:
+        reason = next(iter(failed.values()), "there is none")
+        raise CommandError(f"no clip can be used, of {len(results)}; the first one: {reason}")
+    vectors = torch.stack([feature.views.mean(0) for feature in kept.values()])
+    truncated = [number for number, feature in kept.items() if feature.truncated]
+    return Features(vectors, list(kept), failed, truncated, computed)
+
+
+class _Part:
+    """One process's clips. ``results``: of each clip its feature, or why there is none."""
+
+    def __init__(
+        self, model: BTAdapterVisionModel, clips: list[Clip], look: Look, branch: bool, cache: FeatureCache
+    ) -> None:
+        self.model, self.clips, self.look, self.branch, self.cache = model, clips, look, branch, cache
+        self.results: list[Any] = [None] * len(clips)
+        self.identities = [""] * len(clips)
+        self.computed = 0
+
+    def compute(self, batch: int, workers: int, progress: Progress | None) -> None:
+        """Fill ``results``: from the cache what is there, then batch by batch what is not."""
+        missing = [number for number in range(len(self.clips)) if not self._known(number)]
+        done = len(self.clips) - len(missing)
+        cuda = self.model.tower.position.is_cuda
+        size = self.model.vision_config.image_size
+        frames = ClipFrames([self.clips[number] for number in missing], self.look, size, batch)
+        for decoded in in_order(frames, 0, len(frames), min(workers, len(frames)), pin_memory=cuda):
+            for place, reason in decoded.failed:
+                self.results[missing[place]] = reason
+            if decoded.frames is not None:
+                self._add([missing[place] for place in decoded.places], decoded)
+            done += len(decoded.places) + len(decoded.failed)
+            if progress is not None:
+                progress(done, len(self.clips))
+
+    def _known(self, number: int) -> bool:
+        try:
+            self.identities[number] = identity(self.clips[number])
+        except OSError as error:
+            self.results[number] = f"{error.filename}: {error.strerror}"
+        else:
+            self.results[number] = self.cache.get(self.identities[number])
+        return self.results[number] is not None
+
+    def _add(self, numbers: list[int], decoded: Decoded) -> None:
+        assert decoded.frames is not None
+        views = embed(self.model, decoded.frames.flatten(0, 1), self.branch)
+        if not views.isfinite().all():
+            raise CommandError(
+                f"features of {self.model.tower.dtype} are not finite numbers; use --precision float32 or bfloat16"
+            )
+        views = views.unflatten(0, (len(numbers), self.look.views)).cpu()
+        found = [Feature(*pair) for pair in zip(views, decoded.truncated, strict=True)]
+        self.cache.add({self.identities[n]: feature for n, feature in zip(numbers, found, strict=True)})
+        for number, feature in zip(numbers, found, strict=True):
+            self.results[number] = feature
+        self.computed += len(numbers)
+
+
+@torch.no_grad()
+def embed(model: BTAdapterVisionModel, frames: Tensor, branch: bool = True) -> Tensor:
+    """Unit vectors float32 ``[n, F]`` of clips, uint8 ``[n, T, 3, S, S]``; without the branch: of the frames' mean."""
+    device, dtype = model.tower.position.device, model.tower.dtype
+    frames = frames.to(device, non_blocking=True)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        pixels = normalise(frames.flatten(0, 1), dtype=dtype)
+        if branch:
+            vectors = model(pixels.unflatten(0, frames.shape[:2])).video_embeds
+        else:
+            vectors = model.image_embeds(pixels).float().unflatten(0, frames.shape[:2]).mean(1)
+    return F.normalize(vectors.float(), dim=-1)
+
+
+class Decoded(NamedTuple):
+    """What became of a batch of clips, by their place in the data set."""
+
+    places: list[int]
+    frames: Tensor | None  # uint8 [n, views, T, 3, S, S]; None where every clip failed
+    truncated: list[bool]
+    failed: list[tuple[int, str]]
+
+
+class ClipFrames(Dataset):
+    """Batches of clips, decoded, resized and cropped."""
+
+    def __init__(self, clips: Sequence[Clip], look: Look, size: int, batch: int) -> None:
+        self.clips, self.look, self.size, self.batch = clips, look, size, batch
+
+    def __len__(self) -> int:
+        return -(-len(self.clips) // self.batch)
+
+    def __getitem__(self, number: int) -> Decoded:
+        decoded = Decoded([], None, [], [])
+        frames = []
+        for place in range(number * self.batch, min((number + 1) * self.batch, len(self.clips))):
+            try:
+                video = self._read(self.clips[place])
+            except (VideoError, FFmpegError, OSError) as error:
+                decoded.failed.append((place, str(error)))
+            else:
+                decoded.places.append(place)
+                decoded.truncated.append(video.truncated)
+                frames.append(self._views(video.frames))
+        return decoded._replace(frames=torch.stack(frames)) if frames else decoded
+
+    def _read(self, clip: Clip) -> Video:
+        return clip.read(self.look.frames * self.look.views, sampling=self.look.sampling, repeat=True)
+
+    def _views(self, frames: Tensor) -> Tensor:
+        """uint8 ``[T·views, 3, H, W]`` to ``[views, T, 3, S, S]``."""
+        return resize_and_crop(frames, self.size).unflatten(0, (self.look.frames, self.look.views)).transpose(0, 1)

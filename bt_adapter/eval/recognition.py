@@ -1,0 +1,80 @@
+"""Action recognition: the class whose name a video is nearest to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bt_adapter.data.clips import Clip
+from bt_adapter.errors import CommandError
+from bt_adapter.eval.features import Features
+from bt_adapter.eval.retrieval import Encode, encode_all
+from bt_adapter.ranking import ranks
+
+# The published scores compare videos with the bare names.
+TEMPLATES = ("{}",)
+
+
+def read_templates(path: Path | None) -> tuple[str, ...]:
+    """Templates of a text file, one a line with {} where the name goes; None: the name alone.
+
+    Raises:
+        CommandError: the file cannot be read, holds none, or a line lacks its {}.
+    """
+    if path is None:
+        return TEMPLATES
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"--templates {path}: cannot be read ({error})") from error
+    templates = tuple(line.strip() for line in lines if line.strip())
+    for template in templates:
+        if template.count("{}") != 1:
+            raise CommandError(f"--templates {path}: each line must hold {{}} once, but one is {template!r}")
+    if not templates:
+        raise CommandError(f"--templates {path}: there is no template in it")
+    return templates
+
+
+def class_vectors(names: Sequence[str], templates: Sequence[str], encode: Encode) -> Tensor:
+    """Unit vectors of classes, ``[C, F]``: the mean over the templates of their texts' unit vectors."""
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    return F.normalize(encode_all(texts, encode).unflatten(0, (len(names), -1)).mean(1), dim=-1)
+
+
+def figures(
+    features: Features, clips: Sequence[Clip], names: Sequence[str], templates: Sequence[str], encode: Encode
+) -> dict[str, Any]:
+    """All that is reported. A class of the very same score counts by half before the right one, as in ``ranks``."""
+    labels = torch.tensor([clips[number].label for number in features.kept])
+    right = F.one_hot(labels, len(names)).bool()
+    classes = class_vectors(names, templates, encode).to(features.vectors.device)
+    place, equal = ranks(features.vectors @ classes.T, right)
+    hit = (place <= 1).double()
+    of_class = torch.stack([(right * hit[:, None]).sum(0), right.sum(0)])  # [2, C]: hits and clips of each
+    seen = of_class[1] > 0
+    accuracy = of_class[0, seen] / of_class[1, seen]
+    shown = [name for name, there in zip(names, seen.tolist(), strict=True) if there]
+    return {
+        "classes": len(names),
+        "classes_with_clips": len(shown),
+        "templates": list(templates),
+        "top1": hit.mean().item(),
+        "top5": (place <= 5).double().mean().item(),
+        "mean_class_accuracy": accuracy.mean().item(),
+        "tied": int((equal > 0).sum()),
+        "by_class": dict(zip(shown, accuracy.tolist(), strict=True)),
+    }
+
+
+def rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table."""
+    shares = [f"{100 * result[key]:.1f}" for key in ("top1", "top5", "mean_class_accuracy")]
+    return ["classes", "top-1 %", "top-5 %", "mean of classes %", "tied"], [
+        [str(result["classes"]), *shares, str(result["tied"])]
+    ]

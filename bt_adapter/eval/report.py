@@ -1,0 +1,54 @@
+"""Figures to a file and to the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import bt_adapter
+
+
+def versions() -> dict[str, Any]:
+    """Of this package (with the commit, in a checkout of it) and of torch."""
+    return {"bt_adapter": bt_adapter.__version__, "commit": _commit(), "torch": torch.__version__}
+
+
+def device_name(device: torch.device) -> str:
+    """ "cpu", or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write ``result``; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """To the standard output."""
+    table = Table()
+    for number, title in enumerate(head):
+        table.add_column(title, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def _commit() -> str | None:
+    root = Path(bt_adapter.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout it will not touch
+        return None
+    return done.stdout.strip()

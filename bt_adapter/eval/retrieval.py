@@ -1,0 +1,133 @@
+"""Text-to-video and video-to-text retrieval."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bt_adapter.data.clips import Clip
+from bt_adapter.eval.features import Features, Look, extract
+from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.ranking import Retrieval, dual_softmax, retrieval
+from bt_adapter.text import TextEncoder
+
+Encode = Callable[[Sequence[str]], Tensor]
+_TEXTS = 256  # captions encoded at once
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Cosines of the different captions and the videos, and which belong together.
+
+    A caption that stands there twice is encoded and compared once: its scores are the very same, not up to rounding,
+    and so ties are seen.
+
+    Attributes:
+        cosines: ``[U, V]``, of different captions and videos.
+        text: which of the U each pair of a caption and its video says, int64 ``[Q]``.
+        video: which of the V it is said of, int64 ``[Q]``.
+    """
+
+    cosines: Tensor
+    text: Tensor
+    video: Tensor
+
+    def both_ways(self, temperature: float | None = None) -> tuple[Retrieval, Retrieval]:
+        """Text to video, where each caption is a query and its own video alone is right; video to text, where all of
+        its own captions are. The same caption of another video is wrong in both and, from video to text, tied.
+
+        temperature: of the dual softmax; None: without it.
+        """
+        own = self.video[:, None] == torch.arange(self.cosines.shape[1], device=self.video.device)  # [Q, V]
+        to_video, to_text = self.cosines[self.text], self.cosines.T
+        if temperature is not None:
+            to_video, to_text = dual_softmax(to_video, temperature), dual_softmax(to_text, temperature)
+        return retrieval(to_video, own), retrieval(to_text[:, self.text], own.T)
+
+    def shared(self) -> int:
+        """How many of the different captions are said of more than one video."""
+        pairs = set(zip(self.text.tolist(), self.video.tolist(), strict=True))
+        return sum(count > 1 for count in Counter(text for text, _ in pairs).values())
+
+
+def score(vectors: Tensor, captions: Sequence[Sequence[str]], encode: Encode) -> Scores:
+    """Compare videos with captions.
+
+    Args:
+        vectors: of the videos, ``[V, F]``.
+        captions: of each video, one or more.
+        encode: captions to vectors ``[n, F]``, of any length.
+    """
+    different = {text: number for number, text in enumerate(dict.fromkeys(t for texts in captions for t in texts))}
+    said = [(different[text], video) for video, texts in enumerate(captions) for text in texts]
+    texts = encode_all(list(different), encode).to(vectors.device)
+    return Scores(texts @ vectors.T, *torch.tensor(said, device=vectors.device).T)
+
+
+def encode_all(texts: Sequence[str], encode: Encode) -> Tensor:
+    """Unit vectors of texts, float32 ``[n, F]``."""
+    parts = [encode(texts[first : first + _TEXTS]) for first in range(0, len(texts), _TEXTS)]
+    return F.normalize(torch.cat(parts).float(), dim=-1)
+
+
+def figures(features: Features, clips: Sequence[Clip], text: TextEncoder, temperature: float | None) -> dict[str, Any]:
+    """All that is reported of the features of ``clips``; with a ``temperature`` those of the dual softmax apart."""
+    captions = [clips[number].captions for number in features.kept]
+    scores = score(features.vectors, captions, text)
+    result: dict[str, Any] = {
+        "captions": len(scores.text),
+        "captions_of_several_videos": scores.shared(),
+        "captions_cut": len(text.too_long([caption for texts in captions for caption in texts])),
+        **_named(scores.both_ways()),
+    }
+    if temperature is not None:
+        result["dual_softmax"] = {"temperature": temperature, **_named(scores.both_ways(temperature))}
+    return result
+
+
+def rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table."""
+    found = []
+    for label, part in (("", result), (", dual softmax", result.get("dual_softmax", {}))):
+        for name, title in (("text_to_video", "text to video"), ("video_to_text", "video to text")):
+            if name in part:
+                one = part[name]
+                shares = [f"{100 * one[key]:.1f}" for key in ("r1", "r5", "r10")]
+                places = [f"{one['median_rank']:.1f}", f"{one['mean_rank']:.1f}"]
+                found.append([title + label, *shares, *places, str(one["queries"]), str(one["tied"])])
+    return ["", "R@1 %", "R@5 %", "R@10 %", "MdR", "MnR", "queries", "tied"], found
+
+
+def quick(
+    model: BTAdapterVisionModel,
+    text: TextEncoder,
+    clips: Sequence[Clip],
+    frames: int,
+    batch: int = 16,
+    workers: int = 0,
+) -> tuple[Retrieval, Retrieval]:
+    """Text to video and video to text, for a training loop: nothing is stored.
+
+    Where there is a process group every process calls it, computes its part, and gets the same figures. Clips that
+    cannot be decoded are left out. A branch sharded by FSDP2 must be whole meanwhile (``unshard()`` before).
+
+    Args:
+        model, text: on their device, in any mode.
+        clips: with captions.
+        frames, batch, workers: as for ``extract``.
+
+    Raises:
+        CommandError: as ``extract``.
+    """
+    features = extract(model, clips, Look(frames), batch=batch, workers=workers)
+    return score(features.vectors, [clips[number].captions for number in features.kept], text).both_ways()
+
+
+def _named(pair: tuple[Retrieval, Retrieval]) -> dict[str, Any]:
+    return {name: one.to_dict() for name, one in zip(("text_to_video", "video_to_text"), pair, strict=True)}

@@ -1,0 +1,164 @@
+"""An evaluation from the command line's arguments to its result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from bt_adapter.commands.eval import Evaluation, Recognition, Retrieval
+from bt_adapter.data.annotations import class_names, read_annotations
+from bt_adapter.data.clips import Clip
+from bt_adapter.data.skipped import Skipped
+from bt_adapter.distributed import Processes
+from bt_adapter.errors import CommandError
+from bt_adapter.eval import recognition, retrieval
+from bt_adapter.eval.cache import FeatureCache
+from bt_adapter.eval.features import Features, Look, extract
+from bt_adapter.eval.report import device_name, print_table, versions, write_json
+from bt_adapter.eval.stack import Stack, load_stack
+from bt_adapter.progress import Progress
+
+FRAMES = {"msrvtt": 12, "didemo": 64, "lsmdc": 64, "activitynet": 64, "hmdb51": 16, "ucf101": 16, "kinetics400": 16}
+_OTHER_FRAMES = 8
+_FEATURES = 1  # raised whenever a feature comes out differently by a change of this package
+
+
+def evaluate(command: Evaluation) -> int:
+    """Run it; every process of torchrun does, the first one writes and prints. Returns 0.
+
+    Raises:
+        CommandError: nothing to evaluate, or arguments that do not fit. CheckpointError, OSError: as ``load_stack``.
+    """
+    processes = Processes(command.device)
+    try:
+        return _evaluate(command, processes)
+    finally:
+        processes.leave()
+
+
+def _evaluate(command: Evaluation, processes: Processes) -> int:
+    notes = Console(stderr=True, highlight=False)
+    clips, skipped, task = _read(command)
+    listed = len(clips) + len(skipped)
+    stack = load_stack(command.clip, command.branch, not command.no_branch)
+    stack.model.to(processes.device)
+    if command.precision != "float32":
+        stack.model.tower.optimize(getattr(torch, command.precision))
+    look = Look(command.frames or FRAMES.get(task["layout"], _OTHER_FRAMES), command.sampling, command.views)
+    about = _about(stack, look, command.precision)
+    cache = FeatureCache(None if command.no_cache else command.cache, about)
+    began = time.perf_counter()
+    with _bar(notes, processes.first) as progress:
+        features = extract(
+            stack.model, clips, look, stack.branch, command.batch, command.workers, cache, processes, progress
+        )
+    seconds = time.perf_counter() - began
+    if not processes.first:
+        return 0
+    stack.text.to(processes.device)
+    figures, table = _figures(command, features, clips, stack)
+    for number, reason in features.failed.items():
+        skipped.add(clips[number].key, reason)
+    result = {
+        **task,
+        "clip": command.clip,
+        "branch": stack.source if stack.branch else None,
+        "fingerprint": stack.fingerprint,
+        **versions(),
+        "device": device_name(processes.device),
+        "processes": processes.world,
+        "precision": command.precision,
+        "frames": look.frames,
+        "sampling": look.sampling,
+        "views": look.views,
+        "clips": len(features.kept),
+        "listed": listed,
+        **figures,
+        "skipped": skipped.reasons,
+        "damaged": [clips[number].key for number in features.truncated],
+        "seconds": round(seconds, 3),
+        "computed": features.computed,
+        "clips_per_second": round(features.computed / seconds, 3) if features.computed else None,
+    }
+    write_json(command.out, result)
+    print_table(*table)
+    _tell(notes, command, result, skipped, cache.damaged)
+    return 0
+
+
+def _read(command: Evaluation) -> tuple[list[Clip], Skipped, dict[str, Any]]:
+    """The clips that can be asked for, the others, and what data they are of."""
+    assert isinstance(command, Retrieval | Recognition)
+    task = "retrieval" if isinstance(command, Retrieval) else "recognition"
+    clips, skipped = read_annotations(command.layout, command.data, command.videos, command.split)
+    kept = []
+    for clip in clips:
+        if task == "retrieval" and not clip.captions:
+            skipped.add(clip.key, "no caption")
+        elif task == "recognition" and clip.label is None:
+            skipped.add(clip.key, "no class")
+        else:
+            kept.append(clip)
+    if not kept:
+        raise CommandError(f"--data {command.data}: no clip that can be used; {skipped.report(3)}")
+    return kept, skipped, {"task": task, "layout": command.layout, "data": str(command.data), "split": command.split}
+
+
+def _about(stack: Stack, look: Look, precision: str) -> dict[str, Any]:
+    """All that a feature depends on, beside the clip."""
+    return {
+        "format": _FEATURES,
+        "model": stack.fingerprint,
+        "branch": stack.branch,
+        "precision": precision,
+        "frames": look.frames,
+        "sampling": look.sampling,
+        "views": look.views,
+        "transform": f"short side and centre {stack.model.vision_config.image_size}, bicubic",
+    }
+
+
+def _figures(command: Evaluation, features: Features, clips: list[Clip], stack: Stack) -> tuple[dict[str, Any], Any]:
+    if isinstance(command, Retrieval):
+        temperature = command.temperature if command.dual_softmax else None
+        figures = retrieval.figures(features, clips, stack.text, temperature)
+        return figures, retrieval.rows(figures)
+    assert isinstance(command, Recognition)
+    names, templates = class_names(command.layout, command.data), recognition.read_templates(command.templates)
+    figures = recognition.figures(features, clips, names, templates, stack.text)
+    return figures, recognition.rows(figures)
+
+
+def _tell(notes: Console, command: Evaluation, result: dict[str, Any], skipped: Skipped, damaged: list[Path]) -> None:
+    """What the table does not say."""
+    speed = f", {result['clips_per_second']:.1f} clips/s" if result["computed"] else ""
+    notes.print(
+        f"{result['clips']} of {result['listed']} clips, {result['frames']} frames; {result['computed']} computed in "
+        f"{result['seconds']:.1f} s{speed}; the result is in {command.out}"
+    )
+    if result["damaged"]:
+        notes.print(f"{len(result['damaged'])} damaged or cut short, used as they are: {', '.join(result['damaged'])}")
+    for path in damaged:
+        notes.print(f"{path} was damaged: its features were computed again")
+    if len(skipped):
+        notes.print(skipped.report(), markup=False)
+
+
+@contextmanager
+def _bar(notes: Console, first: bool) -> Iterator[Progress | None]:
+    """Moved by the first process, on a terminal."""
+    if not first or not notes.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=notes, transient=True) as bar:
+        task = bar.add_task("features", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,114 @@
+"""What is evaluated: a tower, perhaps with a branch, and the text encoder it is compared with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bt_adapter.checkpoint import CheckpointError, load_exactly
+from bt_adapter.config import BTAdapterConfig
+from bt_adapter.errors import CommandError
+from bt_adapter.mini import BRANCH_FOLDER
+from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.published import load_reference_checkpoint, read_tensors
+from bt_adapter.text import TextEncoder, load_clip
+
+_TEXT = "text_backbone."
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A model and what it is compared with.
+
+    Attributes:
+        model: on the CPU, float32, evaluation mode.
+        text: text encoder of the same space.
+        branch: whether the branch runs; without it the frozen tower's frames are averaged.
+        source: where the branch came from; None: there is none.
+        fingerprint: of the tensors that count and their configuration, 32 characters.
+    """
+
+    model: BTAdapterVisionModel
+    text: TextEncoder
+    branch: bool
+    source: str | None
+    fingerprint: str
+
+
+def load_stack(clip: str, branch: str | None, use_branch: bool = True) -> Stack:
+    """A model and its text encoder.
+
+    Args:
+        clip: "mini", a hub name or a folder: the CLIP the branch belongs to.
+        branch: a folder of save_pretrained, or a published checkpoint, which brings its own tower and perhaps its own
+            text tower: that one then takes the place of the CLIP's, whose tokenizer stays. None: the shipped branch
+            for "mini".
+        use_branch: False: no branch is needed; where one is given, it is its tower that counts.
+
+    Raises:
+        CommandError: no branch is given, or it is one for chat alone.
+        CheckpointError: tensors that do not fit. OSError: something is not there.
+    """
+    try:
+        found, text = load_clip(clip)
+    except ValueError as error:
+        raise CommandError(f"--clip {clip}: {error}") from error
+    if branch is None and use_branch:
+        if clip != "mini":
+            raise CommandError(f"--clip {clip} needs --branch, a branch trained beside it, or --no-branch")
+        branch = str(BRANCH_FOLDER)
+    if branch is None:
+        model = BTAdapterVisionModel.from_clip(found, BTAdapterConfig(depth=1), share=True).eval()
+    else:
+        model = _load_branch(branch, found, text)
+    width = text.projection.weight.shape[0]
+    if model.vision_config.projection_dim != width:
+        raise CommandError(
+            f"--branch {branch} embeds videos in {model.vision_config.projection_dim} numbers, but the text encoder of "
+            f"--clip {clip} texts in {width}"
+        )
+    return Stack(model, text, use_branch, branch, fingerprint(model, use_branch))
+
+
+def _load_branch(branch: str, clip: Any, text: TextEncoder) -> BTAdapterVisionModel:
+    if Path(branch).is_dir():
+        model = BTAdapterVisionModel.from_pretrained(branch, clip=clip, share=True)
+    else:
+        tensors = read_tensors(branch)
+        eva = any(name.removeprefix("backbone.").startswith("blocks.") for name in tensors)
+        config = None if eva else clip.config.vision_config  # EVA's towers say all of themselves
+        model = load_reference_checkpoint(tensors, config, clip)
+        _load_text(text, tensors, branch)
+    if model.chat_only:
+        raise CommandError(f"--branch {branch} lacks the last branch layer, as files for chat do: it embeds no videos")
+    return model
+
+
+def _load_text(text: TextEncoder, tensors: Mapping[str, Tensor], branch: str) -> None:
+    """Put a checkpoint's own text tower, where it has one, into the encoder."""
+    own = {name.removeprefix(_TEXT): tensor for name, tensor in tensors.items() if name.startswith(_TEXT)}
+    if not own:
+        return
+    if "text_projection.weight" not in own:
+        raise CheckpointError(f"{branch} has a text tower of another kind than Hugging Face's CLIP: not supported")
+    own["projection.weight"] = own.pop("text_projection.weight")
+    state = {name: tensor for name, tensor in own.items() if not name.endswith("position_ids")}
+    load_exactly(text, state, f"the text tower in {branch}, put into the one of --clip,")
+
+
+def fingerprint(model: BTAdapterVisionModel, branch: bool = True) -> str:
+    """32 characters that stand for tensors and configuration of the tower and, where it runs, of the branch."""
+    configs = {"tower": model.vision_config.to_dict(), "branch": model.config.to_dict() if branch else None}
+    found = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if branch or not name.startswith("branch."):
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]
