@@ -74,7 +74,7 @@ def attach(
     owner, method = family.hook
     home = _home(family)
     branch.branch.to(device=place.device, dtype=place.dtype).train(home.training)
-    _freeze_unreached(branch)
+    freeze_unreached(branch)
     home.bt_adapter = branch.branch
     setattr(owner, method, _Visuals(family, branch, before))
     return image_chat_model
@@ -188,7 +188,7 @@ def _attached(chat: Any) -> _Visuals:
     return attached
 
 
-def _freeze_unreached(branch: BTAdapterVisionModel) -> None:
+def freeze_unreached(branch: BTAdapterVisionModel) -> None:
     """Video tokens run neither the branch's last layer nor what reads its end: DDP would wait for their gradients."""
     last = branch.config.depth - 1
     unreached = (f"temporal.{last}.", f"spatial.{last}.", "output_gate", "alignment_head.")
