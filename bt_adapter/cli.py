@@ -11,27 +11,30 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
-from bt_adapter.commands import chat, demo, eval, mini, pretrain
+from bt_adapter.commands import chat, demo, eval, mini, pretrain, shards, tune
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.recipe import Recipe
+from bt_adapter.tune.recipe import TuneRecipe
 
 DESCRIPTION = "Video for image chat models: chat, pretraining of the branch, zero-shot evaluation, and the demo."
 
 
 # Which part of this package runs a command, by the type that holds its arguments.
 RUN = {
-    chat.Chat: chat, demo.Demo: demo, mini.Mini: mini, Recipe: pretrain,
-    eval.Retrieval: eval, eval.Recognition: eval,
+    chat.Chat: chat, demo.Demo: demo, mini.Mini: mini, Recipe: pretrain, TuneRecipe: tune,
+    eval.Retrieval: eval, eval.Recognition: eval, shards.Shards: shards,
 }  # fmt: skip
 
 
-def commands(recipe: Recipe) -> Any:
-    """The type of every command's arguments; ``recipe``: the defaults of pretraining."""
+def commands(recipe: Recipe, tuning: TuneRecipe) -> Any:
+    """The type of every command's arguments; ``recipe``, ``tuning``: the defaults of pretraining and of tuning."""
     return (
         Annotated[chat.Chat, subcommand("chat")]
         | Annotated[demo.Demo, subcommand("demo")]
         | Annotated[Recipe, subcommand("pretrain", default=recipe)]
+        | Annotated[TuneRecipe, subcommand("tune", default=tuning)]
         | eval.COMMANDS
+        | Annotated[shards.Shards, subcommand("shards")]
         | Annotated[mini.Mini, subcommand("mini")]
     )
 
@@ -43,8 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == ["mini"] and len(argv) > 1 and argv[1] in mini.PARTS:
             return mini.run_part(argv[1], argv[2:])
         recipe, argv = pretrain.defaults(argv, Recipe()) if argv[:1] == ["pretrain"] else (Recipe(), argv)
+        tuning, argv = pretrain.defaults(argv, TuneRecipe()) if argv[:1] == ["tune"] else (TuneRecipe(), argv)
         command = tyro.cli(
-            commands(recipe),
+            commands(recipe, tuning),
             args=argv,
             prog="bt-adapter",
             description=DESCRIPTION,

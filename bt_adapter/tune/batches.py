@@ -1,0 +1,151 @@
+"""What every step sees: a function of the seed and the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from av.error import FFmpegError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bt_adapter.data import VideoError, read_video
+from bt_adapter.data.loading import numbers_seed
+from bt_adapter.data.transforms import resize_and_crop
+from bt_adapter.tune.conversations import Source
+from bt_adapter.tune.features import FeatureStore
+from bt_adapter.tune.tokens import Example
+
+GROUP = 50  # batches whose conversations are sorted by length together
+
+
+class Order:
+    """Which conversations a step takes: all of them once an epoch, those of a batch of about the same length.
+
+    Args:
+        lengths: tokens of each conversation. batch: conversations of a step; the last of an epoch may have fewer.
+        seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed = np.asarray(lengths), batch, seed
+        self.steps_per_epoch = -(-len(self.lengths) // batch)
+        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+
+    def step(self, step: int) -> np.ndarray:
+        """Numbers of the conversations of a step (from 0), longest first."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._draw(epoch))
+        return self._epoch[1][within]
+
+    def _draw(self, epoch: int) -> list[np.ndarray]:
+        draws = np.random.default_rng(numbers_seed(self.seed, epoch))
+        shuffled = draws.permutation(len(self.lengths))
+        batches = []
+        for start in range(0, len(shuffled), self.batch * GROUP):
+            group = shuffled[start : start + self.batch * GROUP]
+            group = group[np.argsort(-self.lengths[group], kind="stable")]
+            batches += [group[i : i + self.batch] for i in range(0, len(group), self.batch)]
+        return [batches[number] for number in draws.permutation(len(batches))]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Conversations that go through the model together.
+
+    Attributes:
+        examples: B of them.
+        visuals: those of all of them, in order: a video's frames uint8 ``[T, 3, S, S]`` or its stored features float16
+            ``[T, 1+P, D]``; a still uint8 ``[3, S, S]``.
+    """
+
+    examples: tuple[Example, ...]
+    visuals: tuple[Tensor, ...]
+
+    @property
+    def answer_tokens(self) -> int:
+        """Places with a target."""
+        return sum(example.answer_tokens for example in self.examples)
+
+    def padded(self, pad: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, targets and the mask of what is no padding, ``[B, S]`` each, padded at the end."""
+        rows = [example.wide() for example in self.examples]
+        ids = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True, padding_value=pad)
+        targets = torch.nn.utils.rnn.pad_sequence([t for _, t in rows], batch_first=True, padding_value=-100)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(ids) for ids, _ in rows])[:, None]
+        return ids, targets, mask
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, targets and positions, ``[1, S]`` each: one after the other, each counted from 0."""
+        rows = [example.wide() for example in self.examples]
+        positions = torch.cat([torch.arange(len(ids)) for ids, _ in rows])
+        return torch.cat([ids for ids, _ in rows])[None], torch.cat([t for _, t in rows])[None], positions[None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process's conversations of a step, in parts, and what could not be read."""
+
+    parts: tuple[Part, ...]
+    failed: tuple[tuple[str, str], ...]
+
+
+class Visuals:
+    """Reads videos and stills.
+
+    Args:
+        size: S, pixels. frames: T; a shorter video repeats frames. store: of features to read instead of decoding.
+    """
+
+    def __init__(self, size: int, frames: int, store: FeatureStore | None = None) -> None:
+        self.size, self.frames, self.store = size, frames, store
+
+    def __call__(self, source: Source) -> Tensor:
+        """As in :class:`Part`. Raises VideoError, OSError."""
+        if source.kind == "image":
+            return resize_and_crop(read_video(source.path, 1).frames, self.size)[0]
+        return self.decode(source.path) if self.store is None else self.store.read(source.path)
+
+    def decode(self, path: str) -> Tensor:
+        """Frames of a video, evenly spread, uint8 ``[T, 3, S, S]``."""
+        try:
+            video = read_video(path, self.frames, repeat=True)
+        except FFmpegError as error:
+            raise VideoError(f"{path}: {error}") from error
+        return resize_and_crop(video.frames, self.size)
+
+
+class Steps(Dataset):
+    """One process's part of every step.
+
+    Args:
+        examples: all of them. order: which of them a step takes. visuals: reads what they are about.
+        rank, world: which process of how many this is. parts: to cut the process's conversations into.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], order: Order, visuals: Visuals, rank: int, world: int, parts: int
+    ) -> None:
+        self.examples, self.order, self.visuals = examples, order, visuals
+        self.rank, self.world, self.parts = rank, world, parts
+
+    def __getitem__(self, step: int) -> Step:
+        # longest first and by turns, so that every process has the same work
+        mine = self.order.step(step)[self.rank :: self.world]
+        read, failed = [], []
+        for number in mine:
+            example = self.examples[number]
+            try:
+                read.append((example, [self.visuals(source) for source in example.sources]))
+            except (VideoError, FFmpegError, OSError) as error:
+                failed.append((example.key, str(error)))
+        parts = []
+        size = -(-len(read) // self.parts) or 1
+        for start in range(0, len(read), size):
+            chosen = read[start : start + size]
+            visuals = tuple(visual for _, own in chosen for visual in own)
+            parts.append(Part(tuple(example for example, _ in chosen), visuals))
+        return Step(tuple(parts), tuple(failed))

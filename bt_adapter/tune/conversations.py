@@ -1,0 +1,197 @@
+"""Questions and answers about videos and stills, as VideoInstruct-100K and LLaVA write them down."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bt_adapter.data.skipped import Skipped
+from bt_adapter.errors import CommandError
+
+PLACE = re.compile(r"<(video|image)>")
+
+
+class RecordError(ValueError):
+    """A record that cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file that a conversation is about. kind: "video" or "image"."""
+
+    path: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A question, how many of the conversation's videos and stills come with it, and the answer."""
+
+    question: str
+    visuals: int
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConversation:
+    """What one sequence is made of.
+
+    Attributes:
+        key: what reports call it.
+        exchanges: at least one.
+        sources: the videos and stills, in the order of their places.
+    """
+
+    key: str
+    exchanges: tuple[Exchange, ...]
+    sources: tuple[Source, ...] = ()
+
+
+def read_conversations(
+    path: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None
+) -> tuple[list[TrainingConversation], Skipped]:
+    """The conversations of a file that can be used, and what cannot, with the reasons.
+
+    Args:
+        path: a JSON list, or one JSON object a line. Each is either ``{"q", "a", "video_id"}`` or ``{"id", "video" or
+            "image", "conversations": [{"from": "human", "value": "<video>\\nquestion"}, {"from": "gpt", "value":
+            "answer"}, …]}``; "video" and "image" may be lists, with as many places ``<video>`` or ``<image>`` (either
+            word serves where only one kind comes). Records without any of both are text alone.
+        folder: of the videos and stills; None: that of ``path``. A ``video_id`` may lack its suffix.
+
+    Raises:
+        CommandError: the file is missing, is neither kind of JSON, or holds no usable record.
+    """
+    path = Path(path)
+    files = _Files(Path(folder) if folder is not None else path.parent)
+    found, skipped = [], Skipped()
+    for name, record in _records(path, skipped):
+        try:
+            found.append(_conversation(name, record, files))
+        except RecordError as error:
+            skipped.add(_key(name, record), str(error))
+    if not found:
+        raise CommandError(f"--data {path} holds no usable conversation; {skipped.report(10)}")
+    return found, skipped
+
+
+def _records(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
+    """Each record with what to call it."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"--data {path}: {error}") from error
+    if text.lstrip().startswith("["):
+        try:
+            records = json.loads(text)
+        except ValueError as error:
+            raise CommandError(f"--data {path} is no JSON: {error}") from error
+        yield from ((f"record {number}", record) for number, record in enumerate(records))
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                skipped.add(f"line {number}", f"no JSON ({error})")
+                continue
+            yield f"line {number}", record
+
+
+def _key(name: str, record: Any) -> str:
+    own = record.get("id", record.get("video_id")) if isinstance(record, dict) else None
+    return name if own is None else f"{name} ({own})"
+
+
+def _conversation(name: str, record: Any, files: _Files) -> TrainingConversation:
+    if not isinstance(record, dict):
+        raise RecordError(f"an object was expected, but it is a {type(record).__name__}")
+    if "conversations" in record:
+        return _of_llava(_key(name, record), record, files)
+    if missing := [field for field in ("q", "a", "video_id") if not isinstance(record.get(field), str)]:
+        raise RecordError(f"has neither conversations nor {', '.join(missing)}")
+    exchange = Exchange(_text(record["q"], "question"), 1, _text(record["a"], "answer"))
+    return TrainingConversation(_key(name, record), (exchange,), (files.video(record["video_id"]),))
+
+
+def _of_llava(key: str, record: dict[str, Any], files: _Files) -> TrainingConversation:
+    names = {kind: _names(record.get(kind), kind) for kind in ("video", "image")}
+    turns, places, exchanges = record["conversations"], [], []
+    if not isinstance(turns, list) or not turns or len(turns) % 2:
+        raise RecordError("conversations must be pairs of a question and its answer")
+    for asked, answered in zip(turns[::2], turns[1::2], strict=True):
+        question, answer = _said(asked, "human"), _said(answered, "gpt")
+        own = PLACE.findall(question)
+        places += own
+        exchanges.append(Exchange(_text(PLACE.sub("", question), "question"), len(own), _text(answer, "answer")))
+    sources = _in_order(places, names)
+    return TrainingConversation(key, tuple(exchanges), tuple(files.source(name, kind) for name, kind in sources))
+
+
+def _in_order(places: list[str], names: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """Name and kind of what stands at each place."""
+    kinds = [kind for kind in names if names[kind]]
+    if len(kinds) < 2:  # whatever the places are called
+        kind = kinds[0] if kinds else "video"
+        if len(places) != len(names[kind]):
+            raise RecordError(_wrong(len(places), "<video> or <image>", len(names[kind]), kind))
+        return [(name, kind) for name in names[kind]]
+    for kind in kinds:
+        if places.count(kind) != len(names[kind]):
+            raise RecordError(_wrong(places.count(kind), f"<{kind}>", len(names[kind]), kind))
+    left = {kind: iter(names[kind]) for kind in kinds}
+    return [(next(left[kind]), kind) for kind in places]
+
+
+def _wrong(places: int, words: str, count: int, kind: str) -> str:
+    if not places:
+        return f"no place {words} in the prompt for its {count} {kind}s"
+    return f"{places} places {words} in the prompt for its {count} {kind}s"
+
+
+def _said(turn: Any, who: str) -> str:
+    if not isinstance(turn, dict) or turn.get("from") != who or not isinstance(turn.get("value"), str):
+        raise RecordError(f'a turn must be {{"from": "{who}", "value": text}}, human and gpt by turns')
+    return turn["value"]
+
+
+def _text(text: str, what: str) -> str:
+    if not text.strip():
+        raise RecordError(f"an empty {what}")
+    return text.strip()
+
+
+def _names(value: Any, kind: str) -> list[str]:
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and name for name in values):
+        raise RecordError(f"{kind} must be a file name or a list of them")
+    return values
+
+
+class _Files:
+    """What is there; each name is looked up once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.known: dict[str, bool] = {}
+        self.stems: dict[str, str] | None = None
+
+    def source(self, name: str, kind: str) -> Source:
+        path = os.path.join(self.folder, name)
+        if path not in self.known:
+            self.known[path] = os.path.isfile(path)
+        if not self.known[path]:
+            raise RecordError(f"there is no {path}")
+        return Source(path, kind)
+
+    def video(self, name: str) -> Source:
+        """A video by its name, with or without the suffix."""
+        if self.stems is None:
+            files = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_file())
+            self.stems = {os.path.splitext(file)[0]: file for file in files} | {file: file for file in files}
+        return self.source(self.stems.get(name, name), "video")

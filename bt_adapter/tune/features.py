@@ -1,0 +1,215 @@
+"""Tower features of videos, computed once and kept on disk: the input of the layer beside which the branch begins.
+
+One file a video, ``<name>-<hash>.safetensors``: ``features [T, 1+P, D]`` in float16, or in float8 (e4m3) with a
+``scale [T, 1+P, 1]`` for each token. ``features.json`` beside them says of which tower, frames and size they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bt_adapter.data import VideoError, normalise
+from bt_adapter.data.loading import in_order
+from bt_adapter.data.skipped import Skipped
+from bt_adapter.distributed import Processes
+from bt_adapter.errors import CommandError
+from bt_adapter.fp8 import quantize
+from bt_adapter.model import BTAdapterVisionModel
+
+SECONDS = 10.0  # between lines on how far it is
+ABOUT = "features.json"
+
+
+class FeatureStore:
+    """The features of one tower at one number of frames.
+
+    Args:
+        folder: made when the first features are written.
+        root: folder of the videos; a video is known by its path from there.
+        model: tower and branch.
+        frames: T. mean, std: of the frames' normalisation. dtype: "float16" or "float8".
+
+    Raises:
+        CommandError: the folder holds features of another tower, number of frames, size or dtype; the message lists
+            what differs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        root: Path,
+        model: BTAdapterVisionModel,
+        frames: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dtype: str = "float16",
+    ) -> None:
+        self.folder, self.root, self.dtype = folder, root, dtype
+        config = model.vision_config
+        self.shape = (frames, 1 + config.patches, config.hidden_size)
+        self.about: dict[str, Any] = {
+            "format": 1, "frames": frames, "image_size": config.image_size, "layer": model.first_branch_layer,
+            "dtype": dtype, "mean": list(mean), "std": list(std), "tower": model.tower.fingerprint(),
+        }  # fmt: skip
+        self._check()
+
+    def _check(self) -> None:
+        file = self.folder / ABOUT
+        if not file.exists():
+            return
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CommandError(f"--features {file} is damaged: {error}") from error
+        wrong = [
+            f"{name} {stored.get(name)} against {value}"
+            for name, value in self.about.items()
+            if not _same(stored.get(name), value)
+        ]
+        if wrong:
+            raise CommandError(
+                f"--features {self.folder} holds other features than this run needs: {'; '.join(wrong)}. Give another "
+                "folder, or delete it"
+            )
+
+    @property
+    def bytes_each(self) -> int:
+        """Bytes of one video's features."""
+        frames, tokens, width = self.shape
+        return frames * tokens * (width * 2 if self.dtype == "float16" else width + 4)
+
+    def path(self, video: str) -> Path:
+        """Where a video's features lie."""
+        name = os.path.relpath(video, self.root)
+        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        return self.folder / f"{Path(name).stem[:80]}-{digest}.safetensors"
+
+    def has(self, video: str) -> bool:
+        """Whether there are features of the video as it is now: a file of another size is another video."""
+        try:
+            with safe_open(self.path(video), "pt") as file:
+                return (file.metadata() or {}).get("bytes") == str(os.path.getsize(video))
+        except (OSError, SafetensorError):
+            return False
+
+    def write(self, video: str, features: Tensor) -> None:
+        """Store ``[T, 1+P, D]``; the file appears when it is whole."""
+        if not (self.folder / ABOUT).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside = self.folder / f"{ABOUT}.{os.getpid()}"
+            aside.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
+            os.replace(aside, self.folder / ABOUT)
+        if self.dtype == "float16":
+            tensors = {"features": features.to(torch.float16)}
+            if not tensors["features"].isfinite().all():
+                raise VideoError(f"{video}: its features leave the range of float16; use float8")
+        else:
+            values, scale = quantize(features.flatten(0, 1))
+            tensors = {"features": values.view(features.shape), "scale": scale.view(*features.shape[:2], 1)}
+        path = self.path(video)
+        aside = path.with_name(f"{path.name}.{os.getpid()}")
+        kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(kept, aside, metadata={"bytes": str(os.path.getsize(video))})
+        os.replace(aside, path)
+
+    def read(self, video: str) -> Tensor:
+        """``[T, 1+P, D]`` in float16. Raises VideoError where there are none."""
+        try:
+            with safe_open(self.path(video), "pt") as file:
+                features = file.get_tensor("features")
+                if self.dtype == "float8":
+                    features = features.float().mul_(file.get_tensor("scale")).half()
+        except (OSError, SafetensorError) as error:
+            raise VideoError(f"{video}: has no stored features ({error})") from error
+        return features
+
+
+def _same(stored: Any, wanted: Any) -> bool:
+    """Equal, numbers to the rounding of half precision."""
+    if isinstance(wanted, dict):
+        return isinstance(stored, dict) and all(_same(stored.get(name), value) for name, value in wanted.items())
+    if isinstance(wanted, float):
+        return isinstance(stored, int | float) and abs(stored - wanted) <= 1e-2 * abs(wanted)
+    return stored == wanted
+
+
+class _Frames(Dataset):
+    """Frames of videos by number, or why there are none."""
+
+    def __init__(self, videos: Sequence[str], read: Callable[[str], Tensor]) -> None:
+        self.videos, self.read = videos, read
+
+    def __getitem__(self, number: int) -> tuple[Tensor | None, str]:
+        try:
+            return self.read(self.videos[number]), ""
+        except (VideoError, OSError) as error:
+            return None, str(error)
+
+
+def store_features(
+    store: FeatureStore,
+    videos: Sequence[str],
+    read: Callable[[str], Tensor],
+    model: BTAdapterVisionModel,
+    processes: Processes,
+    workers: int,
+    say: Callable[[str], None],
+) -> Skipped:
+    """Write the features that are not there yet; how much they are is said before. Processes share the work.
+
+    Args:
+        videos: paths. read: a path to its frames, uint8 ``[T, 3, S, S]``. say: told how far it is.
+
+    Returns:
+        What could not be read.
+
+    Raises:
+        CommandError: they do not fit onto the disk.
+    """
+    missing = [video for video in dict.fromkeys(videos) if not store.has(video)]
+    wanted, free = store.bytes_each * len(missing), _free(store.folder)
+    say(
+        f"features of {len(set(videos))} videos, {store.bytes_each * len(set(videos)) / 1e9:.3g} GB in {store.dtype} "
+        f"({'x'.join(map(str, store.shape))} each); {len(missing)} are to be written, {wanted / 1e9:.3g} GB of the "
+        f"{free / 1e9:.3g} GB free in {store.folder}"
+    )
+    if wanted > free:
+        raise CommandError(
+            f"--features {store.folder}: {wanted / 1e9:.3g} GB do not fit into the {free / 1e9:.3g} GB free there; "
+            "fewer --frames or --feature-dtype float8 take less, and without --features nothing is stored"
+        )
+    mine = missing[processes.rank :: processes.world]
+    skipped, told = Skipped(), time.monotonic()
+    for number, (frames, reason) in enumerate(in_order(_Frames(mine, read), 0, len(mine), workers)):
+        if frames is None:
+            skipped.add(mine[number], reason)
+        else:
+            pixels = normalise(frames.to(processes.device), store.about["mean"], store.about["std"], model.tower.dtype)
+            store.write(mine[number], model.tower.run(pixels, model.first_branch_layer))
+        if time.monotonic() - told > SECONDS:
+            told = time.monotonic()
+            say(f"features: {number + 1} of {len(mine)} videos")
+    everything = Skipped()
+    for part in processes.gather(skipped.state_dict()):  # which also waits for the other processes
+        everything.load_state_dict(part)
+    return everything
+
+
+def _free(folder: Path) -> int:
+    """Bytes free where the folder is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,115 @@
+"""A chat model, and what a tuning run learned put into it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bt_adapter.chat.attach import attach, attached_branch
+from bt_adapter.chat.engine import VideoChat
+from bt_adapter.checkpoint import CheckpointError, load_exactly, read_safetensors
+from bt_adapter.tune import ABOUT
+from bt_adapter.tune.parts import FILES, FORMAT, branch_fingerprint, check_files, projector_of
+
+
+def load_base(
+    name: str | os.PathLike[str],
+    branch: str | os.PathLike[str] | None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> VideoChat:
+    """A chat model with a branch by its name.
+
+    Args:
+        name: "mini" or "mini:<stage>" for the small one of this package, else as for ``VideoChat.load``.
+        branch: None: mini's own, or, where ``name`` is a tuned folder, that one's.
+        device, dtype, options: as there.
+    """
+    kind, _, stage = str(name).partition(":")
+    if kind != "mini":
+        return VideoChat.load(name, branch, device, dtype, **options)
+    chat = VideoChat.mini(stage or "tuned", device, dtype or torch.float32)
+    if branch is not None:
+        attach(chat.model, branch)
+    return chat
+
+
+def load_tuned(
+    folder: str | os.PathLike[str],
+    model: str | os.PathLike[str] | VideoChat | None,
+    branch: str | os.PathLike[str] | None,
+    device: str,
+    dtype: torch.dtype | None,
+    **options: Any,
+) -> VideoChat:
+    """See :func:`bt_adapter.tune.load`."""
+    folder = Path(folder)
+    about = _read_about(folder)
+    parts = about["parts"]
+    check_files(folder, parts)
+    own = folder / "branch" if "branch" in parts else None
+    source = own or branch or about["branch"]["source"]
+    if isinstance(model, VideoChat):
+        chat = model
+        if source is not None:
+            attach(chat.model, source)
+    else:
+        name = about["model"] if model is None else model
+        try:
+            chat = load_base(name, source, device, dtype, **options)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{folder} was tuned from the chat model {about['model']} and the branch {about['branch']['source']}, "
+                f"and needs them beside: {error}. Give model= (and branch=) where they lie elsewhere"
+            ) from error
+    if own is None:
+        _check_branch(folder, chat, about["branch"]["fingerprint"])
+    if "projector" in parts:
+        load_exactly(projector_of(chat.model), read_safetensors(folder / FILES["projector"]), str(folder))
+    if "lora" in parts:
+        _put_adapters(chat, folder / "lora", merge=options.get("quantize") is None)
+    return chat
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileNotFoundError(f"{folder} has no {ABOUT}: not what a tuning run writes ({error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/{ABOUT} is damaged: {error}") from error
+    if about.get("format") != FORMAT:
+        raise CheckpointError(f"{folder}/{ABOUT} has format {about.get('format')!r}, expected {FORMAT}")
+    return about
+
+
+def _check_branch(folder: Path, chat: VideoChat, stored: dict[str, float]) -> None:
+    """The branch did not learn, so it must be the one that was there."""
+    found = branch_fingerprint(attached_branch(chat.model))
+    wrong = [
+        f"the length of {name} is {found.get(name)}, expected {value:.4g}"
+        for name, value in stored.items()
+        if name not in found or abs(found[name] - value) > 1e-2 * abs(value) + 1e-6
+    ]
+    if wrong:
+        raise CheckpointError(f"{folder} was tuned with another branch: {'; '.join(wrong)}. Give branch=")
+
+
+def _put_adapters(chat: VideoChat, folder: Path, merge: bool) -> None:
+    """The adapters of a PEFT folder, merged into the weights unless those are quantized."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise FileNotFoundError(f"{folder} holds adapters: pip install 'bt-adapter[chat]'") from error
+    try:
+        adapters = PeftModel.from_pretrained(chat.family.language_model, os.fspath(folder))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the adapters in {folder} do not fit the chat model: {error}") from error
+    if merge:
+        adapters.merge_and_unload()
+    chat.model.eval()

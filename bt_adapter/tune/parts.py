@@ -1,0 +1,158 @@
+"""What learns: chosen, written and read back. Nothing else of a chat model is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from bt_adapter.chat.attach import attached_branch, freeze_unreached
+from bt_adapter.chat.families import family_of
+from bt_adapter.checkpoint import CheckpointError, load_exactly, read_safetensors, save_model
+from bt_adapter.errors import CommandError
+from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.tune import ABOUT
+from bt_adapter.tune.recipe import TuneRecipe
+
+FORMAT = 1
+FILES = {
+    "projector": "projector.safetensors",
+    "branch": "branch/model.safetensors",
+    "lora": "lora/adapter_model.safetensors",
+}
+
+
+class Learned(nn.ModuleDict):
+    """The parts of a chat model that learn, by name, in float32 unless the model is in float64.
+
+    All else is frozen and in evaluation mode.
+
+    Args:
+        chat: with a branch attached; adapters are put into its language model where they learn.
+        recipe: which parts, and the adapters' sizes.
+
+    Raises:
+        CommandError: no layer has a name of ``lora_layers``, or a package is missing.
+    """
+
+    def __init__(self, chat: Any, recipe: TuneRecipe) -> None:
+        super().__init__()
+        chat.requires_grad_(False).eval()
+        family = family_of(chat)
+        self.model = [attached_branch(chat)]  # in a list: the frozen tower is no part of this module
+        if "projector" in recipe.learn:
+            self["projector"] = _wide(projector_of(chat)).requires_grad_(True)
+        if "branch" in recipe.learn:
+            branch = _wide(self.model[0].branch).requires_grad_(True).train()
+            freeze_unreached(self.model[0])
+            self["branch"] = branch
+        if "lora" in recipe.learn:
+            self["lora"] = add_adapters(family.language_model, recipe).train()
+        if recipe.gradient_checkpointing:
+            family.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            family.language_model.train()  # or it does not; a frozen model without dropout computes the same
+
+    def learning(self, part: str) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters of a part that learn."""
+        return [(name, p) for name, p in self[part].named_parameters() if p.requires_grad]
+
+    def groups(self, recipe: TuneRecipe) -> list[dict[str, Any]]:
+        """Optimizer groups, one a part, with its learning rate."""
+        return [
+            {"params": [p for _, p in self.learning(part)], "lr": recipe.rate_of(part), "name": part} for part in self
+        ]
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write the parts and ``tuned.json`` into a folder that nobody reads yet."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if "projector" in self:
+            state = {
+                name: tensor.detach().cpu().contiguous() for name, tensor in self["projector"].state_dict().items()
+            }
+            (folder / FILES["projector"]).write_bytes(save(state, metadata={"format": "pt"}))
+        if "branch" in self:
+            save_model(self.model[0], folder / "branch")
+        if "lora" in self:
+            adapters: Any = self["lora"]
+            adapters.save_pretrained(os.fspath(folder / "lora"), save_embedding_layers=False)
+            (folder / "lora/README.md").unlink(missing_ok=True)  # a form to fill in
+        about = {"format": FORMAT, "parts": list(self)} | about
+        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Read back what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or does not fit.
+        """
+        check_files(folder, list(self))
+        if "projector" in self:
+            load_exactly(self["projector"], read_safetensors(folder / FILES["projector"]), str(folder))
+        if "branch" in self:
+            stored = read_safetensors(folder / FILES["branch"])
+            state = {name.removeprefix("branch."): tensor for name, tensor in stored.items()}
+            load_exactly(self["branch"], state, str(folder))
+        if "lora" in self:
+            from peft import set_peft_model_state_dict
+
+            found = set_peft_model_state_dict(self["lora"], read_safetensors(folder / FILES["lora"]))
+            if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
+                raise CheckpointError(f"{folder / FILES['lora']} does not fit the language model's adapters")
+
+
+def projector_of(chat: Any) -> nn.Module:
+    """What turns visual tokens into the language model's: the projector, or what follows a Q-Former."""
+    inner = getattr(chat, "model", chat)
+    for name in ("multi_modal_projector", "language_projection"):
+        for owner in (inner, chat):
+            if isinstance(found := getattr(owner, name, None), nn.Module):
+                return found
+    raise CommandError(f"--learn projector: {type(chat).__name__} has no projector")
+
+
+def add_adapters(language_model: nn.Module, recipe: TuneRecipe) -> Any:
+    """Fresh adapters in a language model's layers, by PEFT; the model that is handed over has them from then on."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise CommandError("--learn lora needs the package peft: pip install 'bt-adapter[train]'") from error
+    names = recipe.lora_layers
+    config = LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.lora_dropout,  # type: ignore[arg-type]
+        target_modules=names if names == "all-linear" else names.split(","),
+    )  # fmt: skip
+    try:
+        return get_peft_model(language_model, config)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise CommandError(f"--lora-layers {names}: {error}") from error
+
+
+def branch_fingerprint(model: BTAdapterVisionModel) -> dict[str, float]:
+    """Lengths of some of a branch's weights: what tells one from another, in any precision."""
+    weights = dict(model.branch.named_parameters())
+    chosen = (
+        "cls_token",
+        "time",
+        "temporal.0.fc.weight",
+        "temporal.0.attention.out_proj.weight",
+        "spatial.0.fc1.weight",
+    )
+    return {name: weights[name].detach().float().norm().item() for name in chosen if name in weights}
+
+
+def check_files(folder: Path, parts: Sequence[str]) -> None:
+    """Raise CheckpointError naming the parts whose files are not there."""
+    if lacking := [FILES[part] for part in parts if not (folder / FILES[part]).is_file()]:
+        raise CheckpointError(f"{folder} lacks {', '.join(lacking)} of the parts it was tuned in: {', '.join(parts)}")
+
+
+def _wide(module: nn.Module) -> nn.Module:
+    """In float32 at least."""
+    dtype = next(module.parameters()).dtype
+    return module.to(torch.promote_types(dtype, torch.float32))

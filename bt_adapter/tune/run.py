@@ -1,0 +1,317 @@
+"""The tuning loop: one process or torchrun over many, stopped and killed at any moment and gone on with."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bt_adapter.chat.attach import attached_branch
+from bt_adapter.chat.conversation import context
+from bt_adapter.chat.engine import VideoChat
+from bt_adapter.data.loading import in_order, numbers_seed
+from bt_adapter.data.skipped import Skipped
+from bt_adapter.distributed import Processes
+from bt_adapter.errors import CommandError
+from bt_adapter.pretrain.checkpoint import Checkpoints, load_moments, moments_of, save_moments
+from bt_adapter.pretrain.log import Log
+from bt_adapter.pretrain.loop import Clock, Stopped, rate, signals
+from bt_adapter.tune.batches import Order, Step, Steps, Visuals
+from bt_adapter.tune.conversations import read_conversations
+from bt_adapter.tune.features import FeatureStore, store_features
+from bt_adapter.tune.loading import load_base
+from bt_adapter.tune.parts import Learned, branch_fingerprint
+from bt_adapter.tune.recipe import TuneRecipe
+from bt_adapter.tune.step import Tuning
+from bt_adapter.tune.tokens import Tokens, make_examples
+
+BUCKET = 1 << 24  # values of gradients that processes exchange at once
+
+
+def tune(recipe: TuneRecipe, chat: VideoChat | None = None) -> Path:
+    """Tune a chat model, or go on with a run that was stopped. Returns the folder of what was learned, ``OUT/tuned``.
+
+    Args:
+        chat: the chat model with its branch, which is changed; None: the one the recipe names.
+
+    Raises:
+        CommandError: a value of the recipe cannot be, the data cannot be used, or the run in ``OUT`` had another one.
+        TooManySkipped: more than ``max_skipped`` of the conversations cannot be used.
+        Stopped: SIGTERM or SIGINT came; a checkpoint was written.
+    """
+    processes = Processes(recipe.device)
+    try:
+        recipe.check(processes.world)
+        return Run(recipe, processes, chat).to_the_end()
+    finally:
+        processes.leave()
+
+
+class Run:
+    """One run: model, data, optimizer, and where it stands."""
+
+    def __init__(self, recipe: TuneRecipe, processes: Processes, chat: VideoChat | None) -> None:
+        self.recipe, self.processes = recipe, processes
+        self.checkpoints = Checkpoints(recipe.out, recipe.keep_last)
+        found = self.checkpoints.newest()
+        self.state: dict[str, Any] = found[1] if found else {"step": 0, "recipe": recipe.to_dict()}
+        if wrong := recipe.differences(self.state["recipe"]):
+            raise CommandError(f"--out {recipe.out} holds a run of another recipe: {'; '.join(wrong)}")
+        self.skipped = Skipped()
+        conversations, unusable = read_conversations(recipe.data, recipe.videos)
+        self.listed = len(conversations) + len(unusable)
+        self._note(unusable)
+        self.chat = chat or load_chat(recipe, processes.device)
+        self._data(conversations)
+        self._model(found[0] if found else None)
+        self.asked = self.stop = False  # by a signal; agreed on by all processes
+
+    def _note(self, skipped: Skipped) -> None:
+        """Conversations that no step will see."""
+        self.skipped.merge(skipped)
+        self.skipped.check(self.listed, self.recipe.max_skipped)
+
+    def _data(self, conversations: Sequence[Any]) -> None:
+        recipe, chat = self.recipe, self.chat
+        most = recipe.context or context(chat.model)
+        examples, unusable = make_examples(Tokens(chat.model, chat.tokenizer), conversations, most, recipe.skip_long)
+        self._note(unusable)
+        if not examples:
+            raise CommandError(f"--data {recipe.data} holds no usable conversation; {unusable.report(10)}")
+        if self.state.setdefault("conversations", len(examples)) != len(examples):
+            raise CommandError(
+                f"--data {recipe.data} now holds {len(examples)} usable conversations, but the run in --out "
+                f"{recipe.out} began with {self.state['conversations']}"
+            )
+        self.examples = examples
+        self.order = Order([example.length for example in examples], recipe.batch, recipe.seed)
+        self.steps = recipe.steps or max(1, round(recipe.epochs * self.order.steps_per_epoch))
+        self.warm_steps = math.ceil(recipe.warmup * self.steps)
+        if self.state.get("skipped"):
+            self.skipped.load_state_dict(self.state["skipped"])
+
+    def _model(self, folder: Path | None) -> None:
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed)  # of fresh adapters
+        self.learned = Learned(self.chat.model, recipe)
+        model = attached_branch(self.chat.model)
+        model.recompute, model.tower.chunk = recipe.recompute, recipe.tower_chunk
+        self.tuning = Tuning(self.chat, recipe)
+        self.optimizer = torch.optim.AdamW(
+            self.learned.groups(recipe), betas=(recipe.beta1, recipe.beta2), eps=recipe.eps,
+            weight_decay=recipe.weight_decay, fused=True,
+        )  # fmt: skip
+        for group in self.optimizer.param_groups:
+            group["base"] = group["lr"]
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if folder is not None:
+            self.learned.load(folder)
+            load_moments(self.learned, self.optimizer, folder / "optimizer.safetensors")
+
+    def to_the_end(self) -> Path:
+        """Every step that is left, then the folder of what was learned."""
+        recipe, done, out = self.recipe, self.state["step"], self.recipe.out / "tuned"
+        self.log = Log(recipe.out, done, self.steps, recipe.tensorboard) if self.processes.first else None
+        try:
+            with signals(self._ask):
+                self._say(f"{len(self.examples)} conversations, {self.steps} steps; {self._what_learns()}")
+                if done:
+                    self._say(f"going on after step {done} of {self.steps}")
+                self._loop(done)
+                if self.processes.first:
+                    self._write(out)
+                if len(self.skipped):
+                    self._say(self.skipped.report())
+                self._say(f"{self.steps} steps done; what was learned is in {out}")
+        finally:
+            if self.log is not None:
+                self.log.close()
+        return out
+
+    def _what_learns(self) -> str:
+        counts = {part: sum(p.numel() for _, p in self.learned.learning(part)) for part in self.learned}
+        return ", ".join(f"{part} learns {count / 1e6:.3g} M weights" for part, count in counts.items())
+
+    def _visuals(self) -> Visuals:
+        """Reads videos, after their features were stored where that is asked for."""
+        recipe, chat = self.recipe, self.chat
+        visuals = Visuals(chat.family.image_size, recipe.frames)
+        if recipe.features is None:
+            return visuals
+        if len(chat.family.feature_layers) != 1:
+            raise CommandError(f"--features holds one tower layer, but {chat.family.name} reads several")
+        model = attached_branch(chat.model)
+        root = recipe.videos or Path(recipe.data).parent
+        store = FeatureStore(recipe.features, root, model, recipe.frames, chat.mean, chat.std, recipe.feature_dtype)
+        videos = [source.path for example in self.examples for source in example.sources if source.kind == "video"]
+        failed = store_features(store, videos, visuals.decode, model, self.processes, recipe.workers, self._say)
+        if len(failed):
+            self._say(f"without features, {failed.report()}")
+        return Visuals(chat.family.image_size, recipe.frames, store)
+
+    def _loop(self, done: int) -> None:
+        recipe, processes = self.recipe, self.processes
+        if done == self.steps:
+            return
+        steps = Steps(self.examples, self.order, self._visuals(), processes.rank, processes.world, recipe.accumulate)
+        data = in_order(steps, done, self.steps, recipe.workers, prefetch=recipe.prefetch)
+        clock, self.saved = Clock(), time.monotonic()
+        for step in range(done + 1, self.steps + 1):
+            clock.begin()
+            batch = next(data)
+            clock.got_data()
+            for key, reason in batch.failed:
+                self.skipped.add(key, reason)
+            values = self._step(step, batch)
+            clock.end()
+            self._tell(values, clock)
+            if self.due or self.stop or step == self.steps:
+                self._save(step)
+            if self.stop and step < self.steps:
+                raise Stopped(f"stopped after step {step} of {self.steps}; the same command goes on from there")
+
+    def _step(self, step: int, batch: Step) -> dict[str, Any]:
+        """One step, and its figures: the loss is the mean over the answer tokens of all processes and parts."""
+        recipe, processes = self.recipe, self.processes
+        torch.manual_seed(numbers_seed(recipe.seed, step, processes.rank))  # of what drops out
+        loss = torch.zeros((), dtype=torch.float64)
+        for part in batch.parts:
+            summed = self.tuning.loss(part)
+            if summed.requires_grad:  # a part of text alone reaches nothing where no adapters learn
+                summed.backward()
+            loss += summed.detach().double().cpu()
+        late = bool(recipe.save_steps and step % recipe.save_steps == 0)
+        late |= time.monotonic() - self.saved > 60 * recipe.save_minutes
+        tokens = sum(part.answer_tokens for part in batch.parts)
+        sums = torch.tensor([loss, tokens, len(batch.failed), self.asked, late], dtype=torch.float64)
+        if processes.group is not None:
+            dist.all_reduce(sums)
+        total, count, failed, stop, due = sums.tolist()
+        self.stop, self.due = stop > 0, due > 0
+        if failed:
+            self._gather_skipped()
+        factor = rate(step, self.steps, self.warm_steps)
+        norm = self._update(count, factor) if count else 0.0
+        return {
+            "step": step,
+            "epoch": round(step / self.order.steps_per_epoch, 4),
+            "loss": total / count if count else 0.0,
+            "answer_tokens": int(count),
+            "grad_norm": norm,
+            "lr": recipe.lr * factor,
+            "skipped": len(self.skipped),
+        }
+
+    def _update(self, count: float, factor: float) -> float:
+        """The gradients of all processes over the number of answer tokens, and a step of the optimizer."""
+        share_gradients(self.parameters, 1 / count, self.processes.group)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.grad_norm or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def _tell(self, values: dict[str, Any], clock: Clock) -> None:
+        seen = min(values["step"] * self.recipe.batch, len(self.examples))
+        self.skipped.check(self.listed - len(self.examples) + seen, self.recipe.max_skipped)
+        if not math.isfinite(values["loss"]):
+            raise CommandError(f"the loss of step {values['step']} is {values['loss']}: --lr may be too large")
+        if self.log is not None:
+            per_second, waiting = clock.figures(self.recipe.batch)
+            self.log.step({**values, "clips_per_s": round(per_second, 3), "data_wait": round(waiting, 4)})
+
+    def _gather_skipped(self) -> None:
+        for skipped in self.processes.gather(self.skipped.state_dict()):
+            self.skipped.load_state_dict(skipped)
+
+    def _save(self, step: int) -> None:
+        self.state |= {
+            "step": step, "skipped": self.skipped.state_dict(), "recipe": self.recipe.to_dict(),
+            "torch": torch.__version__,
+        }  # fmt: skip
+
+        def fill(folder: Path) -> None:
+            self.learned.save(folder, self._about())
+            save_moments(moments_of(self.learned, self.optimizer), folder / "optimizer.safetensors")
+
+        self.checkpoints.write(self.state, fill)
+        self.saved = time.monotonic()
+
+    def _about(self) -> dict[str, Any]:
+        """What the learned parts were tuned from, and how."""
+        return {
+            "model": self.recipe.model,
+            "branch": {
+                "source": self.recipe.branch,
+                "fingerprint": branch_fingerprint(attached_branch(self.chat.model)),
+            },
+            "step": self.state["step"],
+            "recipe": self.recipe.to_dict(),
+        }
+
+    def _write(self, out: Path) -> None:
+        """The final folder, which appears when it is whole."""
+        aside = out.with_name(out.name + ".writing")
+        shutil.rmtree(aside, ignore_errors=True)
+        self.learned.save(aside, self._about())
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(aside, out)
+
+    def _ask(self) -> None:
+        self.asked = True
+
+    def _say(self, text: str) -> None:
+        if self.log is not None:
+            self.log.say(text)
+
+
+def load_chat(recipe: TuneRecipe, device: torch.device) -> VideoChat:
+    """The chat model and branch a recipe names.
+
+    Raises:
+        CommandError: they are not there or do not fit.
+    """
+    try:
+        return load_base(recipe.model, recipe.branch, str(device), getattr(torch, recipe.precision))
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"--model {recipe.model} with --branch {recipe.branch}: {error}") from error
+
+
+def share_gradients(parameters: Sequence[Tensor], factor: float, group: dist.ProcessGroup | None) -> None:
+    """Give every parameter the sum of its gradient over all processes, times ``factor``.
+
+    DistributedDataParallel waits for every parameter in every step; here stills alone leave the branch without a
+    gradient, and text alone all but the adapters. So gradients are exchanged once a step, zeros where there are none.
+    """
+    grads = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        grads.append(parameter.grad)
+    if group is not None:
+        for bucket in _buckets(grads):
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            dist.all_reduce(flat, group=group)
+            pieces = flat.split([grad.numel() for grad in bucket])
+            for grad, piece in zip(bucket, pieces, strict=True):
+                grad.copy_(piece.view_as(grad))
+    torch._foreach_mul_(grads, factor)
+
+
+def _buckets(grads: Sequence[Tensor]) -> list[list[Tensor]]:
+    """In runs of at least BUCKET values."""
+    buckets: list[list[Tensor]] = [[]]
+    for grad in grads:
+        if sum(other.numel() for other in buckets[-1]) >= BUCKET:
+            buckets.append([])
+        buckets[-1].append(grad)
+    return buckets

@@ -1,0 +1,169 @@
+"""Conversations to token ids, and to what is to be predicted at each of them: the answers, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bt_adapter.chat.families import family_of
+from bt_adapter.chat.prompts import PromptError, Turn, conversation_text
+from bt_adapter.data.skipped import Skipped
+from bt_adapter.errors import CommandError
+from bt_adapter.tune.conversations import Source, TrainingConversation
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A conversation as the language model sees it, with one image token for each visual: `wide` puts in the others.
+
+    Attributes:
+        key: what reports call it.
+        ids: int32 ``[s]``, the tokens.
+        targets: int32 ``[s]``; at each place the token to predict there, which is the next one of an answer or its end,
+            or IGNORED.
+        counts: int32 ``[s]``, how many tokens each stands for: 1, or those of its video or still.
+        sources: the videos and stills, in order.
+    """
+
+    key: str
+    ids: np.ndarray
+    targets: np.ndarray
+    counts: np.ndarray
+    sources: tuple[Source, ...]
+
+    @property
+    def length(self) -> int:
+        """S, all tokens."""
+        return int(self.counts.sum())
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many places have a target."""
+        return int((self.targets != IGNORED).sum())
+
+    def wide(self) -> tuple[Tensor, Tensor]:
+        """Token ids and targets with all image tokens, int64 ``[S]`` each."""
+        targets = np.full(self.length, IGNORED, np.int64)
+        targets[self.counts.cumsum() - 1] = self.targets
+        return torch.from_numpy(np.repeat(self.ids.astype(np.int64), self.counts)), torch.from_numpy(targets)
+
+
+class Tokens:
+    """Conversations to examples, by a chat model's own template and tokenizer.
+
+    Args:
+        chat: a chat model with a branch. tokenizer: its tokenizer, a fast one.
+
+    Raises:
+        CommandError: the tokenizer cannot tell where in a text its tokens stand, or has no token that ends an answer.
+    """
+
+    def __init__(self, chat: Any, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise CommandError(f"the model's tokenizer must be a fast one, but is {type(tokenizer).__name__}")
+        if tokenizer.eos_token_id is None:
+            raise CommandError("the model's tokenizer has no eos_token, by which an answer ends")
+        self.chat, self.tokenizer, self.family = chat, tokenizer, family_of(chat)
+        self.image_token = self.family.image_token(tokenizer)
+        self.special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
+
+    def example(self, conversation: TrainingConversation) -> Example:
+        """All turns of a conversation as one sequence.
+
+        The prompts are those of inference, token for token. An answer ends with the special token that the template
+        writes after it, or, where it writes none, with the tokenizer's end of text.
+
+        Raises PromptError: it cannot be written by the model's chat template; the message says why.
+        """
+        text, answers = self._text(conversation)
+        kinds = [source.kind for source in conversation.sources]
+        if (found := text.count(self.image_token)) != len(kinds):
+            raise PromptError(f"the model's chat template has {found} places for its {len(kinds)} videos and stills")
+        coded = self.tokenizer(
+            text, return_offsets_mapping=True, add_special_tokens=not text.startswith(self.tokenizer.bos_token or "\0")
+        )
+        ids, spans = coded["input_ids"], coded["offset_mapping"]
+        targets = [IGNORED] * len(ids)
+        for begin, end, closed in answers:
+            own = [place for place, (a, b) in enumerate(spans) if a < b and b > begin and a < end]
+            if not own or own[0] == 0:
+                raise PromptError("an answer has no tokens")
+            for place in own:
+                targets[place - 1] = ids[place]
+            if not closed:
+                targets[own[-1]] = self.tokenizer.eos_token_id
+        return self._example(conversation, ids, targets, kinds)
+
+    def _example(
+        self, conversation: TrainingConversation, ids: list[int], targets: list[int], kinds: Sequence[str]
+    ) -> Example:
+        counts = np.ones(len(ids), np.int32)
+        own = np.array(ids, np.int32)
+        try:
+            lengths = [self.family.video_length if kind == "video" else self.family.image_length() for kind in kinds]
+        except ValueError as error:
+            raise PromptError(f"stills do not go with a {self.family.name} model here: {error}") from error
+        counts[own == self.family.image_token_id] = lengths
+        return Example(conversation.key, own, np.array(targets, np.int32), counts, conversation.sources)
+
+    def _text(self, conversation: TrainingConversation) -> tuple[str, list[tuple[int, int, bool]]]:
+        """The text up to the end of the last answer, and of every answer begin, end and whether the end is a token."""
+        turns, kinds = [], [source.kind for source in conversation.sources]
+        for exchange in conversation.exchanges:
+            turns.append(Turn(exchange.question, tuple(kinds[: exchange.visuals]), exchange.answer))
+            kinds = kinds[exchange.visuals :]
+        # one more question shows what the template writes after the last answer
+        text = conversation_text(self.chat, self.tokenizer, [*turns, Turn("?")])
+        answers = []
+        for number, turn in enumerate(turns):
+            asked = Turn(turn.question, turn.kinds)
+            prompt = conversation_text(self.chat, self.tokenizer, [*turns[:number], asked])
+            assert turn.answer is not None
+            begin = text.find(turn.answer, len(prompt))
+            if not text.startswith(prompt) or text[len(prompt) : begin].strip() or begin < 0:
+                raise PromptError("the model's chat template writes past turns otherwise than the one being answered")
+            end = begin + len(turn.answer)
+            after = text[end:].lstrip()
+            closing = next((token for token in self.special if after.startswith(token)), None)
+            if closing is not None and closing != self.image_token:
+                end = len(text) - len(after) + len(closing)
+                answers.append((len(prompt), end, True))
+            else:
+                answers.append((len(prompt), end, False))
+        return text[: answers[-1][1]], answers
+
+
+def make_examples(
+    tokens: Tokens, conversations: Sequence[TrainingConversation], context: int, skip_long: bool
+) -> tuple[list[Example], Skipped]:
+    """Examples of all conversations that can be had, and what cannot.
+
+    Raises:
+        CommandError: some are longer than ``context`` tokens and ``skip_long`` is off; the message counts and names
+            them.
+    """
+    examples, skipped, long = [], Skipped(), Skipped()
+    for conversation in conversations:
+        try:
+            example = tokens.example(conversation)
+        except PromptError as error:
+            skipped.add(conversation.key, str(error))
+            continue
+        if example.length > context:
+            long.add(conversation.key, f"{example.length} tokens, more than the context of {context}")
+        else:
+            examples.append(example)
+    if len(long) and not skip_long:
+        raise CommandError(
+            f"{len(long)} of {len(conversations)} conversations do not fit into the context of {context} tokens "
+            f"(--skip-long leaves them out, --context sets another length); {long.report(5)}"
+        )
+    skipped.merge(long)
+    return examples, skipped
