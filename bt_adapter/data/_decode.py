@@ -45,6 +45,7 @@ class Source:
 
     name: str
     target: str | bytes | BinaryIO
+    threads: int = 0  # of the decoder; 0: one a core
 
     @classmethod
     def of(cls, path: PathLike) -> Source:
@@ -93,6 +94,7 @@ class Source:
             raise VideoError(f"{self.name}: no decoder for its video stream")
         if not streams[0].codec_context.is_open:
             streams[0].thread_type = "AUTO"
+            streams[0].codec_context.thread_count = self.threads
         return streams[0]
 
 

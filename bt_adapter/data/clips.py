@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from .video import Video, VideoError, read_video
+
+
+class _Named(io.BytesIO):
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +21,12 @@ class Member:
     offset: int
     size: int
     name: str
+
+    def open(self) -> BinaryIO:
+        """Its bytes as a file with a name. Raises as :meth:`read`."""
+        file = _Named(self.read())
+        file.name = f"{self.path}/{self.name}"
+        return file
 
     def read(self) -> bytes:
         """Its bytes. Raises OSError, and VideoError where the tar ends before them."""
@@ -48,5 +59,5 @@ class Clip:
 
     def read(self, frames: int | None, **options: Any) -> Video:
         """Its frames; arguments and errors as for :func:`read_video`."""
-        source = self.source.read() if isinstance(self.source, Member) else self.source
+        source = self.source.open() if isinstance(self.source, Member) else self.source
         return read_video(source, frames, start=self.start, end=self.end, **options)

@@ -45,7 +45,7 @@ class Gathered:
             self.skipped.add(row.where, "no video is named")
             return
         try:
-            start, end = _seconds("start", row.start), _seconds("end", row.end)
+            start, end = seconds("start", row.start), seconds("end", row.end)
             if (start or 0.0) >= (math.inf if end is None else end):
                 raise ValueError(f"start {start} does not lie before end {end}")
             path = self._find(row.videos)
@@ -75,6 +75,9 @@ class Gathered:
             self.skipped.add(f"{key} ({where})", "another clip before it has the same name")
             return
         self._clips[key] = replace(there, captions=tuple(dict.fromkeys(there.captions + good)))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._clips
 
     def result(self, name: str) -> tuple[list[Clip], Skipped]:
         """All of it. Raises CommandError where no clip is usable."""
@@ -119,8 +122,8 @@ class Gathered:
 
 def captions_of(value: dict[str, Any]) -> Any:
     """What a JSON object gives as caption or captions, unchecked; None: nothing."""
-    found = value.get("captions", value.get("caption"))
-    return value.get("caption") if found == [] else found
+    found = value.get("captions")
+    return value.get("caption") if found is None or found == [] else found
 
 
 def _wrong_caption(caption: Any) -> str | None:
@@ -137,13 +140,14 @@ def _is_text(value: str) -> bool:
     return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
-def _seconds(name: str, value: Any) -> float | None:
+def seconds(name: str, value: Any) -> float | None:
+    """A time a list states, as a number or in digits; nothing is None. Raises ValueError."""
     if value is None or value == "":
         return None
     try:
-        seconds = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        seconds = math.nan
-    if not (math.isfinite(seconds) and seconds >= 0):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} must be a number of seconds of at least 0, got {value!r}")
-    return seconds
+    return number

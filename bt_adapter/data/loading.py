@@ -79,7 +79,7 @@ class TrainingClips:
 
     def __init__(self, clips: Sequence[Clip], frames: int, transform: TrainTransform, seed: int) -> None:
         self.frames, self.transform, self.seed = frames, transform, seed
-        self._packed = _Packed(clips)
+        self._packed = PackedClips(clips)
         self._known: dict[int, tuple[str, str]] = {}  # clips this process found that cannot be read
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class TrainingClips:
         generator = torch.Generator().manual_seed(seed)
         caption = clip.captions[int(torch.randint(len(clip.captions), (), generator=generator))]
         try:
-            video = clip.read(self.frames, sampling="random", generator=generator, repeat=True)
+            video = clip.read(self.frames, sampling="random", generator=generator, repeat=True, threads=1)
         except (VideoError, FFmpegError, OSError) as error:
             self._known[number] = clip.key, str(error)
             raise _Unreadable(self._known[number]) from error
@@ -238,7 +238,7 @@ class _Unreadable(Exception):
         self.named = named
 
 
-class _Packed:
+class PackedClips:
     """Clips as one block of bytes: millions of objects would be copied into every worker, page by page, as their
     reference counts change."""
 

@@ -78,4 +78,4 @@ class Skipped:
 def _without(key: str, reason: str) -> str:
     """A reason without the name of the file in front, so that many files share it."""
     front, colon, rest = reason.partition(": ")
-    return rest if colon and (key in front or front.endswith(key)) else reason
+    return rest if colon and ("/" in front or key in front) else reason

@@ -5,36 +5,44 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from typing import Any
+from typing import Any, BinaryIO
 
 from bt_adapter.data.clips import Member
-from bt_adapter.data.gathering import Gathered, captions_of
+from bt_adapter.data.gathering import Gathered, captions_of, seconds
 
 VIDEOS = frozenset({"mp4", "webm", "mkv", "avi", "mov", "m4v", "mpg", "mpeg", "flv", "wmv", "gif", "ts", "3gp"})
 
 
 def read_tar(path: str, gathered: Gathered) -> None:
     """Take the clips of a tar; what is broken off or incomplete is noted. Raises OSError."""
+    shard = os.path.basename(path)
     samples: dict[str, dict[str, Member]] = {}
     lost: dict[str, str] = {}
     for member, whole in _members(path, gathered):
         key, extension = group_of(member.name)
-        if whole:
-            samples.setdefault(key, {})[extension] = member
-        else:
-            lost[key] = f"{path} ends inside its .{extension}"
+        if not whole:
+            lost[key] = f"the tar ends inside its .{extension}"
+        elif samples.setdefault(key, {}).setdefault(extension, member) is not member:
+            where = f"{member.name} at byte {member.offset} of {path}"
+            gathered.skipped.add(where, "another file before it has the same name")
     with open(path, "rb") as file:
         for key, parts in samples.items():
             if key in lost:
                 continue
             try:
-                video, captions, start, end = _sample(parts, file)
+                video, about = _sample(parts, file)
+                start, end = seconds("start", about.get("start")), seconds("end", about.get("end"))
             except ValueError as error:
-                gathered.skipped.add(key, str(error))
+                gathered.skipped.add(f"{shard}/{key}", str(error))
                 continue
-            gathered.take(path, key, video, captions, start, end)
+            name, label = about.get("key"), about.get("label")
+            name = name if isinstance(name, str) and name else key
+            if name in gathered:  # many makers of shards count from 0 in each
+                name = f"{shard}/{name}"
+            label = label if isinstance(label, int) else None
+            gathered.take(f"{path}, {key}", name, video, captions_of(about), start, end, label)
     for key, reason in lost.items():
-        gathered.skipped.add(key, reason)
+        gathered.skipped.add(f"{shard}/{key}", reason)
 
 
 def _members(path: str, gathered: Gathered) -> list[tuple[Member, bool]]:
@@ -63,28 +71,27 @@ def _members(path: str, gathered: Gathered) -> list[tuple[Member, bool]]:
     return found
 
 
-def _sample(parts: dict[str, Member], file: Any) -> tuple[Member, Any, Any, Any]:
-    """Video, captions, start and end. Raises ValueError."""
+def _sample(parts: dict[str, Member], file: BinaryIO) -> tuple[Member, dict[str, Any]]:
+    """The video, and what is said of it. Raises ValueError."""
     videos = [member for extension, member in parts.items() if extension.rpartition(".")[2] in VIDEOS]
     if len(videos) != 1:
         beside = ", ".join(f".{extension}" for extension in parts)
         raise ValueError(f"{len(videos)} videos under one key ({beside}); a key holds no dot")
     if videos[0].size == 0:
         raise ValueError("its video is empty (0 bytes)")
-    captions, start, end = None, None, None
+    about: dict[str, Any] = {}
     if "json" in parts:
         try:
             value = json.loads(_text(parts["json"], file))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"its .json is no JSON ({error})") from error
-        if isinstance(value, dict):
-            captions = captions_of(value)
-    if captions is None and "txt" in parts:
-        captions = _text(parts["txt"], file)
-    return videos[0], captions, start, end
+        about = value if isinstance(value, dict) else {}
+    if captions_of(about) is None and "txt" in parts:
+        about["caption"] = _text(parts["txt"], file)
+    return videos[0], about
 
 
-def _text(member: Member, file: Any) -> str:
+def _text(member: Member, file: BinaryIO) -> str:
     file.seek(member.offset)
     return file.read(member.size).decode("utf-8-sig", errors="surrogateescape")
 

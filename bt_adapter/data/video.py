@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -70,6 +70,7 @@ def read_video(
     progress: Progress | None = None,
     repeat: bool = False,
     method: str = "auto",
+    threads: int | None = None,
 ) -> Video:
     """Read `frames` frames of a video file, chosen by `sample_indices`.
 
@@ -91,6 +92,7 @@ def read_video(
             wanted where container and codec allow it (MP4, MOV, Matroska, WebM; H.264, H.265, VP9, AV1);
             "auto" takes the cheaper one. The frames are the same; damage inside a file is only sure to be
             seen in sequence.
+        threads: of the decoder; None: one a core. Where many processes decode, one each is faster.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -99,6 +101,9 @@ def read_video(
             `start` and `end`, `frames` below 1, a bad range, or too few frames without `repeat`.
     """
     source = Source.of(path)
+    if threads is not None:
+        check_count("threads", threads)
+        source = replace(source, threads=threads)
     if frames is not None:
         check_count(f"{source.name}: frames", frames, VideoError)
     check_sampling(sampling)

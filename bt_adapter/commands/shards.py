@@ -1,0 +1,56 @@
+"""``bt-adapter shards``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Put clips and captions into webdataset shards, as they are or decoded beforehand. The same command again goes on.
+
+    With --frames, a shard holds that many frames of each clip, small and each a key frame: training then reads a
+    fraction of the bytes and decodes no frame in vain.
+    """
+
+    data: str
+    """WebVid-like .csv, .jsonl, or a folder or pattern of .tar shards."""
+    out: Path
+    """Folder of the shards."""
+    videos: Path | None = None
+    """Folder of the video files, where --data names them relative to another one."""
+    per_shard: int = 500
+    """Clips of a shard."""
+    frames: int | None = None
+    """Frames kept of a clip, evenly spread; default: its file as it is."""
+    short_side: int = 256
+    """Pixels of the shorter side, with --frames."""
+    workers: int = 0
+    """Processes that share the shards; 0: this one alone."""
+
+
+def run(command: Shards) -> int:
+    """Write the shards and say what is in none. Returns 0."""
+    from bt_adapter.data.manifests import read_clips
+    from bt_adapter.data.shards import write_shards
+    from bt_adapter.errors import CommandError
+
+    for name in ("per_shard", "short_side", "frames"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise CommandError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    clips, skipped = read_clips(command.data, command.videos)
+
+    def tell(done: int, total: int) -> None:
+        print(f"shard {done} of {total}", file=sys.stderr)
+
+    broken = write_shards(
+        clips, command.out, command.per_shard, command.frames, command.short_side, command.workers, tell
+    )
+    skipped.merge(broken)
+    if len(skipped):
+        print(skipped.report(), file=sys.stderr)
+    print(f"{len(clips) - len(broken)} clips in {-(-len(clips) // command.per_shard)} shards in {command.out}")
+    return 0

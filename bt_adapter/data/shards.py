@@ -1,0 +1,190 @@
+"""Writing shards that the webdataset library and :func:`~bt_adapter.data.manifests.read_clips` read."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from av.error import FFmpegError
+from torch.utils.data import Dataset
+
+from bt_adapter.data.clips import Clip, Member
+from bt_adapter.data.loading import PackedClips, in_order
+from bt_adapter.data.sampling import check_count
+from bt_adapter.data.skipped import Skipped
+from bt_adapter.data.video import VideoError, write_video
+from bt_adapter.errors import CommandError
+from bt_adapter.progress import Progress
+
+# Every frame a key frame, without the filters that cost a decoder most.
+ENCODING = {"crf": "18", "g": "1", "tune": "fastdecode"}
+PLAN = "shards.json"
+
+
+def write_shards(
+    clips: Sequence[Clip],
+    folder: str | os.PathLike,
+    per_shard: int,
+    frames: int | None = None,
+    short_side: int = 256,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> Skipped:
+    """Write clips as shards ``000000.tar``, ``000001.tar`` ... of ``per_shard`` clips each.
+
+    A clip is ``NAME.mp4`` (or its file's own suffix) and ``NAME.json``: key, captions, and where it has them, start,
+    end and label; a clip with one caption also has ``NAME.txt``. NAME is the clip's number and what of its key is safe
+    in file names. A shard appears when it is complete, and names its broken clips in ``000000.json`` beside it; the
+    same call again goes on where a run was killed.
+
+    Args:
+        clips: what to write.
+        folder: made where it is missing.
+        per_shard: clips of a shard, broken ones counted.
+        frames: None: every file as it is. T: T frames, evenly spread over the clip, as H.264 in which every frame is a
+            key frame; start and end are gone.
+        short_side: pixels of the shorter side, with ``frames``; a smaller clip keeps its size.
+        workers: processes that share the shards; 0: this one does.
+        progress: called with (shards done, shards in all).
+
+    Returns:
+        The clips that cannot be decoded, and so are in no shard.
+
+    Raises:
+        CommandError: ``folder`` holds shards of other clips, or made otherwise.
+        OSError, VideoError: the disk is full, or the folder cannot be written.
+    """
+    check_count("per_shard", per_shard)
+    check_count("short_side", short_side)
+    if frames is not None:
+        check_count("frames", frames)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _plan(folder, {"per_shard": per_shard, "frames": frames, "short_side": short_side if frames else None}, clips)
+    count = -(-len(clips) // per_shard)
+    missing = [number for number in range(count) if not _tar(folder, number).exists()]
+    for left in folder.glob(".writing-*"):
+        shutil.rmtree(left)
+    shards = _Shards(clips, folder, per_shard, frames, short_side, missing)
+    for done, _ in enumerate(in_order(shards, 0, len(missing), workers), count - len(missing) + 1):
+        if progress is not None:
+            progress(done, count)
+    skipped = Skipped()
+    for number in range(count):
+        skipped.load_state_dict(json.loads(_note(folder, number).read_text(encoding="utf-8")))
+    return skipped
+
+
+class _Shards(Dataset):
+    """Writes shard ``missing[i]`` when asked for item i."""
+
+    def __init__(
+        self, clips: Sequence[Clip], folder: Path, per_shard: int, frames: int | None, short_side: int,
+        missing: list[int],
+    ) -> None:  # fmt: skip
+        self.clips, self.folder, self.per_shard = PackedClips(clips), folder, per_shard
+        self.frames, self.short_side, self.missing = frames, short_side, missing
+
+    def __getitem__(self, item: int) -> int:
+        number, skipped = self.missing[item], Skipped()
+        first = number * self.per_shard
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=self.folder) as aside:
+            tar_path = Path(aside) / "shard.tar"
+            with tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for place in range(first, min(first + self.per_shard, len(self.clips))):
+                    clip = self.clips[place]
+                    try:
+                        suffix, video = self._video(clip, Path(aside) / "clip.mp4")
+                    except (VideoError, FFmpegError, OSError) as error:
+                        if getattr(error.__cause__ or error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                            raise
+                        skipped.add(clip.key, str(error))
+                        continue
+                    _add(tar, f"{place:08d}-{_safe(clip.key)}", suffix, video, clip, whole=self.frames is None)
+            note = Path(aside) / "note.json"
+            note.write_text(json.dumps(skipped.state_dict(), indent=1), encoding="utf-8")
+            os.replace(note, _note(self.folder, number))
+            os.replace(tar_path, _tar(self.folder, number))  # last: the shard counts as done from here on
+        return number
+
+    def _video(self, clip: Clip, aside: Path) -> tuple[str, bytes]:
+        """Suffix and bytes of a clip. Raises VideoError, FFmpegError, OSError."""
+        if self.frames is None:
+            clip.read(1)
+            if isinstance(clip.source, Member):
+                return Path(clip.source.name).suffix.lower(), clip.source.read()
+            return Path(clip.source).suffix.lower() or ".mp4", Path(clip.source).read_bytes()
+        video = clip.read(self.frames, repeat=True)
+        seconds = float(video.timestamps[-1] - video.timestamps[0])
+        rate = (self.frames - 1) / seconds if seconds > 0 else 1.0
+        write_video(aside, _shrink(video.frames, self.short_side), fps=max(rate, 0.01), options=ENCODING)
+        return ".mp4", aside.read_bytes()
+
+
+def _shrink(frames: torch.Tensor, short_side: int) -> torch.Tensor:
+    """uint8 ``[T, 3, H, W]``, its shorter side at most ``short_side``; even sides, as H.264 wants them."""
+    height, width = frames.shape[-2:]
+    factor = min(1.0, short_side / min(height, width))
+    size = tuple(max(2, round(side * factor / 2) * 2) for side in (height, width))
+    if size == (height, width):
+        return frames
+    return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
+
+
+def _add(tar: tarfile.TarFile, name: str, suffix: str, video: bytes, clip: Clip, whole: bool) -> None:
+    about: dict[str, Any] = {"key": clip.key, "captions": list(clip.captions)}
+    about |= {"start": clip.start, "end": clip.end} if whole else {}
+    about |= {"label": clip.label}
+    about = {field: value for field, value in about.items() if value is not None}
+    parts = [(suffix, video), (".json", json.dumps(about, ensure_ascii=False).encode())]
+    if len(clip.captions) == 1:
+        parts.append((".txt", clip.captions[0].encode()))
+    for ending, content in parts:
+        info = tarfile.TarInfo(name + ending)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
+def _plan(folder: Path, how: dict[str, Any], clips: Sequence[Clip]) -> None:
+    """Keep what is written here in the folder, and compare with what was."""
+    digest = hashlib.blake2b(digest_size=16)
+    for clip in clips:
+        digest.update(repr(clip).encode(errors="surrogatepass"))
+    plan = {**how, "clips": len(clips), "digest": digest.hexdigest()}
+    path = folder / PLAN
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if wrong := [f"{name} {there.get(name)}, now {plan[name]}" for name in plan if there.get(name) != plan[name]]:
+            raise CommandError(f"{folder} holds shards of something else ({'; '.join(wrong)}): take another folder")
+        return
+    if any(folder.glob("*.tar")):
+        raise CommandError(f"{folder} holds .tar files that were not written here: take another folder")
+    aside = folder / f".{PLAN}.writing"
+    aside.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _safe(key: str) -> str:
+    """What of a key may stand in a member's name: no dot, which would begin the suffix, and no slash."""
+    stem = re.sub(r"\.[A-Za-z0-9]{1,4}$", "", key)
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[-60:].strip("_-") or "clip"
+
+
+def _tar(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.tar"
+
+
+def _note(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.json"
