@@ -74,7 +74,7 @@ def save_model(
         "tower_name": model.tower_name,
         "includes_tower": include_tower,
         "stored_features": model.stored_features,
-        "chat_only": model.chat_only,
+        "chat_only": len(model.branch.temporal) < model.config.depth,
         "tower_fingerprint": model.tower.fingerprint(),
         "tower": model.vision_config.to_dict(),
         "branch": model.config.to_dict(),

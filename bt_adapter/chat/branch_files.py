@@ -70,18 +70,18 @@ def _check_fingerprint(
     """All that a branch without its tower can be held to: lengths of some of the tower's weights, its resolution."""
     size = model.vision_config.image_size
     found = model.tower.fingerprint()
+    wrong = []
     if config.image_size != size:
-        mismatch(
-            f"the branch in {path} was trained at {config.image_size} px, image_chat_model takes {size} px, and the "
-            "folder holds no tower to tell whether it is the same CLIP (save_pretrained(..., include_tower=True))",
-            require_same_tower,
-        )
         found.pop("position")
-    for name, value in found.items():
-        before = saved.get(name, value)
-        if abs(before - value) > 1e-2 * abs(before):
-            mismatch(
-                f"the branch in {path} was trained beside another CLIP of the same shape: the length of {name} is "
-                f"{value:.4g}, expected {before:.4g}",
-                require_same_tower,
-            )
+        wrong.append(
+            f"it was trained at {config.image_size} px, image_chat_model takes {size} px, and the folder holds no "
+            "tower to tell whether both are one CLIP (save_pretrained(..., include_tower=True))"
+        )
+    off = [
+        name for name, value in found.items() if abs((before := saved.get(name, value)) - value) > 1e-2 * abs(before)
+    ]
+    if off:
+        lengths = ", ".join(f"{name} {found[name]:.4g}, expected {saved[name]:.4g}" for name in off)
+        wrong.append(f"it was trained beside another CLIP (lengths of weights: {lengths})")
+    if wrong:
+        mismatch(f"the branch in {path} does not fit image_chat_model: {'; '.join(wrong)}", require_same_tower)

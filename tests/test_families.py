@@ -1,0 +1,429 @@
+"""Every image chat model a branch can be attached to: videos through its own way of seeing, stills as before."""
+
+import pytest
+import torch
+from chat_models import (
+    FAMILIES,
+    IMAGE_TOKEN,
+    LAYERS,
+    PATCHES,
+    WIDTH,
+    ids,
+    make_branch,
+    make_chat,
+    question,
+    stills,
+    t5_config,
+    videos,
+)
+
+from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, load_reference_checkpoint, to_reference_state_dict
+from bt_adapter.chat.attach import attach, attached_branch, branch_enabled, detach, video_tokens
+from bt_adapter.chat.families import Visuals, family_of
+from bt_adapter.chat.families.layers import video_tokens_of_layers
+from bt_adapter.chat.pairing import enlarge
+
+QFORMERS = ("blip-2", "instructblip")
+PROJECTORS = ("llava", "llava_next", "vipllava")
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request) -> str:
+    return request.param
+
+
+@torch.no_grad()
+def answer(chat, tokens, rows=None, **inputs) -> torch.Tensor:
+    """Logits after the prompts. rows: how many visuals there are."""
+    return chat(input_ids=tokens, **inputs, **question(chat, rows or len(tokens))).logits
+
+
+@torch.no_grad()
+def spliced(chat, tokens, *features) -> torch.Tensor:
+    """Logits with the features put by hand, one after the other, where the image tokens are."""
+    family = family_of(chat)
+    embeds = family.input_embeddings(tokens)
+    embeds[tokens == IMAGE_TOKEN] = torch.cat([f.flatten(0, -2) for f in features])
+    hidden = family.language_model(inputs_embeds=embeds).last_hidden_state
+    return family.lm_head(hidden)
+
+
+@torch.no_grad()
+def projected(chat, pixels) -> torch.Tensor:
+    family = family_of(chat)
+    asked = question(chat, len(pixels)).get("qformer_input_ids")
+    return family.project(video_tokens(chat, pixels), None if asked is None else {"input_ids": asked})
+
+
+def test_stills_are_bit_equal_before_during_and_after(name):
+    chat = make_chat(name)
+    inputs, length = stills(name)
+    tokens = ids(length, batch=2)
+
+    def outputs():
+        options = {"max_new_tokens": 3, "do_sample": False} | question(chat, 2)
+        mask = torch.ones_like(tokens)
+        return answer(chat, tokens, **inputs), chat.generate(input_ids=tokens, attention_mask=mask, **inputs, **options)
+
+    before = outputs()
+    attach(chat, make_branch(chat))
+    during = outputs()
+    detach(chat)
+    after = outputs()
+    for one, two, three in zip(before, during, after, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_counts_of_tokens_are_those_the_model_makes(name):
+    chat = make_chat(name)
+    family = family_of(chat)
+    _, length = stills(name)
+    assert family.image_length(24, 48) == length
+    assert family.video_length == (5 if name in QFORMERS else PATCHES + 1)
+    assert (family.image_size, family.patches, family.image_token_id) == (24, PATCHES, IMAGE_TOKEN)
+    if name == "llava_next":
+        with pytest.raises(ValueError, match="height and width"):
+            family.image_length()
+
+
+def test_videos_take_the_place_of_image_tokens(name):
+    chat = make_chat(name)
+    attach(chat, make_branch(chat))
+    pixels = videos()
+    tokens = ids(family_of(chat).video_length, batch=2)
+    features = projected(chat, pixels)
+    assert features.shape == (2, family_of(chat).video_length, WIDTH)
+    found = answer(chat, tokens, pixel_values=pixels)
+    torch.testing.assert_close(found, spliced(chat, tokens, features), rtol=1e-5, atol=1e-6)
+
+
+def test_generate_takes_videos(name):
+    chat = make_chat(name)
+    attach(chat, make_branch(chat))
+    pixels = videos()
+    tokens = ids(family_of(chat).video_length, batch=2)
+    new = chat.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels, max_new_tokens=4,
+        do_sample=False, eos_token_id=None, **question(chat, 2),
+    )  # fmt: skip
+    whole = tokens
+    for _ in range(4):  # the same greedily, one pass over everything a token
+        whole = torch.cat([whole, answer(chat, whole, pixel_values=pixels)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(new[:, -4:], whole[:, -4:])
+
+
+def test_order_in_time_matters_with_the_branch_alone(name):
+    chat = make_chat(name)
+    attach(chat, make_branch(chat))
+    pixels = videos()
+    tokens = ids(family_of(chat).video_length, batch=2)
+    forward = answer(chat, tokens, pixel_values=pixels)
+    scale = forward.abs().max()
+    change = (forward - answer(chat, tokens, pixel_values=pixels.flip(1))).abs().max() / scale
+    with branch_enabled(chat, False):
+        off = answer(chat, tokens, pixel_values=pixels)
+        rounding = (off - answer(chat, tokens, pixel_values=pixels.flip(1))).abs().max() / scale
+    assert rounding < 1e-5 and change > 30 * rounding and change > 1e-5
+    assert torch.equal(answer(chat, tokens, pixel_values=pixels), forward)
+
+
+def test_every_video_of_a_prompt_is_spliced(name):
+    """The published code splices each video into the text alone, so that only the last of a prompt stays."""
+    chat = make_chat(name)
+    attach(chat, make_branch(chat))
+    length = family_of(chat).video_length
+    pixels, tokens = videos(), ids(length, length)
+    found = answer(chat, tokens, 2, pixel_values=pixels)
+    expected = spliced(chat, tokens, projected(chat, pixels))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    other = torch.cat([videos(seed=5)[:1], pixels[1:]])  # another first video: the answer must hear of it
+    assert (answer(chat, tokens, 2, pixel_values=other) - found)[:, -1].abs().max() > 1e-5
+
+
+def test_stills_and_videos_of_any_length_in_one_call(name):
+    chat = make_chat(name)
+    attach(chat, make_branch(chat))
+    family = family_of(chat)
+    inputs, still = stills(name, 1)
+    long, short = videos(1, 5)[0], videos(1, 2, seed=3)[0]
+    sizes = [None, (24, 48), None] if name == "llava_next" else None
+    visuals = Visuals([long, inputs["pixel_values"][0], short], sizes)
+    asked = question(chat, 3)
+
+    # one prompt with a video, then a still; another with a video alone, padded
+    first, second = ids(family.video_length, still), ids(family.video_length)
+    padding = torch.full((1, first.shape[1] - second.shape[1]), 62)
+    tokens = torch.cat([first, torch.cat([padding, second], 1)])
+    mask = (tokens != 62).long()
+    found = answer_masked(chat, tokens, mask, visuals, asked)
+
+    one = spliced(chat, first, projected(chat, long[None]), still_embeds(chat, inputs))
+    two = spliced(chat, second, projected(chat, short[None]))
+    torch.testing.assert_close(found[:1], one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1:, padding.shape[1] :], two, rtol=1e-4, atol=1e-5)
+
+    new = chat.generate(
+        input_ids=tokens, attention_mask=mask, pixel_values=visuals, max_new_tokens=1, do_sample=False, **asked
+    )
+    assert torch.equal(new[:, -1], found[:, -1].argmax(-1))
+
+
+@torch.no_grad()
+def answer_masked(chat, tokens, mask, visuals, asked) -> torch.Tensor:
+    return chat(input_ids=tokens, attention_mask=mask, pixel_values=visuals, **asked).logits
+
+
+@torch.no_grad()
+def still_embeds(chat, inputs) -> torch.Tensor:
+    features = chat.get_image_features(**inputs, **question(chat, 1)).pooler_output
+    return torch.cat(list(features))
+
+
+def test_gradients_reach_the_branch_and_nothing_waits_in_vain(name):
+    chat = make_chat(name)
+    attach(chat, make_branch(chat))
+    tokens = ids(family_of(chat).video_length, batch=2)
+    chat(input_ids=tokens, pixel_values=videos(), labels=tokens, **question(chat, 2)).loss.backward()
+    branch = attached_branch(chat).branch
+    asked = {n for n, p in branch.named_parameters() if p.requires_grad}
+    assert asked and asked == {n for n, p in branch.named_parameters() if p.grad is not None}
+    assert branch.temporal[0].fc.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in family_of(chat).vision_tower.parameters() if not p.requires_grad)
+    assert any("bt_adapter" in n for n, _ in chat.named_parameters())
+
+
+def test_tower_stays_shared_when_the_model_moves(name):
+    chat = make_chat(name)
+    attach(chat, make_branch(chat))
+    before = video_tokens(chat, videos())
+    chat.to(torch.float64)
+    after = video_tokens(chat, videos().double())
+    assert after.dtype == torch.float64
+    torch.testing.assert_close(after.float(), before, rtol=1e-4, atol=1e-4)
+    mine = {p.data_ptr() for n, p in attached_branch(chat).tower.named_parameters() if n.startswith("layers.0.fc")}
+    assert mine <= {p.data_ptr() for p in family_of(chat).vision_tower.parameters()}
+
+
+def test_branch_saved_alone_takes_the_chats_tower(name, tmp_path):
+    chat = make_chat(name)
+    branch = make_branch(chat)
+    expected = video_tokens(attach(chat, branch), videos())
+    branch.save_pretrained(tmp_path)
+    again = attach(make_chat(name), tmp_path)  # the same seed: the same chat model
+    assert torch.equal(video_tokens(again, videos()), expected)
+    assert len(attached_branch(again).tower.layers) == LAYERS - (name in QFORMERS)
+    attached_branch(again).save_pretrained(tmp_path / "again")
+    assert torch.equal(video_tokens(attach(make_chat(name), tmp_path / "again"), videos()), expected)
+
+
+def test_branch_tuned_on_stored_features_is_attached(name):
+    chat = make_chat(name)
+    whole = make_branch(chat)
+    expected = video_tokens(attach(chat, whole), videos())
+    stored = BTAdapterVisionModel(whole.vision_config, whole.config, stored_features=True).eval()
+    stored.branch.load_state_dict(whole.branch.state_dict(), strict=False)
+    first = stored.first_branch_layer
+    for mine, theirs in zip(stored.tower.layers, whole.tower.layers[first:], strict=False):
+        mine.load_state_dict(theirs.state_dict())
+    stored.tower.position.data.copy_(whole.tower.position)
+    assert torch.equal(video_tokens(attach(make_chat(name), stored), videos()), expected)
+
+
+def test_published_file_is_attached(name, tmp_path):
+    chat = make_chat(name)
+    gates = {"merge_gate_slope": None, "output_gate_slope": None} if name in QFORMERS else {}
+    branch = make_branch(chat, **gates)
+    config = branch.vision_config  # 4 heads, which a file of this width does not tell
+    expected = video_tokens(attach(chat, branch), videos())
+    torch.save(to_reference_state_dict(branch), tmp_path / "published.pth")
+    loaded = load_reference_checkpoint(tmp_path / "published.pth", config)
+    assert torch.equal(video_tokens(attach(make_chat(name), loaded), videos()), expected)
+    with pytest.raises(ValueError, match="num_attention_heads 1 against 4"):
+        attach(make_chat(name), tmp_path / "published.pth")
+
+
+# Q-Formers
+
+
+@pytest.mark.parametrize("name", QFORMERS)
+def test_eva_tower_computes_what_the_chat_models_does(name):
+    chat = make_chat(name)
+    attach(chat, make_branch(chat))
+    pixels = videos()
+    with torch.no_grad(), branch_enabled(chat, False):
+        found = video_tokens(chat, pixels)
+        states = detach(chat).vision_model(pixels.flatten(0, 1), output_hidden_states=True).hidden_states
+    mean = states[LAYERS - 1].unflatten(0, (2, 4)).mean(1)
+    torch.testing.assert_close(found, torch.cat([mean[:, 1:], mean[:, :1]], 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", QFORMERS)
+def test_a_still_seen_as_a_video_of_one_frame_is_the_still(name):
+    """With the branch off a video of one frame is its still: the same norm, the same Q-Former, the same tokens."""
+    chat = make_chat(name)
+    attach(chat, make_branch(chat))
+    inputs, length = stills(name)
+    tokens = ids(length, batch=2)
+    with branch_enabled(chat, False):
+        found = answer(chat, tokens, pixel_values=inputs["pixel_values"][:, None])
+    torch.testing.assert_close(found, answer(chat, tokens, **inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", QFORMERS)
+def test_language_models_with_an_encoder_take_videos(name):
+    chat = make_chat(name, text=t5_config())
+    attach(chat, make_branch(chat))
+    tokens = ids(family_of(chat).video_length, batch=2)
+
+    def logits(pixels):
+        with torch.no_grad():
+            start = torch.full((2, 1), 62)
+            return chat(input_ids=tokens, pixel_values=pixels, decoder_input_ids=start, **question(chat, 2)).logits
+
+    assert (logits(videos()) - logits(videos().flip(1))).abs().max() > 0
+    new = chat.generate(input_ids=tokens, pixel_values=videos(), max_new_tokens=3, **question(chat, 2))
+    assert len(new) == 2
+    with pytest.raises(ValueError, match="encoder"):
+        _ = family_of(chat).language_model
+
+
+def test_instructblip_needs_the_question():
+    chat = make_chat("instructblip")
+    attach(chat, make_branch(chat))
+    with pytest.raises(ValueError, match="question"):
+        family_of(chat).project(video_tokens(chat, videos()))
+
+
+# several layers
+
+
+def test_one_layer_is_the_published_method():
+    chat = make_chat("llava")
+    model = attached_branch(attach(chat, make_branch(chat)))
+    for frames in (4, 70, 131):
+        pixels = videos(1, frames)
+        assert torch.equal(video_tokens_of_layers(model, pixels, [LAYERS - 1]), model.video_tokens(pixels))
+    off = video_tokens_of_layers(model, videos(), [LAYERS - 1], branch=False)
+    assert torch.equal(off, model.frame_mean_tokens(videos()))
+
+
+def test_layers_below_the_branch_are_frame_means():
+    chat = make_chat("vipllava")
+    model = attached_branch(attach(chat, make_branch(chat, depth=2)))  # beside layers 2 and 3; chat runs it beside 2
+    pixels, steps = videos(), []
+    found = video_tokens_of_layers(model, pixels, (3, 2, 1), progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(i + 1, 4) for i in range(4)]  # three tower layers, one branch layer
+    with torch.no_grad():
+        states = chat.model.vision_tower(pixels.flatten(0, 1), output_hidden_states=True).hidden_states
+    for i, layer in ((1, 2), (2, 1)):
+        mean = states[layer].unflatten(0, (2, 4)).mean(1)
+        expected = torch.cat([mean[:, 1:], mean[:, :1]], 1)
+        torch.testing.assert_close(found[..., 32 * i : 32 * (i + 1)], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[..., :32], model.video_tokens(pixels))
+
+
+def test_layers_beside_the_branch_carry_it():
+    chat = make_chat("vipllava")
+    model = attached_branch(attach(chat, make_branch(chat, depth=3)))  # beside layers 1 to 3
+    forward = video_tokens_of_layers(model, videos(), (3, 2, 1))
+    backward = video_tokens_of_layers(model, videos().flip(1), (3, 2, 1))
+    moved = (forward - backward).abs().amax((0, 1)).unflatten(0, (3, 32)).amax(1)
+    assert (moved[:2] > 1e-2).all() and moved[2] < 1e-5
+    with pytest.raises(ValueError, match=r"\[0, 3\]"):
+        video_tokens_of_layers(model, videos(), (4,))
+
+
+# which branch goes with which tower
+
+
+def at_size(chat, size: int, change: float = 0.0) -> BTAdapterVisionModel:
+    """A branch of another resolution: the same tower but for the position table, and a change of all else."""
+    branch = make_branch(chat)
+    family = family_of(chat)
+    config = {**branch.vision_config.to_dict(), "image_size": size}
+    other = BTAdapterVisionModel(config, BTAdapterConfig(depth=3)).eval()
+    places = 1 + other.vision_config.patches
+    state = {k: v + change * torch.randn_like(v) for k, v in branch.state_dict().items()}
+    state["tower.position"] = enlarge(branch.tower.position, places)
+    other.load_state_dict(state)
+    assert family.image_size != size
+    return other
+
+
+@pytest.mark.parametrize("name", ["llava", "blip-2"])
+def test_same_clip_at_another_resolution_is_taken_and_told(name):
+    chat = make_chat(name, image_size=48)  # 36 patches
+    small = make_chat(name)
+    state = {n: p for n, p in family_of(small).vision_tower.state_dict().items() if "position" not in n}
+    family_of(chat).vision_tower.load_state_dict(state, strict=False)
+    table, theirs = family_of(chat).tower()[0]["position"], family_of(small).tower()[0]["position"]
+    with torch.no_grad():
+        smooth = torch.linspace(-1, 1, 10)[:, None] * torch.ones_like(theirs)
+        theirs.copy_(smooth)
+        table.copy_(enlarge(smooth, 37))
+    branch = make_branch(small)
+    with pytest.warns(UserWarning, match=r"same CLIP at another resolution \(trained at 24 px, used at 48\)"):
+        attach(chat, branch)
+    pixels = torch.randn(1, 2, 3, 48, 48)
+    assert video_tokens(chat, pixels).shape == (1, 37, 32)
+    assert torch.equal(attached_branch(chat).tower.position, table)
+
+
+def test_another_clip_at_another_resolution_is_refused_unless_asked_for():
+    chat = make_chat("llava", image_size=48)
+    branch = make_branch(make_chat("llava"))
+    with pytest.raises(ValueError, match=r"another CLIP.*image_size 24 against 48.*require_same_tower=False"):
+        attach(chat, branch)
+    assert "get_image_features" not in chat.model.__dict__
+    with pytest.warns(UserWarning, match="another CLIP"):
+        attach(chat, branch, require_same_tower=False)
+    assert video_tokens(chat, torch.randn(1, 2, 3, 48, 48)).shape == (1, 37, 32)
+
+
+def test_branch_alone_of_another_resolution_is_refused_unless_asked_for(tmp_path):
+    make_branch(make_chat("llava")).save_pretrained(tmp_path)
+    chat = make_chat("llava", image_size=48)
+    with pytest.raises(ValueError, match=r"24 px.*48 px.*include_tower=True"):
+        attach(chat, tmp_path)
+    with pytest.warns(UserWarning, match="24 px"):
+        attach(chat, tmp_path, require_same_tower=False)
+    assert video_tokens(chat, torch.randn(1, 2, 3, 48, 48)).shape == (1, 37, 32)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_branch_of_the_other_kind_of_tower_is_refused(name):
+    other = make_branch(make_chat("llava" if name in QFORMERS else "blip-2"))
+    with pytest.raises(ValueError, match=r"an? (EVA-)?CLIP tower, image_chat_model has an? (EVA-)?CLIP"):
+        attach(make_chat(name), other)
+
+
+@pytest.mark.parametrize("name", QFORMERS)
+def test_branch_beside_as_many_layers_as_the_files_hold_is_refused(name):
+    """A branch beside 39 layers would read layer 37, but the Q-Former reads layer 38."""
+    chat = make_chat(name)
+    other = make_branch(make_chat(name, num_hidden_layers=LAYERS - 2))
+    with pytest.raises(ValueError, match=r"leave the last layer out\): num_hidden_layers 3 against 4"):
+        attach(chat, other)
+
+
+def test_models_that_do_not_read_the_last_layer_but_one_are_refused():
+    chat = make_chat("vipllava")
+    branch = make_branch(chat)
+    chat.config.vision_feature_layer = [-1, -3, 1]
+    with pytest.raises(ValueError, match=r"after layers \[4, 2, 1\] of 4"):
+        attach(chat, branch)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(TypeError, match=r"LlavaForConditionalGeneration.*InstructBlip.*but is Linear"):
+        attach(torch.nn.Linear(1, 1), "nowhere")
+
+
+def test_visuals_say_what_is_wrong():
+    with pytest.raises(TypeError, match=r"items\[0\]"):
+        Visuals([3])
+    with pytest.raises(ValueError, match=r"items\[1\].*\[2, 2\]"):
+        Visuals([torch.zeros(3, 2, 2), torch.zeros(2, 2)])
+    with pytest.raises(ValueError, match="image_sizes"):
+        Visuals([torch.zeros(3, 2, 2)], [None, None])
+    assert Visuals([torch.zeros(3, 2, 2)]).to(torch.float64)[0].dtype == torch.float64
