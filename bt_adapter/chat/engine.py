@@ -1,38 +1,26 @@
-"""From a video file to a streamed answer, with the time and memory each stage took."""
+"""A chat model that takes videos: loading it, frames to tokens, questions to answers."""
 
 from __future__ import annotations
 
 import os
 import resource
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration, TextStreamer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from bt_adapter.chat.attach import attach, attached_branch, branch_enabled
-from bt_adapter.chat.prompts import video_prompt
-from bt_adapter.data import CLIP_MEAN, CLIP_STD, Video, preprocess, read_video
+from bt_adapter.chat.attach import attach, attached_branch, branch_enabled, video_tokens
+from bt_adapter.chat.conversation import Conversation, Reply, Visual
+from bt_adapter.chat.families import FAMILIES, family_of
+from bt_adapter.chat.quantize import Quantize, quantization
+from bt_adapter.data import Video, preprocess, read_video
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.progress import Progress
 
-
-@dataclass
-class Reply:
-    """An answer and what it cost. seconds: "first token" (from the question to it) and "generate" (the rest)."""
-
-    text: str
-    tokens: int
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the tokens after the first."""
-        return (self.tokens - 1) / self.seconds["generate"] if self.tokens > 1 else 0.0
+__all__ = ["Reply", "VideoChat", "peak_memory", "read"]
 
 
 class VideoChat:
@@ -41,18 +29,22 @@ class VideoChat:
     Args:
         model: a chat model a branch is attached to.
         tokenizer: with the model's image token and chat template.
-        mean, std: of the frames' normalisation.
+        mean, std: of the frames' normalisation; None: those of the model's family.
+        image_processor: what cuts stills for the models that take them in pieces (LLaVA-NeXT).
     """
 
     def __init__(
         self,
-        model: LlavaForConditionalGeneration,
+        model: Any,
         tokenizer: Any,
-        mean: tuple[float, ...] = CLIP_MEAN,
-        std: tuple[float, ...] = CLIP_STD,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        image_processor: Any = None,
     ) -> None:
         attached_branch(model)  # ValueError unless one is
-        self.model, self.tokenizer, self.mean, self.std = model.eval(), tokenizer, tuple(mean), tuple(std)
+        self.model, self.tokenizer, self.image_processor = model.eval(), tokenizer, image_processor
+        self.family = family_of(model)
+        self.mean, self.std = tuple(mean or self.family.mean), tuple(std or self.family.std)
 
     @staticmethod
     def mini(stage: str = "tuned", device: str = "cpu", dtype: torch.dtype = torch.float32) -> VideoChat:
@@ -67,30 +59,47 @@ class VideoChat:
     @staticmethod
     def load(
         model: str | os.PathLike[str],
-        branch: str | os.PathLike[str],
+        branch: str | os.PathLike[str] | None = None,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
+        quantize: Quantize | None = None,
     ) -> VideoChat:
-        """A LLaVA-like model (local folder or hub name) with a branch (folder, or a published checkpoint).
+        """An image chat model (local folder or hub name) with a branch, or what a tuning run made of one.
 
-        dtype: None for what the model was stored in. Raises what transformers and `attach` raise.
+        Args:
+            model: one that `attach` takes, or a folder of tuned parts (``bt_adapter.tune``).
+            branch: a folder, hub name or published checkpoint. May be None where ``model`` is tuned.
+            dtype: None for what the model was stored in.
+            quantize: the language model in 4 ("nf4") or 8 bits ("int8"); the tower, the projector and the branch
+                stay as they are.
+
+        Raises:
+            ValueError: no such kind of chat model, or it needs a branch and none is given.
+            QuantizeError: the package that quantizes is not installed.
+            Else what transformers, `attach` and ``bt_adapter.tune.load`` raise.
         """
+        from bt_adapter import tune
+
+        if tune.is_tuned(model):
+            return tune.load(model, branch=branch, device=device, dtype=dtype, quantize=quantize)
+        if branch is None:
+            raise ValueError(f"model {model} needs a branch, but branch is None")
         kind = AutoConfig.from_pretrained(model).model_type
-        if kind != "llava":  # from_pretrained would build one of random weights
-            raise ValueError(f"model {model} is of type {kind!r}, expected 'llava'")
-        chat = LlavaForConditionalGeneration.from_pretrained(model, dtype=dtype or "auto").to(device)
-        mean, std = CLIP_MEAN, CLIP_STD
-        try:
-            processor = AutoProcessor.from_pretrained(model)
-            tokenizer = processor.tokenizer
-            if getattr(processor, "chat_template", None):
-                tokenizer.chat_template = processor.chat_template
-            mean = getattr(processor.image_processor, "image_mean", mean)
-            std = getattr(processor.image_processor, "image_std", std)
-        except (OSError, ValueError, ImportError, AttributeError):  # a folder with a tokenizer alone
-            tokenizer = AutoTokenizer.from_pretrained(model)
+        classes = {family.name: family.model_class for family in FAMILIES}
+        if kind not in classes:  # from_pretrained would build one of random weights
+            raise ValueError(f"model {model} is of type {kind!r}, expected {', '.join(map(repr, classes))}")
+        options: dict[str, Any] = {"dtype": dtype or "auto"}
+        if quantize is not None:
+            options |= {"quantization_config": quantization(quantize), "device_map": {"": device}}
+        loaded: Any = classes[kind]
+        chat = loaded.from_pretrained(model, **options)
+        if quantize is None:
+            chat = chat.to(device)
+        tokenizer, images = _tokenizer(model)
         attach(chat, branch)
-        return VideoChat(chat, tokenizer, mean, std)
+        return VideoChat(
+            chat, tokenizer, getattr(images, "image_mean", None), getattr(images, "image_std", None), images
+        )
 
     @property
     def device(self) -> torch.device:
@@ -98,25 +107,56 @@ class VideoChat:
         return self.model.device
 
     def prepare(self, frames: Tensor) -> Tensor:
-        """Frames uint8 ``[T, 3, H, W]`` -> normalised ``[1, T, 3, h, w]`` in the model's size, dtype and device."""
-        size = self.model.config.vision_config.image_size
-        pixels = preprocess(frames, size, self.mean, self.std)
-        return pixels[None].to(self.device, self.model.dtype)
+        """Frames uint8 ``[T, 3, H, W]`` -> normalised ``[1, T, 3, h, w]`` in the tower's size, dtype and device."""
+        pixels = preprocess(frames, self.family.image_size, self.mean, self.std)
+        return pixels[None].to(self.device, attached_branch(self.model).tower.dtype)
 
     @torch.no_grad()
     def encode(self, video: Video | Tensor, branch: bool = True, progress: Progress | None = None) -> Tensor:
-        """A video (or its frames, uint8 ``[T, 3, H, W]``) -> its tokens for the language model ``[1, P+1, width]``.
+        """A video's tokens for the language model, ``[1, V, W]``, from frames that are there already.
 
-        branch: False for the mean of the frames' tokens in the branch's place. progress: as for ``video_tokens``.
+        video: decoded frames, uint8 ``[T, 3, H, W]`` where a tensor is given. branch: False for the mean of the frames'
+        tokens in the branch's place. progress: as for ``video_tokens``. Files of any length: `bt_adapter.chat.watch`.
         """
         pixels = self.prepare(video.frames if isinstance(video, Video) else video)
         with branch_enabled(self.model, branch):
-            tokens = self.model.model.get_image_features(pixels, progress=progress).pooler_output[0][None]
+            tokens = self.project(video_tokens(self.model, pixels, progress))
         if tokens.device.type == "cuda":
             torch.cuda.synchronize(tokens.device)
         return tokens
 
     @torch.no_grad()
+    def see(self, image: Tensor) -> Tensor:
+        """A still's tokens, uint8 ``[3, H, W]`` to ``[n, W]``, as the image chat model itself makes them.
+
+        Raises ValueError where the model takes stills in pieces and no image processor is there to cut them.
+        """
+        owner: Any
+        owner, method = self.family.hook
+        if method != "get_image_features":  # a Q-Former reads the tower's tokens, which are those of a one-frame mean
+            tokens = attached_branch(self.model).frame_mean_tokens(self.prepare(image[None]))
+            return self.project(tokens)[0]
+        if self.family.name == "llava_next":
+            if self.image_processor is None:
+                raise ValueError("stills need this model's image processor, and its folder brings none that can run")
+            cut = self.image_processor(
+                images=[image.cpu().numpy()], return_tensors="pt", input_data_format="channels_first"
+            )
+            pixels = cut["pixel_values"].to(self.device, attached_branch(self.model).tower.dtype)
+            return torch.cat(list(owner.get_image_features(pixels, cut["image_sizes"]).pooler_output))
+        return owner.get_image_features(self.prepare(image[None])[0]).pooler_output[0]
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Video tokens ``[n, P+1, D]`` as the language model takes them, ``[n, V, W]``.
+
+        Raises ValueError for InstructBLIP, which would have to know the question.
+        """
+        return self.family.project(tokens)
+
+    def converse(self, static: bool = False) -> Conversation:
+        """A conversation with this model; see `Conversation`."""
+        return Conversation(self.model, self.tokenizer, static)
+
     def ask(
         self,
         video_tokens: Tensor,
@@ -124,23 +164,10 @@ class VideoChat:
         max_new_tokens: int = 64,
         on_text: Callable[[str], None] | None = None,
     ) -> Reply:
-        """The greedy answer to a question about an encoded video; on_text is given the text as it comes."""
-        begin = time.perf_counter()
-        inputs = video_prompt(self.model, self.tokenizer, question).to(self.device)
-        embeds = self.model.get_input_embeddings()(inputs["input_ids"])
-        places = (inputs["input_ids"] == self.model.config.image_token_id)[..., None].expand_as(embeds)
-        embeds = embeds.masked_scatter(places, video_tokens.to(embeds.dtype))
-        streamer = _Stream(self.tokenizer, on_text or (lambda text: None))
-        self.model.generate(
-            inputs_embeds=embeds,
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            streamer=streamer,
-        )
-        first = streamer.first or time.perf_counter()
-        seconds = {"first token": first - begin, "generate": time.perf_counter() - first}
-        return Reply("".join(streamer.text).strip(), streamer.tokens, seconds)
+        """The greedy answer to one question about an encoded video; on_text is given the text as it comes."""
+        conversation = self.converse()
+        conversation.add(Visual("video", video_tokens.flatten(0, -2)))
+        return conversation.ask(question, max_new_tokens, on_text)
 
 
 def read(path: str | os.PathLike[str], frames: int, repeat: bool = False, progress: Progress | None = None) -> Video:
@@ -155,22 +182,13 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class _Stream(TextStreamer):
-    """Counts tokens, notes when the first came, and hands text on where words end."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text, self.tokens = on_text, 0
-        self.text: list[str] = []
-        self.first: float | None = None
-
-    def put(self, value: Tensor) -> None:
-        if not self.next_tokens_are_prompt:  # the prompt comes first, and is empty where embeddings are given
-            self.first = self.first or time.perf_counter()
-            self.tokens += value.numel()
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text.append(text)
-        if text:
-            self.on_text(text)
+def _tokenizer(model: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """A model's tokenizer with its chat template, and its image processor or None."""
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+        tokenizer, images = processor.tokenizer, processor.image_processor
+    except (OSError, ValueError, ImportError, AttributeError):  # a folder with a tokenizer alone
+        return AutoTokenizer.from_pretrained(model), None
+    if getattr(processor, "chat_template", None):
+        tokenizer.chat_template = processor.chat_template
+    return tokenizer, images

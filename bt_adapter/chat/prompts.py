@@ -1,33 +1,34 @@
-"""Prompts with the right number of visual tokens: P for a still image, P+1 for a video."""
+"""Prompts with the right number of visual tokens: of one question, or of a conversation."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import LlavaForConditionalGeneration
+from bt_adapter.chat.families import family_of
 
-# for tokenizers that bring no chat template: the first LLaVA's
-_VICUNA = "USER: {visual}\n{question} ASSISTANT:"
+_PLACE = re.compile(r"(<video>|<image>)")
 
 
-def patches(chat: LlavaForConditionalGeneration) -> int:
+class PromptError(ValueError):
+    """A question cannot be put to the model as it is."""
+
+
+def patches(chat: Any) -> int:
     """P, the patch tokens of one image or frame."""
-    vision: Any = chat.config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2
+    return family_of(chat).patches
 
 
-def video_length(chat: LlavaForConditionalGeneration) -> int:
-    """P+1, the tokens of one video, whatever its number of frames."""
-    return patches(chat) + 1
+def video_length(chat: Any) -> int:
+    """The tokens of one video, whatever its number of frames: P+1, or a Q-Former's queries."""
+    return family_of(chat).video_length
 
 
-def image_token(chat: LlavaForConditionalGeneration, tokenizer: Any) -> str:
+def image_token(chat: Any, tokenizer: Any) -> str:
     """The text of the chat model's image token. Raises ValueError when the tokenizer does not know it."""
-    text = tokenizer.convert_ids_to_tokens(chat.config.image_token_id)
-    if text is None:
-        raise ValueError(f"tokenizer has no token {chat.config.image_token_id}, the chat model's image token")
-    return text
+    return family_of(chat).image_token(tokenizer)
 
 
 def expand(text: str, token: str, lengths: Sequence[int]) -> str:
@@ -41,26 +42,13 @@ def expand(text: str, token: str, lengths: Sequence[int]) -> str:
     return pieces[0] + "".join(token * n + piece for n, piece in zip(lengths, pieces[1:], strict=True))
 
 
-def prompt_text(chat: LlavaForConditionalGeneration, tokenizer: Any, question: str) -> str:
+def prompt_text(chat: Any, tokenizer: Any, question: str) -> str:
     """One question about one image or video as the model's chat template has it, with a single image token."""
     token = image_token(chat, tokenizer)
-    if token in question:
-        raise ValueError(f"question holds the image token {token!r}; expected plain text")
-    if not getattr(tokenizer, "chat_template", None):
-        return _VICUNA.format(visual=token, question=question)
-    content: Any = [{"type": "image"}, {"type": "text", "text": question}]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    if text.count(token) != 1:  # a template for text alone
-        content = f"{token}\n{question}"
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-    return text
+    return _conversation_text(tokenizer, [(_parts(Turn(question, ("video",)), token), None)], token)
 
 
-def video_prompt(chat: LlavaForConditionalGeneration, tokenizer: Any, question: str, videos: int = 1) -> Any:
+def video_prompt(chat: Any, tokenizer: Any, question: str, videos: int = 1) -> Any:
     """Token ids of the same question about each of `videos` videos, ``[videos, S]``, with P+1 image tokens each.
 
     Goes with ``pixel_values [videos, T, 3, h, w]`` into ``chat.generate``.
@@ -70,14 +58,100 @@ def video_prompt(chat: LlavaForConditionalGeneration, tokenizer: Any, question: 
     )
 
 
-def image_prompt(chat: LlavaForConditionalGeneration, tokenizer: Any, question: str, images: int = 1) -> Any:
-    """The same for still images, with P image tokens each (models that take the CLS token too are not handled)."""
-    return _tokenize(
-        tokenizer, prompt_text(chat, tokenizer, question), image_token(chat, tokenizer), patches(chat), images
-    )
+def image_prompt(chat: Any, tokenizer: Any, question: str, images: int = 1) -> Any:
+    """The same for still images (not LLaVA-NeXT's, whose number of tokens is their size's)."""
+    length = family_of(chat).image_length()
+    return _tokenize(tokenizer, prompt_text(chat, tokenizer, question), image_token(chat, tokenizer), length, images)
 
 
 def _tokenize(tokenizer: Any, text: str, token: str, length: int, count: int) -> Any:
     text = expand(text, token, [length])
-    special = not text.startswith(tokenizer.bos_token or "\0")  # templates that write the opening token themselves
-    return tokenizer([text] * count, return_tensors="pt", add_special_tokens=special)
+    return tokenizer([text] * count, return_tensors="pt", add_special_tokens=_adds_special(tokenizer, text))
+
+
+def _adds_special(tokenizer: Any, text: str) -> bool:
+    """Not after a template that wrote the opening token itself."""
+    return not text.startswith(tokenizer.bos_token or "\0")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question with the videos and stills that come with it, and its answer once there is one.
+
+    question: plain text, in which ``<video>`` and ``<image>`` may stand where a visual belongs; without any, all
+    visuals stand before it. kinds: "video" or "image" of each visual, in order.
+    """
+
+    question: str
+    kinds: tuple[str, ...] = ()
+    answer: str | None = None
+
+
+def conversation_ids(chat: Any, tokenizer: Any, turns: Sequence[Turn], lengths: Sequence[int]) -> list[int]:
+    """Token ids of a conversation up to the place of the last turn's answer, the i-th visual taking lengths[i] tokens.
+
+    Raises PromptError: a question is empty, holds the image token, or has other places than visuals; or the chat
+    template leaves a visual out.
+    """
+    token = image_token(chat, tokenizer)
+    text = conversation_text(chat, tokenizer, turns)
+    found = text.count(token)
+    if found != len(lengths):
+        raise PromptError(f"the chat template has {found} places for {len(lengths)} videos and images")
+    return tokenizer(expand(text, token, lengths), add_special_tokens=_adds_special(tokenizer, text))["input_ids"]
+
+
+def conversation_text(chat: Any, tokenizer: Any, turns: Sequence[Turn]) -> str:
+    """The text behind :func:`conversation_ids`, with one image token for every visual."""
+    token = image_token(chat, tokenizer)
+    return _conversation_text(tokenizer, [(_parts(turn, token), turn.answer) for turn in turns], token)
+
+
+def _parts(turn: Turn, token: str) -> list[str | None]:
+    """The pieces of a question, None where a visual stands."""
+    if not turn.question.strip():
+        raise PromptError("the question is empty")
+    pieces = _PLACE.split(turn.question)
+    texts, places = pieces[::2], [place.strip("<>") for place in pieces[1::2]]
+    if any(token in text for text in texts):
+        raise PromptError(f"the question holds the model's image token {token!r}; ask in plain text")
+    if not places:
+        return [*(None for _ in turn.kinds), turn.question]
+    for kind in ("video", "image"):
+        if places.count(kind) != turn.kinds.count(kind):
+            raise PromptError(
+                f"the question has {places.count(kind)} places <{kind}>, but {turn.kinds.count(kind)} {kind}s come "
+                "with it (without any place, all come before the question)"
+            )
+    if tuple(places) != turn.kinds:
+        raise PromptError(f"the question's places are {', '.join(places)}, but what comes is {', '.join(turn.kinds)}")
+    parts: list[str | None] = [texts[0]]
+    for text in texts[1:]:
+        parts += [None, text]
+    return [part for part in parts if part != ""]
+
+
+def _conversation_text(tokenizer: Any, turns: list[tuple[list[str | None], str | None]], token: str) -> str:
+    """The chat template's text with one image token for every visual."""
+    plain = [("\n".join(token if part is None else part.strip() for part in parts), answer) for parts, answer in turns]
+    if not getattr(tokenizer, "chat_template", None):
+        end = tokenizer.eos_token or ""
+        return "".join(f"USER: {text} ASSISTANT:" + ("" if a is None else f" {a}{end}") for text, a in plain)
+
+    def text_of(contents: list[Any], answers: list[Any]) -> str:
+        messages = []
+        for content, answer in zip(contents, answers, strict=True):
+            messages.append({"role": "user", "content": content})
+            if answer[0] is not None:
+                messages.append({"role": "assistant", "content": answer[1]})
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    visuals = sum(part is None for parts, _ in turns for part in parts)
+    contents = [
+        [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts] for parts, _ in turns
+    ]
+    text = text_of(contents, [(answer, [{"type": "text", "text": answer}]) for _, answer in turns])
+    if text.count(token) != visuals or any(answer is not None and answer not in text for _, answer in turns):
+        # a template for text alone
+        text = text_of([text for text, _ in plain], [(answer, answer) for _, answer in turns])
+    return text

@@ -1,56 +1,160 @@
-"""One question on the terminal: progress bars, the streamed answer, and what it cost."""
+"""Chat on the terminal: progress bars, streamed answers, what they cost, and a conversation line by line."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bt_adapter.chat.engine import Reply, VideoChat, peak_memory, read
-from bt_adapter.chat.prompts import image_token
+from bt_adapter.chat.conversation import ContextError, Conversation, Reply
+from bt_adapter.chat.engine import VideoChat, peak_memory
+from bt_adapter.chat.prompts import PromptError
+from bt_adapter.chat.quantize import QuantizeError
+from bt_adapter.chat.watch import Sampling, Watched, look, watch
+from bt_adapter.data import VideoError
+from bt_adapter.data.stream import FrameStream
 from bt_adapter.errors import CommandError
 
 if TYPE_CHECKING:
-    from bt_adapter.commands.chat import Chat
+    from bt_adapter.commands.chat import Chat, ChatModel
+
+HELP = """\
+a line is a question; <video> and <image> in it stand for the files that come with it, in order
+/video FILE   a video for the next question       /reset   forget questions and files
+/image FILE   a still for the next question       /quit    or the end of the input: end"""
 
 
 def run_chat(command: Chat) -> int:
-    """Load, decode, encode, answer. The answer goes to stdout, all else to stderr. Returns the exit code."""
+    """Load, watch, answer. Answers go to stdout, all else to stderr. Returns the exit code."""
     notes = Console(stderr=True, highlight=False)
-    seconds: dict[str, float] = {}
-    with _stage(seconds, "decode"), progress_bar(notes, "decoding") as progress:
-        video = read(
-            command.video, command.frames, command.repeat, progress
-        )  # first: a bad file is told before a model is loaded
-    if video.truncated:
-        notes.print(
-            f"[yellow]{command.video}: damaged or cut short; going on with the {video.total} frames that are there"
-        )
-    with _stage(seconds, "load"), notes.status("loading the model"):
+    sampling = sampling_of(command)
+    streams = [sampling.open(path) for path in command.video]  # a bad file is told before a model is loaded
+    begin = time.perf_counter()
+    with notes.status("loading the model"):
         chat = load(command)
-    with _stage(seconds, "encode"), progress_bar(notes, "encoding") as progress:
-        tokens = chat.encode(video, not command.no_branch, progress)
-
-    def show(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    if image_token(chat.model, chat.tokenizer) in command.question:
-        raise CommandError("the question holds the model's image token; ask in plain text")
-    reply = chat.ask(tokens, command.question, command.max_new_tokens, show)
-    sys.stdout.write("\n")
-    seconds |= reply.seconds
-    notes.print(summary(len(video.frames), video.total, seconds, reply, peak_memory(chat.device)), style="dim")
+    loaded = time.perf_counter() - begin
+    session = Session(chat, chat.converse(command.compile), sampling, command.max_new_tokens, notes, loaded)
+    for stream in streams:
+        session.watch(stream)
+    for path in command.image:
+        session.look(path)
+    try:
+        if command.question is not None:
+            session.ask(command.question)
+        else:
+            session.converse()
+    except (PromptError, ContextError) as error:
+        raise CommandError(str(error)) from error
     return 0
 
 
-def load(command: Chat) -> VideoChat:
+class Session:
+    """A conversation on the terminal.
+
+    Args:
+        chat, conversation: the model, and what was said to it. sampling: of videos to come.
+        notes: where all but the answers goes. load: seconds that loading took, told with the first answer.
+    """
+
+    def __init__(
+        self,
+        chat: VideoChat,
+        conversation: Conversation,
+        sampling: Sampling,
+        max_new_tokens: int,
+        notes: Console,
+        load: float = 0.0,
+    ) -> None:
+        self.chat, self.conversation, self.sampling, self.notes = chat, conversation, sampling, notes
+        self.max_new_tokens = max_new_tokens
+        self._seconds = {"load": load} if load else {}
+        self._seen: list[Watched] = []  # since the last answer
+
+    def watch(self, stream: FrameStream) -> None:
+        """A video for the next question. Raises VideoError; CommandError where the options do not fit it."""
+        with progress_bar(self.notes, f"watching {Path(stream.path).name}") as progress:
+            try:
+                seen = watch(self.chat, stream, self.sampling, progress)
+            except VideoError:
+                raise
+            except ValueError as error:
+                raise CommandError(str(error)) from error
+        if seen.truncated:
+            self.notes.print(
+                f"[yellow]{stream.path}: damaged or cut short; going on with the {seen.total} frames that are there"
+            )
+        self._add(seen)
+
+    def look(self, path: Path) -> None:
+        """A still for the next question. Raises VideoError; CommandError where the model cannot take it."""
+        try:
+            self._add(look(self.chat, path))
+        except VideoError:
+            raise
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+
+    def ask(self, question: str) -> None:
+        """Stream the answer to stdout, then say what it cost. Raises PromptError, ContextError."""
+        reply = self.conversation.ask(question, self.max_new_tokens, _show)
+        _show("\n")
+        self._seconds |= reply.seconds
+        self.notes.print(summary(self._seen, self._seconds, reply, peak_memory(self.chat.device)), style="dim")
+        self._seconds, self._seen = {}, []
+
+    def converse(self) -> None:
+        """Read lines until they end. What a line asks wrongly is told, and the conversation goes on."""
+        commands: dict[str, Callable[[str], object]] = {
+            "/video": lambda name: self.watch(self.sampling.open(name)),
+            "/image": lambda name: self.look(Path(name)),
+            "/reset": lambda _: self._reset(),
+            "/help": lambda _: self.notes.print(HELP, markup=False),
+        }
+        if sys.stdin.isatty():
+            self.notes.print(HELP, markup=False, style="dim")
+        while True:
+            if sys.stdin.isatty():
+                self.notes.print("> ", end="")
+            line = sys.stdin.readline()
+            word, _, rest = line.strip().partition(" ")
+            if not line or word == "/quit":
+                return
+            if not word:
+                continue
+            try:
+                if not word.startswith("/"):
+                    self.ask(line.strip())
+                elif word in commands:
+                    commands[word](rest.strip())
+                else:
+                    self.notes.print(f"no command {word}; /help lists them", markup=False)
+            except (VideoError, CommandError, PromptError, ContextError) as error:
+                self.notes.print(str(error), markup=False, style="yellow")
+
+    def _add(self, seen: Watched) -> None:
+        self.conversation.add(seen)
+        self._seen.append(seen)
+        for name, seconds in (("decode", seen.decode), ("encode", seen.encode)):
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def _reset(self) -> None:
+        self.conversation.reset()
+        self._seen = []
+
+
+def sampling_of(command: ChatModel) -> Sampling:
+    """How a command line wants videos watched."""
+    return Sampling(command.frames, command.fps, command.repeat, command.windows, command.long, not command.no_branch)
+
+
+def load(command: ChatModel) -> VideoChat:
     """The model a command line asks for. CommandError for what is not there or does not fit."""
     device = command.device
     if device == "auto":
@@ -72,16 +176,24 @@ def load(command: Chat) -> VideoChat:
                 raise CommandError(f"--branch {command.branch}: {error}") from error
         return chat
     try:
-        return VideoChat.load(command.model, command.branch or "", device, dtype)
+        return VideoChat.load(command.model, command.branch, device, dtype, command.quantize)
+    except QuantizeError as error:
+        raise CommandError(f"--{error}") from error
     except (ValueError, TypeError) as error:
         raise CommandError(f"--model {command.model} with --branch {command.branch}: {error}") from error
 
 
-def summary(frames: int, total: int, seconds: dict[str, float], reply: Reply, memory: int) -> str:
+def summary(seen: list[Watched], seconds: dict[str, float], reply: Reply, memory: int) -> str:
     """ "8 of 132 frames · decode 0.21 s · … · 12 tokens, 25.1 tokens/s · peak memory 1.31 GB"."""
-    stages = " · ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+    parts = [
+        f"{each.frames} of {each.total} frames" + (f" in {each.sets} sets" if each.sets > 1 else "")
+        for each in seen
+        if each.kind == "video"
+    ]
+    parts += [f"{name} {value:.2f} s" for name, value in seconds.items()]
+    parts.append(f"{reply.fed} of {reply.prompt} prompt tokens run")
     speed = f", {reply.tokens_per_second:.1f} tokens/s" if reply.tokens > 1 else ""
-    return f"{frames} of {total} frames · {stages} · {reply.tokens} tokens{speed} · peak memory {memory / 1e9:.2f} GB"
+    return " · ".join([*parts, f"{reply.tokens} tokens{speed}", f"peak memory {memory / 1e9:.2f} GB"])
 
 
 @contextmanager
@@ -93,8 +205,6 @@ def progress_bar(console: Console, what: str) -> Iterator:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-@contextmanager
-def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - begin
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from bt_adapter.errors import CommandError
 
 
 @dataclass(frozen=True)
-class Chat:
-    """Ask a question about a video file; the answer is streamed, then what it cost."""
+class ChatModel:
+    """Which model answers, and how it sees a video."""
 
-    question: Positional[str]
-    """What to ask."""
-    video: Annotated[Path, arg(metavar="FILE")]
-    """Video file, anything FFmpeg decodes."""
     model: str = "mini"
-    """Image chat model: "mini" (comes with this package), a local folder, or a hub name of a LLaVA-like model."""
+    """Image chat model: "mini" (comes with this package), a local folder, a hub name, or a folder of a tuning run."""
     branch: str | None = None
     """Branch to attach: a folder of save_pretrained, its hub name, or a published checkpoint; mini has its own."""
     frames: int = 8
     """Frames to take, evenly spread over the video."""
+    fps: float | None = None
+    """Take so many frames of each second instead; videos of any length."""
     repeat: bool = False
     """Repeat frames where the video has fewer than --frames."""
+    windows: int | None = None
+    """Cut the video into so many windows, each of which becomes one set of tokens; default: one for each 128 frames
+    (twice the rows of the branch's time table), and no more sets than fit into the model's context: the sets of
+    neighbouring windows are averaged beyond that."""
+    long: Literal["average", "interpolate"] = "average"
+    """In windows of more frames than the time table has rows: average neighbouring frames, or interpolate the table."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
     no_branch: Annotated[bool, arg(name="no-branch")] = False
@@ -35,20 +40,54 @@ class Chat:
     """"cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the model; "auto": float32 for mini, else as stored."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """The language model in 4 or 8 bits, by bitsandbytes or torchao; not for mini."""
+
+    def check(self) -> None:
+        """Raise CommandError for what can be told before anything is loaded."""
+        counts = (("frames", self.frames), ("windows", self.windows), ("max-new-tokens", self.max_new_tokens))
+        for name, value in counts:
+            if value is not None and value < 1:
+                raise CommandError(f"--{name} must be 1 or more, got {value}")
+        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
+            raise CommandError(f"--fps must be a number above 0, got {self.fps}")
+        if self.model == "mini":
+            if self.quantize is not None:
+                raise CommandError("--quantize is for models of a folder or the hub; mini is small enough")
+            return
+        from bt_adapter import tune
+
+        if self.branch is None and not tune.is_tuned(self.model):
+            raise CommandError(f"--model {self.model} needs --branch: a branch pretrained on its CLIP")
+
+
+@dataclass(frozen=True)
+class Chat(ChatModel):
+    """Ask questions about video files and stills; answers are streamed, then what they cost.
+
+    With a question: one answer. Without: a conversation, a question a line, until the input ends; /help tells more.
+    """
+
+    question: Positional[str | None] = None
+    """What to ask. <video> and <image> in it stand for the files in order; without them all files come first."""
+    video: UseAppendAction[Annotated[tuple[Path, ...], arg(metavar="FILE")]] = ()
+    """Video file, anything FFmpeg decodes; may be given several times."""
+    image: UseAppendAction[Annotated[tuple[Path, ...], arg(metavar="FILE")]] = ()
+    """Still image (PNG, JPEG, WebP, BMP); may be given several times. Stills come after the videos."""
+    compile: bool = False
+    """Keys and values of a fixed size and, on a GPU, compiled decoding: faster after a first answer of minutes."""
 
 
 def run(command: Chat) -> int:
     """Check what can be checked at once, then chat. Returns the exit code."""
-    for name, value in (("frames", command.frames), ("max-new-tokens", command.max_new_tokens)):
-        if value < 1:
-            raise CommandError(f"--{name} must be 1 or more, got {value}")
-    if not command.question.strip():
+    command.check()
+    if command.question is not None and not command.question.strip():
         raise CommandError("the question is empty")
-    if not command.video.is_file():  # before seconds go by loading a model
-        what = "is a folder" if command.video.is_dir() else "there is no such file"
-        raise CommandError(f"{command.video}: {what}")
-    if command.model != "mini" and command.branch is None:
-        raise CommandError(f"--model {command.model} needs --branch: a branch pretrained on its CLIP")
+    if command.question is not None and not (command.video or command.image):
+        raise CommandError("there is nothing to ask about: give --video FILE or --image FILE")
+    for path in (*command.video, *command.image):  # before seconds go by loading a model
+        if not path.is_file():
+            raise CommandError(f"{path}: {'is a folder' if path.is_dir() else 'there is no such file'}")
     from bt_adapter.chat.session import run_chat
 
     return run_chat(command)

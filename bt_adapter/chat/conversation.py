@@ -1,0 +1,214 @@
+"""Turns about videos and stills: greedy answers, with the language model's keys and values kept from turn to turn."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache, TextStreamer
+
+from bt_adapter.chat.families import family_of
+from bt_adapter.chat.prompts import Turn, conversation_ids
+
+
+class ContextError(ValueError):
+    """A prompt and the answer asked for do not fit into the model's context."""
+
+
+@dataclass
+class Reply:
+    """An answer and what it cost.
+
+    seconds: "first token" (from the question to it) and "generate" (the rest). prompt: tokens of the whole conversation
+    up to the answer; fed: how many of them had to be run, the rest's keys and values were there.
+    """
+
+    text: str
+    tokens: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    prompt: int = 0
+    fed: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after the first."""
+        return (self.tokens - 1) / self.seconds["generate"] if self.tokens > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Visual:
+    """A video or a still as the language model takes it.
+
+    kind: "video" or "image". tokens: ``[n, E]``, E the language model's width. name: what to call it.
+    """
+
+    kind: str
+    tokens: Tensor
+    name: str = ""
+
+
+class Conversation:
+    """Questions and answers about any number of videos and stills.
+
+    Each turn runs its own tokens alone: those of the turns before are kept as keys and values. The answers are those of
+    a fresh greedy ``generate`` on the whole conversation; where a chat template writes a past turn otherwise than it
+    was generated, what follows the difference is run again.
+
+    Args:
+        model: a chat model. tokenizer: with its image token and chat template.
+        static: keys and values of a fixed size, the context's: on a GPU decoding is then compiled (at the first turn,
+            which takes minutes).
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, static: bool = False) -> None:
+        self.model, self.tokenizer, self.static = model, tokenizer, static
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget turns and visuals."""
+        self.turns: list[Turn] = []
+        self.visuals: list[Visual] = []
+        self._pending = 0  # visuals at the end of the list that no turn has yet
+        self._cache: Any = None
+        self._cached: list[int] = []  # whose keys and values the cache holds
+
+    def add(self, visual: Visual) -> None:
+        """A video or still that comes with the next question."""
+        self.visuals.append(visual)
+        self._pending += 1
+
+    @torch.no_grad()
+    def ask(self, question: str, max_new_tokens: int = 64, on_text: Callable[[str], None] | None = None) -> Reply:
+        """The greedy answer; ``on_text`` is given the text as it comes.
+
+        Raises PromptError, ContextError: the conversation is then as it was before.
+        """
+        begin = time.perf_counter()
+        kinds = tuple(visual.kind for visual in self.visuals[len(self.visuals) - self._pending :])
+        turn = Turn(question, kinds)
+        ids = conversation_ids(
+            self.model, self.tokenizer, [*self.turns, turn], [len(visual.tokens) for visual in self.visuals]
+        )
+        check_context(self.model, len(ids), sum(len(v.tokens) for v in self.visuals), max_new_tokens)
+        kept = self._keep(ids)
+        embeds = embed(self.model, ids, self.visuals)[None]
+        streamer = _Stream(self.tokenizer, on_text or (lambda text: None))
+        try:
+            new = generate(
+                self.model,
+                embeds,
+                torch.ones_like(embeds[..., 0], dtype=torch.long),
+                max_new_tokens,
+                streamer,
+                self._cache,
+            )
+        except BaseException:  # an interrupted answer leaves keys and values of no known tokens
+            self._cache, self._cached = None, []
+            raise
+        self._cached = (ids + new[0].tolist())[: int(self._cache.get_seq_length())]
+        first = streamer.first or time.perf_counter()
+        seconds = {"first token": first - begin, "generate": time.perf_counter() - first}
+        text = "".join(streamer.text).strip()
+        self.turns.append(replace(turn, answer=text))
+        self._pending = 0
+        return Reply(text, streamer.tokens, seconds, len(ids), len(ids) - kept)
+
+    def _keep(self, ids: list[int]) -> int:
+        """Cut the cache down to what these ids begin with; how many tokens that is (never all: one must be run)."""
+        most = min(len(ids) - 1, len(self._cached))
+        kept = next((i for i in range(most) if ids[i] != self._cached[i]), most)
+        if kept == 0 or self._cache is None:
+            self._cache, kept = self._new_cache(), 0
+        elif kept < len(self._cached):
+            self._cache.crop(kept - len(self._cached))  # a count below zero: so many off the end
+        return kept
+
+    def _new_cache(self) -> Any:
+        if not self.static:
+            return DynamicCache()
+        text = self.model.config.get_text_config()
+        return StaticCache(config=text, max_cache_len=context(self.model))
+
+
+def context(model: Any) -> int:
+    """Tokens the language model was made for."""
+    return int(model.config.get_text_config().max_position_embeddings)
+
+
+def check_context(model: Any, prompt: int, visual: int, max_new_tokens: int) -> None:
+    """Raise ContextError, naming all counts, where a prompt of so many tokens leaves no room for the answer."""
+    if prompt + max_new_tokens > (limit := context(model)):
+        raise ContextError(
+            f"the prompt takes {prompt} tokens, {visual} of them for videos and images, and {max_new_tokens} are asked "
+            f"for the answer: {prompt + max_new_tokens}, but the model's context is {limit}"
+        )
+
+
+def embed(model: Any, ids: list[int], visuals: Sequence[Visual]) -> Tensor:
+    """``[S, E]``: embeddings of the ids, the visuals' tokens in the place of image tokens."""
+    family = family_of(model)
+    row = torch.tensor(ids, device=model.device)
+    embeds = family.input_embeddings(row)
+    if visuals:
+        embeds[row == family.image_token_id] = torch.cat([visual.tokens for visual in visuals]).to(embeds)
+    return embeds
+
+
+def generate(
+    model: Any, embeds: Tensor, mask: Tensor, max_new_tokens: int, streamer: Any = None, cache: Any = None
+) -> Tensor:
+    """Greedy tokens after ``[B, S, E]``, without those of the prompt; rows that end early are padded."""
+    generator, options = family_of(model).generator, {}
+    if cache is not None:
+        accepts = inspect.signature(generator.forward).parameters
+        options["cache" if "cache" in accepts else "past_key_values"] = cache
+    return generator.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        streamer=streamer,
+        **options,
+    )
+
+
+@torch.no_grad()
+def answer_batch(
+    model: Any, tokenizer: Any, prompts: Sequence[tuple[list[int], Sequence[Visual]]], max_new_tokens: int
+) -> list[str]:
+    """Greedy answers to several prompts at once (ids of `conversation_ids` and their visuals), padded on the left."""
+    rows = [embed(model, ids, visuals) for ids, visuals in prompts]
+    length = max(len(row) for row in rows)
+    embeds = rows[0].new_zeros(len(rows), length, rows[0].shape[1])
+    mask = torch.zeros(len(rows), length, dtype=torch.long, device=embeds.device)
+    for i, row in enumerate(rows):
+        embeds[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
+    new = generate(model, embeds, mask, max_new_tokens)
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+class _Stream(TextStreamer):
+    """Counts tokens, notes when the first came, and hands text on where words end."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text, self.tokens = on_text, 0
+        self.text: list[str] = []
+        self.first: float | None = None
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:  # the prompt comes first, and is empty where embeddings are given
+            self.first = self.first or time.perf_counter()
+            self.tokens += value.numel()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text.append(text)
+        if text:
+            self.on_text(text)

@@ -1,0 +1,49 @@
+"""Language models in 4 or 8 bits, by bitsandbytes or torchao where they are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Literal
+
+Quantize = Literal["nf4", "int8"]
+
+# The branch reads the tower's weights as they are, and the projector is small.
+_KEPT = ["vision_tower", "vision_model", "multi_modal_projector", "qformer", "language_projection", "lm_head"]
+
+
+class QuantizeError(RuntimeError):
+    """The package that would quantize is not installed."""
+
+
+def quantization(kind: Quantize) -> Any:
+    """The ``quantization_config`` of ``from_pretrained``: weights of the language model's linear layers alone.
+
+    "nf4": bitsandbytes, 4 bits, products in bfloat16. "int8": bitsandbytes, or torchao where that alone is installed.
+
+    Raises:
+        ValueError: another ``kind``. QuantizeError: no package that can do it is installed.
+    """
+    if kind not in ("nf4", "int8"):
+        raise ValueError(f"quantize must be 'nf4' or 'int8', but is {kind!r}")
+    import torch
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if _installed("bitsandbytes"):
+        if kind == "nf4":
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.bfloat16,
+                llm_int8_skip_modules=_KEPT,
+            )
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_KEPT)
+    if kind == "int8" and _installed("torchao"):
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=_KEPT)
+    wanted = "bitsandbytes" if kind == "nf4" else "bitsandbytes or torchao"
+    raise QuantizeError(f"quantize {kind} needs {wanted}, which is not installed: pip install bitsandbytes")
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -1,0 +1,188 @@
+"""Video tokens of videos of any length in bounded memory: chunks of frames through the tower, means into the branch.
+
+A branch layer reads a tower layer's output averaged over neighbouring frames, and the mean over time of layer L-2's is
+all else that video tokens need (arXiv 2309.15785, section 3.3). Both are sums over frames, so a chunk of frames runs
+through the tower's layers 0 to L-2, adds its part, and is forgotten. Held at once: a chunk, and ``steps`` time steps of
+d-1 layers' states, whatever the number of frames.
+
+Legend: T frames, P patches, D width, L tower layers, d branch layers; a step is what the branch takes for one moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bt_adapter.model import BTAdapterVisionModel
+from bt_kernels import VisibleTokens, gather_embed, pool_video_tokens
+
+Long = Literal["average", "interpolate"]
+# One set of tokens stands for at most so many times the rows of the time table, unless it is told otherwise. Twice is
+# what the published procedure does to 100 frames.
+WINDOW_ROWS = 2
+
+
+def plan_windows(frames: int, max_frames: int, windows: int | None = None) -> list[int]:
+    """Frames of each window a video is cut into, each of which becomes one set of P+1 tokens.
+
+    ``windows`` None: as few as keep every window within ``2 * max_frames`` frames. Else so many, though no more than
+    there are frames. Windows differ by one frame at most. Raises ValueError for counts below 1.
+    """
+    for name, value in (("frames", frames), ("windows", windows)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be 1 or more, but is {value}")
+    count = -(-frames // (WINDOW_ROWS * max_frames)) if windows is None else min(windows, frames)
+    edges = [i * frames // count for i in range(count + 1)]
+    return [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
+
+
+@torch.no_grad()
+def video_tokens_streamed(
+    model: BTAdapterVisionModel,
+    chunks: Iterable[Tensor],
+    frames: int,
+    windows: int | None = 1,
+    sets: int | None = None,
+    long: Long = "average",
+    branch: bool = True,
+) -> Tensor:
+    """Video tokens of one video whose frames come in chunks; equal to ``model.video_tokens`` for ``windows=1``.
+
+    Args:
+        model: tower and branch.
+        chunks: normalised frames ``[t, 3, h, w]``, any t, on the model's device.
+        frames: T, how many will come. Where fewer come, the video ends there.
+        windows: sets of tokens, see :func:`plan_windows`; each window is a video of its own to the branch.
+        sets: at most so many sets: beyond, those of neighbouring windows are averaged.
+        long: of windows with more frames than the time table has rows: "average" neighbouring frames, two by two up to
+            twice the rows and as many as needed beyond; "interpolate" the table to as many rows as there are frames,
+            up to twice its length (beyond, frames are averaged down to that first).
+        branch: False: each set is the mean over its frames of tower layer L-2's tokens (``frame_mean_tokens``).
+
+    Returns:
+        ``[n, P+1, D]``, n sets in the order of time, CLS last in each.
+
+    Raises:
+        ValueError: an argument is outside its range, or no frame comes.
+    """
+    if long not in get_args(Long):
+        raise ValueError(f"long must be 'average' or 'interpolate', but is {long!r}")
+    if branch and model.config.depth < 2:
+        raise ValueError(f"video tokens need a branch of depth 2 or more, but depth is {model.config.depth}")
+    lengths = plan_windows(frames, model.config.max_frames, windows)
+    if sets is not None and sets < 1:
+        raise ValueError(f"sets must be 1 or more, but is {sets}")
+    count = len(lengths) if sets is None else min(sets, len(lengths))
+    means: list[_Mean] = [_Mean() for _ in range(count)]
+    pieces = _Pieces(chunks)
+    for number, length in enumerate(lengths):
+        window = _Window(model, length, long, branch)
+        for piece in pieces.take(length):
+            window.add(piece)
+        if window.frames:
+            means[number * count // len(lengths)].add(window.tokens()[None])
+    done = [mean.value for mean in means if mean.count]
+    if not done:
+        raise ValueError("chunks held no frame")
+    return torch.cat(done)
+
+
+class _Mean:
+    """A running mean in float32 or better over the first axis of what is added."""
+
+    def __init__(self) -> None:
+        self.count, self.sum = 0, torch.zeros(())
+        self.dtype = torch.float32
+
+    def add(self, rows: Tensor) -> None:
+        """``[n, ...]``, n ≥ 1."""
+        total = rows.sum(0, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32))
+        self.sum = total if self.count == 0 else self.sum.add_(total)
+        self.count, self.dtype = self.count + len(rows), rows.dtype
+
+    @property
+    def value(self) -> Tensor:
+        """``[1, ...]`` in the dtype of what was added."""
+        return (self.sum / self.count).to(self.dtype)
+
+
+class _Pieces:
+    """Chunks cut anew at the windows' edges."""
+
+    def __init__(self, chunks: Iterable[Tensor]) -> None:
+        self._chunks = iter(chunks)
+        self._left: Tensor | None = None
+
+    def take(self, frames: int) -> Iterator[Tensor]:
+        """The next ``frames`` frames, in pieces."""
+        while frames > 0:
+            chunk = self._left if self._left is not None else next(self._chunks, None)
+            if chunk is None:
+                return
+            self._left = chunk[frames:] if len(chunk) > frames else None
+            yield chunk[:frames]
+            frames -= len(chunk[:frames])
+
+
+class _Window:
+    """What one window's tokens need, gathered chunk by chunk."""
+
+    def __init__(self, model: BTAdapterVisionModel, frames: int, long: Long, branch: bool) -> None:
+        rows = model.config.max_frames
+        self.model, self.frames = model, 0
+        self.most = rows if long == "average" else WINDOW_ROWS * rows
+        self.merged = -(-frames // self.most)
+        layers = model.config.depth - 1 if branch else 0
+        # of each branch layer's input, the means over `merged` neighbours, in the order of time
+        self.steps: list[list[_Mean]] = [[] for _ in range(layers)]
+        self.whole = _Mean()
+
+    def add(self, images: Tensor) -> None:
+        """Normalised frames ``[t, 3, h, w]``."""
+        model, tower = self.model, self.model.tower
+        x = tower.run(images, model.first_branch_layer)
+        for layer in range(model.first_branch_layer, model.vision_config.num_hidden_layers - 1):
+            x = tower.run_layer(layer, x)
+            branch_layer = layer - model.first_branch_layer
+            if branch_layer < len(self.steps):
+                self._average(self.steps[branch_layer], x)
+        self.whole.add(x)
+        self.frames += len(images)
+
+    def tokens(self) -> Tensor:
+        """``[P+1, D]``, CLS last."""
+        whole = self.whole.value
+        if not self.steps:
+            return torch.cat([whole[0, 1:], whole[0, :1]])
+        branch, z = self.model.branch, None
+        count = len(self.steps[0])
+        visible = VisibleTokens.all(1, self.model.vision_config.patches, count, whole.device)
+        for layer, means in enumerate(self.steps):
+            seen = torch.cat([mean.value for mean in means])[None]  # [1, steps, 1+P, D]
+            means.clear()
+            z = self._embed(seen, visible) if z is None else branch.merge(seen, z, visible)
+            z = branch.run_layer(layer, z, visible, None)
+        assert z is not None
+        return pool_video_tokens(whole[None].to(z.dtype), z, visible)[0]
+
+    def _average(self, means: list[_Mean], x: Tensor) -> None:
+        """Add frames ``[t, 1+P, D]`` to the steps they belong to."""
+        start = 0
+        while start < len(x):
+            if not means or means[-1].count == self.merged:
+                means.append(_Mean())
+            rows = x[start : start + self.merged - means[-1].count]
+            means[-1].add(rows)
+            start += len(rows)
+
+    def _embed(self, seen: Tensor, visible: VisibleTokens) -> Tensor:
+        branch, position = self.model.branch, self.model.tower.position
+        if visible.frames <= len(branch.time):
+            return branch.embed(seen, position, visible)
+        rows = branch.time.T[None].float()  # [1, D, rows]
+        time = F.interpolate(rows, visible.frames, mode="linear", align_corners=True)[0].T.to(branch.time.dtype)
+        return gather_embed(seen.to(time.dtype), branch.cls_token, position.to(time.dtype), time.contiguous(), visible)

@@ -1,0 +1,148 @@
+"""Video and image files to what the language model is given, in bounded memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+import torch
+from av.error import FFmpegError
+from torch import Tensor
+
+from bt_adapter.chat.attach import attached_branch, branch_enabled, video_tokens
+from bt_adapter.chat.conversation import Visual, context
+from bt_adapter.chat.streaming import Long, video_tokens_streamed
+from bt_adapter.data import VideoError
+from bt_adapter.data.stream import FrameStream
+from bt_adapter.progress import Progress
+
+if TYPE_CHECKING:
+    from bt_adapter.chat.engine import VideoChat
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_IMAGE_FORMATS = "png_pipe,jpeg_pipe,mjpeg,image2,webp_pipe,bmp_pipe"
+# Room left beside the videos for questions and answers when a long video is cut into as many windows as fit.
+_RESERVE = 512
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames of a video are taken, and how many tokens they become.
+
+    frames: so many, evenly spread; fps: so many a second (then frames is not read). repeat: repeat frames of a video
+    that has fewer than ``frames``. windows, long: as for `video_tokens_streamed`; windows None: one for each
+    2·``max_frames`` frames, and as many sets of tokens as fit into the model's context. branch: False for the mean of
+    the frames' tokens.
+    """
+
+    frames: int = 8
+    fps: float | None = None
+    repeat: bool = False
+    windows: int | None = None
+    long: Long = "average"
+    branch: bool = True
+
+    def open(self, path: str | Path) -> FrameStream:
+        """The frames of a file, checked and ready to be decoded. Raises VideoError, ValueError."""
+        return FrameStream(path, None if self.fps is not None else self.frames, self.fps, self.repeat)
+
+
+@dataclass(frozen=True)
+class Watched(Visual):
+    """A video or still from a file. frames: taken of total; sets: of tokens; seconds: "decode" and "encode"."""
+
+    frames: int = 1
+    total: int = 1
+    sets: int = 1
+    truncated: bool = False
+    decode: float = 0.0
+    encode: float = 0.0
+
+
+@torch.no_grad()
+def watch(
+    chat: VideoChat, video: str | Path | FrameStream, sampling: Sampling, progress: Progress | None = None
+) -> Watched:
+    """The tokens of a video file, or of what ``sampling.open`` made of one, decoded and encoded a chunk at a time.
+
+    ``progress`` is called with frames done and in all. Raises VideoError; ValueError for values out of range.
+    """
+    begin = time.perf_counter()
+    model = attached_branch(chat.model)
+    stream = video if isinstance(video, FrameStream) else sampling.open(video)
+    stream.progress = progress
+    decode = time.perf_counter() - begin
+    seen = 0
+
+    def prepared() -> Iterator[Tensor]:
+        nonlocal decode, seen
+        chunks = iter(stream)
+        while True:
+            start = time.perf_counter()
+            chunk = next(chunks, None)
+            decode += time.perf_counter() - start
+            if chunk is None:
+                return
+            seen += len(chunk)
+            yield chat.prepare(chunk)[0]
+
+    length = chat.family.video_length
+    if len(chat.family.feature_layers) > 1:
+        tokens = _whole(chat, prepared(), stream, sampling)
+    else:
+        sets = None
+        if sampling.windows is None:
+            sets = max(1, (context(chat.model) - _RESERVE) // length)
+        tokens = video_tokens_streamed(
+            model, prepared(), len(stream), sampling.windows, sets, sampling.long, sampling.branch
+        )
+    tokens = chat.project(tokens).flatten(0, 1)
+    if tokens.device.type == "cuda":
+        torch.cuda.synchronize(tokens.device)
+    return Watched(
+        "video", tokens, Path(stream.path).name, seen, stream.total, len(tokens) // length,
+        stream.truncated, decode, time.perf_counter() - begin - decode,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def look(chat: VideoChat, path: str | Path) -> Watched:
+    """A still image's tokens, by the image chat model's own path. Raises VideoError where it cannot be read."""
+    begin = time.perf_counter()
+    image = read_image(path)
+    decode = time.perf_counter() - begin
+    tokens = chat.see(image)
+    return Watched("image", tokens, Path(path).name, decode=decode, encode=time.perf_counter() - begin - decode)
+
+
+def _whole(chat: VideoChat, pieces: Iterator[Tensor], stream: FrameStream, sampling: Sampling) -> Tensor:
+    """Tokens ``[1, P+1, …]`` of a model that reads several tower layers: its frames run at once."""
+    most = 2 * attached_branch(chat.model).config.max_frames
+    if len(stream) > most or sampling.windows not in (None, 1) or sampling.long != "average":
+        raise ValueError(
+            f"{stream.path}: this model reads several layers of its tower, so that a video is one window of at most "
+            f"{most} frames, averaged; {len(stream)} frames in {sampling.windows or 'automatic'} windows were asked for"
+        )
+    with branch_enabled(chat.model, sampling.branch):
+        return video_tokens(chat.model, torch.cat(list(pieces))[None])
+
+
+def read_image(path: str | Path) -> Tensor:
+    """A PNG, JPEG, WebP or BMP file as uint8 ``[3, H, W]``, RGB, upright. Raises VideoError naming the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise VideoError(f"{path}: {'is a directory, not an image' if path.is_dir() else 'no such file'}")
+    try:
+        with av.open(str(path.absolute()), "r", options={"format_whitelist": _IMAGE_FORMATS}) as container:
+            frame = next(container.decode(video=0), None)
+    except (FFmpegError, OSError, IndexError) as error:
+        raise VideoError(f"{path}: cannot be read as an image ({error})") from error
+    if frame is None:
+        raise VideoError(f"{path}: holds no image")
+    rgb = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+    return torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)

@@ -1,0 +1,335 @@
+"""Long videos in chunks, and conversations of several turns over one cache."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import PATCHES, make, shake, video
+from test_attach import IMAGE_TOKEN, make_branch, make_chat
+from test_attach import PATCHES as CHAT_PATCHES
+from test_chat import make_tokenizer
+
+from bt_adapter.chat.attach import attach
+from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, embed
+from bt_adapter.chat.engine import VideoChat
+from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
+from bt_adapter.chat.streaming import plan_windows, video_tokens_streamed
+from bt_adapter.chat.watch import Sampling, look, read_image, watch
+from bt_adapter.data import VideoError, read_video, write_video
+from bt_adapter.data.stream import FrameStream
+
+TEMPLATE = (
+    "<s>{% for m in messages %}{{ m.role }} {% if m.content is string %}{{ m.content }} {% else %}"
+    "{% for p in m.content %}"
+    "{{ '<image>' if p.type == 'image' else p.text }} {% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+TEXT_TEMPLATE = (
+    "<s>{% for m in messages %}{{ m.role }} {{ m.content if m.content is string else 'x' }} {% endfor %}assistant "
+)
+
+
+def chunked(frames: torch.Tensor, size: int):
+    return iter(frames.split(size))
+
+
+# --- video tokens from chunks
+
+
+@pytest.mark.parametrize("frames", [1, 5, 8, 9, 16, 19, 40])  # the table has 8 rows: 1 to 5 frames a step
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_streamed_tokens_are_those_of_the_whole_video(frames, chunk):
+    model = shake(make(depth=3))
+    pixels = video(frames, 1)
+    expected = model.video_tokens(pixels)
+    found = video_tokens_streamed(model, chunked(pixels[0], chunk), frames)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    off = video_tokens_streamed(model, chunked(pixels[0], chunk), frames, branch=False)
+    torch.testing.assert_close(off, model.frame_mean_tokens(pixels), rtol=0, atol=1e-6)
+
+
+def test_windows_are_videos_of_their_own():
+    model = shake(make(depth=3))
+    pixels = video(10, 1)
+    found = video_tokens_streamed(model, chunked(pixels[0], 4), 10, windows=3)
+    expected = torch.cat([model.video_tokens(p) for p in (pixels[:, :3], pixels[:, 3:6], pixels[:, 6:])])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    means = video_tokens_streamed(model, chunked(pixels[0], 4), 10, windows=3, sets=2)
+    torch.testing.assert_close(means, torch.stack([expected[:2].mean(0), expected[2]]), rtol=0, atol=1e-6)
+
+
+def test_windows_are_planned_by_the_time_table():
+    assert plan_windows(128, 64) == [128]
+    assert plan_windows(129, 64) == [64, 65]
+    assert plan_windows(100, 64, 3) == [33, 33, 34]
+    assert plan_windows(2, 64, 5) == [1, 1]
+    with pytest.raises(ValueError, match="windows must be 1 or more"):
+        plan_windows(5, 64, 0)
+
+
+def test_interpolated_table_is_a_longer_table():
+    model = shake(make(depth=3))
+    pixels = video(15, 1)
+    found = video_tokens_streamed(model, chunked(pixels[0], 4), 15, long="interpolate")
+    short = video_tokens_streamed(model, chunked(pixels[0, :7], 4), 7, long="interpolate")
+    torch.testing.assert_close(short, model.video_tokens(pixels[:, :7]), rtol=0, atol=1e-6)  # nothing to interpolate
+    longer = shake(make(depth=3, max_frames=15))
+    state = model.branch.state_dict()
+    old = state["time"]
+    # row i of 15 lies at i/2 of 8: every second row is an old one, the others are means of two
+    state["time"] = torch.stack([old[i // 2] if i % 2 == 0 else (old[i // 2] + old[i // 2 + 1]) / 2 for i in range(15)])
+    longer.branch.load_state_dict(state)
+    longer.tower.load_state_dict(model.tower.state_dict())
+    torch.testing.assert_close(found, longer.video_tokens(pixels), rtol=0, atol=1e-6)
+    assert (found - model.video_tokens(pixels)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="long"):
+        video_tokens_streamed(model, chunked(pixels[0], 4), 15, long="stretch")
+
+
+def test_a_video_that_breaks_off_ends_there():
+    model = shake(make(depth=3))
+    pixels = video(6, 1)
+    found = video_tokens_streamed(model, chunked(pixels[0], 4), 8)
+    torch.testing.assert_close(found, model.video_tokens(pixels), rtol=0, atol=1e-6)
+    assert found.shape == (1, PATCHES + 1, 32)
+    with pytest.raises(ValueError, match="no frame"):
+        video_tokens_streamed(model, iter(()), 8)
+
+
+# --- frames from files
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stream") / "clip.mp4"
+    levels = torch.arange(90, dtype=torch.uint8)[:, None, None, None] * 2
+    write_video(path, levels.expand(90, 3, 32, 48).contiguous(), fps=10)
+    return path
+
+
+@pytest.mark.parametrize("frames", [1, 7, 45, 90])
+def test_streamed_frames_are_those_read_at_once(clip, frames):
+    stream = FrameStream(clip, frames=frames, chunk=8)
+    pieces = list(stream)
+    video = read_video(clip, frames)
+    assert all(len(piece) <= 8 for piece in pieces) and len(stream) == frames
+    assert torch.equal(torch.cat(pieces), video.frames) and stream.numbers == video.indices.tolist()
+    assert stream.total == 90 and not stream.truncated
+
+
+def test_streamed_frames_at_a_rate(clip):
+    assert FrameStream(clip, fps=1).numbers == [5, 15, 25, 35, 45, 55, 65, 75, 85]
+    assert FrameStream(clip, fps=10).numbers == list(range(90)) == FrameStream(clip, fps=50).numbers
+    assert FrameStream(clip, fps=0.01).numbers == [89]
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="fps"):
+            FrameStream(clip, fps=wrong)
+
+
+def test_streaming_jumps_in_sparse_long_videos(tmp_path):
+    path = tmp_path / "long.mp4"
+    frames = torch.arange(600)[:, None, None, None].remainder(251).to(torch.uint8).expand(600, 3, 32, 32).contiguous()
+    write_video(path, frames, fps=10, options={"g": "20", "bf": "0"})
+    stream = FrameStream(path, frames=6, chunk=4)
+    assert stream._pays_to_jump()
+    assert torch.equal(torch.cat(list(stream)), read_video(path, 6, method="sequential").frames)
+
+
+def test_streaming_repeats_counts_and_breaks_off(clip, tmp_path):
+    with pytest.raises(VideoError, match="100 frames were asked for, but there are only 90"):
+        FrameStream(clip, frames=100)
+    repeated = torch.cat(list(FrameStream(clip, frames=100, repeat=True, chunk=16)))
+    assert torch.equal(repeated, read_video(clip, 100, repeat=True).frames)
+    avi = tmp_path / "count.avi"  # its packets do not tell the frames' times
+    write_video(avi, torch.zeros(21, 3, 32, 32, dtype=torch.uint8), codec="mpeg4", options={})
+    stream = FrameStream(avi, chunk=8)
+    assert [len(piece) for piece in stream] == [8, 8, 5] and stream.total == 21
+    with pytest.raises(VideoError, match="no such file"):
+        FrameStream(tmp_path / "none.mp4")
+    mkv = tmp_path / "cut.mkv"
+    write_video(mkv, torch.randint(256, (40, 3, 64, 64), dtype=torch.uint8), options={"g": "5"})
+    mkv.write_bytes(mkv.read_bytes()[: mkv.stat().st_size // 2])
+    cut = FrameStream(mkv, frames=4, chunk=2)
+    assert sum(len(piece) for piece in cut) == 4 and cut.truncated and cut.total < 40
+
+
+# --- conversations
+
+
+@pytest.fixture(scope="module")
+def chat():
+    model = make_chat()
+    return VideoChat(attach(model, make_branch(model)), make_tokenizer(TEMPLATE))
+
+
+def visual(kind: str = "video", seed: int = 0) -> Visual:
+    length = CHAT_PATCHES + (kind == "video")
+    return Visual(kind, torch.randn(length, 40, generator=torch.Generator().manual_seed(seed)))
+
+
+def fresh(chat, turns, visuals, max_new_tokens=8):
+    """The answer to the last turn by one generate on the whole conversation."""
+    ids = conversation_ids(chat.model, chat.tokenizer, turns, [len(v.tokens) for v in visuals])
+    return answer_batch(chat.model, chat.tokenizer, [(ids, visuals)], max_new_tokens)[0]
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("template", [TEMPLATE, TEXT_TEMPLATE, None])
+def test_turns_answer_as_a_fresh_generate_does(chat, template, static):
+    chat.tokenizer.chat_template = template
+    conversation = chat.converse(static)
+    first, still, second = visual(), visual("image", 1), visual(seed=2)
+    conversation.add(first)
+    fed = []
+    for question, new in (("how is it moving ?", []), ("w20 w21 ?", [still, second]), ("left right ?", [])):
+        for each in new:
+            conversation.add(each)
+        kinds = tuple(each.kind for each in new) if fed else ("video",)
+        turns = [*conversation.turns, Turn(question, kinds)]
+        expected = fresh(chat, turns, conversation.visuals)
+        reply = conversation.ask(question, 8)
+        assert reply.text == expected
+        fed.append((reply.prompt, reply.fed))
+    chat.tokenizer.chat_template = TEMPLATE
+    assert fed[0][0] == fed[0][1]
+    # a later turn runs the last answer's end, the new visuals and its own words, and no video a second time
+    assert fed[1][1] <= len(still.tokens) + len(second.tokens) + 8 + 10 < fed[1][0]
+    assert fed[2][1] <= 8 + 10 and fed[2][0] > fed[1][0]
+
+
+def test_the_model_runs_no_more_than_it_says(chat, monkeypatch):
+    conversation = chat.converse()
+    conversation.add(visual())
+    ran = []
+    language = chat.model.model.language_model
+    hook = language.register_forward_pre_hook(
+        lambda module, args, kwargs: ran.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    try:
+        for question in ("how ?", "w20 ?"):
+            ran.clear()
+            reply = conversation.ask(question, 5)
+            assert ran[0] == reply.fed and all(n == 1 for n in ran[1:])
+    finally:
+        hook.remove()
+
+
+def test_a_failed_or_interrupted_turn_leaves_the_conversation_as_it_was(chat, monkeypatch):
+    conversation, untouched = chat.converse(), chat.converse()
+    for each in (conversation, untouched):
+        each.add(visual())
+        each.ask("how ?", 5)
+    with pytest.raises(PromptError, match="empty"):
+        conversation.ask("  ")
+    with pytest.raises(ContextError, match=r"10 of them for videos.*context is 2048"):
+        conversation.ask("w20 ?", 3000)
+
+    def interrupt(text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask("w20 w21 w22 ?", 8, interrupt)
+    assert conversation.turns == untouched.turns
+    assert conversation.ask("w23 ?", 5).text == untouched.ask("w23 ?", 5).text
+    conversation.reset()
+    assert not conversation.turns and not conversation.visuals
+
+
+def test_visuals_stand_where_the_question_has_places(chat):
+    a, b = visual(seed=1), visual(seed=2)
+    lengths = [len(a.tokens), len(b.tokens)]
+    ids = conversation_ids(chat.model, chat.tokenizer, [Turn("w20 <video> w21 <video> ?", ("video",) * 2)], lengths)
+    where = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN]
+    runs = [i for i in where if i - 1 not in where]
+    assert len(where) == sum(lengths) and len(runs) == 2 and ids[runs[0] - 1] == 20 and ids[runs[1] - 1] == 21
+    embeds = embed(chat.model, ids, [a, b])
+    assert torch.equal(embeds[runs[1] : runs[1] + 10], b.tokens)
+    for question, kinds, message in (
+        ("<video> how ?", ("video", "video"), "1 places <video>, but 2 videos"),
+        ("<video> how ?", (), "1 places <video>, but 0 videos"),
+        ("<image> <video> ?", ("video", "image"), "places are image, video"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            conversation_ids(chat.model, chat.tokenizer, [Turn(question, kinds)], [10] * len(kinds))
+    lost = make_tokenizer("<s>{% for m in messages %}nothing{% endfor %}")
+    with pytest.raises(PromptError, match="0 places for 1 videos"):
+        conversation_ids(chat.model, lost, [Turn("how ?", ("video",))], [10])
+
+
+def test_batches_answer_as_single_prompts_do(chat):
+    prompts = []
+    for seed, question in enumerate(("how ?", "w20 w21 w22 w23 w24 ?", "is it moving ?")):
+        shown = [visual(seed=seed)] if seed != 1 else [visual(seed=5), visual("image", 6)]
+        ids = conversation_ids(
+            chat.model, chat.tokenizer, [Turn(question, tuple(v.kind for v in shown))], [len(v.tokens) for v in shown]
+        )
+        prompts.append((ids, shown))
+    together = answer_batch(chat.model, chat.tokenizer, prompts, 8)
+    assert together == [answer_batch(chat.model, chat.tokenizer, [prompt], 8)[0] for prompt in prompts]
+    assert len(set(together)) > 1
+
+
+# --- files
+
+
+def test_watching_is_encoding_what_was_read(chat, clip):
+    seen = watch(chat, clip, Sampling(frames=12))
+    expected = chat.encode(read_video(clip, 12))
+    torch.testing.assert_close(seen.tokens[None], expected, rtol=0, atol=1e-5)
+    assert (seen.frames, seen.total, seen.sets, seen.truncated) == (12, 90, 1, False)
+    off = watch(chat, clip, Sampling(frames=12, branch=False))
+    torch.testing.assert_close(off.tokens[None], chat.encode(read_video(clip, 12), branch=False), rtol=0, atol=1e-5)
+    three = watch(chat, clip, Sampling(fps=5, windows=3))
+    assert (three.frames, three.sets, len(three.tokens)) == (45, 3, 3 * (CHAT_PATCHES + 1))
+
+
+def test_stills_go_the_image_models_way(chat, tmp_path):
+    from PIL import Image
+
+    pixels = torch.randint(256, (20, 30, 3), dtype=torch.uint8)
+    pixels[:5] = 200
+    for suffix in (".png", ".jpg"):
+        path = tmp_path / f"still{suffix}"
+        Image.fromarray(pixels.numpy()).save(path)
+        read = read_image(path)
+        if suffix == ".png":
+            assert torch.equal(read.permute(1, 2, 0), pixels)
+        seen = look(chat, path)
+        expected = chat.model.get_image_features(chat.prepare(read[None])[0]).pooler_output[0]
+        assert seen.kind == "image" and torch.equal(seen.tokens, expected)
+    (tmp_path / "text.png").write_text("no image")
+    for name, message in (("none.png", "no such file"), ("text.png", "cannot be read as an image")):
+        with pytest.raises(VideoError, match=message):
+            look(chat, tmp_path / name)
+
+
+def test_an_upright_photo(tmp_path):
+    from PIL import Image
+
+    pixels = torch.zeros(16, 32, 3, dtype=torch.uint8)
+    pixels[:, :16] = 255  # left half white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(pixels.numpy()).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    read = read_image(tmp_path / "photo.jpg")
+    assert read.shape == (3, 32, 16) and read[:, :12].float().mean() > 240 > 20 > read[:, 20:].float().mean()
+
+
+@pytest.mark.slow
+def test_an_hour_takes_the_memory_of_a_minute(tmp_path):
+    paths = []
+    for name, seconds in (("minute", 60), ("hour", 3600)):
+        paths.append(tmp_path / f"{name}.mp4")
+        count = 2 * seconds
+        frames = (torch.arange(count) % 256).to(torch.uint8)[:, None, None, None].expand(count, 3, 48, 64).contiguous()
+        write_video(paths[-1], frames, fps=2, options={"preset": "ultrafast", "crf": "30"})
+    script = Path(__file__).parent / "hour.py"
+    done = subprocess.run([sys.executable, script, *paths], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    minute, hour = ([int(word) for word in line.split()] for line in done.stdout.splitlines())
+    assert minute[:2] == [120, 1] and hour[:2] == [7200, 57]
+    assert hour[3] <= 1.2 * minute[3]
+    # nor does what they take beyond the program itself grow with the length: 7200 frames alone would be 66 MB
+    assert hour[3] - hour[2] <= minute[3] - minute[2] + 16 * 2**20
