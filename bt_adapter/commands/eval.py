@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg, subcommand
 
+from bt_adapter.commands.qa import Qa
 from bt_adapter.errors import CommandError
 
 
@@ -82,8 +83,10 @@ class Recognition(Evaluation):
 
 
 COMMANDS = Annotated[
-    Annotated[Retrieval, subcommand("retrieval")] | Annotated[Recognition, subcommand("recognition")],
-    subcommand("eval", description="Zero-shot evaluation on a data set: text-to-video retrieval, action recognition."),
+    Annotated[Retrieval, subcommand("retrieval")]
+    | Annotated[Recognition, subcommand("recognition")]
+    | Annotated[Qa, subcommand("qa")],
+    subcommand("eval", description="Zero-shot evaluation: text-to-video retrieval, action recognition, questions."),
 ]
 
 

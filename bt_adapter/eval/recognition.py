@@ -75,6 +75,5 @@ def figures(
 def rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table."""
     shares = [f"{100 * result[key]:.1f}" for key in ("top1", "top5", "mean_class_accuracy")]
-    return ["classes", "top-1 %", "top-5 %", "mean of classes %", "tied"], [
-        [str(result["classes"]), *shares, str(result["tied"])]
-    ]
+    head = ["%", "top-1", "top-5", "mean of classes", "tied"]
+    return head, [[f"{result['classes']} classes", *shares, str(result["tied"])]]

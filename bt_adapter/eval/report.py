@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -34,8 +35,8 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """To the standard output."""
-    table = Table()
+    """To the standard output; shares are in percent."""
+    table = Table(box=SIMPLE)
     for number, title in enumerate(head):
         table.add_column(title, justify="right" if number else "left", no_wrap=True)
     for row in rows:

@@ -101,7 +101,7 @@ def rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 shares = [f"{100 * one[key]:.1f}" for key in ("r1", "r5", "r10")]
                 places = [f"{one['median_rank']:.1f}", f"{one['mean_rank']:.1f}"]
                 found.append([title + label, *shares, *places, str(one["queries"]), str(one["tied"])])
-    return ["", "R@1 %", "R@5 %", "R@10 %", "MdR", "MnR", "queries", "tied"], found
+    return ["%", "R@1", "R@5", "R@10", "MdR", "MnR", "queries", "tied"], found
 
 
 def quick(

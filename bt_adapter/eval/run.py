@@ -18,7 +18,6 @@ from bt_adapter.data.annotations import class_names, read_annotations
 from bt_adapter.data.clips import Clip
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
-from bt_adapter.errors import CommandError
 from bt_adapter.eval import recognition, retrieval
 from bt_adapter.eval.cache import FeatureCache
 from bt_adapter.eval.features import Features, Look, extract
@@ -46,13 +45,13 @@ def evaluate(command: Evaluation) -> int:
 
 def _evaluate(command: Evaluation, processes: Processes) -> int:
     notes = Console(stderr=True, highlight=False)
-    clips, skipped, task = _read(command)
-    listed = len(clips) + len(skipped)
+    assert isinstance(command, Retrieval | Recognition)
+    clips, skipped = read_annotations(command.layout, command.data, command.videos, command.split)
     stack = load_stack(command.clip, command.branch, not command.no_branch)
     stack.model.to(processes.device)
     if command.precision != "float32":
         stack.model.tower.optimize(getattr(torch, command.precision))
-    look = Look(command.frames or FRAMES.get(task["layout"], _OTHER_FRAMES), command.sampling, command.views)
+    look = Look(command.frames or FRAMES.get(command.layout, _OTHER_FRAMES), command.sampling, command.views)
     about = _about(stack, look, command.precision)
     cache = FeatureCache(None if command.no_cache else command.cache, about)
     began = time.perf_counter()
@@ -68,7 +67,10 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     for number, reason in features.failed.items():
         skipped.add(clips[number].key, reason)
     result = {
-        **task,
+        "task": "retrieval" if isinstance(command, Retrieval) else "recognition",
+        "layout": command.layout,
+        "data": str(command.data),
+        "split": command.split,
         "clip": command.clip,
         "branch": stack.source if stack.branch else None,
         "fingerprint": stack.fingerprint,
@@ -80,7 +82,6 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
         "sampling": look.sampling,
         "views": look.views,
         "clips": len(features.kept),
-        "listed": listed,
         **figures,
         "skipped": skipped.reasons,
         "damaged": [clips[number].key for number in features.truncated],
@@ -92,24 +93,6 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     print_table(*table)
     _tell(notes, command, result, skipped, cache.damaged)
     return 0
-
-
-def _read(command: Evaluation) -> tuple[list[Clip], Skipped, dict[str, Any]]:
-    """The clips that can be asked for, the others, and what data they are of."""
-    assert isinstance(command, Retrieval | Recognition)
-    task = "retrieval" if isinstance(command, Retrieval) else "recognition"
-    clips, skipped = read_annotations(command.layout, command.data, command.videos, command.split)
-    kept = []
-    for clip in clips:
-        if task == "retrieval" and not clip.captions:
-            skipped.add(clip.key, "no caption")
-        elif task == "recognition" and clip.label is None:
-            skipped.add(clip.key, "no class")
-        else:
-            kept.append(clip)
-    if not kept:
-        raise CommandError(f"--data {command.data}: no clip that can be used; {skipped.report(3)}")
-    return kept, skipped, {"task": task, "layout": command.layout, "data": str(command.data), "split": command.split}
 
 
 def _about(stack: Stack, look: Look, precision: str) -> dict[str, Any]:
@@ -140,16 +123,18 @@ def _figures(command: Evaluation, features: Features, clips: list[Clip], stack: 
 def _tell(notes: Console, command: Evaluation, result: dict[str, Any], skipped: Skipped, damaged: list[Path]) -> None:
     """What the table does not say."""
     speed = f", {result['clips_per_second']:.1f} clips/s" if result["computed"] else ""
-    notes.print(
-        f"{result['clips']} of {result['listed']} clips, {result['frames']} frames; {result['computed']} computed in "
+    lines = [
+        f"{result['clips']} clips, {result['frames']} frames; {result['computed']} computed in "
         f"{result['seconds']:.1f} s{speed}; the result is in {command.out}"
-    )
+    ]
+    if shared := result.get("captions_of_several_videos"):
+        lines.append(f"{shared} captions are said of several videos: only a query's own video is right")
     if result["damaged"]:
-        notes.print(f"{len(result['damaged'])} damaged or cut short, used as they are: {', '.join(result['damaged'])}")
-    for path in damaged:
-        notes.print(f"{path} was damaged: its features were computed again")
+        lines.append(f"{len(result['damaged'])} damaged or cut short, used as they are: {', '.join(result['damaged'])}")
+    lines.extend(f"{path} was damaged: its features were computed again" for path in damaged)
     if len(skipped):
-        notes.print(skipped.report(), markup=False)
+        lines.append(skipped.report())
+    notes.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 @contextmanager

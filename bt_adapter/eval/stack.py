@@ -53,8 +53,8 @@ def load_stack(clip: str, branch: str | None, use_branch: bool = True) -> Stack:
         use_branch: False: no branch is needed; where one is given, it is its tower that counts.
 
     Raises:
-        CommandError: no branch is given, or it is one for chat alone.
-        CheckpointError: tensors that do not fit. OSError: something is not there.
+        CommandError: no branch is given, it is one for chat alone, or its tensors do not fit.
+        OSError: something is not there.
     """
     try:
         found, text = load_clip(clip)
@@ -67,7 +67,10 @@ def load_stack(clip: str, branch: str | None, use_branch: bool = True) -> Stack:
     if branch is None:
         model = BTAdapterVisionModel.from_clip(found, BTAdapterConfig(depth=1), share=True).eval()
     else:
-        model = _load_branch(branch, found, text)
+        try:
+            model = _load_branch(branch, found, text)
+        except (ValueError, TypeError) as error:
+            raise CommandError(f"--branch {branch} with --clip {clip}: {error}") from error
     width = text.projection.weight.shape[0]
     if model.vision_config.projection_dim != width:
         raise CommandError(
@@ -85,22 +88,22 @@ def _load_branch(branch: str, clip: Any, text: TextEncoder) -> BTAdapterVisionMo
         eva = any(name.removeprefix("backbone.").startswith("blocks.") for name in tensors)
         config = None if eva else clip.config.vision_config  # EVA's towers say all of themselves
         model = load_reference_checkpoint(tensors, config, clip)
-        _load_text(text, tensors, branch)
+        _load_text(text, tensors)
     if model.chat_only:
         raise CommandError(f"--branch {branch} lacks the last branch layer, as files for chat do: it embeds no videos")
     return model
 
 
-def _load_text(text: TextEncoder, tensors: Mapping[str, Tensor], branch: str) -> None:
+def _load_text(text: TextEncoder, tensors: Mapping[str, Tensor]) -> None:
     """Put a checkpoint's own text tower, where it has one, into the encoder."""
     own = {name.removeprefix(_TEXT): tensor for name, tensor in tensors.items() if name.startswith(_TEXT)}
     if not own:
         return
     if "text_projection.weight" not in own:
-        raise CheckpointError(f"{branch} has a text tower of another kind than Hugging Face's CLIP: not supported")
+        raise CheckpointError("its text tower is of another kind than that of Hugging Face's CLIP: not supported")
     own["projection.weight"] = own.pop("text_projection.weight")
     state = {name: tensor for name, tensor in own.items() if not name.endswith("position_ids")}
-    load_exactly(text, state, f"the text tower in {branch}, put into the one of --clip,")
+    load_exactly(text, state, "its text tower")
 
 
 def fingerprint(model: BTAdapterVisionModel, branch: bool = True) -> str:
