@@ -1,0 +1,198 @@
+"""Answers to a list of questions about videos, in batches, in a file that survives being killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, check_context
+from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
+from bt_adapter.chat.rows import Rows
+from bt_adapter.chat.session import load, progress_bar, sampling_of
+from bt_adapter.chat.watch import Sampling, watch
+from bt_adapter.data import VideoError
+from bt_adapter.data.skipped import Skipped
+from bt_adapter.errors import CommandError
+from bt_adapter.progress import Progress
+
+if TYPE_CHECKING:
+    from bt_adapter.chat.engine import VideoChat
+    from bt_adapter.commands.answer import Answer
+    from bt_adapter.commands.chat import ChatModel
+
+SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a video file. id: unique; what its answer is found by. extra: copied into the answer's row."""
+
+    id: str
+    video: Path
+    text: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def run_answer(command: Answer) -> int:
+    """Answer what has no answer yet. Returns the exit code."""
+    notes = Console(stderr=True, highlight=False)
+    questions = read_questions(command.questions, command.videos)
+    with Rows(command.out, about(command)) as rows:
+        skipped = answer_with(command, questions, rows, command.batch, notes)
+    return report(notes, command.out, len(questions), skipped)
+
+
+def answer_with(command: ChatModel, questions: Sequence[Question], rows: Rows, batch: int, notes: Console) -> Skipped:
+    """Load the model a command line names and answer what ``rows`` lacks; where nothing is lacking, nothing is loaded.
+
+    Raises CommandError where an answer that is there belongs to another question.
+    """
+    for question in questions:
+        row = rows.done.get(question.id)
+        if row is not None and (row["question"], row["video"]) != (question.text, question.video.name):
+            raise CommandError(
+                f"{rows.path}: the answer of id {question.id!r} is to {row['question']!r} about {row['video']}, but "
+                f"the question now is {question.text!r} about {question.video.name}"
+            )
+    pending = [question for question in questions if question.id not in rows.done]
+    if len(pending) < len(questions):
+        notes.print(f"{rows.path}: going on after {len(questions) - len(pending)} of {len(questions)} answers")
+    if not pending:
+        return Skipped()
+    with notes.status("loading the model"):
+        chat = load(command)
+    with progress_bar(notes, "answering") as progress:
+        return answer_all(chat, pending, rows, sampling_of(command), batch, command.max_new_tokens, progress)
+
+
+def report(notes: Console, out: Path, asked: int, skipped: Skipped) -> int:
+    """Say what was answered and what not. CommandError where nothing was."""
+    if skipped:
+        notes.print(skipped.report(), markup=False, style="yellow")
+    if len(skipped) == asked:
+        raise CommandError(f"none of the {asked} questions could be answered")
+    notes.print(f"{asked - len(skipped)} of {asked} questions answered: {out}", markup=False)
+    return 0
+
+
+def about(command: ChatModel) -> dict[str, Any]:
+    """What the answers of a command line depend on."""
+    return {"model": command.model, "branch": command.branch, "dtype": command.dtype, "quantize": command.quantize,
+            "max_new_tokens": command.max_new_tokens, **asdict(sampling_of(command))}  # fmt: skip
+
+
+def answer_all(
+    chat: VideoChat,
+    questions: Sequence[Question],
+    rows: Rows,
+    sampling: Sampling,
+    batch: int = 8,
+    max_new_tokens: int = 64,
+    progress: Progress | None = None,
+) -> Skipped:
+    """Greedy answers, ``batch`` prompts at a time, each batch on disk before the next begins.
+
+    Videos are encoded once for questions that stand together. A row: id, video, question, prediction, and the extra
+    fields. Returns the questions that could not be put: broken or missing video, empty question, prompt too long.
+    """
+    skipped, videos = Skipped(), _Videos(chat, sampling, batch)
+    for start in range(0, len(questions), batch):
+        asked, prompts = [], []
+        for question in questions[start : start + batch]:
+            try:
+                prompts.append(_prompt(chat, videos.get(question.video), question.text, max_new_tokens))
+                asked.append(question)
+            except (VideoError, PromptError, ContextError) as error:
+                skipped.add(question.id, str(error))
+        if asked:
+            texts = answer_batch(chat.model, chat.tokenizer, prompts, max_new_tokens)
+            rows.append([
+                {"id": q.id, "video": q.video.name, "question": q.text, **q.extra, "prediction": text}
+                for q, text in zip(asked, texts, strict=True)
+            ])  # fmt: skip
+        if progress is not None:
+            progress(min(start + batch, len(questions)), len(questions))
+    return skipped
+
+
+def read_questions(path: Path, videos: Path) -> list[Question]:
+    """The questions of a JSON-lines file: {"video", "question"}, optionally "id" (else the line's number) and "answer".
+
+    ``videos``: the folder of the files named (a name may lack its suffix), or the one file that all are about.
+
+    Raises CommandError naming the line: not UTF-8, not JSON, a field missing, an empty question, an id twice.
+    """
+    questions: dict[str, Question] = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CommandError(f"{where}: not JSON ({error})") from error
+        wanted = ("question",) if videos.is_file() else ("video", "question")
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in wanted):
+            raise CommandError(f"{where}: expected an object with the texts {' and '.join(wanted)}")
+        if not row["question"].strip():
+            raise CommandError(f"{where}: the question is empty")
+        key = str(row.get("id", number))
+        if key in questions:
+            raise CommandError(f"{where}: id {key!r} is there twice")
+        video = videos if videos.is_file() else find_video(videos, row["video"])
+        questions[key] = Question(key, video, row["question"], {k: row[k] for k in ("answer",) if k in row})
+    if not questions:
+        raise CommandError(f"{path}: holds no question")
+    return list(questions.values())
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises CommandError naming the place of a wrong byte."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise CommandError(f"{path}, line {line}: not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def find_video(folder: Path, name: str) -> Path:
+    """A video of a folder by its name, with or without a suffix; where there is none, the name as it stands."""
+    path = folder / name
+    if path.is_file():
+        return path
+    return next((found for s in SUFFIXES if (found := path.with_name(path.name + s)).is_file()), path)
+
+
+def _prompt(chat: VideoChat, visual: Visual, question: str, max_new_tokens: int) -> tuple[list[int], list[Visual]]:
+    length = len(visual.tokens)
+    ids = conversation_ids(chat.model, chat.tokenizer, [Turn(question, ("video",))], [length])
+    check_context(chat.model, len(ids), length, max_new_tokens)
+    return ids, [visual]
+
+
+class _Videos:
+    """The last videos' tokens, and the names of those that cannot be read."""
+
+    def __init__(self, chat: VideoChat, sampling: Sampling, most: int) -> None:
+        self.chat, self.sampling, self.most = chat, sampling, most
+        self.seen: dict[Path, Visual] = {}
+        self.broken: dict[Path, VideoError] = {}
+
+    def get(self, path: Path) -> Visual:
+        """Raises VideoError, each time one is asked for that cannot be read."""
+        if path in self.broken:
+            raise self.broken[path]
+        if path not in self.seen:
+            if len(self.seen) >= self.most:
+                del self.seen[next(iter(self.seen))]
+            try:
+                self.seen[path] = watch(self.chat, path, self.sampling)
+            except VideoError as error:
+                self.broken[path] = error
+                raise
+        return self.seen[path]

@@ -1,0 +1,44 @@
+"""``bt-adapter answer``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from bt_adapter.commands.chat import ChatModel
+from bt_adapter.errors import CommandError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(ChatModel):
+    """Answer a list of questions about videos, in batches; run again after a kill, it goes on.
+
+    Questions: one JSON object a line, {"video": …, "question": …}, optionally "id" and "answer" (copied). Videos that
+    cannot be read, and prompts that do not fit into the model's context, are skipped, counted and named at the end.
+    """
+
+    questions: Positional[Annotated[Path, arg(metavar="FILE")]]
+    """The questions."""
+    videos: Annotated[Path, arg(metavar="PATH")]
+    """Folder of the videos, or the one video that all questions are about."""
+    out: Annotated[Path, arg(metavar="FILE")] = Path("answers.jsonl")
+    """Answers, one JSON object a line, appended as they come."""
+    batch: int = 8
+    """Questions answered at once."""
+
+
+def run(command: Answer) -> int:
+    """Check what can be checked at once, then answer. Returns the exit code."""
+    command.check()
+    if command.batch < 1:
+        raise CommandError(f"--batch must be 1 or more, got {command.batch}")
+    if not command.questions.is_file():
+        raise CommandError(f"{command.questions}: there is no such file")
+    if not command.videos.exists():
+        raise CommandError(f"--videos {command.videos}: there is no such file or folder")
+    from bt_adapter.chat.answer import run_answer
+
+    return run_answer(command)

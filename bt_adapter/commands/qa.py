@@ -1,0 +1,69 @@
+"""``bt-adapter eval qa``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from bt_adapter.commands.chat import ChatModel
+from bt_adapter.errors import CommandError
+
+Aspect = Literal["match", "correctness", "detail", "context", "temporal", "consistency"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qa(ChatModel):
+    """Answer a benchmark's questions and score the answers; run again after a kill, both go on.
+
+    Takes Video-ChatGPT's generic, temporal and consistency questions, ActivityNet-QA, MSVD-QA and MSRVTT-QA as they are
+    published. Scores: exact match, and with --judge-url what a language model says. The judge's wording is this
+    package's own: its scores compare with one another, not with published ones.
+    """
+
+    data: Annotated[Path, arg(metavar="FILE")]
+    """The questions: generic_qa.json, temporal_qa.json, consistency_qa.json, test_q.json, test_qa.json."""
+    videos: Annotated[Path, arg(metavar="FOLDER")]
+    """Folder of the videos."""
+    answers: Annotated[Path | None, arg(metavar="FILE")] = None
+    """The right answers where they stand apart (ActivityNet-QA's test_a.json)."""
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("qa")
+    """Folder of answers.jsonl, predictions.json (the benchmark's layout), verdicts and scores.json."""
+    batch: int = 8
+    """Questions answered at once."""
+    judge_url: str | None = None
+    """Base of an OpenAI-style endpoint, as "http://127.0.0.1:8000/v1"."""
+    judge_model: str | None = None
+    """The model asked there; a name with its version, scores differ by up to 10 points between versions."""
+    judge_key: str = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key."""
+    judge_parallel: int = 8
+    """Requests at once."""
+    judge_timeout: float = 60.0
+    """Seconds a request may take."""
+    judge_tries: int = 5
+    """Times a request is sent before its answer counts as not judged."""
+    aspects: tuple[Aspect, ...] = ()
+    """What is judged; default: what the benchmark asks for."""
+
+
+def run(command: Qa) -> int:
+    """Check what can be checked at once, then evaluate. Returns the exit code."""
+    command.check()
+    for name in ("batch", "judge_parallel", "judge_tries", "judge_timeout"):
+        if getattr(command, name) <= 0:
+            raise CommandError(f"--{name.replace('_', '-')} must be above 0, got {getattr(command, name)}")
+    for label, path in (("data", command.data), ("answers", command.answers)):
+        if path is not None and not path.is_file():
+            raise CommandError(f"--{label} {path}: there is no such file")
+    if not command.videos.is_dir():
+        raise CommandError(f"--videos {command.videos}: there is no such folder")
+    if (command.judge_url is None) != (command.judge_model is None):
+        raise CommandError("--judge-url and --judge-model go together")
+    if command.judge_url is not None and not command.judge_url.startswith(("http://", "https://")):
+        raise CommandError(f"--judge-url must begin with http:// or https://, got {command.judge_url}")
+    from bt_adapter.eval.qa import evaluate_qa
+
+    return evaluate_qa(command)

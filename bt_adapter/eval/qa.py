@@ -1,0 +1,234 @@
+"""Question answering on the public benchmarks: predictions in their layouts, scored by exact match and by a judge.
+
+What a record is, is told by its fields: Video-ChatGPT's generic and temporal questions (Q, A, video_name), its
+consistency questions (Q1, Q2, A, video_name), ActivityNet-QA (question_id, question, video_name; answers in a second
+file), MSVD-QA and MSRVTT-QA (id, question, answer, video_id).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bt_adapter.chat.answer import Question, about, answer_with, find_video, read_text
+from bt_adapter.chat.rows import Rows
+from bt_adapter.chat.session import progress_bar
+from bt_adapter.commands.qa import Qa
+from bt_adapter.data.skipped import Skipped
+from bt_adapter.errors import CommandError
+from bt_adapter.eval.judge import PROMPTS, Case, Judge, judge_all, summary
+from bt_adapter.eval.report import print_table, versions, write_json
+
+_ARTICLES = {"a", "an", "the"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A record of a benchmark. questions: one, or two that mean the same. kind: a type it is counted under, or None."""
+
+    id: str
+    video: str
+    questions: tuple[str, ...]
+    answer: str
+    record: dict[str, Any]
+    kind: str | None = None
+
+
+def evaluate_qa(command: Qa) -> int:
+    """Predict, then score; both go on where a killed run stopped. Returns the exit code."""
+    notes = Console(stderr=True, highlight=False)
+    items = read_items(command.data, command.answers)
+    asked = [question for item in items for question in _questions(item, command.videos)]
+    command.out.mkdir(parents=True, exist_ok=True)
+    with Rows(command.out / "answers.jsonl", {**about(command), "data": command.data.name}) as rows:
+        skipped = answer_with(command, asked, rows, command.batch, notes)
+        given = {key: row["prediction"] for key, row in rows.done.items()}
+    if skipped:
+        notes.print(skipped.report(), markup=False, style="yellow")
+    answered = [item for item in items if all(key in given for key in _keys(item))]
+    if not answered:
+        raise CommandError(f"none of the {len(items)} records of {command.data} could be answered")
+    write_predictions(command.out / "predictions.json", answered, given)
+    scores: dict[str, Any] = {
+        "data": command.data.name,
+        "records": len(items),
+        "answered": len(answered),
+        "skipped": skipped.reasons,
+        **exact_scores(answered, given),
+        "made": {**about(command), **versions()},
+    }
+    write_json(command.out / "scores.json", scores)
+    if command.judge_url is not None:
+        scores["judge"] = _judge(command, answered, given, notes)
+        write_json(command.out / "scores.json", scores)
+    _print(scores)
+    return 0
+
+
+def read_items(data: Path, answers: Path | None = None) -> list[Item]:
+    """The records of a benchmark file, a JSON list or an object a line. Raises CommandError naming file and record."""
+    right = {}
+    if answers is not None:
+        for number, record in enumerate(_records(answers), 1):
+            if not isinstance(record, dict) or "question_id" not in record or "answer" not in record:
+                raise CommandError(f"--answers {answers}, record {number}: expected question_id and answer")
+            right[str(record["question_id"])] = record
+    items: dict[str, Item] = {}
+    for number, record in enumerate(_records(data), 1):
+        item = _item(f"{data}, record {number}", number, record, right if answers is not None else None)
+        if item.id in items:
+            raise CommandError(f"{data}, record {number}: id {item.id!r} is there twice")
+        items[item.id] = item
+    if not items:
+        raise CommandError(f"{data}: holds no record")
+    return list(items.values())
+
+
+def write_predictions(path: Path, items: Sequence[Item], given: dict[str, str]) -> None:
+    """The records with "pred" added (consistency: "pred1", "pred2"), as the benchmark's own scripts read them."""
+    rows = []
+    for item in items:
+        keys = _keys(item)
+        names = ["pred"] if len(keys) == 1 else [f"pred{i}" for i in range(1, len(keys) + 1)]
+        rows.append(item.record | {n: given[k] for n, k in zip(names, keys, strict=True)})
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def exact_scores(items: Sequence[Item], given: dict[str, str]) -> dict[str, Any]:
+    """Shares of answers that are, and that contain, the right one, both normalised; also for each kind of record."""
+    groups: dict[str | None, list[Item]] = {None: list(items)}
+    for item in items:
+        if item.kind is not None:
+            groups.setdefault(item.kind, []).append(item)
+    shares = {}
+    for kind, members in groups.items():
+        pairs = [(normalise(given[key]), normalise(item.answer)) for item in members for key in _keys(item)]
+        shares[kind] = {
+            "n": len(pairs),
+            "exact": sum(said == right for said, right in pairs) / len(pairs),
+            "contained": sum(f" {right} " in f" {said} " for said, right in pairs) / len(pairs),
+        }
+    whole = shares.pop(None)
+    return {"exact": whole["exact"], "contained": whole["contained"], "questions": whole["n"], "kinds": shares}
+
+
+def normalise(text: str) -> str:
+    """Lower case, without accents' variants, punctuation and articles, single spaces."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    words = re.sub(r"[^\w\s]", " ", text.replace("'", "")).split()
+    return " ".join(word for word in words if word not in _ARTICLES)
+
+
+def aspects_of(items: Sequence[Item], data: Path) -> tuple[str, ...]:
+    """What a judge is asked of such records."""
+    if len(items[0].questions) == 2:
+        return ("consistency",)
+    if "Q" not in items[0].record:
+        return ("match",)
+    return ("temporal",) if "temporal" in data.name.lower() else ("correctness", "detail", "context")
+
+
+def _judge(command: Qa, items: Sequence[Item], given: dict[str, str], notes: Console) -> dict[str, Any]:
+    assert command.judge_url is not None and command.judge_model is not None
+    key = os.environ.get(command.judge_key)
+    judge = Judge(
+        command.judge_url, command.judge_model, key, command.judge_timeout, command.judge_tries,
+        parallel=command.judge_parallel,
+    )  # fmt: skip
+    result: dict[str, Any] = {"url": judge.url, "model": judge.model, "prompts": PROMPTS, "aspects": {}}
+    cases = [
+        Case(item.id, tuple(zip(item.questions, (given[k] for k in _keys(item)), strict=True)), item.answer)
+        for item in items
+    ]
+    for aspect in command.aspects or aspects_of(items, command.data):
+        about = {"url": judge.url, "model": judge.model, "prompts": PROMPTS, "aspect": aspect}
+        with Rows(command.out / f"judged-{aspect}.jsonl", about) as rows:
+            with progress_bar(notes, f"judging {aspect}") as progress:
+                skipped: Skipped = judge_all(judge, cases, aspect, rows, progress)
+            result["aspects"][aspect] = summary(cases, aspect, rows)
+        if skipped:
+            notes.print(f"no verdict on {aspect}: {skipped.report(10)}", markup=False, style="yellow")
+    return result
+
+
+def _questions(item: Item, folder: Path) -> list[Question]:
+    video = _find(folder, item.video)
+    return [
+        Question(key, video, text, {"answer": item.answer})
+        for key, text in zip(_keys(item), item.questions, strict=True)
+    ]
+
+
+def _keys(item: Item) -> list[str]:
+    return [item.id] if len(item.questions) == 1 else [f"{item.id}/{i}" for i in range(1, len(item.questions) + 1)]
+
+
+def _find(folder: Path, name: str) -> Path:
+    """The file of a benchmark's video: ActivityNet's are named v_…, MSRVTT-QA's video7, MSVD-QA's vid7."""
+    for front in ("", "v_", "video", "vid"):
+        path = find_video(folder, front + name)
+        if path.is_file():
+            return path
+    return folder / name
+
+
+def _records(path: Path) -> list[Any]:
+    text = read_text(path)
+    try:
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise CommandError(f"{path}: not JSON ({error})") from error
+
+
+def _item(where: str, number: int, record: Any, right: dict[str, Any] | None) -> Item:
+    if not isinstance(record, dict):
+        raise CommandError(f"{where}: expected an object, got {type(record).__name__}")
+    kind = None
+    fields: tuple[str, ...]
+    if "Q1" in record:
+        key, fields = str(number), ("video_name", "Q1", "Q2", "A")
+    elif "Q" in record:
+        key, fields = str(number), ("video_name", "Q", "A")
+    elif "question_id" in record:
+        key, fields = str(record["question_id"]), ("video_name", "question", "answer")
+        if right is None and "answer" not in record:
+            raise CommandError(f"{where}: holds no answer; --answers names the file that does")
+        if right is not None:
+            if key not in right:
+                raise CommandError(f"{where}: --answers has no answer to question {key!r}")
+            record, kind = {**record, "answer": right[key]["answer"]}, right[key].get("type")
+    else:
+        key, fields = (
+            str(record.get("id", number)),
+            ("video_id" if "video_id" in record else "video", "question", "answer"),
+        )
+    if missing := [field for field in fields if field not in record]:
+        raise CommandError(f"{where}: holds no {', '.join(missing)}")
+    video, *questions, answer = (str(record[field]) for field in fields)
+    if not all(question.strip() for question in questions):
+        raise CommandError(f"{where}: the question is empty")
+    return Item(key, video, tuple(questions), answer, record, None if kind is None else str(kind))
+
+
+def _print(scores: dict[str, Any]) -> None:
+    rows = [["exact match", f"{100 * scores['exact']:.1f} %"], ["contains it", f"{100 * scores['contained']:.1f} %"]]
+    judge = scores.get("judge", {"aspects": {}})
+    for aspect, found in judge["aspects"].items():
+        if found["score"] is None:
+            continue
+        if "accuracy" in found:
+            rows.append([f"{judge['model']}: right", f"{100 * found['accuracy']:.1f} %"])
+        rows.append([f"{judge['model']}: {aspect}, 0 to 5", f"{found['score']:.2f}"])
+    print_table([f"{scores['answered']} of {scores['records']} records", ""], rows)

@@ -1,0 +1,280 @@
+"""Chat line by line, and lists of questions answered in batches through kills and bad input."""
+
+import io
+import json
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from test_attach import make_branch, make_chat
+from test_chat import make_tokenizer
+
+from bt_adapter import cli
+from bt_adapter.chat import answer, quantize, rows, session, watch
+from bt_adapter.chat.attach import attach
+from bt_adapter.chat.engine import VideoChat
+from bt_adapter.chat.watch import Sampling
+from bt_adapter.commands.answer import Answer
+from bt_adapter.data import write_video
+from bt_adapter.errors import CommandError
+
+QUESTIONS = ["how ?", "w20 w21 w22 ?", "is it moving ?", "left or right ?"]
+
+
+def make_engine(context: int = 2048) -> VideoChat:
+    model = make_chat()
+    model.config.text_config.max_position_embeddings = context
+    return VideoChat(attach(model, make_branch(model)), make_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def chat() -> VideoChat:
+    return make_engine()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three clips, a file that is no video, and a list of ten questions, two of them about it and one about none."""
+    path = tmp_path_factory.mktemp("answer")
+    generator = torch.Generator().manual_seed(3)
+    for name in "abc":
+        frames = torch.randint(256, (9, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        write_video(path / f"{name}.mp4", frames)
+    (path / "broken.mp4").write_bytes(b"no video " * 30)
+    names = ["a.mp4", "a", "broken.mp4", "b.mp4", "c.mp4", "none.mp4", "a.mp4", "broken.mp4", "c", "b.mp4"]
+    with open(path / "questions.jsonl", "w") as file:
+        for i, name in enumerate(names):
+            row = {"video": name, "question": QUESTIONS[i % 4]} | ({"id": f"q{i}", "answer": "left"} if i % 2 else {})
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def run_all(chat, folder, out, batch=3):
+    questions = answer.read_questions(folder / "questions.jsonl", folder)
+    with rows.Rows(out, {"model": "tiny"}) as file:
+        pending = [question for question in questions if question.id not in file.done]
+        skipped = answer.answer_all(chat, pending, file, Sampling(frames=4), batch, 6)
+    return skipped, [json.loads(line) for line in out.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def expected(chat, folder):
+    _, found = run_all(chat, folder, folder / "whole.jsonl")
+    return found
+
+
+def test_answers_are_those_of_single_questions(chat, folder, expected, tmp_path):
+    skipped, found = run_all(chat, folder, tmp_path / "one.jsonl", batch=1)
+    assert found == expected and [row["id"] for row in found] == ["1", "q1", "q3", "5", "7", "9", "q9"]
+    assert found[1] == {"id": "q1", "video": "a.mp4", "question": QUESTIONS[1], "answer": "left",
+                        "prediction": found[1]["prediction"]}  # fmt: skip
+    for row in found:
+        tokens = watch.watch(chat, folder / row["video"], Sampling(frames=4)).tokens
+        assert chat.ask(tokens[None], row["question"], 6).text == row["prediction"]
+    assert len({row["prediction"] for row in found}) > 1
+    assert set(skipped.reasons) == {"3", "q5", "q7"}
+    assert "no such file" in skipped.reasons["q5"] and "cannot be read" in skipped.reasons["q7"]
+
+
+@pytest.mark.parametrize("moment", ["before", "half", "after"])
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_killed_while_writing(chat, folder, expected, tmp_path, monkeypatch, moment, batch):
+    out, written = tmp_path / "answers.jsonl", []
+    real = rows.Rows._write
+
+    def write(self, data):
+        written.append(data)
+        if len(written) == batch + 1:
+            if moment != "before":
+                real(self, data if moment == "after" else data[: len(data) - 20])
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, data)
+
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(rows.Rows, "_write", write)
+        run_all(chat, folder, out)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    _, found = run_all(chat, folder, out)
+    assert found == expected
+
+
+def test_killed_at_random_moments(chat, folder, expected, tmp_path):
+    out, draws, killed = tmp_path / "answers.jsonl", random.Random(5), 0
+    for _ in range(12):
+        child = os.fork()
+        if not child:
+            run_all(chat, folder, out, batch=1)
+            os._exit(0)
+        time.sleep(draws.uniform(0.01, 0.25))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            break
+        killed += 1
+    _, found = run_all(chat, folder, out, batch=1)
+    assert found == expected and killed > 2
+
+
+def test_rows_of_other_runs_are_refused(folder, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    with rows.Rows(out, {"model": "tiny", "frames": 4}) as file:
+        file.append([{"id": "1"}])
+        with pytest.raises(CommandError, match="being written by another run"):
+            rows.Rows(out, {"model": "tiny", "frames": 4})
+    with pytest.raises(CommandError, match="made with frames 4, now 8"):
+        rows.Rows(out, {"model": "tiny", "frames": 8})
+    out.write_text('{"id": "1"}\nno row\n')
+    with pytest.raises(CommandError, match="line 2, is no row"):
+        rows.Rows(out, {"model": "tiny", "frames": 4})
+    (tmp_path / "foreign.jsonl").write_text('{"id": "1"}\n')
+    with pytest.raises(CommandError, match="foreign.jsonl is there already"):
+        rows.Rows(tmp_path / "foreign.jsonl", {})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"video": "a", "question": "how ?"}\n{"video": "b", "question": "\xff"}\n', "line 2: not UTF-8"),
+        (b'{"video": "a", "question": "how ?"}\n{"video": \n', "line 2: not JSON"),
+        (b'{"video": "a"}\n', "line 1: expected an object with the texts video and question"),
+        (b"[1]\n", "line 1: expected an object"),
+        (b'\n{"video": "a", "question": "  "}\n', "line 2: the question is empty"),
+        (b'{"id": 1, "video": "a", "question": "x"}\n{"id": "1", "video": "a", "question": "y"}\n', "id '1' is there"),
+        (b"\n", "holds no question"),
+    ],
+)
+def test_bad_question_lists(folder, tmp_path, content, message):
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(CommandError, match=message):
+        answer.read_questions(path, folder)
+
+
+def test_prompts_too_long_are_named_with_their_count(folder, tmp_path):
+    small = make_engine(context=23)
+    skipped, found = run_all(small, folder, tmp_path / "small.jsonl")
+    assert {row["question"] for row in found} == {"how ?"} and len(found) + len(skipped) == 10
+    too_long = [reason for reason in skipped.reasons.values() if "context" in reason]
+    assert too_long and all("10 of them for videos" in reason and "context is 23" in reason for reason in too_long)
+
+
+def test_the_command_resumes_and_reports(chat, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(answer, "load", lambda command: chat)
+    out = tmp_path / "answers.jsonl"
+    command = ["answer", str(folder / "questions.jsonl"), "--videos", str(folder), "--out", str(out)]
+    command += ["--frames", "4", "--max-new-tokens", "6"]
+    assert cli.main(command) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "7 of 10 questions answered" in told and "3 skipped" in told and "q7" in told
+    before = out.read_bytes()
+    assert cli.main(command) == 0 and "going on after 7 of 10 answers" in " ".join(capsys.readouterr().err.split())
+    assert out.read_bytes() == before
+    for change, message in (
+        (("--frames", "5"), "made with frames 4, now 5"),
+        (("--batch", "0"), "--batch"),
+        (("--videos", "nowhere"), "no such file or folder"),
+        (("--windows", "0"), "--windows"),
+        (("--quantize", "nf4"), "--quantize"),
+    ):
+        assert cli.main([*command, *change]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"video": "a.mp4", "question": "left ?"}\n')
+    assert cli.main(["answer", str(other), *command[2:]]) == 2
+    assert "is to 'how ?' about a.mp4, but the question now is" in " ".join(capsys.readouterr().err.split())
+    other.write_text('{"video": "gone.mp4", "question": "left ?"}\n')
+    assert cli.main(["answer", str(other), *command[2:4], "--out", str(tmp_path / "gone.jsonl")]) == 2
+    assert "none of the 1 questions" in capsys.readouterr().err
+    other.write_text('{"question": "left ?"}\n')  # one video for all
+    assert cli.main(["answer", str(other), "--videos", str(folder / "b.mp4"), "--out", str(tmp_path / "b.jsonl")]) == 0
+
+
+def test_answer_is_checked_before_anything_is_loaded(folder):
+    with pytest.raises(CommandError, match="needs --branch"):
+        Answer(questions=folder / "questions.jsonl", videos=folder, model="somewhere/llava").check()
+
+
+# --- chat line by line
+
+
+def talk(chat, monkeypatch, capsys, lines: str) -> tuple[list[str], str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    notes = io.StringIO()
+    conversation = chat.converse()
+    session.Session(
+        chat, conversation, Sampling(frames=4), 6, Console(file=notes, width=200, highlight=False)
+    ).converse()
+    return [turn.question for turn in conversation.turns], capsys.readouterr().out + notes.getvalue()
+
+
+def test_lines_are_questions_and_commands(chat, folder, monkeypatch, capsys):
+    lines = f"/video {folder / 'a.mp4'}\nhow ?\n\nleft ?\n/dance\n/video nowhere.mp4\n/image {folder / 'a.mp4'}\n"
+    turns, told = talk(chat, monkeypatch, capsys, lines + "w20 ?\n/help\n/quit\nright ?\n")
+    assert turns == ["how ?", "left ?", "w20 ?"]
+    for part in ("4 of 9 frames", "no command /dance", "nowhere.mp4: no such file", "cannot be read as an image",
+                 "/reset", "prompt tokens run"):  # fmt: skip
+        assert part in told
+    assert told.count("4 of 9 frames") == 1  # told once, when it was watched
+    turns, told = talk(chat, monkeypatch, capsys, f"/video {folder / 'a.mp4'}\nhow ?\n/reset\nhow <video> ?\nright ?")
+    assert turns == ["right ?"] and "1 places <video>, but 0 videos" in told
+
+
+def test_chat_commands_bad_input(folder, capsys):
+    clip = str(folder / "a.mp4")
+    for arguments, message in (
+        (("how ?",), "nothing to ask about"),
+        (("how ?", "--video", clip, "--fps", "0"), "--fps"),
+        (("how ?", "--image", str(folder / "none.png")), "no such file"),
+        (("how ?", "--video", clip, "--video", str(folder / "broken.mp4")), "broken.mp4"),
+        (("how ?", "--video", clip, "--frames", "10"), "there are only 9"),
+    ):
+        assert cli.main(["chat", *arguments]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_unknown_models_and_places(chat, folder, tmp_path, monkeypatch, capsys):
+    clip = str(folder / "a.mp4")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    assert cli.main(["chat", "--model", str(tmp_path / "bert"), "--branch", "b", "--video", clip, "how ?"]) == 2
+    assert "of type 'bert', expected 'llava'" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(session, "load", lambda command: chat)
+    for question, longest, message in (
+        ("<video> <video> how ?", "8", "2 places <video>, but 1 videos"),
+        ("how ?", "3000", "10 of them for videos and images, and 3000 are asked for the answer"),
+    ):
+        assert cli.main(["chat", "--video", clip, "--frames", "4", "--max-new-tokens", longest, question]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert cli.main(["chat", "--video", clip, "--video", clip, "--frames", "4", "<video> or <video> ?"]) == 0
+    assert "4 of 9 frames · 4 of 9 frames" in " ".join(capsys.readouterr().err.split())
+
+
+def test_quantized_models_name_the_missing_package(monkeypatch):
+    monkeypatch.setattr(quantize, "_installed", lambda package: False)
+    for kind, wanted in (("nf4", "bitsandbytes"), ("int8", "bitsandbytes or torchao")):
+        with pytest.raises(quantize.QuantizeError, match=f"quantize {kind} needs {wanted}, which is not installed"):
+            quantize.quantization(kind)
+    with pytest.raises(ValueError, match="quantize must be"):
+        quantize.quantization("int3")
+    monkeypatch.setattr(quantize, "_installed", lambda package: package == "bitsandbytes")
+    four, eight = quantize.quantization("nf4"), quantize.quantization("int8")
+    assert four.load_in_4bit and four.bnb_4bit_quant_type == "nf4" and eight.load_in_8bit
+    assert {"vision_tower", "multi_modal_projector"} <= set(four.llm_int8_skip_modules)
+
+
+@pytest.mark.gpu
+def test_compiled_decoding_answers_alike():
+    engine = make_engine()
+    engine.model.to("cuda")
+    plain, compiled = engine.converse(), engine.converse(static=True)
+    for each in (plain, compiled):
+        each.add(watch.Visual("video", torch.randn(10, 40, generator=torch.Generator().manual_seed(0)).cuda()))
+    for question in ("how ?", "left ?"):
+        assert plain.ask(question, 8).text == compiled.ask(question, 8).text

@@ -1,0 +1,312 @@
+"""Benchmarks of questions: their layouts, exact match, and a judge that fails, stalls and talks nonsense."""
+
+import http.server
+import json
+import re
+import threading
+import time
+
+import pytest
+from test_answer import chat, folder  # noqa: F401 (fixtures)
+
+from bt_adapter import cli
+from bt_adapter.chat import answer
+from bt_adapter.chat.rows import Rows
+from bt_adapter.errors import CommandError
+from bt_adapter.eval import qa
+from bt_adapter.eval.judge import Case, Judge, JudgeError, judge_all, summary
+
+GENERIC = [{"video_name": "a", "Q": "how ?", "A": "It moves left."}, {"video_name": "b", "Q": "w20 ?", "A": "right"}]
+CONSISTENCY = [{"video_name": "a", "Q1": "how ?", "Q2": "is it moving ?", "A": "left"}]
+
+
+# --- records and exact match
+
+
+def write(path, records):
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_every_benchmarks_records(tmp_path):
+    one = qa.read_items(write(tmp_path / "generic_qa.json", GENERIC))
+    assert [(i.id, i.video, i.questions, i.answer) for i in one][1] == ("2", "b", ("w20 ?",), "right")
+    two = qa.read_items(write(tmp_path / "consistency_qa.json", CONSISTENCY))
+    assert two[0].questions == ("how ?", "is it moving ?")
+    asked = write(tmp_path / "q.json", [{"video_name": "xyz", "question": "how ?", "question_id": "v_xyz_0"}])
+    right = write(tmp_path / "a.json", [{"answer": "no", "type": 3, "question_id": "v_xyz_0"}])
+    three = qa.read_items(asked, right)
+    assert (three[0].id, three[0].answer, three[0].kind) == ("v_xyz_0", "no", "3")
+    msvd = [{"answer": "dog", "id": 5, "question": "what ?", "video_id": 7}]
+    four = qa.read_items(write(tmp_path / "test_qa.json", msvd))
+    assert (four[0].id, four[0].video) == ("5", "7")
+    assert qa.aspects_of(one, tmp_path / "generic_qa.json") == ("correctness", "detail", "context")
+    assert qa.aspects_of(one, tmp_path / "temporal_qa.json") == ("temporal",)
+    assert qa.aspects_of(two, tmp_path / "x") == ("consistency",) and qa.aspects_of(four, tmp_path / "x") == ("match",)
+    for name, written in (("7.mp4", "7"), ("vid7.avi", "7"), ("video7.mp4", "7"), ("v_xyz.mkv", "xyz")):
+        (tmp_path / name).write_bytes(b"x")
+        assert qa._find(tmp_path, written).name == name
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "holds no record"),
+        ([3], "record 1: expected an object, got int"),
+        ([{"video_name": "a", "Q": "how ?"}], "record 1: holds no A"),
+        ([{"video_name": "a", "Q": " ", "A": "x"}], "record 1: the question is empty"),
+        ([{"video_name": "a", "question": "how ?", "question_id": 1}], "--answers names the file"),
+        ([{"id": 1, "video_id": 2, "question": "how ?", "answer": "x"}] * 2, "id '1' is there twice"),
+    ],
+)
+def test_bad_records(tmp_path, records, message):
+    with pytest.raises(CommandError, match=message):
+        qa.read_items(write(tmp_path / "data.json", records))
+    (tmp_path / "data.json").write_text("[{")
+    with pytest.raises(CommandError, match="not JSON"):
+        qa.read_items(tmp_path / "data.json")
+    (tmp_path / "data.json").write_bytes(b"[\xff]")
+    with pytest.raises(CommandError, match="not UTF-8"):
+        qa.read_items(tmp_path / "data.json")
+
+
+def test_exact_match_is_normalised():
+    assert qa.normalise("  The Dog's, a  DOG! ") == "dogs dog"
+    items = [qa.Item(str(i), "v", ("q",), right, {}, kind) for i, (right, kind) in
+             enumerate([("dog", "5"), ("A cat", "5"), ("two", "7"), ("no", "3")])]  # fmt: skip
+    given = {"0": "Dog.", "1": "It is a cat", "2": "twofold", "3": "yes"}
+    scores = qa.exact_scores(items, given)
+    assert (scores["questions"], scores["exact"], scores["contained"]) == (4, 0.25, 0.5)
+    assert scores["kinds"]["5"] == {"n": 2, "exact": 0.5, "contained": 1.0}
+
+
+# --- the judge
+
+
+class Stand(http.server.ThreadingHTTPServer):
+    """A judge on 127.0.0.1. ``script``: what it does to the n-th request about a case, by the case's right answer."""
+
+    daemon_threads = True
+
+    def __init__(self, script=None):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.script = script or (lambda right, n: "good")
+        self.lock, self.asked, self.running, self.most = threading.Lock(), {}, 0, 0
+        self.bodies, self.keys = [], []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        """Clients that gave up are meant to."""
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):  # noqa: N802
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        right = re.search(r"Right answer: (.*)", body["messages"][1]["content"])[1]
+        with server.lock:
+            n = server.asked[right] = server.asked.get(right, 0) + 1
+            server.running += 1
+            server.most = max(server.most, server.running)
+            server.bodies.append(body)
+            server.keys.append(self.headers.get("Authorization"))
+        try:
+            self.act(server.script(right, n), self.path)
+        finally:
+            with server.lock:
+                server.running -= 1
+
+    def act(self, what, path):
+        if what == "stall":
+            time.sleep(1.5)
+        if what == "cut":
+            self.connection.close()
+            return
+        if path != "/v1/chat/completions":
+            what = 404
+        if isinstance(what, int):
+            self.answer(what, {"error": "no"}, {"Retry-After": "0.01"})
+            return
+        text = {"good": 'Sure: {"right": "yes", "score": 4}', "python": "{'right': 'no', 'score': 1}",
+                "nonsense": "I would rather not.", "range": '{"right": "yes", "score": 9}'}.get(what, "")  # fmt: skip
+        message = [{"message": {"role": "assistant", "content": text}}]
+        reply = {"choices": [] if what == "empty" else message, "model": "judge-2026", "system_fingerprint": "fp1"}
+        self.answer(200, reply, {})
+
+    def answer(self, code, body, headers):
+        data = b"<html>" if body is None else json.dumps(body).encode()
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def stand():
+    servers = []
+
+    def start(script=None):
+        servers.append(Stand(script))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+CASES = [Case(str(i), ((f"q{i}", f"said {i}"),), f"right {i}") for i in range(12)]
+
+
+def judged(tmp_path, judge, cases=CASES, aspect="match"):
+    with Rows(tmp_path / "judged.jsonl", {}) as rows:
+        return judge_all(judge, cases, aspect, rows), summary(cases, aspect, rows)
+
+
+def test_a_judge_that_fails_stalls_and_talks_nonsense(stand, tmp_path):
+    troubles = [500, 429, "stall", "cut", "nonsense", "range", "empty", 503]
+    # the i-th case meets the i-th trouble first, the next one then; two in three verdicts are good
+    server = stand(
+        lambda right, n: troubles[(int(right[6:]) + n) % 8] if n < 3 else ("python", "good", "good")[int(right[6:]) % 3]
+    )
+    judge = Judge(server.url, "judge", key="secret", timeout=1.0, tries=6, pause=0.01, parallel=3)
+    skipped, found = judged(tmp_path, judge)
+    assert not len(skipped) and found["judged"] == 12 and found["unjudged"] == 0
+    assert found["accuracy"] == pytest.approx(8 / 12) and found["score"] == pytest.approx((8 * 4 + 4) / 12)
+    assert found["models"] == ["judge-2026"] and found["fingerprints"] == ["fp1"]
+    assert min(server.asked.values()) == 3  # a slow machine may lose one more to the timeout
+    assert set(server.keys) == {"Bearer secret"} and server.bodies[0]["model"] == "judge"
+    asked = dict(server.asked)
+    assert judged(tmp_path, judge)[1] == found and server.asked == asked  # nothing is asked twice
+
+
+def test_requests_are_parallel_but_bounded(stand, tmp_path):
+    server = stand(lambda right, n: time.sleep(0.05) or "good")
+    judged(tmp_path, Judge(server.url, "judge", parallel=3))
+    assert server.most == 3
+
+
+def test_nothing_but_nonsense_is_counted_and_asked_again(stand, tmp_path):
+    server = stand(lambda right, n: "nonsense" if right in ("right 1", "right 4") and n <= 2 else "good")
+    judge = Judge(server.url, "judge", tries=2, pause=0.01, parallel=2)
+    skipped, found = judged(tmp_path, judge)
+    assert set(skipped.reasons) == {"1", "4"} and found["judged"] == 10 and found["unjudged"] == 2
+    assert "no score" in skipped.reasons["1"]
+    skipped, found = judged(tmp_path, judge)
+    assert not len(skipped) and found["judged"] == 12
+
+
+def test_an_endpoint_that_goes_down_keeps_the_work(stand, tmp_path):
+    down = threading.Event()
+
+    def script(right, n):
+        if sum(server.asked.values()) > 5:
+            down.set()
+        return 503 if down.is_set() else "good"
+
+    server = stand(script)
+    judge = Judge(server.url, "judge", tries=2, pause=0.01, parallel=2)
+    with pytest.raises(JudgeError, match=r"503.*5 of 12 answers are judged and kept in .*judged.jsonl: run again"):
+        judged(tmp_path, judge)
+    done = [right for right, n in server.asked.items() if n == 1]
+    server.script = lambda right, n: "good"
+    before = dict(server.asked)
+    assert judged(tmp_path, judge)[1]["judged"] == 12
+    assert all(server.asked[right] == before[right] for right in done[:5])
+
+
+def test_an_endpoint_that_is_not_there_or_refuses(stand, tmp_path):
+    server = stand(lambda right, n: 401)
+    with pytest.raises(JudgeError, match="answers 401"):
+        judged(tmp_path, Judge(server.url, "judge"))
+    assert max(server.asked.values()) == 1  # asking again would be no use
+    nobody = stand()
+    url = nobody.url
+    nobody.shutdown()
+    nobody.server_close()
+    began = time.perf_counter()
+    with pytest.raises(JudgeError, match="0 of 12 answers are judged"):
+        judged(tmp_path, Judge(url, "judge", tries=2, pause=0.01))
+    assert time.perf_counter() - began < 5
+
+
+def test_verdicts_on_other_answers_are_refused(stand, tmp_path):
+    judged(tmp_path, Judge(stand().url, "judge"), CASES[:2])
+    changed = [Case("0", (("q0", "said otherwise"),), "right 0")]
+    with pytest.raises(CommandError, match="verdict on '0' is about another answer"):
+        judged(tmp_path, Judge(stand().url, "judge"), changed)
+
+
+# --- the command
+
+
+@pytest.fixture
+def command(chat, folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(answer, "load", lambda command: chat)
+
+    def run(records, *arguments):
+        data = write(tmp_path / "generic_qa.json", records)
+        arguments = ["--data", str(data), "--videos", str(folder), "--out", str(tmp_path / "qa"), *arguments]
+        return cli.main(["eval", "qa", *arguments, "--frames", "4", "--max-new-tokens", "6"])
+
+    return run
+
+
+def test_the_command_predicts_and_scores(command, stand, tmp_path, capsys):
+    server = stand()
+    records = [
+        *GENERIC,
+        {"video_name": "broken", "Q": "how ?", "A": "x"},
+        {"video_name": "none", "Q": "how ?", "A": "x"},
+    ]
+    assert command(records, "--judge-url", server.url, "--judge-model", "judge-1") == 0
+    told = capsys.readouterr()
+    assert "2 skipped" in told.err and "2 of 4 records" in told.out and "judge-1: detail, 0 to 5" in told.out
+    predictions = json.loads((tmp_path / "qa" / "predictions.json").read_text())
+    assert [{k: v for k, v in row.items() if k != "pred"} for row in predictions] == GENERIC
+    assert all(isinstance(row["pred"], str) for row in predictions)
+    scores = json.loads((tmp_path / "qa" / "scores.json").read_text())
+    assert scores["judge"]["url"] == server.url and scores["judge"]["model"] == "judge-1"
+    assert scores["judge"]["aspects"]["correctness"] == {
+        "judged": 2, "unjudged": 0, "score": 4.0, "models": ["judge-2026"], "fingerprints": ["fp1"]
+    }  # fmt: skip
+    assert set(scores["judge"]["aspects"]) == {"correctness", "detail", "context"}
+    assert set(scores["skipped"]) == {"3", "4"} and scores["made"]["frames"] == 4
+    asked = len(server.bodies)
+    assert command(records, "--judge-url", server.url, "--judge-model", "judge-1") == 0
+    assert len(server.bodies) == asked
+    assert command(records, "--judge-url", server.url, "--judge-model", "judge-2") == 2
+    assert "made with model 'judge-1', now 'judge-2'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_consistency_asks_both_questions(command, stand, tmp_path, capsys):
+    server = stand()
+    assert command(CONSISTENCY, "--judge-url", server.url, "--judge-model", "judge") == 0
+    row = json.loads((tmp_path / "qa" / "predictions.json").read_text())[0]
+    assert set(row) == {"video_name", "Q1", "Q2", "A", "pred1", "pred2"}
+    said = server.bodies[0]["messages"][1]["content"]
+    assert f"Given answer 1: {row['pred1']}" in said and f"Given answer 2: {row['pred2']}" in said
+
+
+def test_a_judge_that_is_down_leaves_the_exact_scores(command, stand, tmp_path, capsys):
+    server = stand(lambda right, n: 403)
+    assert command(GENERIC, "--judge-url", server.url, "--judge-model", "judge") == 2
+    assert "answers 403" in capsys.readouterr().err
+    assert "exact" in json.loads((tmp_path / "qa" / "scores.json").read_text())
+    for arguments, message in (
+        (("--judge-url", server.url), "--judge-model go together"),
+        (("--judge-url", "ftp://x", "--judge-model", "m"), "--judge-url must begin"),
+        (("--judge-parallel", "0"), "--judge-parallel must be above 0"),
+        (("--answers", "gone.json"), "--answers gone.json"),
+    ):
+        assert command(GENERIC, *arguments) == 2 and message in " ".join(capsys.readouterr().err.split())
