@@ -14,7 +14,7 @@ class TextEncoder(nn.Module):
     """A CLIP's text tower and tokenizer, frozen, in evaluation mode.
 
     Args:
-        clip: a Hugging Face ``CLIPModel``; its parameters are shared.
+        clip: a Hugging Face ``CLIPModel`` or ``CLIPTextModelWithProjection``; its parameters are shared.
         tokenizer: its tokenizer.
     """
 
@@ -23,7 +23,7 @@ class TextEncoder(nn.Module):
         model: Any = clip
         self.text_model, self.projection = model.text_model, model.text_projection
         self.tokenizer = tokenizer
-        self.context: int = model.config.text_config.max_position_embeddings
+        self.context: int = getattr(model.config, "text_config", model.config).max_position_embeddings
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> TextEncoder:

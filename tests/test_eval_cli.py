@@ -17,6 +17,7 @@ from test_cli import run
 from bt_adapter import load_reference_checkpoint
 from bt_adapter.data import preprocess, read_video
 from bt_adapter.data.annotations import class_names
+from bt_adapter.errors import CommandError
 from bt_adapter.eval.features import ClipFrames
 from bt_adapter.eval.stack import load_stack
 from bt_adapter.mini import retrieval as mini_retrieval
@@ -145,6 +146,43 @@ def test_a_published_checkpoint_brings_tower_branch_and_text(evaluate, published
     torch.testing.assert_close(stack.text(list(texts)), last @ projection.T)
     result, _, _ = evaluate("--clip", str(clip), "--branch", str(file), "--frames", "4")
     assert result["clips"] == 8 and result["fingerprint"] == stack.fingerprint and result["branch"] == str(file)
+
+
+def eva_text(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """The published text tower in torch's own layers, with one head; tokens [n, length] are read at the last."""
+    own = {name.removeprefix("text_backbone."): t for name, t in weights.items() if name.startswith("text_backbone.")}
+    x = own["token_embedding.weight"][tokens] + own["positional_embedding"][: tokens.shape[1]]
+    for number in range(2):
+        layer = torch.nn.TransformerEncoderLayer(16, 1, 64, 0.0, "gelu", batch_first=True, norm_first=True)
+        names = (("attn.", "self_attn."), ("ln_", "norm"), ("mlp.c_fc.", "linear1."), ("mlp.c_proj.", "linear2."))
+        state = {}
+        for name, tensor in own.items():
+            if name.startswith(f"transformer.resblocks.{number}."):
+                name = name.removeprefix(f"transformer.resblocks.{number}.")
+                for theirs, torchs in names:
+                    name = name.replace(theirs, torchs)
+                state[name] = tensor
+        layer.load_state_dict(state)
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        x = layer(x, src_mask=mask, is_causal=True)
+    x = F.layer_norm(x[:, -1], (16,), own["ln_final.weight"], own["ln_final.bias"])
+    return x @ own["text_projection"]
+
+
+def test_an_eva_checkpoint_brings_its_own_text_tower(evaluate, tmp_path):
+    case = reference_cases.Case("eva_unmasked")
+    file = tmp_path / "eva.pth"
+    torch.save({"state_dict": case.weights}, file)
+    stack = load_stack("mini", str(file))
+    caption = "a red sneaker moving left"
+    tokens = stack.text.tokenizer([caption], return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(stack.text([caption]), eva_text(case.weights, tokens))
+    result, _, _ = evaluate("--branch", str(file), "--frames", "4")
+    assert result["clips"] == 8 and result["fingerprint"] == stack.fingerprint
+    del case.weights["text_backbone.ln_final.bias"]
+    torch.save(case.weights, file)
+    with pytest.raises(CommandError, match="missing: text_model.final_layer_norm.bias"):
+        load_stack("mini", str(file))
 
 
 def test_a_published_checkpoint_of_another_clip(capsys, data, published):

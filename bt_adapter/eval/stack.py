@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bt_adapter.checkpoint import CheckpointError, load_exactly
 from bt_adapter.config import BTAdapterConfig
 from bt_adapter.errors import CommandError
+from bt_adapter.eval.text_tower import published_text
 from bt_adapter.mini import BRANCH_FOLDER
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.published import load_reference_checkpoint, read_tensors
 from bt_adapter.text import TextEncoder, load_clip
-
-_TEXT = "text_backbone."
 
 
 @dataclass(frozen=True)
@@ -47,9 +43,9 @@ def load_stack(clip: str, branch: str | None, use_branch: bool = True) -> Stack:
 
     Args:
         clip: "mini", a hub name or a folder: the CLIP the branch belongs to.
-        branch: a folder of save_pretrained, or a published checkpoint, which brings its own tower and perhaps its own
-            text tower: that one then takes the place of the CLIP's, whose tokenizer stays. None: the shipped branch
-            for "mini".
+        branch: a folder of save_pretrained, or a published checkpoint, which brings its own tower and, from
+            pretraining, its own text tower: the CLIP's tokenizer is then all that counts of it (and for a CLIP
+            checkpoint its configuration). None: the shipped branch for "mini".
         use_branch: False: no branch is needed; where one is given, it is its tower that counts.
 
     Raises:
@@ -68,7 +64,7 @@ def load_stack(clip: str, branch: str | None, use_branch: bool = True) -> Stack:
         model = BTAdapterVisionModel.from_clip(found, BTAdapterConfig(depth=1), share=True).eval()
     else:
         try:
-            model = _load_branch(branch, found, text)
+            model, text = _load_branch(branch, found, text)
         except (ValueError, TypeError) as error:
             raise CommandError(f"--branch {branch} with --clip {clip}: {error}") from error
     width = text.projection.weight.shape[0]
@@ -80,7 +76,7 @@ def load_stack(clip: str, branch: str | None, use_branch: bool = True) -> Stack:
     return Stack(model, text, use_branch, branch, fingerprint(model, use_branch))
 
 
-def _load_branch(branch: str, clip: Any, text: TextEncoder) -> BTAdapterVisionModel:
+def _load_branch(branch: str, clip: Any, text: TextEncoder) -> tuple[BTAdapterVisionModel, TextEncoder]:
     if Path(branch).is_dir():
         model = BTAdapterVisionModel.from_pretrained(branch, clip=clip, share=True)
     else:
@@ -88,22 +84,10 @@ def _load_branch(branch: str, clip: Any, text: TextEncoder) -> BTAdapterVisionMo
         eva = any(name.removeprefix("backbone.").startswith("blocks.") for name in tensors)
         config = None if eva else clip.config.vision_config  # EVA's towers say all of themselves
         model = load_reference_checkpoint(tensors, config, clip)
-        _load_text(text, tensors)
+        text = published_text(tensors, text)
     if model.chat_only:
         raise CommandError(f"--branch {branch} lacks the last branch layer, as files for chat do: it embeds no videos")
-    return model
-
-
-def _load_text(text: TextEncoder, tensors: Mapping[str, Tensor]) -> None:
-    """Put a checkpoint's own text tower, where it has one, into the encoder."""
-    own = {name.removeprefix(_TEXT): tensor for name, tensor in tensors.items() if name.startswith(_TEXT)}
-    if not own:
-        return
-    if "text_projection.weight" not in own:
-        raise CheckpointError("its text tower is of another kind than that of Hugging Face's CLIP: not supported")
-    own["projection.weight"] = own.pop("text_projection.weight")
-    state = {name: tensor for name, tensor in own.items() if not name.endswith("position_ids")}
-    load_exactly(text, state, "its text tower")
+    return model, text
 
 
 def fingerprint(model: BTAdapterVisionModel, branch: bool = True) -> str:
