@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,11 +23,16 @@ from bt_adapter.pretrain.run import pretrain
 def main(manifest: str, out: str, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     wanted = recipe(data=manifest, out=Path(out), steps=30, save_steps=3, ema=0.9, drop_path=0.3, accumulate=2)
+    print(run(lambda: pretrain(wanted), Path(out) / "branch", kills, seed))
+
+
+def run(work: Callable[[], object], end: Path, kills: int, seed: int) -> int:
+    """``work`` in a child that is killed ``kills`` times, until it makes ``end``; how often it was killed."""
     draws, killed = random.Random(seed), 0
     while True:
         child = os.fork()
         if not child:
-            pretrain(wanted)
+            work()
             os._exit(0)
         if killed < kills:
             time.sleep(draws.uniform(0.05, 1.2))
@@ -36,9 +42,8 @@ def main(manifest: str, out: str, kills: int, seed: int) -> None:
             killed += 1
             continue
         assert os.waitstatus_to_exitcode(status) == 0, status
-        if killed >= kills or (Path(out) / "branch").exists():
-            print(killed)
-            return
+        if killed >= kills or end.exists():
+            return killed
 
 
 if __name__ == "__main__":

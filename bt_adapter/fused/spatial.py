@@ -43,7 +43,7 @@ def backward(
     """Gradients of n and of the weights."""
     qkv, attended, lse, cls_out = kept
     if scale is not None:
-        grad = grad * scale
+        grad = (grad * scale).to(grad.dtype)  # draws are float32 under autocast too
     grad_attended = input_grad(grad, w.out_weight).view(attended.shape)
     grad_qkv = torch.ops.bt_kernels.spatial_attention_backward(
         grad_attended, qkv.unflatten(2, (3, heads, -1)), frame_weight, *visible, attended, lse, cls_out, [True], backend

@@ -50,7 +50,7 @@ def backward(
     """Gradients of n and of the weights."""
     qkv, other = kept
     attended = _attend(qkv, heads, visible, backend)
-    scaled = grad if scale is None else grad * scale
+    scaled = grad if scale is None else (grad * scale).to(grad.dtype)  # draws are float32 under autocast too
     if pays(n):
         grad_attended = input_grad(scaled, other)
         joint_grad, summed = weight_grad(scaled, attended), bias_grad(scaled)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save
@@ -55,8 +55,11 @@ class Learned(nn.ModuleDict):
         if "lora" in recipe.learn:
             self["lora"] = add_adapters(family.language_model, recipe).train()
         if recipe.gradient_checkpointing:
-            family.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-            family.language_model.train()  # or it does not; a frozen model without dropout computes the same
+            language_model: Any = family.language_model
+            name = "activation_checkpointing_enable"  # newer transformers'; the other one warns there
+            enable = getattr(language_model, name, language_model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+            language_model.train()  # or it does not; a frozen model without dropout computes the same
 
     def learning(self, part: str) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters of a part that learn."""
@@ -72,9 +75,8 @@ class Learned(nn.ModuleDict):
         """Write the parts and ``tuned.json`` into a folder that nobody reads yet."""
         folder.mkdir(parents=True, exist_ok=True)
         if "projector" in self:
-            state = {
-                name: tensor.detach().cpu().contiguous() for name, tensor in self["projector"].state_dict().items()
-            }
+            own = self["projector"].state_dict()
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
             (folder / FILES["projector"]).write_bytes(save(state, metadata={"format": "pt"}))
         if "branch" in self:
             save_model(self.model[0], folder / "branch")
@@ -101,7 +103,7 @@ class Learned(nn.ModuleDict):
         if "lora" in self:
             from peft import set_peft_model_state_dict
 
-            found = set_peft_model_state_dict(self["lora"], read_safetensors(folder / FILES["lora"]))
+            found: Any = set_peft_model_state_dict(self["lora"], read_safetensors(folder / FILES["lora"]))
             if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
                 raise CheckpointError(f"{folder / FILES['lora']} does not fit the language model's adapters")
 
@@ -124,11 +126,11 @@ def add_adapters(language_model: nn.Module, recipe: TuneRecipe) -> Any:
         raise CommandError("--learn lora needs the package peft: pip install 'bt-adapter[train]'") from error
     names = recipe.lora_layers
     config = LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.lora_dropout,  # type: ignore[arg-type]
+        r=recipe.rank, lora_alpha=cast(int, recipe.alpha), lora_dropout=recipe.lora_dropout,
         target_modules=names if names == "all-linear" else names.split(","),
     )  # fmt: skip
     try:
-        return get_peft_model(language_model, config)  # type: ignore[arg-type]
+        return get_peft_model(cast(Any, language_model), config)
     except ValueError as error:
         raise CommandError(f"--lora-layers {names}: {error}") from error
 
@@ -136,13 +138,8 @@ def add_adapters(language_model: nn.Module, recipe: TuneRecipe) -> Any:
 def branch_fingerprint(model: BTAdapterVisionModel) -> dict[str, float]:
     """Lengths of some of a branch's weights: what tells one from another, in any precision."""
     weights = dict(model.branch.named_parameters())
-    chosen = (
-        "cls_token",
-        "time",
-        "temporal.0.fc.weight",
-        "temporal.0.attention.out_proj.weight",
-        "spatial.0.fc1.weight",
-    )
+    layers = ("temporal.0.fc.weight", "temporal.0.attention.out_proj.weight", "spatial.0.fc1.weight")
+    chosen = ("cls_token", "time", *layers)
     return {name: weights[name].detach().float().norm().item() for name in chosen if name in weights}
 
 

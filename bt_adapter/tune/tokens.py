@@ -83,9 +83,6 @@ class Tokens:
         Raises PromptError: it cannot be written by the model's chat template; the message says why.
         """
         text, answers = self._text(conversation)
-        kinds = [source.kind for source in conversation.sources]
-        if (found := text.count(self.image_token)) != len(kinds):
-            raise PromptError(f"the model's chat template has {found} places for its {len(kinds)} videos and stills")
         coded = self.tokenizer(
             text, return_offsets_mapping=True, add_special_tokens=not text.startswith(self.tokenizer.bos_token or "\0")
         )
@@ -99,11 +96,10 @@ class Tokens:
                 targets[place - 1] = ids[place]
             if not closed:
                 targets[own[-1]] = self.tokenizer.eos_token_id
-        return self._example(conversation, ids, targets, kinds)
+        return self._example(conversation, ids, targets)
 
-    def _example(
-        self, conversation: TrainingConversation, ids: list[int], targets: list[int], kinds: Sequence[str]
-    ) -> Example:
+    def _example(self, conversation: TrainingConversation, ids: list[int], targets: list[int]) -> Example:
+        kinds = [source.kind for source in conversation.sources]
         counts = np.ones(len(ids), np.int32)
         own = np.array(ids, np.int32)
         try:
@@ -121,6 +117,9 @@ class Tokens:
             kinds = kinds[exchange.visuals :]
         # one more question shows what the template writes after the last answer
         text = conversation_text(self.chat, self.tokenizer, [*turns, Turn("?")])
+        visuals = len(conversation.sources)
+        if (found := text.count(self.image_token)) != visuals:
+            raise PromptError(f"the model's chat template has {found} places for its {visuals} videos and stills")
         answers = []
         for number, turn in enumerate(turns):
             asked = Turn(turn.question, turn.kinds)

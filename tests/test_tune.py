@@ -1,0 +1,298 @@
+"""Tuning: what learns and nothing else, the same numbers however a run is cut up, stopped, killed and gone on with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+import torch.nn.functional as F
+from test_attach import make_branch
+from torch import nn
+from tuning import ANSWERS, losses, make_video_chat, recipe, write_data
+
+from bt_adapter import cli, tune
+from bt_adapter.chat.attach import attach, attached_branch
+from bt_adapter.checkpoint import CheckpointError
+from bt_adapter.data import read_video, write_video
+from bt_adapter.errors import CommandError
+from bt_adapter.tune.batches import Order, Steps, Visuals
+from bt_adapter.tune.conversations import read_conversations
+from bt_adapter.tune.loss import answer_loss
+from bt_adapter.tune.parts import Learned
+from bt_adapter.tune.recipe import TuneRecipe
+from bt_adapter.tune.run import Run, Stopped
+from bt_adapter.tune.run import tune as run_tuning
+from bt_adapter.tune.step import Tuning
+from bt_adapter.tune.tokens import IGNORED, Tokens, make_examples
+
+EVERY = ("projector", "branch", "lora")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Videos, a still, text alone, and two turns: of different lengths."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rows = json.loads(write_data(folder, 3).read_text())
+    write_video(folder / "still.mp4", torch.full((1, 3, 24, 24), 200, dtype=torch.uint8))
+    said = [("human", "<image> what colour ?"), ("gpt", "red"), ("human", "and ?"), ("gpt", "it is still .")]
+    rows.append({"image": "still.mp4", "conversations": [{"from": who, "value": text} for who, text in said]})
+    said = [("human", "how is it ?"), ("gpt", "the clip shows a red clip and a blue clip .")]
+    rows.append({"id": "text", "conversations": [{"from": who, "value": text} for who, text in said]})
+    path = folder / "mixed.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def parts_of(chat, path, parts=1, batch=8):
+    examples, _ = make_examples(Tokens(chat.model, chat.tokenizer), read_conversations(path)[0], 200, False)
+    order = Order([example.length for example in examples], batch, 0)
+    return Steps(examples, order, Visuals(24, 4), 0, 1, parts)[0].parts
+
+
+def learn(chat, path, parts=1, **changes) -> tuple[float, dict[str, torch.Tensor]]:
+    """Summed loss and gradients of one step over all of a file's conversations, in float64."""
+    wanted = recipe(learn=EVERY, **changes)
+    torch.manual_seed(0)
+    chat.model.double()
+    learned = Learned(chat.model, wanted)
+    for name, p in learned.named_parameters():
+        if "lora_B" in name:  # zero at the start, and then nothing reaches A
+            nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    tuning, total = Tuning(chat, wanted), 0.0
+    for part in parts_of(chat, path, parts):
+        torch.manual_seed(1)
+        loss = tuning.loss(part)
+        loss.backward()
+        total += float(loss.detach())
+    return total, {name: p.grad for name, p in learned.named_parameters() if p.requires_grad}
+
+
+def no_drops(chat):
+    attached_branch(chat.model).branch.drop_rates = [0.0] * 3
+    return chat
+
+
+def test_loss_is_that_of_the_chat_model_itself(mixed):
+    """One conversation at a time through transformers' own forward, with its own logits."""
+    chat = no_drops(make_video_chat())
+    found, _ = learn(chat, mixed)
+    expected = 0.0
+    for part in parts_of(chat, mixed, parts=8):
+        (example,) = part.examples
+        ids, targets = example.wide()
+        inputs = {"input_ids": ids[None]}
+        if part.visuals:
+            frames = part.visuals[0] if part.visuals[0].ndim == 4 else part.visuals[0][None]
+            pixels = chat.prepare(frames)
+            inputs["pixel_values"] = pixels if example.sources[0].kind == "video" else pixels[0]
+        logits = chat.model(**inputs).logits[0]
+        expected += float(F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"))
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("parts", "changes"),
+    [
+        (1, {"packing": True}),
+        (3, {}),
+        (2, {"packing": True, "head_chunk": 3}),
+        (1, {"gradient_checkpointing": True, "recompute": "layer"}),
+    ],
+)
+def test_however_a_step_is_cut_up_it_learns_the_same(mixed, parts, changes):
+    expected, wanted = learn(no_drops(make_video_chat()), mixed)
+    found, grads = learn(no_drops(make_video_chat()), mixed, parts, **changes)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert wanted.keys() == grads.keys() and len(wanted) > 20
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(grads[name], gradient, rtol=1e-7, atol=1e-10, msg=name)
+        assert gradient.abs().sum() > 0 or "lora" in name, name
+
+
+def test_gradient_of_the_lean_loss_is_the_plain_one():
+    torch.manual_seed(0)
+    head = nn.Linear(12, 50).double()
+    hidden, targets = torch.randn(37, 12, dtype=torch.float64, requires_grad=True), torch.randint(50, (37,))
+    F.cross_entropy(head(hidden), targets, reduction="sum").backward()
+    expected = [hidden.grad.clone(), head.weight.grad.clone(), head.bias.grad.clone()]
+    hidden.grad = head.weight.grad = head.bias.grad = None
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss = answer_loss(hidden, targets, head, chunk=8)
+    assert max(kept) < 8 * 50  # not even one chunk's logits
+    loss.backward()
+    assert float(loss) == pytest.approx(float(F.cross_entropy(head(hidden), targets, reduction="sum")), rel=1e-12)
+    for found, wanted in zip([hidden.grad, head.weight.grad, head.bias.grad], expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert float(answer_loss(hidden[:0], targets[:0], head)) == 0
+
+
+@pytest.mark.parametrize("parts", [("projector",), ("branch",), ("lora",), ("projector", "lora"), EVERY])
+def test_exactly_what_is_asked_for_learns(data, tmp_path, parts):
+    chat, untouched = make_video_chat(), make_video_chat()
+    before = {name: p.detach().clone() for name, p in chat.model.named_parameters()}
+    out = run_tuning(recipe(data=str(data), out=tmp_path, learn=parts, steps=2), chat)
+    after = {name.replace(".base_layer", ""): p for name, p in chat.model.named_parameters()}
+    changed = {name for name, p in after.items() if name not in before or not torch.equal(p, before[name])}
+    kinds = {"projector": "multi_modal_projector", "branch": "bt_adapter", "lora": "lora_"}
+    assert all(any(kinds[part] in name for part in parts) for name in changed)
+    for part in parts:
+        assert any(kinds[part] in name for name in changed)
+    reached = {f"model.bt_adapter.{n}" for n, p in attached_branch(untouched.model).branch.named_parameters()}
+    never = ("temporal.2", "spatial.2", "output_gate", "alignment")
+    reached = {name for name in reached if not any(word in name for word in never)}
+    if "branch" in parts:
+        assert reached <= changed | {"model.bt_adapter.time"} and "model.bt_adapter.merge_gate" in changed
+    assert {path.name for path in out.iterdir()} == {"tuned.json"} | {
+        {"projector": "projector.safetensors"}.get(part, part) for part in parts
+    }
+
+
+def test_it_overfits_and_the_tuned_folder_answers(data, tmp_path):
+    chat = make_video_chat()
+    wanted = recipe(data=str(data), out=tmp_path, learn=EVERY, steps=60, warmup=0.1)
+    folder = run_tuning(wanted, chat)
+    rows = losses(tmp_path)
+    assert rows[-1][1] < 0.1 < 1 < rows[0][1]
+    with pytest.raises(FileNotFoundError, match=r"was tuned from the chat model tiny.*Give model="):
+        tune.load(folder)
+    for source in (folder, tmp_path / "checkpoints/00000060"):
+        again = tune.load(source, model=make_video_chat())
+        assert not any("lora_" in name for name, _ in again.model.named_parameters())
+        for number, answer in enumerate(ANSWERS):
+            tokens = again.encode(read_video(data.parent / f"clip{number}.mp4", 4))
+            assert again.ask(tokens, "how is it moving ?", 12).text == answer
+
+
+def test_loading_says_what_is_missing(data, tmp_path):
+    folder = run_tuning(recipe(data=str(data), out=tmp_path, learn=("projector",), steps=1), make_video_chat())
+    about = json.loads((folder / "tuned.json").read_text())
+    assert about["model"] == "tiny" and about["parts"] == ["projector"] and about["branch"]["source"] == "tiny"
+    chat = make_video_chat()
+    attached_branch(chat.model).save_pretrained(tmp_path / "branch")
+    assert tune.load(folder, model=chat, branch=tmp_path / "branch") is chat
+    other = make_video_chat()
+    torch.manual_seed(5)
+    attach(other.model, make_branch(other.model))
+    attached_branch(other.model).save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="tuned with another branch: the length of"):
+        tune.load(folder, model=make_video_chat(), branch=tmp_path / "other")
+    (folder / "projector.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="lacks projector.safetensors"):
+        tune.load(folder, model=make_video_chat())
+    with pytest.raises(FileNotFoundError, match="no tuned.json"):
+        tune.load(tmp_path / "branch")
+    assert tune.is_tuned(folder) and not tune.is_tuned(tmp_path)
+
+
+def test_features_on_disk_learn_what_decoding_learns(data, mixed, tmp_path):
+    for path, changes in ((data, {}), (mixed, {"accumulate": 2})):
+        base = recipe(data=str(path), steps=4, learn=("projector",), **changes)
+        name = path.stem
+        run_tuning(replace(base, out=tmp_path / f"{name}-fly"), make_video_chat())
+        stored = replace(base, out=tmp_path / f"{name}-disk", features=tmp_path / f"{name}-features")
+        run_tuning(stored, make_video_chat())
+        for fly, disk in zip(losses(tmp_path / f"{name}-fly"), losses(stored.out), strict=True):
+            assert disk == pytest.approx(fly, rel=2e-3)  # float16 has 11 bits
+        assert losses(tmp_path / f"{name}-fly") != losses(stored.out)
+
+
+def test_killed_at_random_moments_it_ends_as_if_never_killed(data, tmp_path):
+    script = Path(__file__).parent / "tune_killed.py"
+    ends = []
+    for name, count in (("whole", 0), ("killed", 3)):
+        command = [
+            sys.executable, str(script), str(data), str(tmp_path / name), str(tmp_path / f"{name}-f"), str(count), "3",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent)
+        assert done.returncode == 0, done.stderr[-2000:]
+        ends.append(int(done.stdout.split()[-1]))
+    assert ends[0] == 0 and ends[1] >= 1
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    for file in ("projector.safetensors", "branch/model.safetensors", "lora/adapter_model.safetensors"):
+        assert (tmp_path / "killed/tuned" / file).read_bytes() == (tmp_path / "whole/tuned" / file).read_bytes()
+    assert len(list((tmp_path / "killed/checkpoints").iterdir())) == 2
+
+
+def test_stopped_and_gone_on_with_is_bit_equal(data, tmp_path, monkeypatch):
+    whole = recipe(data=str(data), out=tmp_path / "whole", learn=EVERY, steps=6, lora_dropout=0.3, batch=3)
+    run_tuning(whole, make_video_chat())
+    split, step = replace(whole, out=tmp_path / "split"), Run._step
+
+    def until_two(self, number, batch):
+        self.asked = number == 2
+        return step(self, number, batch)
+
+    monkeypatch.setattr(Run, "_step", until_two)
+    with pytest.raises(Stopped, match="after step 2 of 6"):
+        run_tuning(split, make_video_chat())
+    monkeypatch.undo()
+    with pytest.raises(CommandError, match="another recipe: --seed 1 against 0"):
+        run_tuning(replace(split, seed=1), make_video_chat())
+    run_tuning(split, make_video_chat())
+    assert losses(split.out) == losses(whole.out)
+
+
+def tune_part(rank: int, world: int, wanted: TuneRecipe) -> None:
+    run_tuning(wanted, no_drops(make_video_chat()))
+
+
+@pytest.mark.usefixtures("gloo")
+def test_two_processes_learn_what_one_learns(mixed, tmp_path):
+    wanted = recipe(data=str(mixed), out=tmp_path / "one", learn=EVERY, steps=5, batch=3)
+    run_tuning(wanted, no_drops(make_video_chat()))
+    both = replace(wanted, out=tmp_path / "two")
+    processes.run(tmp_path / "logs", 2, tune_part, both)
+    for one, two in zip(losses(wanted.out), losses(both.out), strict=True):
+        assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_broken_videos_are_named_and_too_many_end_the_run(tmp_path, capsys):
+    data = write_data(tmp_path / "few", 8, broken=(5,))
+    run_tuning(recipe(data=str(data), out=tmp_path / "run", steps=4, max_skipped=0.5), make_video_chat())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 skipped" in said and "clip5" in said
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert rows[-1]["skipped"] == 1 and min(row["answer_tokens"] for row in rows) == 3 * 6
+    with pytest.raises(CommandError, match=r"(?s)1 of .* cannot be used.*clip5"):
+        run_tuning(recipe(data=str(data), out=tmp_path / "none", steps=4, max_skipped=0.0), make_video_chat())
+    rows = json.loads(data.read_text()) + [{"q": "how ?", "a": "left", "video_id": f"gone{n}"} for n in range(30)]
+    data.write_text(json.dumps(rows))
+    with pytest.raises(CommandError, match=r"(?s)30 of 38 .* cannot be used.*there is no"):
+        run_tuning(recipe(data=str(data), out=tmp_path / "gone", steps=4), make_video_chat())
+
+
+def test_half_precision_trains_float32_parts(data, tmp_path):
+    chat = make_video_chat()
+    chat.model.bfloat16()
+    wanted = recipe(data=str(data), out=tmp_path, learn=EVERY, steps=30, precision="bfloat16", packing=True)
+    run_tuning(wanted, chat)
+    rows = losses(tmp_path)
+    assert rows[-1][1] < 0.5 * rows[0][1]
+    dtypes = {p.dtype for p in chat.model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32}
+    assert chat.model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_command_line(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli.tune, "run", lambda recipe: seen.append(recipe) or 0)
+    (tmp_path / "r.yaml").write_text("data: a.json\nlearn: [lora, branch]\nlr-lora: 1e-4\nframes: 8\n")
+    assert cli.main(["tune", "--config", str(tmp_path / "r.yaml"), "--frames", "16", "--features", "f"]) == 0
+    assert seen[0] == TuneRecipe(data="a.json", learn=("lora", "branch"), lr_lora=1e-4, frames=16, features=Path("f"))
+    assert seen[0].rate_of("lora") == 1e-4 and seen[0].rate_of("branch") == 2e-5
+    assert cli.main(["tune", "--data", "a.json", "--learn", "projector", "lora"]) == 0
+    assert seen[1].learn == ("projector", "lora")
+    monkeypatch.undo()
+    assert cli.main(["tune", "--data", str(tmp_path / "none.json")]) == 2
