@@ -22,7 +22,9 @@ def run(folder: Path, world: int, function: Callable, *arguments, seconds: float
     Raises AssertionError, with what the processes printed, when one fails or is not done after ``seconds``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("spawn")
+    # Forked from a process that has imported everything once and done nothing: importing takes longer than most tests.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "bt_adapter.pretrain.run", "bt_adapter.chat.engine", "bt_adapter.mini.clip"])
     children = [
         context.Process(target=child, args=(rank, world, function, arguments, str(folder), seconds), daemon=True)
         for rank in range(world)

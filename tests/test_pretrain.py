@@ -138,14 +138,15 @@ def test_parts_keep_the_activations_of_one_part(monkeypatch):
     assert 0 < kept[4] < 0.3 * kept[1]
 
 
-def test_a_run_ends_with_a_branch_that_loads_and_has_learned(manifest, tmp_path):
-    out = tmp_path / "run"
-    wanted = recipe(data=str(manifest), out=out, steps=12, ema=0.9, save_steps=5, keep_last=1, lr=3e-4)
+def test_a_run_ends_with_a_branch_that_loads_and_has_learned(tmp_path):
+    out, manifest = tmp_path / "run", write_clips(tmp_path / "clips", 4)  # one batch: every step sees the same four
+    crop = (0.9, 1.0)
+    wanted = recipe(data=str(manifest), out=out, steps=12, ema=0.9, save_steps=5, keep_last=1, lr=3e-5, crop=crop)
     folder = pretrain(wanted)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows[-1]["lr"] < rows[3]["lr"] and all(0 <= row["data_wait"] <= 1 for row in rows)
-    assert sum(row["loss"] for row in rows[-3:]) < sum(row["loss"] for row in rows[:3])
+    assert sum(row["loss"] for row in rows[-3:]) < 0.5 * sum(row["loss"] for row in rows[:3])
     for name in (folder, out / "ema"):
         branch = BTAdapterVisionModel.from_pretrained(name, clip=load_clip("mini")[0])
         assert branch(video(4).new_zeros(1, 4, 3, 48, 48)).video_embeds.isfinite().all()
