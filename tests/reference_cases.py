@@ -28,8 +28,11 @@ class Case:
         self.name = name
         self.config = json.loads(metadata["config"])
         self.weights = _draw(int(metadata["seed"]), json.loads(metadata["weights"]))
+
+    @property
+    def vision_config(self) -> dict:
         config = self.config
-        self.vision_config = {
+        return {
             "hidden_size": config["hidden"],
             "intermediate_size": config["inter"],
             "num_hidden_layers": config["layers"],

@@ -1,0 +1,98 @@
+"""The weight files of a model's folder, opened one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bt_adapter.checkpoint import CheckpointError
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's folder in order: safetensors where there are any, else torch pickles.
+
+    Raises:
+        CheckpointError: there is none, or the index names one that is not there.
+    """
+    for pattern, index in (
+        ("model*.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    ):
+        files = sorted(folder.glob(pattern))
+        named = _named(folder / index)
+        if lacking := sorted(named - {file.name for file in files}):
+            raise CheckpointError(f"{folder / index} names {', '.join(lacking)}, which is not there")
+        if files:
+            return [file for file in files if not named or file.name in named]
+    raise CheckpointError(f"{folder} holds neither model*.safetensors nor pytorch_model*.bin")
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Mapping[str, Tensor]]:
+    """The tensors of one file by name, each read when it is asked for; pickles with ``weights_only=True``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged, would run code, or holds something else than tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                yield _Lazy(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+        return
+    yield _read_pickle(path)
+
+
+def _read_pickle(path: Path) -> Mapping[str, Tensor]:
+    state: Any
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files from before torch 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for bad files
+        raise CheckpointError(
+            f"{path} cannot be read with weights_only=True (it would run code, or is damaged): {error}"
+        ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{path} must hold a dict of tensors, or one under 'state_dict'")
+    return state
+
+
+class _Lazy(Mapping[str, Tensor]):
+    def __init__(self, file: Any) -> None:
+        self.file, self.names = file, list(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _named(index: Path) -> set[str]:
+    """File names in an index; empty where there is none."""
+    if not index.is_file():
+        return set()
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{index} is damaged: {error}") from error

@@ -1,0 +1,51 @@
+"""``bt-adapter convert``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from bt_adapter.errors import CommandError
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn a published LLaVA v1 (LLaVA-7B-v1.1) into a folder that transformers and ``bt-adapter chat`` read."""
+
+    model: Positional[Annotated[Path, arg(metavar="FOLDER")]]
+    """Published folder: config.json, tokenizer, pytorch_model*.bin or model*.safetensors."""
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """Folder to write. A run that was stopped goes on where it was."""
+    clip: str | None = None
+    """Folder or hub name of the CLIP whose tower the model sees with; without it, the one config.json names."""
+    base: Path | None = None
+    """Folder of the LLaMA, where the model is published as a difference to it."""
+    projector: Path | None = None
+    """File of instruction tuning with the projector (mm_projector.bin); its tensors replace the model's."""
+    branch: Path | None = None
+    """File of the branch (btadapter_weight.bin, or of pretraining); goes to OUT/branch, for chat --branch."""
+
+
+def run(command: Convert) -> int:
+    """Check what can be checked at once, then convert. Returns the exit code."""
+    for name in ("model", "base", "projector", "branch"):
+        path = getattr(command, name)
+        if path is not None and not path.exists():
+            raise CommandError(f"{path}: there is no such {'file' if name in ('projector', 'branch') else 'folder'}")
+    from rich.console import Console
+
+    from bt_adapter.chat.convert import Sources, convert
+    from bt_adapter.chat.session import progress_bar
+
+    notes = Console(stderr=True, highlight=False)
+    sources = Sources(command.model, command.clip, command.base, command.projector, command.branch)
+    with progress_bar(notes, "converting") as progress:
+        out = convert(sources, command.out, progress)
+    for path in sorted(out.iterdir()):
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        size = sum(file.stat().st_size for file in files)
+        notes.print(f"{size / 1e6:10.1f} MB  {path.name}{'' if path.is_file() else '/'}")
+    return 0
