@@ -156,25 +156,26 @@ def test_inductor_runs_a_branch_layer():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
 @BY_NAME
-def test_autocast(variant, mixed):
+def test_autocast(variant, mixed, lower):
     """Attention runs in autocast's dtype, as matrix products do; the others in the widest of their inputs' dtypes."""
     visible = FORM["padded"].build()
     inputs = learning(variant, visible)
     given = dict(inputs)
     first = variant.differentiable[0]
     if mixed and len(inputs) > 1:
-        given[first] = inputs[first].bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
+        given[first] = inputs[first].to(lower)
+    with torch.autocast("cpu", lower):
         out = call(variant, given, visible, None)
-    assert out.dtype == (torch.bfloat16 if "attention" in variant.op else torch.float32)
+    assert out.dtype == (lower if "attention" in variant.op else torch.float32)
     upstream = torch.randn(out.shape, generator=seeded(4)).to(out.dtype)
     found = torch.autograd.grad(out, [inputs[name] for name in variant.differentiable], upstream)
     for name, gradient in zip(variant.differentiable, found, strict=True):
         assert gradient.dtype == torch.float32 and gradient.isfinite().all(), name
     plain = call(variant, inputs, visible, None)
-    # bfloat16 keeps eight bits: one rounding of the inputs and one of the result.
+    # bfloat16 keeps eight bits, float16 eleven: one rounding of the inputs and one of the result.
     torch.testing.assert_close(out.float(), plain, rtol=0, atol=0.03 * plain.abs().max().item())
 
 
