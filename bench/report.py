@@ -170,6 +170,45 @@ def step() -> str:
     return "\n".join(lines)
 
 
+CHAT = {
+    "image": "the image model, frames one by one",
+    "reference": "video tokens, the reference's way",
+    "ours": "**ours**",
+}
+
+
+def chat() -> str:
+    """Answering about a video, from ``bench/chat.py``."""
+    rows = json.loads((RESULTS / "chat-cpu.json").read_text(encoding="utf-8"))
+    columns = ["frames", "videos at once", "", "tokens of a prompt", "first token, s", "tokens/s", "peak, MB"]
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    for row in rows:
+        cells = [str(row["frames"]), str(row["batch"]), CHAT[row["contender"]]]
+        if row["error"]:
+            needed = re.search(r"the prompt takes (\d+) tokens", row["error"])
+            told = (
+                f"{needed[1]}: more than its context"
+                if needed
+                else "not run: " + row["error"].partition(":")[2].strip()
+            )
+            cells += [told, "", "", ""]
+        else:
+            cells += [
+                str(row["prompt"]),
+                f"{row['first']:.2f}",
+                f"{row['tokens_per_s']:.1f}",
+                f"{row['peak'] / 1e6:.0f}",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    facts = rows[0]["facts"]
+    lines += [
+        "",
+        f"The small stack ({rows[0]['model']}), float32, {facts['threads']} thread of an {facts['device']}, torch "
+        f"{facts['torch']}; printed by `python bench/chat.py`, which says how each column is taken.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {"mini": mini, "kernels": kernels, "traffic": traffic, "step": step}
 
 

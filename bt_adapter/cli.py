@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
-from bt_adapter.commands import chat, demo, eval, mini, pretrain, shards, tune
+from bt_adapter.commands import answer, chat, convert, demo, eval, mini, pretrain, qa, shards, tune
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.tune.recipe import TuneRecipe
@@ -21,7 +21,9 @@ DESCRIPTION = "Video for image chat models: chat, pretraining of the branch, zer
 
 # Which part of this package runs a command, by the type that holds its arguments.
 RUN = {
-    chat.Chat: chat, demo.Demo: demo, mini.Mini: mini, Recipe: pretrain, TuneRecipe: tune,
+    answer.Answer: answer, qa.Qa: qa,
+    chat.Chat: chat, convert.Convert: convert, demo.Demo: demo, mini.Mini: mini,
+    Recipe: pretrain, TuneRecipe: tune,
     eval.Retrieval: eval, eval.Recognition: eval, shards.Shards: shards,
 }  # fmt: skip
 
@@ -30,6 +32,8 @@ def commands(recipe: Recipe, tuning: TuneRecipe) -> Any:
     """The type of every command's arguments; ``recipe``, ``tuning``: the defaults of pretraining and of tuning."""
     return (
         Annotated[chat.Chat, subcommand("chat")]
+        | Annotated[answer.Answer, subcommand("answer")]
+        | Annotated[convert.Convert, subcommand("convert")]
         | Annotated[demo.Demo, subcommand("demo")]
         | Annotated[Recipe, subcommand("pretrain", default=recipe)]
         | Annotated[TuneRecipe, subcommand("tune", default=tuning)]

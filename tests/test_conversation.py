@@ -26,6 +26,11 @@ TEMPLATE = (
     "{{ '<image>' if p.type == 'image' else p.text }} {% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
+VIDEO_TEMPLATE = (
+    "<s>{% for m in messages %}{{ m.role }} {% for p in m.content %}{{ 'left <image> right ' if p.type == 'video' else "
+    "'<image> ' if p.type == 'image' else p.text + ' ' }}{% endfor %}{% endfor %}assistant "
+)
+JOINING_TEMPLATE = "<s>{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}assistant "
 TEXT_TEMPLATE = (
     "<s>{% for m in messages %}{{ m.role }} {{ m.content if m.content is string else 'x' }} {% endfor %}assistant "
 )
@@ -175,8 +180,15 @@ def fresh(chat, turns, visuals, max_new_tokens=8):
     return answer_batch(chat.model, chat.tokenizer, [(ids, visuals)], max_new_tokens)[0]
 
 
+def test_templates_may_tell_videos_from_stills(chat):
+    turn = Turn("how ?", ("video", "image"))
+    ids = conversation_ids(chat.model, make_tokenizer(VIDEO_TEMPLATE), [turn], [2, 1])
+    left, right = 6, 7
+    assert ids[2:] == [left, IMAGE_TOKEN, IMAGE_TOKEN, right, IMAGE_TOKEN, 1, 5, 10]
+
+
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("template", [TEMPLATE, TEXT_TEMPLATE, None])
+@pytest.mark.parametrize("template", [TEMPLATE, VIDEO_TEMPLATE, TEXT_TEMPLATE, JOINING_TEMPLATE, None])
 def test_turns_answer_as_a_fresh_generate_does(chat, template, static):
     chat.tokenizer.chat_template = template
     conversation = chat.converse(static)

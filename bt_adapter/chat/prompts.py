@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bt_adapter.chat.families import family_of
 
 _PLACE = re.compile(r"(<video>|<image>)")
+_Part = tuple[str, str]  # "text" and the text; "video" or "image" and nothing
 
 
 class PromptError(ValueError):
@@ -42,10 +43,9 @@ def expand(text: str, token: str, lengths: Sequence[int]) -> str:
     return pieces[0] + "".join(token * n + piece for n, piece in zip(lengths, pieces[1:], strict=True))
 
 
-def prompt_text(chat: Any, tokenizer: Any, question: str) -> str:
-    """One question about one image or video as the model's chat template has it, with a single image token."""
-    token = image_token(chat, tokenizer)
-    return _conversation_text(tokenizer, [(_parts(Turn(question, ("video",)), token), None)], token)
+def prompt_text(chat: Any, tokenizer: Any, question: str, kind: str = "video") -> str:
+    """One question about one "image" or "video" as the model's chat template has it, with a single image token."""
+    return conversation_text(chat, tokenizer, [Turn(question, (kind,))])
 
 
 def video_prompt(chat: Any, tokenizer: Any, question: str, videos: int = 1) -> Any:
@@ -60,8 +60,8 @@ def video_prompt(chat: Any, tokenizer: Any, question: str, videos: int = 1) -> A
 
 def image_prompt(chat: Any, tokenizer: Any, question: str, images: int = 1) -> Any:
     """The same for still images (not LLaVA-NeXT's, whose number of tokens is their size's)."""
-    length = family_of(chat).image_length()
-    return _tokenize(tokenizer, prompt_text(chat, tokenizer, question), image_token(chat, tokenizer), length, images)
+    text, length = prompt_text(chat, tokenizer, question, "image"), family_of(chat).image_length()
+    return _tokenize(tokenizer, text, image_token(chat, tokenizer), length, images)
 
 
 def _tokenize(tokenizer: Any, text: str, token: str, length: int, count: int) -> Any:
@@ -107,8 +107,8 @@ def conversation_text(chat: Any, tokenizer: Any, turns: Sequence[Turn]) -> str:
     return _conversation_text(tokenizer, [(_parts(turn, token), turn.answer) for turn in turns], token)
 
 
-def _parts(turn: Turn, token: str) -> list[str | None]:
-    """The pieces of a question, None where a visual stands."""
+def _parts(turn: Turn, token: str) -> list[_Part]:
+    """The pieces of a question in order."""
     if not turn.question.strip():
         raise PromptError("the question is empty")
     pieces = _PLACE.split(turn.question)
@@ -116,7 +116,7 @@ def _parts(turn: Turn, token: str) -> list[str | None]:
     if any(token in text for text in texts):
         raise PromptError(f"the question holds the model's image token {token!r}; ask in plain text")
     if not places:
-        return [*(None for _ in turn.kinds), turn.question]
+        return [*((kind, "") for kind in turn.kinds), ("text", turn.question)]
     for kind in ("video", "image"):
         if places.count(kind) != turn.kinds.count(kind):
             raise PromptError(
@@ -125,33 +125,43 @@ def _parts(turn: Turn, token: str) -> list[str | None]:
             )
     if tuple(places) != turn.kinds:
         raise PromptError(f"the question's places are {', '.join(places)}, but what comes is {', '.join(turn.kinds)}")
-    parts: list[str | None] = [texts[0]]
-    for text in texts[1:]:
-        parts += [None, text]
-    return [part for part in parts if part != ""]
+    parts: list[_Part] = [("text", texts[0])]
+    for kind, text in zip(places, texts[1:], strict=True):
+        parts += [(kind, ""), ("text", text)]
+    return [part for part in parts if part != ("text", "")]
 
 
-def _conversation_text(tokenizer: Any, turns: list[tuple[list[str | None], str | None]], token: str) -> str:
+def _conversation_text(tokenizer: Any, turns: list[tuple[list[_Part], str | None]], token: str) -> str:
     """The chat template's text with one image token for every visual."""
-    plain = [("\n".join(token if part is None else part.strip() for part in parts), answer) for parts, answer in turns]
+    plain = ["\n".join(text.strip() if kind == "text" else token for kind, text in parts) for parts, _ in turns]
+    answers = [answer for _, answer in turns]
     if not getattr(tokenizer, "chat_template", None):
         end = tokenizer.eos_token or ""
-        return "".join(f"USER: {text} ASSISTANT:" + ("" if a is None else f" {a}{end}") for text, a in plain)
+        said = ["" if answer is None else f" {answer}{end}" for answer in answers]
+        return "".join(f"USER: {text} ASSISTANT:{after}" for text, after in zip(plain, said, strict=True))
+    visuals = sum(kind != "text" for parts, _ in turns for kind, _ in parts)
+    # templates that tell videos from stills, those that know stills alone, those that know nothing but text
+    for known in ("video", "image"):
+        contents = [[_content(kind, text, known) for kind, text in parts] for parts, _ in turns]
+        try:
+            text = _templated(tokenizer, contents, answers, lambda answer: [{"type": "text", "text": answer}])
+        except TypeError:  # one for text alone that joins it to its own
+            break
+        if text.count(token) == visuals and all(answer is None or answer in text for answer in answers):
+            return text
+    return _templated(tokenizer, plain, answers, lambda answer: answer)
 
-    def text_of(contents: list[Any], answers: list[Any]) -> str:
-        messages = []
-        for content, answer in zip(contents, answers, strict=True):
-            messages.append({"role": "user", "content": content})
-            if answer[0] is not None:
-                messages.append({"role": "assistant", "content": answer[1]})
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    visuals = sum(part is None for parts, _ in turns for part in parts)
-    contents = [
-        [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts] for parts, _ in turns
-    ]
-    text = text_of(contents, [(answer, [{"type": "text", "text": answer}]) for _, answer in turns])
-    if text.count(token) != visuals or any(answer is not None and answer not in text for _, answer in turns):
-        # a template for text alone
-        text = text_of([text for text, _ in plain], [(answer, answer) for _, answer in turns])
-    return text
+def _content(kind: str, text: str, known: str) -> dict[str, str]:
+    return {"type": "text", "text": text} if kind == "text" else {"type": kind if known == "video" else known}
+
+
+def _templated(
+    tokenizer: Any, contents: Sequence[Any], answers: Sequence[str | None], content_of: Callable[[str], Any]
+) -> str:
+    messages = []
+    for content, answer in zip(contents, answers, strict=True):
+        messages.append({"role": "user", "content": content})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": content_of(answer)})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
