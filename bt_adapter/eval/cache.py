@@ -38,17 +38,17 @@ class FeatureCache:
     Args:
         folder: None: nothing is stored.
         about: JSON values: all that a feature depends on, beside the clip.
+
+    Attributes:
+        folder: of this fingerprint. damaged: files in it that could not be read.
     """
 
     def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
-        self.folder = None if folder is None else folder / digest(about)
+        self.folder, self.about = None if folder is None else folder / digest(about), about
         self.damaged: list[Path] = []
         self._found: dict[str, Feature] = {}
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / "about.json", (json.dumps(about, indent=2) + "\n").encode())
-            for path in sorted(self.folder.glob("*.safetensors")):
-                self._read(path)
+        for path in sorted(self.folder.glob("*.safetensors")) if self.folder is not None else ():
+            self._read(path)
 
     def get(self, clip: str) -> Feature | None:
         """The feature of the clip of this identity, where it is known."""
@@ -58,6 +58,9 @@ class FeatureCache:
         """Store features by the identity of their clips; they are on disk when this returns."""
         if self.folder is None or not features:
             return
+        if not (self.folder / "about.json").exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / "about.json", (json.dumps(self.about, indent=2) + "\n").encode())
         tensors = {
             "views": torch.stack([feature.views for feature in features.values()]),
             "truncated": torch.tensor([feature.truncated for feature in features.values()]),

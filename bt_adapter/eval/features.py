@@ -80,8 +80,8 @@ def extract(
         progress: called with the clips done and all clips of this process.
 
     Raises:
-        CommandError: ``look`` has more frames than the branch has time steps, no clip can be used, or a feature is not
-            a finite number, or a decoding process died.
+        CommandError: ``look`` has more frames than the branch has time steps, no clip can be used, a feature is not a
+            finite number, or a decoding process died.
     """
     if branch and look.frames > model.config.max_frames:
         raise CommandError(
@@ -100,11 +100,12 @@ def extract(
     finally:
         model.train(training)
     results: list[Any] = [None] * len(videos)
-    gathered = processes.gather((mine.results, mine.computed))
-    for rank, (found, _) in enumerate(gathered):
-        results[rank :: processes.world] = found
+    gathered = processes.gather(mine.packed())
+    for rank, packed in enumerate(gathered):
+        results[rank :: processes.world] = packed.unpack()
     of_video = dict(zip(videos, results, strict=True))
-    return _features([of_video[clip.source, clip.start, clip.end] for clip in clips], sum(n for _, n in gathered))
+    computed = sum(packed.computed for packed in gathered)
+    return _features([of_video[clip.source, clip.start, clip.end] for clip in clips], computed)
 
 
 def _features(results: list[Feature | str], computed: int) -> Features:
@@ -116,6 +117,21 @@ def _features(results: list[Feature | str], computed: int) -> Features:
     vectors = torch.stack([feature.views.mean(0) for feature in kept.values()])
     truncated = [number for number, feature in kept.items() if feature.truncated]
     return Features(vectors, list(kept), failed, truncated, computed)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A part's results on their way to the other processes: one tensor, since each of its rows, sent alone, would take
+    the memory of its whole batch along."""
+
+    results: list[Any]  # of each clip why it failed, or whether it is damaged
+    views: Tensor  # of those that did not fail
+    computed: int
+
+    def unpack(self) -> list[Feature | str]:
+        """Of each clip its feature, or why there is none."""
+        views = iter(self.views)
+        return [result if isinstance(result, str) else Feature(next(views), result) for result in self.results]
 
 
 class _Part:
@@ -144,6 +160,12 @@ class _Part:
             done += len(decoded.places) + len(decoded.failed)
             if progress is not None:
                 progress(done, len(self.clips))
+
+    def packed(self) -> _Packed:
+        """What the other processes are sent."""
+        views = [result.views for result in self.results if isinstance(result, Feature)]
+        results = [result.truncated if isinstance(result, Feature) else result for result in self.results]
+        return _Packed(results, torch.stack(views) if views else torch.empty(0), self.computed)
 
     def _known(self, number: int) -> bool:
         try:

@@ -34,7 +34,7 @@ def evaluate(command: Evaluation) -> int:
     """Run it; every process of torchrun does, the first one writes and prints. Returns 0.
 
     Raises:
-        CommandError: nothing to evaluate, or arguments that do not fit. CheckpointError, OSError: as ``load_stack``.
+        CommandError: nothing to evaluate, or arguments that do not fit. OSError: as ``load_stack``.
     """
     processes = Processes(command.device)
     try:
@@ -72,7 +72,8 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
         "data": str(command.data),
         "split": command.split,
         "clip": command.clip,
-        "branch": stack.source if stack.branch else None,
+        "branch": stack.source,
+        "branch_used": stack.branch,
         "fingerprint": stack.fingerprint,
         **versions(),
         "device": device_name(processes.device),
