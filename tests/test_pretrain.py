@@ -24,6 +24,7 @@ from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.recipe import Recipe, from_yaml
 from bt_adapter.pretrain.run import pretrain, rate, start_model, wrap
 from bt_adapter.pretrain.step import Pretraining, backward, draw_visible
+from bt_adapter.ranking import Retrieval
 from bt_adapter.text import load_clip
 
 pytestmark = pytest.mark.skipif(bool(mini_is_there()), reason=str(mini_is_there()))
@@ -153,6 +154,37 @@ def test_a_run_ends_with_a_branch_that_loads_and_has_learned(tmp_path):
     state = json.loads((out / "checkpoints/00000012/state.json").read_text())
     left = {int(path.name) for path in (out / "checkpoints").iterdir()}
     assert left == {12, state["best"]["step"]}
+
+
+def test_the_best_checkpoint_is_that_of_the_best_retrieval(manifest, tmp_path, monkeypatch):
+    shares = iter([0.25, 0.75, 0.5])
+
+    def found(model, text, clips, frames, batch, workers):
+        assert not model.training and len(clips) == 12
+        way = Retrieval(next(shares), 1.0, 1.0, 1.0, 1.0, 12, 0)
+        return way, way
+
+    monkeypatch.setattr("bt_adapter.eval.retrieval.quick", found)
+    out = tmp_path / "run"
+    pretrain(recipe(data=str(manifest), validation=str(manifest), out=out, steps=6, save_steps=2, keep_last=1))
+    state = json.loads((out / "checkpoints/00000006/state.json").read_text())
+    assert state["best"] == {"step": 4, "score": 0.75}
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["00000004", "00000006"]
+    lines = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["video_to_text"]["r1"]) for line in lines] == [(2, 0.25), (4, 0.75), (6, 0.5)]
+
+
+@pytest.mark.usefixtures("gloo")
+def test_sharded_processes_validate_what_one_validates(manifest, tmp_path):
+    whole = recipe(data=str(manifest), validation=str(manifest), out=tmp_path / "one", steps=2, drop_path=0.0)
+    pretrain(whole)
+    processes.run(tmp_path / "a", 2, pretrain_quietly, replace(whole, out=tmp_path / "two", sharding="fsdp2"))
+    one, two = ((tmp_path / name / "validation.jsonl").read_text() for name in ("one", "two"))
+    assert json.loads(one) == json.loads(two)
+
+
+def pretrain_quietly(rank: int, world: int, wanted: Recipe) -> None:
+    pretrain(wanted)
 
 
 def test_one_batch_order_whatever_the_workers(manifest, tmp_path):

@@ -276,7 +276,8 @@ class Run:
         recipe = self.recipe
         self.model.eval()
         with gathered(self.module):
-            found = quick(self.model, self.text, self.validation, recipe.frames, recipe.tower_chunk, recipe.workers)
+            clips_at_once = max(1, recipe.tower_chunk // recipe.frames)
+            found = quick(self.model, self.text, self.validation, recipe.frames, clips_at_once, recipe.workers)
         self.model.train()
         score = (found[0].r1 + found[1].r1) / 2
         if self.log is not None:
