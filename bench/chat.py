@@ -10,7 +10,8 @@ tokens by the reference's structure (``baseline.py``); "ours". From normalised f
 "first": from the frames to the first token, encoding and prompt. "tokens/s": of the tokens after it, all answers of
 the batch together. "peak": the most memory of a process that does this alone: on a CPU resident, weights included, in
 a process forked for it; on a GPU the allocator's. A prompt that does not fit into the model's context is reported as
-such.
+such. Seconds are the wall clock's, or with ``--clock cpu`` the process's own (one thread), which a shared machine does
+not stretch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from bt_adapter.chat.attach import attached_branch
-from bt_adapter.chat.conversation import ContextError, Visual, check_context, embed
+from bt_adapter.chat.conversation import ContextError, Visual, check_context, context, embed
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.prompts import Turn, conversation_ids
 from bt_adapter.chat.streaming import video_tokens_streamed
@@ -55,6 +56,7 @@ class Row:
     tokens_per_s: float | None = None
     peak: int | None = None
     runs: int = 0
+    clock: str = "wall"
     error: str = ""
     facts: dict = field(default_factory=dict)
 
@@ -62,11 +64,12 @@ class Row:
 class Clock(BaseStreamer):
     """Notes when tokens come."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+        self.times = [now()]
 
     def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(self.now())
 
     def end(self) -> None:
         pass
@@ -88,18 +91,19 @@ def encoder(name: str, chat: VideoChat) -> Callable[[Tensor], list[Visual]]:
 
 
 @torch.no_grad()
-def answer(chat: VideoChat, encode: Callable, pixels: Tensor, new: int) -> tuple[float, float, int]:
+def answer(
+    chat: VideoChat, encode: Callable, pixels: Tensor, new: int, now: Callable[[], float]
+) -> tuple[float, float, int]:
     """Seconds to the first token, tokens a second after it, tokens of a prompt. pixels ``[B, T, 3, h, w]``."""
-    began = time.perf_counter()
-    rows = []
+    clock, rows = Clock(now), []
     for video in pixels:
         visuals = encode(video)
         lengths = [len(visual.tokens) for visual in visuals]
         kinds = tuple(visual.kind for visual in visuals)
         ids = conversation_ids(chat.model, chat.tokenizer, [Turn(QUESTION, kinds)], lengths)
-        check_context(chat.model, len(ids), sum(lengths), new)
+        check_context(context(chat.model), len(ids), sum(lengths), new)
         rows.append(embed(chat.model, ids, visuals))
-    embeds, clock = torch.stack(rows), Clock()
+    embeds = torch.stack(rows)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     chat.family.generator.generate(
         inputs_embeds=embeds, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
@@ -107,7 +111,7 @@ def answer(chat: VideoChat, encode: Callable, pixels: Tensor, new: int) -> tuple
         **({} if len(rows) == 1 else {"stopping_criteria": [lambda ids, scores: _tick(clock, ids)]}),
     )  # fmt: skip
     times = clock.times[-new:]  # a streamer is given the prompt first
-    return times[0] - began, len(rows) * (new - 1) / (times[-1] - times[0]), embeds.shape[1]
+    return times[0] - clock.times[0], len(rows) * (new - 1) / (times[-1] - times[0]), embeds.shape[1]
 
 
 def _tick(clock: Clock, ids: Tensor) -> Tensor:
@@ -118,7 +122,7 @@ def _tick(clock: Clock, ids: Tensor) -> Tensor:
 
 def measure(chat: VideoChat, row: Row, options: argparse.Namespace) -> Row:
     """Fill a row from up to three answers, none begun after ``--seconds``."""
-    cuda = chat.device.type == "cuda"
+    cuda, now = chat.device.type == "cuda", time.process_time if row.clock == "cpu" else time.perf_counter
     size = chat.family.image_size
     pixels = torch.randn(row.batch, row.frames, 3, size, size, generator=torch.Generator().manual_seed(0))
     pixels = pixels.to(chat.device, attached_branch(chat.model).tower.dtype)
@@ -131,7 +135,7 @@ def measure(chat: VideoChat, row: Row, options: argparse.Namespace) -> Row:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         while len(found) < 3 and (not found or time.perf_counter() - began < options.seconds):
-            found.append(answer(chat, encode, pixels, options.new))
+            found.append(answer(chat, encode, pixels, options.new, now))
     except ContextError as error:
         row.error = str(error)
         return row
@@ -178,6 +182,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="begin no further run of a case after so long")
     parser.add_argument("--most", type=int, default=None, help="prompt tokens of a batch (CPU 6000, GPU 10^6)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further case after so long")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/chat-<device>.json")
     options = parser.parse_args()
@@ -196,7 +201,7 @@ def main() -> int:
     for frames in options.frames:
         for batch in options.batch:
             for contender in options.only:
-                row = Row(Path(options.model).name, contender, frames, batch, facts=about)
+                row = Row(Path(options.model).name, contender, frames, batch, clock=options.clock, facts=about)
                 if time.perf_counter() - began > 60 * options.minutes:
                     row.error = f"left out: {options.minutes:g} minutes were over"
                 else:

@@ -205,7 +205,8 @@ def chat() -> str:
     lines += [
         "",
         f"The small stack ({rows[0]['model']}), float32, {facts['threads']} thread of an {facts['device']}, torch "
-        f"{facts['torch']}; printed by `python bench/chat.py`, which says how each column is taken.",
+        f"{facts['torch']}; printed by `python bench/chat.py`, which says how each column is taken."
+        + (" Seconds of the process, since the machine was shared." if rows[0]["clock"] == "cpu" else ""),
     ]
     return "\n".join(lines)
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_models import FAMILIES
+from chat_models import make_branch as make_family_branch
+from chat_models import make_chat as make_family_chat
 from small_models import PATCHES, make, shake, video
 from test_attach import IMAGE_TOKEN, make_branch, make_chat
 from test_attach import PATCHES as CHAT_PATCHES
@@ -327,6 +330,37 @@ def test_an_upright_photo(tmp_path):
     Image.fromarray(pixels.numpy()).save(tmp_path / "photo.jpg", exif=exif, quality=95)
     read = read_image(tmp_path / "photo.jpg")
     assert read.shape == (3, 32, 16) and read[:, :12].float().mean() > 240 > 20 > read[:, 20:].float().mean()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "instructblip"])
+def test_every_family_answers_as_its_own_generate_does(name, clip):
+    model = make_family_chat(name)
+    images = None
+    if name == "llava_next":
+        size, places = {"height": 24, "width": 24}, model.config.image_grid_pinpoints
+        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+        images = LlavaNextImageProcessorPil(size={"shortest_edge": 24}, crop_size=size, image_grid_pinpoints=places)
+    chat = VideoChat(attach(model, make_family_branch(model)), make_tokenizer(TEMPLATE), image_processor=images)
+    still = torch.randint(256, (3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    shown = Visual("image", chat.see(still))
+    inputs = {"pixel_values": chat.prepare(still[None])[0]}
+    if images is not None:
+        inputs = images([still.numpy()], return_tensors="pt", input_data_format="channels_first")
+    frames = {"pixel_values": chat.prepare(read_video(clip, 6).frames)}
+    for kind, visual, own in (("video", watch(chat, clip, Sampling(frames=6)), frames), ("image", shown, inputs)):
+        conversation = chat.converse()
+        conversation.add(visual)
+        reply = conversation.ask("how is it moving ?", 6)
+        ids = conversation_ids(model, chat.tokenizer, [Turn("how is it moving ?", (kind,))], [len(visual.tokens)])
+        row = torch.tensor([ids])
+        whole = model.generate(
+            input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=6, do_sample=False, **own
+        )
+        assert chat.tokenizer.decode(whole[0, -reply.tokens :], skip_special_tokens=True).strip() == reply.text
+    if name == "vipllava":
+        with pytest.raises(ValueError, match="several layers of its tower"):
+            watch(chat, clip, Sampling(frames=6, windows=2))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, check_context
+from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, check_context, context
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.session import load, progress_bar, sampling_of
@@ -171,7 +171,7 @@ def find_video(folder: Path, name: str) -> Path:
 def _prompt(chat: VideoChat, visual: Visual, question: str, max_new_tokens: int) -> tuple[list[int], list[Visual]]:
     length = len(visual.tokens)
     ids = conversation_ids(chat.model, chat.tokenizer, [Turn(question, ("video",))], [length])
-    check_context(chat.model, len(ids), length, max_new_tokens)
+    check_context(context(chat.model), len(ids), length, max_new_tokens)
     return ids, [visual]
 
 

@@ -15,6 +15,9 @@ from transformers import DynamicCache, StaticCache, TextStreamer
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.prompts import Turn, conversation_ids
 
+# Models made for much longer contexts would else fill a GPU with empty places.
+_MOST_STATIC = 8192
+
 
 class ContextError(ValueError):
     """A prompt and the answer asked for do not fit into the model's context."""
@@ -61,12 +64,13 @@ class Conversation:
 
     Args:
         model: a chat model. tokenizer: with its image token and chat template.
-        static: keys and values of a fixed size, the context's: on a GPU decoding is then compiled (at the first turn,
-            which takes minutes).
+        static: keys and values of a fixed size, the context's but at most 8192 tokens: on a GPU decoding is then
+            compiled (at the first turn, which takes minutes).
     """
 
     def __init__(self, model: Any, tokenizer: Any, static: bool = False) -> None:
         self.model, self.tokenizer, self.static = model, tokenizer, static
+        self._limit = min(context(model), _MOST_STATIC) if static else context(model)
         self.reset()
 
     def reset(self) -> None:
@@ -94,7 +98,7 @@ class Conversation:
         ids = conversation_ids(
             self.model, self.tokenizer, [*self.turns, turn], [len(visual.tokens) for visual in self.visuals]
         )
-        check_context(self.model, len(ids), sum(len(v.tokens) for v in self.visuals), max_new_tokens)
+        check_context(self._limit, len(ids), sum(len(v.tokens) for v in self.visuals), max_new_tokens)
         kept = self._keep(ids)
         embeds = embed(self.model, ids, self.visuals)[None]
         streamer = _Stream(self.tokenizer, on_text or (lambda text: None))
@@ -131,8 +135,7 @@ class Conversation:
     def _new_cache(self) -> Any:
         if not self.static:
             return DynamicCache()
-        text = self.model.config.get_text_config()
-        return StaticCache(config=text, max_cache_len=context(self.model))
+        return StaticCache(config=self.model.config.get_text_config(), max_cache_len=self._limit)
 
 
 def context(model: Any) -> int:
@@ -140,9 +143,9 @@ def context(model: Any) -> int:
     return int(model.config.get_text_config().max_position_embeddings)
 
 
-def check_context(model: Any, prompt: int, visual: int, max_new_tokens: int) -> None:
+def check_context(limit: int, prompt: int, visual: int, max_new_tokens: int) -> None:
     """Raise ContextError, naming all counts, where a prompt of so many tokens leaves no room for the answer."""
-    if prompt + max_new_tokens > (limit := context(model)):
+    if prompt + max_new_tokens > limit:
         raise ContextError(
             f"the prompt takes {prompt} tokens, {visual} of them for videos and images, and {max_new_tokens} are asked "
             f"for the answer: {prompt + max_new_tokens}, but the model's context is {limit}"
