@@ -131,10 +131,10 @@ def measure(chat: VideoChat, row: Row, options: argparse.Namespace) -> Row:
         row.error = f"left out: about {tokens} tokens of prompts, more than --most {options.most}"
         return row
     try:
-        encode, found, began = encoder(row.contender, chat), [], time.perf_counter()
+        encode, found, began = encoder(row.contender, chat), [], now()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        while len(found) < 3 and (not found or time.perf_counter() - began < options.seconds):
+        while len(found) < 3 and (not found or now() - began < options.seconds):
             found.append(answer(chat, encode, pixels, options.new, now))
     except ContextError as error:
         row.error = str(error)
