@@ -73,7 +73,7 @@ class FeatureCache:
             with safe_open(path, "pt") as file:
                 clips = json.loads(file.metadata()["clips"])
                 views, truncated = file.get_tensor("views"), file.get_tensor("truncated").tolist()
-        except SafetensorError:  # cut short by a full disk or a crash of the machine: its clips are computed again
+        except SafetensorError:  # a crash of the machine: its clips are computed again
             self.damaged.append(path)
             return
         self._found |= {clip: Feature(*pair) for clip, *pair in zip(clips, views, truncated, strict=True)}

@@ -132,7 +132,7 @@ def _tell(notes: Console, command: Evaluation, result: dict[str, Any], skipped: 
         lines.append(f"{shared} captions are said of several videos: only a query's own video is right")
     if result["damaged"]:
         lines.append(f"{len(result['damaged'])} damaged or cut short, used as they are: {', '.join(result['damaged'])}")
-    lines.extend(f"{path} was damaged: its features were computed again" for path in damaged)
+    lines.extend(f"{path} is damaged and was not used; it can be deleted" for path in damaged)
     if len(skipped):
         lines.append(skipped.report())
     notes.print("\n".join(lines), markup=False, soft_wrap=True)
