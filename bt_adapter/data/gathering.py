@@ -50,7 +50,7 @@ class Gathered:
                 raise ValueError(f"start {start} does not lie before end {end}")
             path = self._find(row.videos)
         except ValueError as error:
-            self.skipped.add(key, str(error))
+            self.skip(key, row.where, str(error))
             return
         if not row.id and (start is not None or end is not None):
             key = f"{key}#{start or 0:g}-{'' if end is None else f'{end:g}'}"
@@ -64,7 +64,7 @@ class Gathered:
         if not _is_text(key):
             self.skipped.add(where, "its name is not UTF-8")
             return
-        good = self._captions(key, captions)
+        good = self._captions(key, where, captions)
         if not good:
             return
         clip = Clip(key, source, good, start, end, label)
@@ -72,7 +72,7 @@ class Gathered:
         if there is clip:
             return
         if (there.source, there.start, there.end, there.label) != (source, start, end, label):
-            self.skipped.add(f"{key} ({where})", "another clip before it has the same name")
+            self.skip(key, where, "another clip before it has the same name")
             return
         self._clips[key] = replace(there, captions=tuple(dict.fromkeys(there.captions + good)))
 
@@ -85,14 +85,21 @@ class Gathered:
             raise CommandError(f"{name}: no usable clip in it; {self.skipped.report(3)}")
         return list(self._clips.values()), self.skipped
 
-    def _captions(self, key: str, value: Any) -> tuple[str, ...]:
+    def skip(self, key: str, where: str, reason: str) -> None:
+        """Name a row that cannot be used: by its key, and where that names another one already, by its place too."""
+        name = f"{key} ({where})" if key in self._clips or key in self.skipped.reasons else key
+        self.skipped.add(name.encode(errors="backslashreplace").decode(), reason)
+
+    def _captions(self, key: str, where: str, value: Any) -> tuple[str, ...]:
         """The usable ones; the others are noted, as the clip itself where none is left."""
         values = value if isinstance(value, list | tuple) else [value]
         wrong = [_wrong_caption(caption) for caption in values] or ["no caption"]
         good = tuple(dict.fromkeys(c.strip() for c, why in zip(values, wrong, strict=False) if why is None))
         for number, why in enumerate(wrong, 1):
             if why is not None:
-                self.skipped.add(f"{key}, caption {number}" if good else key, why)
+                self.skip(f"{key}, caption {number}" if good else key, where, why)
+                if not good:
+                    break
         return good
 
     def _find(self, places: list[str]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import pickle
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -277,8 +279,15 @@ def numbers_seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def _begin_worker(number: int) -> Any:
-    """Signals to the whole group are the training process's to answer: it ends its workers."""
+def _begin_worker(number: int) -> None:
+    """Signals that go to the whole group are the training process's to answer, which may need its workers until it has
+    ended its step; a worker ends when that one says so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The first one may be for the group; a second comes from the training process.
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

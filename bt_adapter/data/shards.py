@@ -24,6 +24,7 @@ from bt_adapter.data.clips import Clip, Member
 from bt_adapter.data.loading import PackedClips, in_order
 from bt_adapter.data.sampling import check_count
 from bt_adapter.data.skipped import Skipped
+from bt_adapter.data.tars import VIDEOS
 from bt_adapter.data.video import VideoError, write_video
 from bt_adapter.errors import CommandError
 from bt_adapter.progress import Progress
@@ -123,9 +124,13 @@ class _Shards(Dataset):
         """Suffix and bytes of a clip. Raises VideoError, FFmpegError, OSError."""
         if self.frames is None:
             clip.read(1)
-            if isinstance(clip.source, Member):
-                return Path(clip.source.name).suffix.lower(), clip.source.read()
-            return Path(clip.source).suffix.lower() or ".mp4", Path(clip.source).read_bytes()
+            name, content = (
+                (clip.source.name, clip.source.read())
+                if isinstance(clip.source, Member)
+                else (clip.source, Path(clip.source).read_bytes())
+            )
+            suffix = Path(name).suffix.lower()
+            return suffix if suffix[1:] in VIDEOS else ".mp4", content
         video = clip.read(self.frames, repeat=True)
         seconds = float(video.timestamps[-1] - video.timestamps[0])
         rate = (self.frames - 1) / seconds if seconds > 0 else 1.0

@@ -52,16 +52,18 @@ class Skipped:
             lines.append(f"  {len(keys)}: {reason}: {shown}{more}")
         return "\n".join(lines)
 
-    def check(self, seen: int, share: float) -> None:
+    def check(self, seen: int, share: float, listed: int = 0) -> None:
         """Raise :class:`TooManySkipped` if more than ``share`` of ``seen`` clips (usable or not) are noted here.
 
         Nothing is raised while fewer than 20 were seen, or fewer than 3 are unusable: one bad clip at the start is no
-        reason to stop. With ``share`` 0 the first one is.
+        reason to stop. With ``share`` 0 the first one is. ``listed``: how many of those noted do not count, because
+        they were found unusable before any clip was seen.
         """
+        unusable = len(self) - listed
         least = LEAST_UNUSABLE if share > 0 else 1
-        if len(self) >= least and (seen >= LEAST_SEEN or share == 0) and len(self) > share * seen:
+        if unusable >= least and (seen >= LEAST_SEEN or share == 0) and unusable > share * seen:
             raise TooManySkipped(
-                f"{len(self)} of {seen} clips cannot be used, more than the {100 * share:g} % allowed; "
+                f"{unusable} of {seen} clips cannot be used, more than the {100 * share:g} % allowed; "
                 f"{self.report(NAMED)}"
             )
 

@@ -83,7 +83,7 @@ class Run:
                     f"--data {recipe.data} holds {len(clips)} usable clips, fewer than one --batch of {recipe.batch}"
                     + (f"; {unusable.report()}" if len(unusable) else "")
                 )
-            self.unusable, self.listed = len(unusable), len(clips) + len(unusable)
+            unusable.check(len(clips) + len(unusable), recipe.max_skipped)
             transform = TrainTransform(size, scale=recipe.crop)
             self.clips = TrainingClips(clips, recipe.frames, transform, recipe.seed)
             self.steps_per_epoch = len(clips) // recipe.batch
@@ -94,6 +94,7 @@ class Run:
             self.skipped.merge(unusable)
             if len(self.validation) < 2:
                 raise CommandError(f"--validation {recipe.validation} holds {len(self.validation)} usable clips, not 2")
+        self.listed = len(self.skipped)  # unusable before any clip was seen
         if self.state.get("skipped"):
             self.skipped.load_state_dict(self.state["skipped"])
 
@@ -232,7 +233,7 @@ class Run:
 
     def _tell(self, values: dict[str, Any], clock: Clock) -> float:
         seen = values["step"] * self.recipe.batch + values["skipped"]
-        self.skipped.check(seen, self.recipe.max_skipped)
+        self.skipped.check(seen, self.recipe.max_skipped, self.listed)
         if not math.isfinite(values["loss"]) and self.recipe.precision != "float16":
             raise CommandError(f"the loss of step {values['step']} is {values['loss']}: --lr may be too large")
         if self.log is not None:

@@ -1,0 +1,18 @@
+"""Decode in two workers without end, for a test that kills this process. Prints the workers' ids.
+
+``python tests/workers.py MANIFEST``.
+"""
+
+import multiprocessing
+import sys
+
+from bt_adapter.data import TrainTransform
+from bt_adapter.data.loading import TrainingClips, batches
+from bt_adapter.data.manifests import read_clips
+
+if __name__ == "__main__":
+    clips, _ = read_clips(sys.argv[1])
+    steps = batches(TrainingClips(clips, 2, TrainTransform(16), 0), 4, 0, 1, 0, 10**6, workers=2)
+    for number, _ in enumerate(steps):
+        if number == 1:
+            print(*(child.pid for child in multiprocessing.active_children()), flush=True)
