@@ -15,6 +15,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    OPTConfig,
     T5Config,
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
@@ -44,19 +45,29 @@ def text_config() -> LlamaConfig:
     )  # fmt: skip
 
 
-def make_chat(name: str, seed: int = 0, text=None, **vision):
+def opt_config() -> OPTConfig:
+    return OPTConfig(
+        hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64, max_position_embeddings=128, dropout=0.0, eos_token_id=63, pad_token_id=62, bos_token_id=61,
+    )  # fmt: skip
+
+
+def make_chat(name: str, seed: int = 0, text=None, true: bool = False, **vision):
+    """true: with the tower, the number of queries and the feature layers of the published model."""
     torch.manual_seed(seed)
-    text = text or text_config()
+    text = text or (opt_config() if name == "blip-2" else text_config())
     if name in ("blip-2", "instructblip"):
         config_class, model_class = {
             "blip-2": (Blip2Config, Blip2ForConditionalGeneration),
             "instructblip": (InstructBlipConfig, InstructBlipForConditionalGeneration),
         }[name]
+        tower = {**VISION, "num_hidden_layers": LAYERS - 1, "initializer_range": 0.1, **vision}
+        tower = {} if true else tower
         config = config_class(
-            vision_config={**VISION, "num_hidden_layers": LAYERS - 1, "initializer_range": 0.1, **vision},
+            vision_config=tower,
             qformer_config=QFORMER,
             text_config=text,
-            num_query_tokens=QUERIES,
+            num_query_tokens=32 if true else QUERIES,
             image_token_index=IMAGE_TOKEN,
         )
         model = model_class(config).eval()
@@ -74,6 +85,8 @@ def make_chat(name: str, seed: int = 0, text=None, **vision):
         ),
         "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration, {"vision_feature_layer": [-2, -3, 1]}),
     }[name]
+    if true:
+        return model_class(config_class(text_config=text, image_token_index=IMAGE_TOKEN))
     config = config_class(
         vision_config=CLIPVisionConfig(**{**VISION, "projection_dim": 16, **vision}),
         text_config=text,

@@ -21,7 +21,8 @@ from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, load_reference_che
 from bt_adapter.chat.attach import attach, attached_branch, branch_enabled, detach, video_tokens
 from bt_adapter.chat.families import Visuals, family_of
 from bt_adapter.chat.families.layers import video_tokens_of_layers
-from bt_adapter.chat.pairing import enlarge
+from bt_adapter.chat.pairing import check_shapes, enlarge
+from bt_adapter.config import TowerConfig
 
 QFORMERS = ("blip-2", "instructblip")
 PROJECTORS = ("llava", "llava_next", "vipllava")
@@ -294,6 +295,26 @@ def test_instructblip_needs_the_question():
         family_of(chat).project(video_tokens(chat, videos()))
 
 
+# true configurations
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_default_configurations_are_those_of_the_published_towers(name):
+    """The Q-Former models' tower of 39 layers goes with a branch beside EVA-CLIP-g's 40."""
+    with torch.device("meta"):
+        chat = make_chat(name, true=True)
+    family, layers = family_of(chat), {"vipllava": (23, 20, 17, 14, 6)}.get(name, (23,))
+    if name in QFORMERS:
+        config = TowerConfig.eva_clip_g(projection_dim=None)
+        assert chat.config.vision_config.num_hidden_layers == 39 and family.video_length == 32
+        layers = (39,)
+    else:
+        config = TowerConfig(1024, 4096, 24, 16, 336, 14)
+        assert family.video_length == 577
+    assert family.tower_config == config and family.feature_layers == layers
+    check_shapes(config, 4, family)
+
+
 # several layers
 
 
@@ -334,6 +355,25 @@ def test_layers_beside_the_branch_carry_it():
 
 
 # which branch goes with which tower
+
+
+def test_what_stood_in_for_the_method_before_is_kept(name):
+    """As accelerate's hooks do, which move inputs to where a module is."""
+    chat = make_chat(name)
+    owner, method = family_of(chat).hook
+    own, heard = getattr(owner, method), []
+
+    def replaced(*args, **kwargs):
+        heard.append(1)
+        return own(*args, **kwargs)
+
+    setattr(owner, method, replaced)
+    attach(chat, make_branch(chat))
+    inputs, length = stills(name)
+    answer(chat, ids(length, batch=2), **inputs)
+    assert heard
+    detach(chat)
+    assert owner.__dict__[method] is replaced
 
 
 def at_size(chat, size: int, change: float = 0.0) -> BTAdapterVisionModel:

@@ -76,7 +76,7 @@ def attach(
     branch.branch.to(device=place.device, dtype=place.dtype).train(home.training)
     freeze_unreached(branch)
     home.bt_adapter = branch.branch
-    setattr(owner, method, _Visuals(family, branch, before))
+    setattr(owner, method, _Visuals(family, branch, before, owner.__dict__.get(method)))
     return image_chat_model
 
 
@@ -94,6 +94,8 @@ def detach(image_chat_model: Any) -> Any:
             parameter.requires_grad_(asked)
         owner, method = family.hook
         delattr(owner, method)
+        if attached.replaced is not None:
+            setattr(owner, method, attached.replaced)
         del _home(family).bt_adapter
     return image_chat_model
 
@@ -125,9 +127,16 @@ def video_tokens(image_chat_model: Any, pixel_values: Tensor, progress: Progress
 class _Visuals:
     """Stands in for the method through which a chat model sees: videos by the branch, stills by its own method."""
 
-    def __init__(self, family: Family, branch: BTAdapterVisionModel, before: dict[nn.Parameter, bool]) -> None:
+    def __init__(
+        self,
+        family: Family,
+        branch: BTAdapterVisionModel,
+        before: dict[nn.Parameter, bool],
+        replaced: Callable[..., Any] | None,
+    ) -> None:
         self.family, self.branch, self.enabled = family, branch, True
         self.asked_gradients = before  # of the chat model's tower, for `detach`
+        self.replaced = replaced  # what stood in for the method before, as accelerate's hooks do
         self.__signature__ = inspect.signature(self._own())  # generate reads off it which arguments to hand over
 
     def __call__(self, pixel_values: Any, *args: Any, progress: Progress | None = None, **kwargs: Any) -> Any:
@@ -167,7 +176,7 @@ class _Visuals:
 
     def _own(self) -> Callable[..., Any]:
         owner, method = self.family.hook
-        return MethodType(getattr(type(owner), method), owner)
+        return self.replaced or MethodType(getattr(type(owner), method), owner)
 
 
 def _home(family: Family) -> nn.Module:

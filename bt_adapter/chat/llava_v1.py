@@ -21,16 +21,9 @@ from bt_adapter.chat.vicuna import PLACE
 from bt_adapter.checkpoint import CheckpointError
 from bt_adapter.errors import CommandError
 
-# of the writer, not of the model; and use_cache, which training switched off
-_NOT_TAKEN = {
-    "model_type",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "_name_or_path",
-    "use_cache",
-}
+# what tells of the writer and not of the model; use_cache was switched off by training
+_WRITERS = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
+_NOT_TAKEN = _WRITERS | {"model_type", "use_cache"}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -77,7 +70,7 @@ def make_config(
             f"{vision.hidden_size}]: the widths of the language model and of clip's tower"
         )
     config = LlavaConfig(
-        vision_config=vision.to_dict(),
+        vision_config={key: value for key, value in vision.to_dict().items() if key not in _WRITERS},
         text_config=LlamaConfig(**{**text, "vocab_size": rows}),
         image_token_index=token,
         projector_hidden_act="linear",
