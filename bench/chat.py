@@ -116,6 +116,8 @@ def answer(
 
 def _tick(clock: Clock, ids: Tensor) -> Tensor:
     """A criterion that stops nothing: streamers take one answer only, criteria see every step of a batch."""
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize(ids.device)
     clock.put(ids)
     return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
@@ -198,8 +200,8 @@ def main() -> int:
     gc.collect()
     about, rows, began = facts(device), [], time.perf_counter()
     path = options.out or results_file("chat", about)
-    for frames in options.frames:
-        for batch in options.batch:
+    for batch in options.batch:
+        for frames in options.frames:
             for contender in options.only:
                 row = Row(Path(options.model).name, contender, frames, batch, clock=options.clock, facts=about)
                 if time.perf_counter() - began > 60 * options.minutes:

@@ -183,7 +183,7 @@ def chat() -> str:
     rows = json.loads((RESULTS / "chat-cpu.json").read_text(encoding="utf-8"))
     columns = ["frames", "videos at once", "", "tokens of a prompt", "first token, s", "tokens/s", "peak, MB"]
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["frames"], row["batch"])):
         cells = [str(row["frames"]), str(row["batch"]), CHAT[row["contender"]]]
         if row["error"]:
             needed = re.search(r"the prompt takes (\d+) tokens", row["error"])

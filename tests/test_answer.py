@@ -77,8 +77,8 @@ def test_answers_are_those_of_single_questions(chat, folder, expected, tmp_path)
         tokens = watch.watch(chat, folder / row["video"], Sampling(frames=4)).tokens
         assert chat.ask(tokens[None], row["question"], 6).text == row["prediction"]
     assert len({row["prediction"] for row in found}) > 1
-    assert set(skipped.reasons) == {"3", "q5", "q7"}
-    assert "no such file" in skipped.reasons["q5"] and "cannot be read" in skipped.reasons["q7"]
+    assert set(skipped.reasons) == {"3 (broken.mp4)", "q5 (none.mp4)", "q7 (broken.mp4)"}
+    assert "no such file" in skipped.reasons["q5 (none.mp4)"] and "cannot be read" in skipped.reasons["q7 (broken.mp4)"]
 
 
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
@@ -172,7 +172,7 @@ def test_the_command_resumes_and_reports(chat, folder, tmp_path, monkeypatch, ca
     command += ["--frames", "4", "--max-new-tokens", "6"]
     assert cli.main(command) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "7 of 10 questions answered" in told and "3 skipped" in told and "q7" in told
+    assert "7 of 10 questions answered" in told and "3 skipped" in told and "q7 (broken.mp4)" in told
     before = out.read_bytes()
     assert cli.main(command) == 0 and "going on after 7 of 10 answers" in " ".join(capsys.readouterr().err.split())
     assert out.read_bytes() == before
@@ -194,6 +194,18 @@ def test_the_command_resumes_and_reports(chat, folder, tmp_path, monkeypatch, ca
     assert "none of the 1 questions" in capsys.readouterr().err
     other.write_text('{"question": "left ?"}\n')  # one video for all
     assert cli.main(["answer", str(other), "--videos", str(folder / "b.mp4"), "--out", str(tmp_path / "b.jsonl")]) == 0
+
+
+def test_answers_are_told_apart_by_all_that_made_them(folder):
+    def made(**options):
+        return answer.about(Answer(questions=folder, videos=folder, **options))
+
+    plain = made()
+    changes = {"model": "m", "branch": "b", "frames": 9, "fps": 1.0, "windows": 2, "long": "interpolate",
+               "no_branch": True, "dtype": "float16", "quantize": "nf4", "max_new_tokens": 5,
+               "repeat": True}  # fmt: skip
+    assert all(made(**{name: value}) != plain for name, value in changes.items())
+    assert made(batch=3, device="cpu") == plain
 
 
 def test_answer_is_checked_before_anything_is_loaded(folder):

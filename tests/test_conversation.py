@@ -77,23 +77,30 @@ def test_windows_are_planned_by_the_time_table():
         plan_windows(5, 64, 0)
 
 
-def test_interpolated_table_is_a_longer_table():
+@pytest.mark.parametrize(("frames", "rows"), [(15, 15), (16, 16), (19, 10)])  # 19: two by two, then 10 rows of 8
+def test_interpolated_table_is_a_longer_table(frames, rows):
     model = shake(make(depth=3))
-    pixels = video(15, 1)
-    found = video_tokens_streamed(model, chunked(pixels[0], 4), 15, long="interpolate")
-    short = video_tokens_streamed(model, chunked(pixels[0, :7], 4), 7, long="interpolate")
-    torch.testing.assert_close(short, model.video_tokens(pixels[:, :7]), rtol=0, atol=1e-6)  # nothing to interpolate
-    longer = shake(make(depth=3, max_frames=15))
+    pixels = video(frames, 1)
+    found = video_tokens_streamed(model, chunked(pixels[0], 4), frames, long="interpolate")
+    longer = shake(make(depth=3, max_frames=rows))
     state = model.branch.state_dict()
-    old = state["time"]
-    # row i of 15 lies at i/2 of 8: every second row is an old one, the others are means of two
-    state["time"] = torch.stack([old[i // 2] if i % 2 == 0 else (old[i // 2] + old[i // 2 + 1]) / 2 for i in range(15)])
-    longer.branch.load_state_dict(state)
+    old, new = state["time"], []
+    for place in (i * 7 / (rows - 1) for i in range(rows)):
+        first = min(int(place), 6)
+        new.append(old[first] + (place - first) * (old[first + 1] - old[first]))
+    longer.branch.load_state_dict({**state, "time": torch.stack(new)})
     longer.tower.load_state_dict(model.tower.state_dict())
-    torch.testing.assert_close(found, longer.video_tokens(pixels), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, longer.video_tokens(pixels), rtol=0, atol=1e-5)
     assert (found - model.video_tokens(pixels)).abs().max() > 1e-3
+
+
+def test_a_short_video_needs_no_interpolation():
+    model = shake(make(depth=3))
+    pixels = video(7, 1)
+    short = video_tokens_streamed(model, chunked(pixels[0], 4), 7, long="interpolate")
+    torch.testing.assert_close(short, model.video_tokens(pixels), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="long"):
-        video_tokens_streamed(model, chunked(pixels[0], 4), 15, long="stretch")
+        video_tokens_streamed(model, chunked(pixels[0], 4), 7, long="stretch")
 
 
 def test_a_video_that_breaks_off_ends_there():
@@ -284,6 +291,19 @@ def test_batches_answer_as_single_prompts_do(chat):
     together = answer_batch(chat.model, chat.tokenizer, prompts, 8)
     assert together == [answer_batch(chat.model, chat.tokenizer, [prompt], 8)[0] for prompt in prompts]
     assert len(set(together)) > 1
+
+
+def test_a_tuned_folder_is_a_model(monkeypatch, tmp_path):
+    """Its own test is ``test_tune.py``'s; this one holds that ``load`` hands it over with all it was given."""
+    from bt_adapter import tune
+
+    given = {}
+    monkeypatch.setattr(tune, "load", lambda folder, **options: given.update(folder=folder, **options) or "loaded")
+    (tmp_path / tune.ABOUT).write_text("{}")
+    assert VideoChat.load(tmp_path, None, "cpu", torch.bfloat16) == "loaded"
+    assert given == {"folder": tmp_path, "branch": None, "device": "cpu", "dtype": torch.bfloat16, "quantize": None}
+    with pytest.raises(ValueError, match="needs a branch"):
+        VideoChat.load(tmp_path / "plain")
 
 
 # --- files

@@ -82,8 +82,10 @@ def report(notes: Console, out: Path, asked: int, skipped: Skipped) -> int:
 
 def about(command: ChatModel) -> dict[str, Any]:
     """What the answers of a command line depend on."""
+    sampling = asdict(sampling_of(command))
+    sampling["no_branch"] = not sampling.pop("branch")
     return {"model": command.model, "branch": command.branch, "dtype": command.dtype, "quantize": command.quantize,
-            "max_new_tokens": command.max_new_tokens, **asdict(sampling_of(command))}  # fmt: skip
+            "max_new_tokens": command.max_new_tokens, **sampling}  # fmt: skip
 
 
 def answer_all(
@@ -108,7 +110,7 @@ def answer_all(
                 prompts.append(_prompt(chat, videos.get(question.video), question.text, max_new_tokens))
                 asked.append(question)
             except (VideoError, PromptError, ContextError) as error:
-                skipped.add(question.id, str(error))
+                skipped.add(f"{question.id} ({question.video.name})", str(error))
         if asked:
             texts = answer_batch(chat.model, chat.tokenizer, prompts, max_new_tokens)
             rows.append([

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from bt_adapter.chat.attach import attach, attached_branch, branch_enabled, video_tokens
 from bt_adapter.chat.conversation import Conversation, Reply, Visual
 from bt_adapter.chat.families import FAMILIES, family_of
+from bt_adapter.chat.pairing import is_shared, share_tower
 from bt_adapter.chat.quantize import Quantize, quantization
 from bt_adapter.data import Video, preprocess, read_video
 from bt_adapter.model import BTAdapterVisionModel
@@ -106,10 +107,18 @@ class VideoChat:
         """Where the model is."""
         return self.model.device
 
+    @property
+    def branch(self) -> BTAdapterVisionModel:
+        """The attached branch, beside the chat model's own tower."""
+        model = attached_branch(self.model)
+        if not is_shared(model.tower, self.family):  # the chat model's weights were replaced meanwhile
+            share_tower(model.tower, self.family)
+        return model
+
     def prepare(self, frames: Tensor) -> Tensor:
         """Frames uint8 ``[T, 3, H, W]`` -> normalised ``[1, T, 3, h, w]`` in the tower's size, dtype and device."""
         pixels = preprocess(frames, self.family.image_size, self.mean, self.std)
-        return pixels[None].to(self.device, attached_branch(self.model).tower.dtype)
+        return pixels[None].to(self.device, self.branch.tower.dtype)
 
     @torch.no_grad()
     def encode(self, video: Video | Tensor, branch: bool = True, progress: Progress | None = None) -> Tensor:
@@ -134,7 +143,7 @@ class VideoChat:
         owner: Any
         owner, method = self.family.hook
         if method != "get_image_features":  # a Q-Former reads the tower's tokens, which are those of a one-frame mean
-            tokens = attached_branch(self.model).frame_mean_tokens(self.prepare(image[None]))
+            tokens = self.branch.frame_mean_tokens(self.prepare(image[None]))
             return self.project(tokens)[0]
         if self.family.name == "llava_next":
             if self.image_processor is None:
@@ -142,7 +151,7 @@ class VideoChat:
             cut = self.image_processor(
                 images=[image.cpu().numpy()], return_tensors="pt", input_data_format="channels_first"
             )
-            pixels = cut["pixel_values"].to(self.device, attached_branch(self.model).tower.dtype)
+            pixels = cut["pixel_values"].to(self.device, self.branch.tower.dtype)
             return torch.cat(list(owner.get_image_features(pixels, cut["image_sizes"]).pooler_output))
         return owner.get_image_features(self.prepare(image[None])[0]).pooler_output[0]
 

@@ -117,10 +117,11 @@ class Session:
             "/reset": lambda _: self._reset(),
             "/help": lambda _: self.notes.print(HELP, markup=False),
         }
-        if sys.stdin.isatty():
+        typed = sys.stdin.isatty()
+        if typed:
             self.notes.print(HELP, markup=False, style="dim")
         while True:
-            if sys.stdin.isatty():
+            if typed:
                 self.notes.print("> ", end="")
             line = sys.stdin.readline()
             word, _, rest = line.strip().partition(" ")
@@ -137,6 +138,10 @@ class Session:
                     self.notes.print(f"no command {word}; /help lists them", markup=False)
             except (VideoError, CommandError, PromptError, ContextError) as error:
                 self.notes.print(str(error), markup=False, style="yellow")
+            except KeyboardInterrupt:
+                if not typed:
+                    raise
+                self.notes.print("interrupted", style="yellow")
 
     def _add(self, seen: Watched) -> None:
         self.conversation.add(seen)

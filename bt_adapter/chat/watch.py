@@ -14,7 +14,7 @@ import torch
 from av.error import FFmpegError
 from torch import Tensor
 
-from bt_adapter.chat.attach import attached_branch, branch_enabled, video_tokens
+from bt_adapter.chat.attach import branch_enabled, video_tokens
 from bt_adapter.chat.conversation import Visual, context
 from bt_adapter.chat.streaming import Long, video_tokens_streamed
 from bt_adapter.data import VideoError
@@ -28,6 +28,8 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _IMAGE_FORMATS = "png_pipe,jpeg_pipe,mjpeg,image2,webp_pipe,bmp_pipe"
 # Room left beside the videos for questions and answers when a long video is cut into as many windows as fit.
 _RESERVE = 512
+# Frames held at once as they were decoded: 16 of 1080p take 100 MB.
+_CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Sampling:
 
     def open(self, path: str | Path) -> FrameStream:
         """The frames of a file, checked and ready to be decoded. Raises VideoError, ValueError."""
-        return FrameStream(path, None if self.fps is not None else self.frames, self.fps, self.repeat)
+        return FrameStream(path, None if self.fps is not None else self.frames, self.fps, self.repeat, _CHUNK)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def watch(
     ``progress`` is called with frames done and in all. Raises VideoError; ValueError for values out of range.
     """
     begin = time.perf_counter()
-    model = attached_branch(chat.model)
+    model = chat.branch
     stream = video if isinstance(video, FrameStream) else sampling.open(video)
     stream.progress = progress
     decode = time.perf_counter() - begin
@@ -122,7 +124,7 @@ def look(chat: VideoChat, path: str | Path) -> Watched:
 
 def _whole(chat: VideoChat, pieces: Iterator[Tensor], stream: FrameStream, sampling: Sampling) -> Tensor:
     """Tokens ``[1, P+1, …]`` of a model that reads several tower layers: its frames run at once."""
-    most = 2 * attached_branch(chat.model).config.max_frames
+    most = 2 * chat.branch.config.max_frames
     if len(stream) > most or sampling.windows not in (None, 1) or sampling.long != "average":
         raise ValueError(
             f"{stream.path}: this model reads several layers of its tower, so that a video is one window of at most "
