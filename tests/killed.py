@@ -1,6 +1,6 @@
 """Runs of pretraining killed at random moments, until one gets to its end. Prints how many were killed before it.
 
-``python tests/killed.py MANIFEST OUT KILLS SEED``. A process of its own, so that its children can be forked: they start
+``python tests/killed.py MANIFEST OUT KILLS SEED STEPS``. A process of its own, so that its children can be forked: they start
 with everything imported, and a kill falls into the run and not into the imports.
 """
 
@@ -20,9 +20,9 @@ from pretraining import recipe
 from bt_adapter.pretrain.run import pretrain
 
 
-def main(manifest: str, out: str, kills: int, seed: int) -> None:
+def main(manifest: str, out: str, kills: int, seed: int, steps: int) -> None:
     torch.set_num_threads(1)
-    wanted = recipe(data=manifest, out=Path(out), steps=30, save_steps=3, ema=0.9, drop_path=0.3, accumulate=2)
+    wanted = recipe(data=manifest, out=Path(out), steps=steps, save_steps=3, ema=0.9, drop_path=0.3, accumulate=2)
     print(run(lambda: pretrain(wanted), Path(out) / "branch", kills, seed))
 
 
@@ -47,4 +47,4 @@ def run(work: Callable[[], object], end: Path, kills: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], *(int(word) for word in sys.argv[3:]))
