@@ -36,6 +36,7 @@ class Gathered:
     def __init__(self, folder: str) -> None:
         self.folder, self.skipped = folder, Skipped()
         self._clips: dict[str, Clip] = {}
+        self._alternatives: dict[str, dict[str, None]] = {}  # captions of clips that several rows speak of, in order
         self._names: dict[str, set[str] | None] = {}  # of the folders seen so far; None: cannot be listed
 
     def add(self, row: Row) -> None:
@@ -74,7 +75,7 @@ class Gathered:
         if (there.source, there.start, there.end, there.label) != (source, start, end, label):
             self.skip(key, where, "another clip before it has the same name")
             return
-        self._clips[key] = replace(there, captions=tuple(dict.fromkeys(there.captions + good)))
+        self._alternatives.setdefault(key, dict.fromkeys(there.captions)).update(dict.fromkeys(good))
 
     def __contains__(self, key: str) -> bool:
         return key in self._clips
@@ -83,6 +84,8 @@ class Gathered:
         """All of it. Raises CommandError where no clip is usable."""
         if not self._clips:
             raise CommandError(f"{name}: no usable clip in it; {self.skipped.report(3)}")
+        for key, captions in self._alternatives.items():
+            self._clips[key] = replace(self._clips[key], captions=tuple(captions))
         return list(self._clips.values()), self.skipped
 
     def skip(self, key: str, where: str, reason: str) -> None:

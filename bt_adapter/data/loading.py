@@ -96,7 +96,7 @@ class TrainingClips:
         """Clip ``place`` of step ``step`` in batches of ``batch``; the last, incomplete batch of an epoch is left out.
 
         In the place of a clip that cannot be read comes the one of the same place in the next batch of the epoch's
-        order, and so on: never a clip of the same batch.
+        order, and so on: no other clip of the same batch, as long as there are more.
 
         Raises:
             CommandError: none of so many clips can be read.
