@@ -8,16 +8,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import chat_models as families
 import processes
 import pytest
 import torch
 import torch.nn.functional as F
 from test_attach import make_branch
 from torch import nn
-from tuning import ANSWERS, losses, make_video_chat, recipe, write_data
+from tuning import ANSWERS, losses, make_tokenizer, make_video_chat, recipe, write_data
 
 from bt_adapter import cli, tune
 from bt_adapter.chat.attach import attach, attached_branch
+from bt_adapter.chat.engine import VideoChat
 from bt_adapter.checkpoint import CheckpointError
 from bt_adapter.data import read_video, write_video
 from bt_adapter.errors import CommandError
@@ -101,6 +103,28 @@ def test_loss_is_that_of_the_chat_model_itself(mixed):
     assert found == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["llava_next", "vipllava", "blip-2"])
+def test_loss_is_that_of_other_families_too(data, name):
+    model = families.make_chat(name)
+    chat = VideoChat(attach(model, families.make_branch(model)), make_tokenizer())
+    chat.model.double()
+    tuning = Tuning(chat, recipe())
+    (part,) = parts_of(chat, data)
+    ids, targets, mask = part.padded(0)
+    with torch.no_grad():
+        videos = torch.cat([chat.prepare(frames) for frames in part.visuals])
+        logits = chat.model(input_ids=ids, attention_mask=mask.long(), pixel_values=videos).logits
+        expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        assert float(tuning.loss(part)) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_families_whose_tokens_depend_on_the_question_are_refused(data):
+    model = families.make_chat("instructblip")
+    chat = VideoChat(attach(model, families.make_branch(model)), make_tokenizer())
+    with pytest.raises(CommandError, match="depend on the question"):
+        Tuning(chat, recipe())
+
+
 @pytest.mark.parametrize(
     ("parts", "changes"),
     [
@@ -165,7 +189,7 @@ def test_it_overfits_and_the_tuned_folder_answers(data, tmp_path):
     folder = run_tuning(wanted, chat)
     rows = losses(tmp_path)
     assert rows[-1][1] < 0.1 < 1 < rows[0][1]
-    with pytest.raises(FileNotFoundError, match=r"was tuned from the chat model tiny.*Give model="):
+    with pytest.raises(FileNotFoundError, match=r"(?s)was tuned from the chat model no/such/tiny/chat.*Give model="):
         tune.load(folder)
     for source in (folder, tmp_path / "checkpoints/00000060"):
         again = tune.load(source, model=make_video_chat())
@@ -178,7 +202,11 @@ def test_it_overfits_and_the_tuned_folder_answers(data, tmp_path):
 def test_loading_says_what_is_missing(data, tmp_path):
     folder = run_tuning(recipe(data=str(data), out=tmp_path, learn=("projector",), steps=1), make_video_chat())
     about = json.loads((folder / "tuned.json").read_text())
-    assert about["model"] == "tiny" and about["parts"] == ["projector"] and about["branch"]["source"] == "tiny"
+    assert (
+        about["model"] == "no/such/tiny/chat"
+        and about["parts"] == ["projector"]
+        and about["branch"]["source"] == "no/such/tiny/branch"
+    )
     chat = make_video_chat()
     attached_branch(chat.model).save_pretrained(tmp_path / "branch")
     assert tune.load(folder, model=chat, branch=tmp_path / "branch") is chat
@@ -188,6 +216,9 @@ def test_loading_says_what_is_missing(data, tmp_path):
     attached_branch(other.model).save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointError, match="tuned with another branch: the length of"):
         tune.load(folder, model=make_video_chat(), branch=tmp_path / "other")
+    chained = recipe(data=str(data), out=tmp_path / "next", learn=("branch",), steps=1, model=str(folder))
+    second = run_tuning(chained, tune.load(folder, model=make_video_chat(), branch=tmp_path / "branch"))
+    assert json.loads((second / "tuned.json").read_text())["model"] == str(folder.resolve())
     (folder / "projector.safetensors").unlink()
     with pytest.raises(CheckpointError, match="lacks projector.safetensors"):
         tune.load(folder, model=make_video_chat())

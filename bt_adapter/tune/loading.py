@@ -12,7 +12,7 @@ import torch
 from bt_adapter.chat.attach import attach, attached_branch
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.checkpoint import CheckpointError, load_exactly, read_safetensors
-from bt_adapter.tune import ABOUT
+from bt_adapter.tune import ABOUT, is_tuned
 from bt_adapter.tune.parts import FILES, FORMAT, branch_fingerprint, check_files, projector_of
 
 
@@ -53,15 +53,19 @@ def load_tuned(
     parts = about["parts"]
     check_files(folder, parts)
     own = folder / "branch" if "branch" in parts else None
-    source = own or branch or about["branch"]["source"]
+    other = branch or about["branch"]["source"]
     if isinstance(model, VideoChat):
         chat = model
-        if source is not None:
+        if (source := own or other) is not None:
             attach(chat.model, source)
     else:
         name = about["model"] if model is None else model
         try:
-            chat = load_base(name, source, device, dtype, **options)
+            if own is not None and is_tuned(name):  # which may have a branch of its own, older than this one
+                chat = load_base(name, other, device, dtype, **options)
+                attach(chat.model, own)
+            else:
+                chat = load_base(name, own or other, device, dtype, **options)
         except OSError as error:
             raise FileNotFoundError(
                 f"{folder} was tuned from the chat model {about['model']} and the branch {about['branch']['source']}, "

@@ -8,6 +8,7 @@ from typing import Literal
 
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.recipe import Settings, option
+from bt_adapter.tune import is_tuned
 
 Part = Literal["projector", "branch", "lora"]
 PARTS: tuple[Part, ...] = ("projector", "branch", "lora")
@@ -37,7 +38,7 @@ class TuneRecipe(Settings):
     """Folder of videos and stills; default: that of --data."""
 
     model: str = "mini:projector"
-    """Chat model: hub name, local folder, or "mini" ("mini:projector": the small one before it saw a video)."""
+    """Chat model: hub name, local folder, tuned folder, or "mini" ("mini:projector": before it saw a video)."""
     branch: str | None = None
     """Branch: a folder of save_pretrained or a published checkpoint; default: the one that comes with mini."""
     learn: tuple[Part, ...] = ("projector", "branch")
@@ -147,5 +148,5 @@ class TuneRecipe(Settings):
             raise CommandError(f"--learn must name some of {', '.join(PARTS)}, each once, got {list(self.learn)}")
         if self.batch < world:
             raise CommandError(f"--batch must be at least one conversation a process, got {self.batch} for {world}")
-        if self.branch is None and not self.model.startswith("mini"):
+        if self.branch is None and not self.model.startswith("mini") and not is_tuned(self.model):
             raise CommandError(f"--model {self.model} needs --branch: a branch pretrained on its CLIP")

@@ -249,9 +249,9 @@ class Run:
     def _about(self) -> dict[str, Any]:
         """What the learned parts were tuned from, and how."""
         return {
-            "model": self.recipe.model,
+            "model": _from_anywhere(self.recipe.model),
             "branch": {
-                "source": self.recipe.branch,
+                "source": self.recipe.branch and _from_anywhere(self.recipe.branch),
                 "fingerprint": branch_fingerprint(attached_branch(self.chat.model)),
             },
             "step": self.state["step"],
@@ -284,6 +284,11 @@ def load_chat(recipe: TuneRecipe, device: torch.device) -> VideoChat:
         return load_base(recipe.model, recipe.branch, str(device), getattr(torch, recipe.precision))
     except (OSError, ValueError, TypeError) as error:
         raise CommandError(f"--model {recipe.model} with --branch {recipe.branch}: {error}") from error
+
+
+def _from_anywhere(name: str) -> str:
+    """A local path that holds wherever it is read; a hub name as it is."""
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def share_gradients(parameters: Sequence[Tensor], factor: float, group: dist.ProcessGroup | None) -> None:

@@ -25,12 +25,14 @@ class Tuning:
         chat: with a branch. recipe: packing, precision and chunk sizes.
 
     Raises:
-        CommandError: the chat model's visual tokens depend on the question, which stored conversations cannot give.
+        CommandError: the chat model's visual tokens depend on the question, or its language model is no decoder alone.
     """
 
     def __init__(self, chat: VideoChat, recipe: TuneRecipe) -> None:
         if chat.family.needs_question:
             raise CommandError(f"--model of kind {chat.family.name}: its visual tokens depend on the question")
+        if chat.model.config.get_text_config().is_encoder_decoder:
+            raise CommandError("--model has a language model with an encoder; tuning is for decoders alone")
         self.chat, self.recipe, self.family = chat, recipe, chat.family
         self.model = attached_branch(chat.model)
         self.pad = chat.tokenizer.pad_token_id or 0  # never attended to
