@@ -13,6 +13,7 @@ from small_models import PATCHES, make, shake, video
 from test_attach import IMAGE_TOKEN, make_branch, make_chat
 from test_attach import PATCHES as CHAT_PATCHES
 from test_chat import make_tokenizer
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from bt_adapter.chat.attach import attach
 from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, embed
@@ -352,18 +353,23 @@ def test_an_upright_photo(tmp_path):
     assert read.shape == (3, 32, 16) and read[:, :12].float().mean() > 240 > 20 > read[:, 20:].float().mean()
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "instructblip"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_answers_as_its_own_generate_does(name, clip):
     model = make_family_chat(name)
     images = None
     if name == "llava_next":
         size, places = {"height": 24, "width": 24}, model.config.image_grid_pinpoints
-        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-
         images = LlavaNextImageProcessorPil(size={"shortest_edge": 24}, crop_size=size, image_grid_pinpoints=places)
     chat = VideoChat(attach(model, make_family_branch(model)), make_tokenizer(TEMPLATE), image_processor=images)
+    asked = {}
+    if name == "instructblip":
+        with pytest.raises(ValueError, match="Q-Former's tokenizer"):
+            watch(chat, clip, Sampling(frames=6)).asked("how ?")
+        chat.question_tokenizer = make_tokenizer()
+        read = make_tokenizer()(["how is it moving ?"], return_tensors="pt")
+        asked = {"qformer_input_ids": read["input_ids"], "qformer_attention_mask": read["attention_mask"]}
     still = torch.randint(256, (3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    shown = Visual("image", chat.see(still))
+    shown = chat.see(still)
     inputs = {"pixel_values": chat.prepare(still[None])[0]}
     if images is not None:
         inputs = images([still.numpy()], return_tensors="pt", input_data_format="channels_first")
@@ -372,10 +378,12 @@ def test_every_family_answers_as_its_own_generate_does(name, clip):
         conversation = chat.converse()
         conversation.add(visual)
         reply = conversation.ask("how is it moving ?", 6)
-        ids = conversation_ids(model, chat.tokenizer, [Turn("how is it moving ?", (kind,))], [len(visual.tokens)])
+        ids = conversation_ids(
+            model, chat.tokenizer, [Turn("how is it moving ?", (kind,))], [len(conversation.visuals[0].tokens)]
+        )
         row = torch.tensor([ids])
         whole = model.generate(
-            input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=6, do_sample=False, **own
+            input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=6, do_sample=False, **own, **asked
         )
         assert chat.tokenizer.decode(whole[0, -reply.tokens :], skip_special_tokens=True).strip() == reply.text
     if name == "vipllava":

@@ -171,6 +171,7 @@ def find_video(folder: Path, name: str) -> Path:
 
 
 def _prompt(chat: VideoChat, visual: Visual, question: str, max_new_tokens: int) -> tuple[list[int], list[Visual]]:
+    visual = visual.asked(question)
     length = len(visual.tokens)
     ids = conversation_ids(chat.model, chat.tokenizer, [Turn(question, ("video",))], [length])
     check_context(context(chat.model), len(ids), length, max_new_tokens)

@@ -47,12 +47,19 @@ class Reply:
 class Visual:
     """A video or a still as the language model takes it.
 
-    kind: "video" or "image". tokens: ``[n, E]``, E the language model's width. name: what to call it.
+    kind: "video" or "image". tokens: ``[n, E]``, E the language model's width. name: what to call it. reads: for models
+    whose visual tokens depend on the question that comes with them (InstructBLIP): from question to tokens; ``tokens``
+    are then not read.
     """
 
     kind: str
     tokens: Tensor
     name: str = ""
+    reads: Callable[[str], Tensor] | None = None
+
+    def asked(self, question: str) -> Visual:
+        """As it stands before a question."""
+        return self if self.reads is None else replace(self, tokens=self.reads(question), reads=None)
 
 
 class Conversation:
@@ -93,14 +100,14 @@ class Conversation:
         Raises PromptError, ContextError: the conversation is then as it was before.
         """
         begin = time.perf_counter()
-        kinds = tuple(visual.kind for visual in self.visuals[len(self.visuals) - self._pending :])
-        turn = Turn(question, kinds)
-        ids = conversation_ids(
-            self.model, self.tokenizer, [*self.turns, turn], [len(visual.tokens) for visual in self.visuals]
-        )
-        check_context(self._limit, len(ids), sum(len(v.tokens) for v in self.visuals), max_new_tokens)
+        known = len(self.visuals) - self._pending
+        turn = Turn(question, tuple(visual.kind for visual in self.visuals[known:]))
+        visuals = [visual.asked(question) for visual in self.visuals]
+        lengths = [len(visual.tokens) for visual in visuals]
+        ids = conversation_ids(self.model, self.tokenizer, [*self.turns, turn], lengths)
+        check_context(self._limit, len(ids), sum(lengths), max_new_tokens)
         kept = self._keep(ids)
-        embeds = embed(self.model, ids, self.visuals)[None]
+        embeds = embed(self.model, ids, visuals)[None]
         streamer = _Stream(self.tokenizer, on_text or (lambda text: None))
         try:
             new = generate(
@@ -119,7 +126,7 @@ class Conversation:
         seconds = {"first token": first - begin, "generate": time.perf_counter() - first}
         text = "".join(streamer.text).strip()
         self.turns.append(replace(turn, answer=text))
-        self._pending = 0
+        self.visuals, self._pending = visuals, 0
         return Reply(text, streamer.tokens, seconds, len(ids), len(ids) - kept)
 
     def _keep(self, ids: list[int]) -> int:

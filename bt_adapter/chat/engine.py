@@ -32,6 +32,7 @@ class VideoChat:
         tokenizer: with the model's image token and chat template.
         mean, std: of the frames' normalisation; None: those of the model's family.
         image_processor: what cuts stills for the models that take them in pieces (LLaVA-NeXT).
+        question_tokenizer: of the Q-Former that reads the question too (InstructBLIP).
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class VideoChat:
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         image_processor: Any = None,
+        question_tokenizer: Any = None,
     ) -> None:
         attached_branch(model)  # ValueError unless one is
-        self.model, self.tokenizer, self.image_processor = model.eval(), tokenizer, image_processor
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.image_processor, self.question_tokenizer = image_processor, question_tokenizer
         self.family = family_of(model)
         self.mean, self.std = tuple(mean or self.family.mean), tuple(std or self.family.std)
 
@@ -96,11 +99,10 @@ class VideoChat:
         chat = loaded.from_pretrained(model, **options)
         if quantize is None:
             chat = chat.to(device)
-        tokenizer, images = _tokenizer(model)
+        tokenizer, images, questions = _processors(model)
         attach(chat, branch)
-        return VideoChat(
-            chat, tokenizer, getattr(images, "image_mean", None), getattr(images, "image_std", None), images
-        )
+        mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
+        return VideoChat(chat, tokenizer, mean, std, images, questions)
 
     @property
     def device(self) -> torch.device:
@@ -121,46 +123,63 @@ class VideoChat:
         return pixels[None].to(self.device, self.branch.tower.dtype)
 
     @torch.no_grad()
-    def encode(self, video: Video | Tensor, branch: bool = True, progress: Progress | None = None) -> Tensor:
+    def encode(
+        self,
+        video: Video | Tensor,
+        branch: bool = True,
+        progress: Progress | None = None,
+        question: str | None = None,
+    ) -> Tensor:
         """A video's tokens for the language model, ``[1, V, W]``, from frames that are there already.
 
         video: decoded frames, uint8 ``[T, 3, H, W]`` where a tensor is given. branch: False for the mean of the frames'
-        tokens in the branch's place. progress: as for ``video_tokens``. Files of any length: `bt_adapter.chat.watch`.
+        tokens in the branch's place. progress: as for ``video_tokens``. question: as for :meth:`project`. Files of any
+        length: `bt_adapter.chat.watch`.
         """
         pixels = self.prepare(video.frames if isinstance(video, Video) else video)
         with branch_enabled(self.model, branch):
-            tokens = self.project(video_tokens(self.model, pixels, progress))
+            tokens = self.project(video_tokens(self.model, pixels, progress), question)
         if tokens.device.type == "cuda":
             torch.cuda.synchronize(tokens.device)
         return tokens
 
     @torch.no_grad()
-    def see(self, image: Tensor) -> Tensor:
-        """A still's tokens, uint8 ``[3, H, W]`` to ``[n, W]``, as the image chat model itself makes them.
+    def see(self, image: Tensor) -> Visual:
+        """A still, uint8 ``[3, H, W]``, as the image chat model itself takes it.
 
         Raises ValueError where the model takes stills in pieces and no image processor is there to cut them.
         """
         owner: Any
         owner, method = self.family.hook
         if method != "get_image_features":  # a Q-Former reads the tower's tokens, which are those of a one-frame mean
-            tokens = self.branch.frame_mean_tokens(self.prepare(image[None]))
-            return self.project(tokens)[0]
+            return self.visual("image", self.branch.frame_mean_tokens(self.prepare(image[None])))
         if self.family.name == "llava_next":
             if self.image_processor is None:
                 raise ValueError("stills need this model's image processor, and its folder brings none that can run")
-            cut = self.image_processor(
-                images=[image.cpu().numpy()], return_tensors="pt", input_data_format="channels_first"
-            )
+            picture = image.cpu().numpy()
+            cut = self.image_processor(images=[picture], return_tensors="pt", input_data_format="channels_first")
             pixels = cut["pixel_values"].to(self.device, self.branch.tower.dtype)
-            return torch.cat(list(owner.get_image_features(pixels, cut["image_sizes"]).pooler_output))
-        return owner.get_image_features(self.prepare(image[None])[0]).pooler_output[0]
+            return Visual("image", torch.cat(list(owner.get_image_features(pixels, cut["image_sizes"]).pooler_output)))
+        return Visual("image", owner.get_image_features(self.prepare(image[None])[0]).pooler_output[0])
 
-    def project(self, tokens: Tensor) -> Tensor:
-        """Video tokens ``[n, P+1, D]`` as the language model takes them, ``[n, V, W]``.
+    @torch.no_grad()
+    def visual(self, kind: str, tokens: Tensor) -> Visual:
+        """Tokens of the tower and branch, ``[n, P+1, D]``, as a conversation takes them."""
+        if not self.family.needs_question:
+            return Visual(kind, self.project(tokens).flatten(0, 1))
+        return Visual(kind, tokens[:0, 0], reads=lambda question: self.project(tokens, question).flatten(0, 1))
 
-        Raises ValueError for InstructBLIP, which would have to know the question.
+    def project(self, tokens: Tensor, question: str | None = None) -> Tensor:
+        """Tokens of the tower and branch, ``[n, P+1, D]``, as the language model takes them, ``[n, V, W]``.
+
+        question: for InstructBLIP, whose Q-Former reads it. Raises ValueError where it is needed and not there.
         """
-        return self.family.project(tokens)
+        if not self.family.needs_question or question is None:
+            return self.family.project(tokens)
+        if self.question_tokenizer is None:
+            raise ValueError(f"{self.family.name} needs its Q-Former's tokenizer, but question_tokenizer is None")
+        ids = self.question_tokenizer([question] * len(tokens), return_tensors="pt").to(self.device)
+        return self.family.project(tokens, {name: ids[name] for name in ("input_ids", "attention_mask")})
 
     def converse(self, static: bool = False) -> Conversation:
         """A conversation with this model; see `Conversation`."""
@@ -191,13 +210,13 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _tokenizer(model: str | os.PathLike[str]) -> tuple[Any, Any]:
-    """A model's tokenizer with its chat template, and its image processor or None."""
+def _processors(model: str | os.PathLike[str]) -> tuple[Any, Any, Any]:
+    """A model's tokenizer with its chat template, its image processor or None, its Q-Former's tokenizer or None."""
     try:
         processor = AutoProcessor.from_pretrained(model)
         tokenizer, images = processor.tokenizer, processor.image_processor
     except (OSError, ValueError, ImportError, AttributeError):  # a folder with a tokenizer alone
-        return AutoTokenizer.from_pretrained(model), None
+        return AutoTokenizer.from_pretrained(model), None, None
     if getattr(processor, "chat_template", None):
         tokenizer.chat_template = processor.chat_template
-    return tokenizer, images
+    return tokenizer, images, getattr(processor, "qformer_tokenizer", None)

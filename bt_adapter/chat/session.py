@@ -161,16 +161,6 @@ def sampling_of(command: ChatModel) -> Sampling:
 
 def load(command: ChatModel) -> VideoChat:
     """The model a command line asks for. CommandError for what is not there or does not fit."""
-    chat = _load(command)
-    if chat.family.needs_question:
-        raise CommandError(
-            f"--model {command.model}: {chat.family.name}'s Q-Former reads the question beside the video, which these "
-            "commands do not do; attach(model, branch) and generate do"
-        )
-    return chat
-
-
-def _load(command: ChatModel) -> VideoChat:
     device = command.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

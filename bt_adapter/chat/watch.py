@@ -103,11 +103,11 @@ def watch(
         tokens = video_tokens_streamed(
             model, prepared(), len(stream), sampling.windows, sets, sampling.long, sampling.branch
         )
-    tokens = chat.project(tokens).flatten(0, 1)
+    visual = chat.visual("video", tokens)
     if tokens.device.type == "cuda":
         torch.cuda.synchronize(tokens.device)
     return Watched(
-        "video", tokens, Path(stream.path).name, seen, stream.total, len(tokens) // length,
+        "video", visual.tokens, Path(stream.path).name, visual.reads, seen, stream.total, len(tokens),
         stream.truncated, decode, time.perf_counter() - begin - decode,
     )  # fmt: skip
 
@@ -118,8 +118,10 @@ def look(chat: VideoChat, path: str | Path) -> Watched:
     begin = time.perf_counter()
     image = read_image(path)
     decode = time.perf_counter() - begin
-    tokens = chat.see(image)
-    return Watched("image", tokens, Path(path).name, decode=decode, encode=time.perf_counter() - begin - decode)
+    visual, name = chat.see(image), Path(path).name
+    return Watched(
+        "image", visual.tokens, name, visual.reads, decode=decode, encode=time.perf_counter() - begin - decode
+    )
 
 
 def _whole(chat: VideoChat, pieces: Iterator[Tensor], stream: FrameStream, sampling: Sampling) -> Tensor:
