@@ -166,6 +166,8 @@ def judge_all(
             raise JudgeError(
                 f"{error}; {judged} of {len(cases)} answers are judged and kept in {rows.path}: run again to go on"
             ) from error
+        finally:
+            stop.set()  # whatever ended this, no request is sent again
     return skipped
 
 
