@@ -60,10 +60,14 @@ def save_model(
     these tensors and not the branch's own (which may lie in parts on many processes, or be averages of it).
 
     Raises:
-        ValueError: ``include_tower`` is asked for a tower in 8 bits, which no longer has the weights to write.
+        ValueError: ``include_tower`` is asked for a tower in 8 bits, or of a chat model that leaves its last layer out:
+            neither has the weights to write.
     """
     if include_tower and model.tower.is_fp8:
         raise ValueError("include_tower must be False for a tower in 8 bits (optimize(fp8=True)), but is True")
+    layers = model.vision_config.num_hidden_layers
+    if include_tower and not model.stored_features and len(model.tower.layers) < layers:
+        raise ValueError("include_tower must be False where a chat model's tower lacks its last layer, but is True")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: t for n, t in model.state_dict().items() if include_tower or n.startswith("branch.")}

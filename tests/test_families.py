@@ -215,6 +215,23 @@ def test_branch_saved_alone_takes_the_chats_tower(name, tmp_path):
     assert len(attached_branch(again).tower.layers) == LAYERS - (name in QFORMERS)
     attached_branch(again).save_pretrained(tmp_path / "again")
     assert torch.equal(video_tokens(attach(make_chat(name), tmp_path / "again"), videos()), expected)
+    if name in QFORMERS:
+        with pytest.raises(ValueError, match="lacks its last layer"):
+            attached_branch(again).save_pretrained(tmp_path / "whole", include_tower=True)
+    else:
+        attached_branch(again).save_pretrained(tmp_path / "whole", include_tower=True)
+        assert torch.equal(video_tokens(attach(make_chat(name), tmp_path / "whole"), videos()), expected)
+
+
+def test_nothing_is_changed_by_a_refusal(name, tmp_path):
+    make_branch(make_chat(name, seed=1)).save_pretrained(tmp_path)
+    chat = make_chat(name)
+    family_of(chat).vision_tower.embeddings.class_embedding.data.mul_(2)
+    with pytest.raises(ValueError, match=r"another CLIP \(lengths of weights: "):
+        attach(chat, tmp_path)
+    assert all(p.requires_grad for p in family_of(chat).vision_tower.parameters())
+    owner, method = family_of(chat).hook
+    assert method not in owner.__dict__ and not any("bt_adapter" in n for n, _ in chat.named_parameters())
 
 
 def test_branch_tuned_on_stored_features_is_attached(name):
@@ -466,4 +483,8 @@ def test_visuals_say_what_is_wrong():
         Visuals([torch.zeros(3, 2, 2), torch.zeros(2, 2)])
     with pytest.raises(ValueError, match="image_sizes"):
         Visuals([torch.zeros(3, 2, 2)], [None, None])
+    chat = make_chat("llava_next")
+    attach(chat, make_branch(chat))
+    with pytest.raises(ValueError, match=r"image_sizes must have \(height, width\)"):
+        chat.get_image_features(Visuals([torch.zeros(3, 24, 24)]), None)
     assert Visuals([torch.zeros(3, 2, 2)]).to(torch.float64)[0].dtype == torch.float64

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bt_adapter.chat.families import Family
-from bt_adapter.chat.pairing import beside, check_shapes, mismatch
+from bt_adapter.chat.pairing import beside, check_shapes, in_whole_tower, mismatch
 from bt_adapter.checkpoint import load_exactly, read_safetensors, read_settings
 from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
@@ -47,6 +47,7 @@ def _alone(path: Path, settings: dict[str, Any], family: Family, require_same_to
     """A branch saved without its tower, beside the chat model's."""
     config, adapter = TowerConfig(**settings["tower"]), BTAdapterConfig(**settings["branch"])
     check_shapes(config, adapter.depth, family)
+    _check_fingerprint(path, settings, config, family, require_same_tower)
     chat_only = settings["stored_features"] or settings.get("chat_only", False)
     with torch.device("meta"):
         saved = BTAdapterVisionModel(replace(config, projection_dim=None), adapter, chat_only=chat_only)
@@ -59,29 +60,29 @@ def _alone(path: Path, settings: dict[str, Any], family: Family, require_same_to
     saved.branch.to_empty(device="cpu")
     load_exactly(saved.branch, wanted, str(path))
     saved.tower_name = settings["tower_name"]
-    model = beside(family, saved).eval()
-    _check_fingerprint(model, config, settings.get("tower_fingerprint") or {}, path, require_same_tower)
-    return model
+    return beside(family, saved).eval()
 
 
 def _check_fingerprint(
-    model: BTAdapterVisionModel, config: TowerConfig, saved: dict[str, float], path: Path, require_same_tower: bool
+    path: Path, settings: dict[str, Any], config: TowerConfig, family: Family, require_same_tower: bool
 ) -> None:
     """All that a branch without its tower can be held to: lengths of some of the tower's weights, its resolution."""
-    size = model.vision_config.image_size
-    found = model.tower.fingerprint()
+    tensors, theirs = family.tower()
+    saved = dict(settings.get("tower_fingerprint") or {})
     wrong = []
-    if config.image_size != size:
-        found.pop("position")
+    if config.image_size != theirs.image_size:
+        saved.pop("position", None)
         wrong.append(
-            f"it was trained at {config.image_size} px, image_chat_model takes {size} px, and the folder holds no "
-            "tower to tell whether both are one CLIP (save_pretrained(..., include_tower=True))"
+            f"it was trained at {config.image_size} px, image_chat_model takes {theirs.image_size} px, and the folder "
+            "holds no tower to tell whether both are one CLIP (save_pretrained(..., include_tower=True))"
         )
-    off = [
-        name for name, value in found.items() if abs((before := saved.get(name, value)) - value) > 1e-2 * abs(before)
-    ]
+    first = config.num_hidden_layers - settings["branch"]["depth"] if settings["stored_features"] else 0
+    off = []
+    for name, before in saved.items():
+        tensor = tensors.get(in_whole_tower(name, first))
+        if tensor is not None and not abs(before - (length := tensor.detach().float().norm().item())) <= 1e-2 * before:
+            off.append(f"{name} {length:.4g}, expected {before:.4g}")
     if off:
-        lengths = ", ".join(f"{name} {found[name]:.4g}, expected {saved[name]:.4g}" for name in off)
-        wrong.append(f"it was trained beside another CLIP (lengths of weights: {lengths})")
+        wrong.append(f"it was trained beside another CLIP (lengths of weights: {', '.join(off)})")
     if wrong:
         mismatch(f"the branch in {path} does not fit image_chat_model: {'; '.join(wrong)}", require_same_tower)

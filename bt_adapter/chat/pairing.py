@@ -57,7 +57,7 @@ def check_values(tower: Tower, family: Family, require_same_tower: bool) -> None
     at = f" (trained at {trained} px, used at {size})" if size != trained else ""
     off = distances(tower, theirs)
     limit = {name: _INTERPOLATION if name == "position" and at else _ROUNDING for name in off}
-    wrong = sorted((name for name in off if off[name] > limit[name]), key=off.__getitem__, reverse=True)
+    wrong = sorted((name for name in off if not off[name] <= limit[name]), key=off.__getitem__, reverse=True)
     if wrong:
         shown = ", ".join(f"{name} by {off[name]:.2g} of its largest value" for name in wrong[:3])
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -71,7 +71,7 @@ def check_values(tower: Tower, family: Family, require_same_tower: bool) -> None
         warnings.warn(
             f"branch and image_chat_model have the same CLIP at another resolution{at}: the chat model's position "
             "table is the bicubic enlargement of the branch's and serves both",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -79,19 +79,25 @@ def mismatch(message: str, require_same_tower: bool) -> None:
     """Another tower: an error, or a warning where the caller said so."""
     if require_same_tower:
         raise ValueError(f"{message}; require_same_tower=False attaches it all the same")
-    warnings.warn(f"{message}; its answers may be worse than beside its own", stacklevel=5)
+    warnings.warn(f"{message}; its answers may be worse than beside its own", stacklevel=4)
 
 
 def distances(tower: Tower, theirs: Mapping[str, Tensor]) -> dict[str, float]:
     """Largest difference of each tensor both towers have, in units of the largest value."""
     found = {}
     for name, mine in tower.named_parameters():
-        if name.startswith("layers."):  # a tower of stored features counts its own layers from 0
-            _, layer, rest = name.split(".", 2)
-            name = f"layers.{int(layer) + tower.first_layer}.{rest}"
+        name = in_whole_tower(name, tower.first_layer)
         if name in theirs and not mine.is_meta:
             found[name] = _distance(mine, theirs[name])
     return found
+
+
+def in_whole_tower(name: str, first_layer: int) -> str:
+    """Name of a tensor in the whole tower; a tower of stored features counts its own layers from 0."""
+    if first_layer and name.startswith("layers."):
+        _, layer, rest = name.split(".", 2)
+        return f"layers.{int(layer) + first_layer}.{rest}"
+    return name
 
 
 @torch.no_grad()
@@ -141,7 +147,8 @@ def beside(family: Family, source: BTAdapterVisionModel) -> BTAdapterVisionModel
         model = BTAdapterVisionModel(family.tower_config, source.config, chat_only=True)
     for _ in range(family.layers_removed):
         del model.tower.layers[-1]
-    del model.tower.final_norm
+    if "final_norm.weight" not in family.tower()[0]:
+        del model.tower.final_norm
     share_tower(model.tower, family)
     model.branch = source.branch
     model.tower_name = source.tower_name

@@ -125,6 +125,8 @@ class LlavaNext(Llava):
     def stills(
         self, own: Callable[..., Any], pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]
     ) -> list[Tensor]:
+        if None in sizes:
+            raise ValueError("image_sizes must have (height, width) for every still, but has None for one")
         most = max(len(pieces) for pieces in pixels)
         padded = [torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pixels]
         return list(own(torch.stack(padded), torch.tensor(sizes), **kwargs).pooler_output)
