@@ -1,6 +1,6 @@
-"""The README's tables, from ``bench/results/``: ``python bench/report.py`` writes them, ``--check`` compares.
+"""The tables of README and docs, from ``bench/results/``: ``python bench/report.py`` writes them, ``--check`` compares.
 
-A table in the README stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``: never edit it by hand.
+A table stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``: never edit it by hand.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -214,26 +213,38 @@ def chat() -> str:
 TABLES = {"mini": mini, "kernels": kernels, "traffic": traffic, "step": step}
 
 
+def documents() -> list[Path]:
+    """Where tables may stand."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def render(text: str) -> str:
-    """``text`` with every table made anew."""
-    for name, table in TABLES.items():
-        pattern = rf"(<!-- results:{name} -->\n).*?(<!-- /results:{name} -->)"
-        text, found = re.subn(pattern, lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text, flags=re.DOTALL)
-        if found != 1:
-            raise SystemExit(f"README.md must have the place of table {name!r} once, but has it {found} times")
-    return text
+    """``text`` with every table in it made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise SystemExit(f"there is no table {name!r}; known: {', '.join(TABLES)}")
+        return f"<!-- results:{name} -->\n{TABLES[name]()}\n<!-- /results:{name} -->"
+
+    return re.sub(r"<!-- results:([\w-]+) -->\n.*?<!-- /results:\1 -->", table, text, flags=re.DOTALL)
 
 
 def main() -> int:
-    """Write the README, or with --check compare: 1 where it differs."""
-    before = README.read_text(encoding="utf-8")
-    after = render(before)
+    """Write the documents, or with --check compare: 1 where one differs or a table has no place."""
+    before = {path: path.read_text(encoding="utf-8") for path in documents()}
+    if lost := [name for name in TABLES if not any(f"<!-- results:{name} -->" in text for text in before.values())]:
+        print(f"without a place in README.md or docs: {', '.join(lost)}")
+        return 1
+    changed = {path: after for path, text in before.items() if (after := render(text)) != text}
     if "--check" in sys.argv[1:]:
-        print("README.md agrees with bench/results" if before == after else "README.md differs: python bench/report.py")
-        return int(before != after)
-    temporary = README.with_suffix(".writing")
-    temporary.write_text(after, encoding="utf-8")
-    os.replace(temporary, README)
+        for path in changed:
+            print(f"{path.relative_to(ROOT)} differs from bench/results: python bench/report.py")
+        return int(bool(changed))
+    for path, text in changed.items():
+        temporary = path.with_suffix(".writing")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     return 0
 
 
