@@ -1,0 +1,291 @@
+"""The paper in miniature, chat side: questions about held-out moving clips, with the branch and without.
+
+    python bench/miniature/chat.py                       everything; about 40 minutes of one core
+    python bench/miniature/chat.py --steps 2 --clips 1 --pool 2 --seeds 0 --out /tmp/try.json     a try
+
+Every finished row is stored at once; a run killed at any moment goes on with the rows that lack. For every seed (of
+training clips, tuning and held-out clips): linear probes of what the features hold of a clip's events, then the
+answers of each of `SETTINGS`; at the end exact paired tests. Training clips are composed of Fashion-MNIST's training
+images, held-out ones of the images in no training split. The branch is pretrained on captions; only the settings say
+what has been tuned on questions about videos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BENCH = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(BENCH), str(BENCH.parent)]
+
+from measure import facts, write  # noqa: E402
+from miniature import probes  # noqa: E402
+from miniature.chat_branch import pretrained  # noqa: E402
+from miniature.chat_questions import TEMPORAL, TYPES, answers, exposures, pairs  # noqa: E402
+from miniature.chat_tuning import Pool, Setting, Stand, Told, ask, tune, warm_start  # noqa: E402
+
+from bt_adapter.mini import language, lora  # noqa: E402
+from bt_adapter.mini.clip import normalise  # noqa: E402
+from bt_adapter.mini.items import load_items  # noqa: E402
+from bt_adapter.mini.llava import load_chat  # noqa: E402
+from bt_adapter.mini.pretrain import load_branch_model  # noqa: E402
+from bt_adapter.mini.trees import Prompts  # noqa: E402
+
+RESULTS = BENCH / "results" / "miniature-chat.json"
+OFF = ", branch off"
+SETTINGS = {
+    "image model, frame mean": Setting(False, warm=False),
+    "branch, untuned": Setting(True, warm=False),
+    "stills": Setting(True, ("projector", "adapters"), stills=True),
+    "stills" + OFF: Setting(False, ("projector", "adapters"), stills=True),
+    "projector": Setting(True, ("projector",)),
+    "projector" + OFF: Setting(False, ("projector",)),
+    "projector and branch": Setting(True, ("projector", "branch")),
+    "projector and adapters": Setting(True, ("projector", "adapters")),
+    "projector and adapters" + OFF: Setting(False, ("projector", "adapters")),
+    "warm start alone": Setting(True),
+    "projector, no warm start": Setting(True, ("projector",), warm=False),
+}
+EXTRA = ("warm start alone", "projector, no warm start")  # of the first seed alone, unless asked for
+# with the branch off nothing of it can learn: projector tuning is the control of the tuning of both
+TESTS = {
+    "branch, untuned": "image model, frame mean",
+    "stills": "stills" + OFF,
+    "projector": "projector" + OFF,
+    "projector and branch": "projector" + OFF,
+    "projector and adapters": "projector and adapters" + OFF,
+}
+# pairs of each type, times --pool for training and times --clips for evaluation
+COUNTS = {"motion": 3, "order": 4, "speed": 2}
+
+
+@dataclass
+class Row:
+    """One result. part: "probe", "answers" or "test".
+
+    figures: of a probe, {place: {type: share right}}; of answers, {type: {"generated", "likelihood": shares right, "n",
+    "answers": there are}}; of a test, {type: {"generated": {"only_first", "only_second", "p"}, "likelihood": …}}.
+    hits: of answers, "1" or "0" for every question, {type: {"generated": "1101…", …}}. losses: of the temporal answers
+    in tuning. cpu_seconds: of the row, its tuning included, a shared tuning counted where it was done. options: what
+    the run was asked for.
+    """
+
+    part: str
+    setting: str
+    seed: int | str
+    figures: dict[str, Any]
+    hits: dict[str, dict[str, str]] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    tuning_cpu_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Seed:
+    """What all settings of a seed share, made when first needed."""
+
+    def __init__(self, number: int, options: argparse.Namespace, branch: Path) -> None:
+        self.number, self.options, self.branch = number, options, branch
+        self._features: dict[str, torch.Tensor] = {}
+        self._of_stills: tuple[dict, dict, float, list[float]] | None = None
+
+    @cached_property
+    def stand(self) -> Stand:
+        chat, tokenizer = load_chat("projector")
+        return Stand(chat, Prompts(tokenizer, chat.config.image_token_id), self.branch)
+
+    def clips(self, use: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frames and labels for a use: "train", "stills" (to be exposed), "probe", "ask"; the last two held out."""
+        uses = ("train", "stills", "probe", "ask")
+        pool, few = self.options.pool, self.options.clips
+        times = {"train": pool, "stills": 2 * pool, "probe": 4 * few, "ask": few}
+        counts = (
+            {"motion": 8 * self.options.pool} if use == "stills" else {k: n * times[use] for k, n in COUNTS.items()}
+        )
+        items = load_items("train", self.options.data) if use in uses[:2] else load_items("shipped")
+        return pairs(items, counts, torch.Generator().manual_seed(10_000 * (self.number + 1) + uses.index(use)))
+
+    def features(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.stand.reset()
+        return probes.features(load_branch_model(self.branch), self.stand.chat.model.multi_modal_projector, frames)
+
+    @cached_property
+    def pool(self) -> Pool:
+        frames, labels = self.clips("train")
+        self._features = self.features(frames)
+        places = self.stand.vision.vision_config.patches + 1
+        tokens = {on: self._features[name].unflatten(1, (places, -1)) for on, name in probes.ALL_TOKENS.items()}
+        return Pool(frames, labels, tokens)
+
+    @cached_property
+    def stills(self) -> Pool:
+        clips, labels = self.clips("stills")
+        frames = exposures(clips)
+        self.stand.reset()
+        tokens = [self.stand.vision.frame_mean_tokens(normalise(part)) for part in frames.split(64)]
+        return Pool(frames, labels, {False: torch.cat(tokens)})
+
+    def probe(self) -> dict[str, dict[str, float]]:
+        """Accuracies of the probes on four times as many held-out clips as are asked about.
+
+        The last ones are trained on long exposures and read motion in videos.
+        """
+        pool, stills = self.pool, self.stills
+        frames, labels = self.clips("probe")
+        held_out = self.features(frames)
+        found = probes.accuracies(self._features, pool.labels, held_out, labels)
+        exposed = stills.tokens[False].mean(1)
+        for place in ("frame mean, pooled", "video tokens, pooled"):
+            found[f"{place}; probe of stills"] = probes.read("motion", exposed, stills.labels, held_out[place], labels)
+        return found
+
+    @cache  # noqa: B019 - a seed lives as long as the process needs it
+    def warm(self, branch: bool, stills: bool) -> dict[str, torch.Tensor]:
+        pool = self.stills if stills else self.pool
+        return warm_start(self.stand, pool, branch, self.options.warm_steps, self.number)
+
+    def prepare(self, setting: Setting) -> tuple[float, list[float]]:
+        """Set the stand to a setting and tune it; CPU seconds and losses."""
+        start = self.warm(setting.branch and not setting.stills, setting.stills) if setting.warm else None
+        self.stand.reset(start, self.number if "adapters" in setting.learns else None)
+        if not setting.learns:
+            return 0.0, []
+        model = self.stand.chat.model
+        if setting.stills and self._of_stills:  # the branch took no part in it, so on and off are one tuning
+            projector, adapters, seconds, losses = self._of_stills
+            model.multi_modal_projector.load_state_dict(projector)
+            lora.load_adapters(model.language_model, adapters)
+            return seconds, losses
+        pool = self.stills if setting.stills else self.pool
+        seconds, losses = tune(self.stand, setting, pool, self.options.steps, self.options.batch, self.number)
+        if setting.stills:
+            learned = (model.multi_modal_projector.state_dict(), lora.adapter_state(model.language_model))
+            self._of_stills = (*copy.deepcopy(learned), seconds, losses)
+        return seconds, losses
+
+    def answers(self, setting: Setting) -> tuple[Told, float, list[float]]:
+        """Right or wrong of every answer, CPU seconds of tuning, losses."""
+        seconds, losses = self.prepare(setting)
+        return ask(self.stand, setting.branch, *self.clips("ask"), self.number), seconds, losses
+
+
+def summary(told: Told) -> dict[str, dict[str, float]]:
+    """Share right of each type and way, how many were asked, and among how many answers."""
+    return {
+        kind: {way: round(sum(hits) / len(hits), 4) for way, hits in ways.items()}
+        | {"n": len(ways["generated"]), "answers": len(answers(kind))}
+        for kind, ways in told.items()
+    }
+
+
+def as_text(told: Told) -> dict[str, dict[str, str]]:
+    return {
+        kind: {way: "".join("01"[hit] for hit in hits) for way, hits in ways.items()} for kind, ways in told.items()
+    }
+
+
+def paired_p(first: str, second: str) -> dict[str, Any]:
+    """Right in one alone, in the other alone, and p of the exact two-sided McNemar test, of hits as "1101…"."""
+    only = [sum(a > b for a, b in zip(x, y, strict=True)) for x, y in ((first, second), (second, first))]
+    tail = sum(math.comb(sum(only), k) for k in range(min(only) + 1))
+    return {"only_first": only[0], "only_second": only[1], "p": min(1.0, 2 * tail / 2 ** sum(only))}
+
+
+def tests(rows: Iterable[Row]) -> list[Row]:
+    """Each setting against its control, over all seeds both have together, for every type and for all temporal ones."""
+    told = {(row.setting, row.seed): row for row in rows if row.part == "answers"}
+    found = []
+    for setting, control in TESTS.items():
+        seeds = sorted(seed for name, seed in told if name == setting and (control, seed) in told)
+        if not seeds:
+            continue
+        figures: dict[str, Any] = {}
+        for name, kinds in {**{kind: (kind,) for kind in TYPES}, "temporal": TEMPORAL}.items():
+            figures[name] = {}
+            for way in ("generated", "likelihood"):
+                both = (
+                    "".join(told[system, seed].hits[kind][way] for seed in seeds for kind in kinds)
+                    for system in (setting, control)
+                )
+                figures[name][way] = paired_p(*both)
+        found.append(Row("test", f"{setting} against {control}", ",".join(map(str, seeds)), figures))
+    return found
+
+
+def load_rows(path: Path, wanted: dict[str, Any]) -> list[Row]:
+    """Stored rows that were made with the same options."""
+    if not path.is_file():
+        return []
+    rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    return [row for row in rows if row.part != "test" and row.options == wanted]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=36, help="of each tuning")
+    parser.add_argument("--batch", type=int, default=8, help="clips of a step, in whole pairs")
+    parser.add_argument("--warm-steps", type=int, default=300, help="of the warm start, without a language model")
+    parser.add_argument("--pool", type=int, default=48, help="times 18 training clips")
+    parser.add_argument("--clips", type=int, default=5, help="times 18 held-out clips")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="default: all, some of them for the first seed")
+    parser.add_argument("--branch", type=Path, help="folder of a pretrained branch (default: one is trained)")
+    parser.add_argument("--branch-steps", type=int, default=450)
+    parser.add_argument(
+        "--cache", type=Path, default=BENCH.parent / "build" / "miniature", help="of the trained branch"
+    )
+    parser.add_argument("--data", default=None, help="folder of Fashion-MNIST's files")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    run(parser.parse_args())
+
+
+def settings_of(number: int, options: argparse.Namespace) -> list[str]:
+    """What a seed is to be asked with."""
+    if options.settings:
+        return options.settings
+    return [name for name in SETTINGS if name not in EXTRA or number == options.seeds[0]]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Make what lacks, storing every row when it is there."""
+    if not language.available():
+        raise SystemExit("the language model is not installed: make demo installs it")
+    torch.set_num_threads(1)
+    branch = options.branch or pretrained(options.cache, options.branch_steps, 0, options.data)
+    asked = {name: getattr(options, name) for name in ("steps", "batch", "warm_steps", "pool", "clips")}
+    asked["branch"] = os.path.relpath(branch, BENCH.parent)
+    about = {"options": asked, "command": " ".join(["python", "bench/miniature/chat.py", *sys.argv[1:]])}
+    rows = load_rows(options.out, asked)
+    for number in options.seeds:
+        seed = Seed(number, options, branch)
+        for name in ("probe", *settings_of(number, options)):
+            if any((row.setting, row.seed) == (name, number) for row in rows):
+                continue
+            began = time.process_time()
+            if name == "probe":
+                row = Row("probe", name, number, seed.probe())
+            else:
+                told, seconds, losses = seed.answers(SETTINGS[name])
+                row = Row("answers", name, number, summary(told), as_text(told), losses, round(seconds, 1))
+            rows.append(replace(row, cpu_seconds=round(time.process_time() - began, 1), facts=facts("cpu"), **about))
+            write(rows + tests(rows), options.out)
+            print(f"seed {number}, {name}: {row.figures} {row.losses}, {rows[-1].cpu_seconds:.0f} s", flush=True)
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

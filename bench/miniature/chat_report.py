@@ -1,0 +1,222 @@
+"""What `bench/miniature/chat.py` found, as tables and a plot: ``python bench/miniature/chat_report.py``.
+
+Writes the tables of docs/miniature-chat.md, each between ``<!-- NAME -->`` and ``<!-- /NAME -->``, and
+docs/miniature-chat.png. `short` is the README's table. Neither torch nor a model is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "bench" / "results" / "miniature-chat.json"
+DOCUMENT = ROOT / "docs" / "miniature-chat.md"
+PLOT = ROOT / "docs" / "miniature-chat.png"
+LABELS = {
+    "image model, frame mean": "image model, mean of the frames",
+    "branch, untuned": "branch attached, no question about motion",
+    "stills": "branch attached; projector and LoRA tuned on stills that show motion, no video",
+    "stills, branch off": "the same, branch off",
+    "projector": "branch; projector tuned on video questions",
+    "projector, branch off": "the same, branch off (control of the next row too)",
+    "projector and branch": "projector and branch tuned on video questions",
+    "projector and adapters": "branch; projector and LoRA tuned on video questions",
+    "projector and adapters, branch off": "the same, branch off",
+    "warm start alone": "branch; projector warm-started on labels, no question",
+    "projector, no warm start": "branch; projector tuned without the warm start",
+}
+TEMPORAL = ("motion", "order", "speed")
+TYPES = (*TEMPORAL, "object", "colour")
+OFF = ", branch off"
+
+
+def load(path: Path = RESULTS) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds; the value alone where there is one."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def small(p: float) -> str:
+    """A p-value."""
+    return f"{p:.2f}" if p >= 0.1 else f"{p:.0e}"
+
+
+def of_settings(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of answers by setting, in the order of LABELS."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in LABELS}
+    for row in rows:
+        if row["part"] == "answers":
+            found[row["setting"]].append(row)
+    return {name: own for name, own in found.items() if own}
+
+
+def answers(rows: list[dict[str, Any]], way: str) -> list[str]:
+    """The table of shares right, mean and spread over seeds. way: "generated" or "likelihood"."""
+    told = of_settings(rows)
+    counts = {kind: sum(row["figures"][kind]["n"] for row in next(iter(told.values()))) for kind in TYPES}
+    first = next(iter(told.values()))[0]["figures"]
+    head = " | ".join(f"{kind} (n = {counts[kind]}, of {first[kind]['answers']})" for kind in TYPES)
+    lines = [f"| | {head} |", "| --- " * (len(TYPES) + 1) + "|"]
+    for name, own in told.items():
+        cells = " | ".join(spread([row["figures"][kind][way] for row in own]) for kind in TYPES)
+        lines.append(f"| {LABELS[name]} | {cells} |")
+    return lines
+
+
+def paired(rows: list[dict[str, Any]], way: str) -> list[str]:
+    """Each setting against its control: right in one alone, and p."""
+    shown = ("temporal", *TYPES)
+    lines = [f"| | {' | '.join(shown)} |", "| --- " * (len(shown) + 1) + "|"]
+    for row in rows:
+        if row["part"] == "test":
+            cells = (row["figures"][kind][way] for kind in shown)
+            told = " | ".join(f"{c['only_first']} : {c['only_second']}, p = {small(c['p'])}" for c in cells)
+            lines.append(f"| {row['setting']} | {told} |")
+    return lines
+
+
+def probed(rows: list[dict[str, Any]]) -> list[str]:
+    """The probes' accuracies, mean and spread over seeds."""
+    own = [row["figures"] for row in rows if row["part"] == "probe"]
+    kinds = list(max(own[0].values(), key=len))
+    lines = [f"| read from | {' | '.join(kinds)} |", "| --- " * (len(kinds) + 1) + "|"]
+    for place in own[0]:
+        cells = (spread([figures[place][kind] for figures in own]) if kind in own[0][place] else "" for kind in kinds)
+        lines.append(f"| {place} | {' | '.join(cells)} |")
+    return lines
+
+
+def losses(rows: list[dict[str, Any]]) -> list[str]:
+    """The temporal answers' training loss, first, middle and last tenth of the steps, mean over seeds."""
+    lines = ["| | first tenth | halfway | last tenth | CPU seconds |", "| --- | --- | --- | --- | --- |"]
+    for name, own in of_settings(rows).items():
+        if own[0]["losses"]:
+            at = [[row["losses"][i] for row in own] for i in (0, len(own[0]["losses"]) // 2, -1)]
+            cells = [f"{statistics.mean(values):.2f}" for values in at]
+            seconds = statistics.mean(row["tuning_cpu_seconds"] for row in own)
+            lines.append(f"| {LABELS[name]} | {' | '.join(cells)} | {seconds:.0f} |")
+    return lines
+
+
+def conditions(rows: list[dict[str, Any]]) -> str:
+    """What every table was made under."""
+    told = [row for row in rows if row["part"] == "answers"]
+    asked, about = told[0]["options"], told[0]["facts"]
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in told})))
+    minutes = sum(row["cpu_seconds"] for row in rows) / 60
+    return (
+        f"Seeds {seeds} (of training clips, tuning and held-out clips). Every tuning: {asked['steps']} steps of "
+        f"{asked['batch']} clips, after {asked['warm_steps']} steps of warm start without the language model. Branch: "
+        f"`{asked['branch']}`. One thread of an {about['device']}, {minutes:.0f} CPU minutes in all, torch "
+        f"{about['torch']}, commit {about['commit']}; printed by `{told[0]['command'].strip()}`."
+    )
+
+
+def short(path: Path = RESULTS) -> str:
+    """The README's table."""
+    rows = load(path)
+    tested = {row["setting"]: row["figures"] for row in rows if row["part"] == "test"}
+    lines = [
+        *answers(rows, "generated"),
+        "",
+        "Right in the first alone : in its control alone (exact two-sided McNemar test):",
+        "",
+    ]
+    lines += ["| | motion, order and speed together | object |", "| --- | --- | --- |"]
+    for name, figures in tested.items():
+        cells = [figures[kind]["generated"] for kind in ("temporal", "object")]
+        told = " | ".join(f"{c['only_first']} : {c['only_second']}, p = {small(c['p'])}" for c in cells)
+        lines.append(f"| {name} | {told} |")
+    return "\n".join([*lines, "", f"Generated answers, mean ± standard deviation over seeds. {conditions(rows)}"])
+
+
+TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
+    "probes": probed,
+    "generated": lambda rows: answers(rows, "generated"),
+    "likelihood": lambda rows: answers(rows, "likelihood"),
+    "tests generated": lambda rows: paired(rows, "generated"),
+    "tests likelihood": lambda rows: paired(rows, "likelihood"),
+    "losses": losses,
+    "conditions": lambda rows: [conditions(rows)],
+}
+
+
+def render(text: str, rows: list[dict[str, Any]]) -> str:
+    """``text`` with every table made anew."""
+    for name, table in TABLES.items():
+        made = "\n".join(table(rows))
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, found = re.subn(pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
+        if found != 1:
+            raise SystemExit(f"{DOCUMENT.name} must have the place of table {name!r} once, but has it {found} times")
+    return text
+
+
+def plot(rows: list[dict[str, Any]], out: Path = PLOT) -> Path:
+    """Left: what probes read of the events on the way. Right: generated answers, branch on and off."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", width_ratios=(1, 1.5))
+    own = [row["figures"] for row in rows if row["part"] == "probe"]
+    colours = dict(zip(TYPES, ("tab:blue", "tab:orange", "tab:green", "tab:gray", "tab:brown"), strict=True))
+    places = list(own[0])
+    for kind in TEMPORAL:
+        name = f"{kind}, of the pair"
+        at = [i for i, place in enumerate(places) if name in own[0][place]]
+        means = [statistics.mean(figures[places[i]][name] for figures in own) for i in at]
+        left.plot(means, at, "o", color=colours[kind], label=kind)
+    left.set_yticks(range(len(places)), places, fontsize=8)
+    left.invert_yaxis()
+    left.axvline(0.5, color="black", linestyle=":", linewidth=1)
+    left.set_title("linear probes: an event or its counterpart (chance 0.5)", fontsize=9)
+    left.legend(fontsize=8)
+    told = of_settings(rows)
+    width = 0.8 / len(TYPES)
+    for i, kind in enumerate(TYPES):
+        values = [[row["figures"][kind]["generated"] for row in seeds] for seeds in told.values()]
+        at = [j + (i - len(TYPES) / 2 + 0.5) * width for j in range(len(told))]
+        right.bar(at, [statistics.mean(v) for v in values], width, color=colours[kind], label=kind)
+        for x, seeds in zip(at, values, strict=True):
+            right.plot([x] * len(seeds), seeds, "k.", markersize=3)
+    right.set_xticks(
+        range(len(told)), [name.replace(", ", ",\n").replace(" and ", "\nand ") for name in told], fontsize=7
+    )
+    right.set_ylim(0, 1.05)
+    right.set_title("generated answers that are right; dots: seeds", fontsize=9)
+    right.legend(fontsize=8, ncols=5, loc="upper left")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=120)
+    return out
+
+
+def main() -> int:
+    """Write the document's tables and the plot, or with --check compare the tables: 1 where they differ."""
+    rows = load()
+    before = DOCUMENT.read_text(encoding="utf-8")
+    after = render(before, rows)
+    if "--check" in sys.argv[1:]:
+        return int(before != after)
+    temporary = DOCUMENT.with_suffix(".writing")
+    temporary.write_text(after, encoding="utf-8")
+    os.replace(temporary, DOCUMENT)
+    print(f"wrote {DOCUMENT} and {plot(rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

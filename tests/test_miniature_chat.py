@@ -1,0 +1,242 @@
+"""The chat side of the paper in miniature: its questions, probes, tuning and bookkeeping, on tiny random models."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from miniature import chat, chat_questions, chat_report, probes
+from miniature.chat_tuning import Pool, Setting, Stand, ask, draw_batch, event_words, tune, warm_start
+from miniature.scenes import EVENTS
+from small_models import shake
+from test_attach import IMAGE_TOKEN, VISION, make_branch, make_chat
+from test_chat import make_tokenizer
+
+from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
+from bt_adapter.chat.attach import attached_branch
+from bt_adapter.mini import lora
+from bt_adapter.mini.items import load_items
+from bt_adapter.mini.retrieval import mcnemar
+from bt_adapter.mini.trees import Prompts
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"motion": 3, "order": 4, "speed": 2}
+
+
+@pytest.fixture(scope="module")
+def clips() -> tuple[torch.Tensor, torch.Tensor]:
+    return chat_questions.pairs(load_items("shipped"), SMALL, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory) -> Stand:
+    model = make_chat(image_size=48)
+    folder = tmp_path_factory.mktemp("branch")
+    make_branch(model).save_pretrained(folder)
+    return Stand(model, Prompts(make_tokenizer(), IMAGE_TOKEN), folder)
+
+
+@pytest.fixture(scope="module")
+def pool(stand, clips) -> Pool:
+    frames, labels = clips
+    stand.reset()
+    model = shake(BTAdapterVisionModel({**VISION, "image_size": 48}, BTAdapterConfig(depth=3)).eval())
+    found = probes.features(model, stand.chat.model.multi_modal_projector, frames)
+    tokens = {on: found[name].view(len(frames), 37, -1) for on, name in probes.ALL_TOKENS.items()}
+    return Pool(frames, labels, tokens)
+
+
+def test_pairs_are_alike_but_for_the_order_of_frames(clips):
+    frames, labels = clips
+    assert len(frames) == 2 * sum(SMALL.values())
+    counts = {kind: int(own.sum()) for kind, own in chat_questions.type_of(labels).items()}
+    assert counts == {kind: 2 * count for kind, count in SMALL.items()}
+    for first, second in zip(frames[::2], frames[1::2], strict=True):
+        sorted_first, sorted_second = (sorted(f.flatten().tolist() for f in clip) for clip in (first, second))
+        assert sorted_first == sorted_second
+        assert not torch.equal(first, second)
+    assert torch.equal(labels[::2, :2], labels[1::2, :2])
+    assert torch.equal(labels[::2, 2] ^ 1, labels[1::2, 2])
+
+
+@pytest.mark.parametrize("kind", chat_questions.TYPES)
+def test_every_answer_is_read_as_what_it_says(kind):
+    texts = chat_questions.answers(kind)
+    assert [chat_questions.parse(kind, text) for text in texts] == list(range(len(texts)))
+    assert chat_questions.parse(kind, "It is a nothing.") is None
+
+
+def test_answers_are_read_strictly_where_they_name_an_event_and_loosely_where_they_do_not():
+    parse = chat_questions.parse
+    assert parse("motion", "It is moving left then right.") is None
+    assert parse("motion", "It goes to the left.") == parse("motion", "It is moving left.")
+    assert parse("motion", "It stands still.") is None
+    assert parse("order", "It is moving left.") is None
+    assert parse("speed", "Very fast, not slow.") == parse("speed", "It is moving quickly.")
+
+
+def test_truth_and_turns_agree_with_the_captions(clips):
+    generator = torch.Generator().manual_seed(0)
+    for label in clips[1].tolist():
+        kind = next(k for k, own in chat_questions.type_of(torch.tensor([label])).items() if own[0])
+        asked = chat_questions.turn(kind, tuple(label), generator)
+        assert asked.answer == f"It is {EVENTS[label[2]].phrase}." and asked.question in chat_questions.PHRASINGS[kind]
+        assert event_words(label[2])[0] in asked.answer
+    number = {event.phrase: n for n, event in enumerate(EVENTS)}
+    assert event_words(number["moving up then down"]) == ("up", "down")
+    assert event_words(number["moving slowly"]) == ("slowly", "slowly")
+
+
+def test_ridge_solves_the_same_problem_in_either_dimension():
+    x = torch.randn(12, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    direct = torch.linalg.solve(x.T @ x + 0.1 * 12 * torch.eye(9, dtype=torch.float64), x.T @ y)
+    assert torch.allclose(probes.ridge(x, y, 0.1), direct)
+    wide = torch.cat([x, x.flip(1)], 1)
+    direct = torch.linalg.solve(wide.T @ wide + 0.1 * 12 * torch.eye(18, dtype=torch.float64), wide.T @ y)
+    assert torch.allclose(probes.ridge(wide, y, 0.1), direct)
+
+
+def test_probe_reads_what_is_there_and_nothing_else():
+    labels = chat_questions.pairs(load_items("shipped"), {"motion": 30, "order": 40, "speed": 20}, torch.Generator())[1]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(labels), 24, generator=generator)
+    told = noise + 4 * torch.nn.functional.one_hot(labels[:, 2], 24)
+    paired = noise[::2].repeat_interleave(2, 0)  # one feature for both of a pair, as the frame mean has it
+    found = probes.accuracies(
+        *({"told": told, "paired": paired}, labels), *({"told": told.roll(0, 0), "paired": paired}, labels)
+    )
+    assert min(found["told"][kind] for kind in chat_questions.TEMPORAL) > 0.9
+    assert all(found["paired"][f"{kind}, of the pair"] <= 0.5 for kind in chat_questions.TEMPORAL)
+
+
+def test_frame_mean_is_one_for_a_pair_and_video_tokens_are_not(pool):
+    mean, video = pool.tokens[False], pool.tokens[True]
+    assert torch.allclose(mean[::2], mean[1::2], atol=1e-5)
+    assert ((video[::2] - video[1::2]).abs().amax((1, 2)) > 1e-3).all()
+
+
+def test_batches_hold_whole_pairs_and_are_the_same_for_all(pool):
+    seen = []
+    for step in range(3):
+        rows, turns = draw_batch(pool, step, 6, 7)
+        again = draw_batch(pool, step, 6, 7)
+        assert torch.equal(rows, again[0]) and turns == again[1]
+        assert torch.equal(rows[::2] + 1, rows[1::2]) and (rows[::2] % 2 == 0).all()
+        assert {len(own) for own in turns} == {1 + step % 2}
+        seen += rows.tolist()
+    assert sorted(seen) == list(range(18))  # an epoch
+
+
+def values(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("learns", [("projector",), ("projector", "branch"), ("projector", "adapters")])
+def test_tuning_changes_what_learns_and_reset_sets_it_back(stand, pool, learns):
+    stand.reset()
+    before = values(stand.chat)
+    stand.reset(None, 3 if "adapters" in learns else None)
+    seconds, losses = tune(stand, Setting(True, learns), pool, 4, 4, 0)
+    assert seconds > 0 and len(losses) == 4
+    adapters = lora.adapter_state(stand.chat.model.language_model)
+    assert bool(adapters) == ("adapters" in learns)
+    assert not adapters or any(value.abs().max() > 0 for name, value in adapters.items() if name.endswith("lora_b"))
+    after = {name.replace(".base.", "."): value for name, value in values(stand.chat).items() if "lora_" not in name}
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    parts = {"projector": "multi_modal_projector", "branch": "bt_adapter"}
+    assert {part for part, name in parts.items() if any(name in key for key in changed)} == set(learns) & parts.keys()
+    assert not {key for key in changed if not any(name in key for name in parts.values())}
+    stand.reset()
+    assert all(torch.equal(value, before[name]) for name, value in values(stand.chat).items())
+
+
+def test_branch_off_answers_a_pair_alike(stand, clips):
+    stand.reset()
+    told = ask(stand, False, *clips, 0)
+    counts = {kind: len(own["generated"]) for kind, own in told.items()}
+    assert counts == {"motion": 6, "order": 8, "speed": 4, "object": 7, "colour": 7}
+    on = ask(stand, True, *clips, 0)
+    assert on.keys() == told.keys()
+    assert attached_branch(stand.chat).config.depth == 3
+
+
+def test_tuning_on_stills_is_done_once_with_the_branch_off(stand, pool, monkeypatch):
+    seed = chat.Seed(0, argparse.Namespace(steps=2, batch=4, warm_steps=2), Path("unused"))
+    seed.stand = stand
+    motion = chat_questions.type_of(pool.labels)["motion"]
+    frames = chat_questions.exposures(pool.frames[motion])
+    assert frames.shape == (6, 1, 3, 48, 48) and not torch.equal(frames[::2], frames[1::2])  # a trail has a direction
+    seed.stills = Pool(frames, pool.labels[motion], {False: pool.tokens[False][motion]})
+    tuned = []
+    monkeypatch.setattr(chat, "tune", lambda *args: tuned.append(args) or tune(*args))
+    found = []
+    for name in ("stills", "stills, branch off"):
+        seed.prepare(chat.SETTINGS[name])
+        found.append(values(stand.chat))
+    assert len(tuned) == 1
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+    assert any("lora_b" in key and value.abs().max() > 0 for key, value in found[1].items())
+
+
+def test_warm_start_brings_tokens_to_the_words(stand, pool):
+    start = warm_start(stand, pool, True, 1, 0)
+    end = warm_start(stand, pool, True, 60, 0)
+    size = stand.chat.get_input_embeddings().weight.std().log()
+    off = []
+    for weights in (start, end):
+        stand.reset(weights)
+        tokens = stand.chat.model.multi_modal_projector(pool.tokens[True])
+        off.append((tokens.std().log() - size).abs().item())
+    assert off[1] < off[0]
+
+
+def test_paired_test_is_the_mini_stacks():
+    first, second = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1]), torch.tensor([0, 0, 1, 0, 0, 1, 0, 0])
+    text = ["".join(map(str, hits.tolist())) for hits in (first, second)]
+    found = chat.paired_p(*text)
+    assert found == {"only_first": 5, "only_second": 1, "p": mcnemar(first.bool(), second.bool())}
+    assert chat.paired_p("11", "11")["p"] == 1.0
+
+
+def test_a_run_goes_on_with_the_rows_that_lack(monkeypatch, tmp_path):
+    made = []
+
+    def answers(self, setting):
+        made.append((self.number, setting))
+        hits = {"generated": [setting.branch, True], "likelihood": [True, setting.branch]}
+        return {kind: hits for kind in chat_questions.TYPES}, 1.0, [0.5]
+
+    monkeypatch.setattr(chat.Seed, "answers", answers)
+    monkeypatch.setattr(
+        chat.Seed, "probe", lambda self: made.append((self.number, "probe")) or {"here": {"motion": 1.0}}
+    )
+    monkeypatch.setattr(chat.language, "available", lambda: True)
+    names = ["projector", "projector, branch off"]
+    options = argparse.Namespace(
+        seeds=[0], steps=1, batch=2, warm_steps=1, pool=1, clips=1, settings=names[:1], branch=tmp_path, data=None,
+        out=tmp_path / "rows.json",
+    )  # fmt: skip
+    chat.run(options)
+    options.settings, options.seeds = names, [0, 1]
+    chat.run(options)
+    assert len(made) == len(set(map(str, made))) == 6
+    rows = json.loads(options.out.read_text())
+    assert [row["setting"] for row in rows if row["part"] == "test"] == ["projector against projector, branch off"]
+    assert rows[-1]["figures"]["motion"]["generated"] == {"only_first": 2, "only_second": 0, "p": 0.5}
+    chat.run(options)
+    assert len(made) == 6
+    options.steps = 2  # rows of another length of training are none of this run's
+    chat.run(options)
+    assert len(made) == 12
+
+
+def test_tables_of_the_document_are_the_stored_results():
+    run = subprocess.run(
+        [sys.executable, "bench/miniature/chat_report.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert chat_report.short().count("\n| ") > 8
