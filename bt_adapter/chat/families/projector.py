@@ -140,9 +140,6 @@ class VipLlava(Llava):
 
     name, model_class = "vipllava", VipLlavaForConditionalGeneration
 
-    def image_length(self, height: int | None = None, width: int | None = None) -> int:
-        return self.patches
-
     def output(self, features: list[Tensor]) -> Any:
         output: Any = BaseModelOutputWithPooling()
         same = len({len(f) for f in features}) == 1
