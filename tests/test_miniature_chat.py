@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import measure
 import pytest
 import torch
 from miniature import chat, chat_questions, chat_report, probes
@@ -22,7 +21,6 @@ from bt_adapter.mini.items import load_items
 from bt_adapter.mini.retrieval import mcnemar
 from bt_adapter.mini.trees import Prompts
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"motion": 3, "order": 4, "speed": 2}
 
 
@@ -234,9 +232,28 @@ def test_a_run_goes_on_with_the_rows_that_lack(monkeypatch, tmp_path):
     assert len(made) == 12
 
 
-def test_tables_of_the_document_are_the_stored_results():
-    run = subprocess.run(
-        [sys.executable, "bench/miniature/chat_report.py", "--check"], cwd=ROOT, capture_output=True, text=True
+def test_tables_say_what_the_rows_say(monkeypatch, tmp_path):
+    told = {kind: {"generated": [True, False], "likelihood": [True, True]} for kind in chat_questions.TYPES}
+    worse = {kind: {"generated": [False, False], "likelihood": [True, False]} for kind in chat_questions.TYPES}
+    rows = [
+        chat.Row("answers", name, seed, chat.summary(hits), chat.as_text(hits), [2.0, 1.0], 3.0, 60.0)
+        for name, hits in (("projector", told), ("projector, branch off", worse))
+        for seed in (0, 1)
+    ]
+    place = {name: 0.25 for kind in chat_questions.TEMPORAL for name in (kind, f"{kind}, of the pair")}
+    rows.insert(
+        0, chat.Row("probe", "probe", 0, {"here": place, "there": {"motion": 0.5, "motion, of the pair": 0.75}})
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert chat_report.short().count("\n| ") > 8
+    asked = {"steps": 4, "batch": 8, "warm_steps": 5, "branch": "some/branch"}
+    for row in rows:
+        row.options, row.facts = asked, {"threads": 1, "device": "machine", "torch": "2", "commit": "abc"}
+    measure.write(rows + chat.tests(rows), tmp_path / "rows.json")
+    stored = chat_report.load(tmp_path / "rows.json")
+    monkeypatch.setattr(chat_report, "load", lambda: stored)
+    tables = {name: table() for name, table in chat_report.TABLES.items()}
+    assert "tuned on video questions | 0.50 ± 0.00 |" in tables["miniature-chat"]
+    assert "6 : 0, p = 3e-02 | 2 : 0, p = 0.50 |" in tables["miniature-chat"]
+    assert "4 CPU minutes" in tables["miniature-chat"]
+    assert "| there | 0.50 | 0.75 |  |" in tables["miniature-chat-probes"]
+    assert "| 2.00 | 1.00 | 1.00 | 3 |" in tables["miniature-chat-losses"]
+    assert chat_report.plot(stored, tmp_path / "plot.png").stat().st_size > 1000

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -268,7 +268,7 @@ def run(options: argparse.Namespace) -> None:
     branch = options.branch or pretrained(options.cache, options.branch_steps, 0, options.data)
     asked = {name: getattr(options, name) for name in ("steps", "batch", "warm_steps", "pool", "clips")}
     asked["branch"] = os.path.relpath(branch, BENCH.parent)
-    about = {"options": asked, "command": " ".join(["python", "bench/miniature/chat.py", *sys.argv[1:]])}
+    command = " ".join(["python", "bench/miniature/chat.py", *sys.argv[1:]])
     rows = load_rows(options.out, asked)
     for number in options.seeds:
         seed = Seed(number, options, branch)
@@ -281,9 +281,11 @@ def run(options: argparse.Namespace) -> None:
             else:
                 told, seconds, losses = seed.answers(SETTINGS[name])
                 row = Row("answers", name, number, summary(told), as_text(told), losses, round(seconds, 1))
-            rows.append(replace(row, cpu_seconds=round(time.process_time() - began, 1), facts=facts("cpu"), **about))
+            row.cpu_seconds = round(time.process_time() - began, 1)
+            row.options, row.command, row.facts = asked, command, facts("cpu")
+            rows.append(row)
             write(rows + tests(rows), options.out)
-            print(f"seed {number}, {name}: {row.figures} {row.losses}, {rows[-1].cpu_seconds:.0f} s", flush=True)
+            print(f"seed {number}, {name}: {row.figures} {row.losses}, {row.cpu_seconds:.0f} s", flush=True)
     print(f"wrote {options.out}")
 
 

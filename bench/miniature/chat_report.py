@@ -1,23 +1,19 @@
-"""What `bench/miniature/chat.py` found, as tables and a plot: ``python bench/miniature/chat_report.py``.
+"""What `bench/miniature/chat.py` found, as tables for ``bench/report.py``; the plot: run this file.
 
-Writes the tables of docs/miniature-chat.md, each between ``<!-- NAME -->`` and ``<!-- /NAME -->``, and
-docs/miniature-chat.png. `short` is the README's table. Neither torch nor a model is needed.
+python bench/miniature/chat_report.py       writes docs/miniature-chat.png
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "bench" / "results" / "miniature-chat.json"
-DOCUMENT = ROOT / "docs" / "miniature-chat.md"
 PLOT = ROOT / "docs" / "miniature-chat.png"
 LABELS = {
     "image model, frame mean": "image model, mean of the frames",
@@ -52,6 +48,11 @@ def small(p: float) -> str:
     return f"{p:.2f}" if p >= 0.1 else f"{p:.0e}"
 
 
+def compared(test: dict[str, Any]) -> str:
+    """How often one alone was right, how often the other, and p."""
+    return f"{test['only_first']} : {test['only_second']}, p = {small(test['p'])}"
+
+
 def of_settings(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Rows of answers by setting, in the order of LABELS."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in LABELS}
@@ -80,8 +81,7 @@ def paired(rows: list[dict[str, Any]], way: str) -> list[str]:
     lines = [f"| | {' | '.join(shown)} |", "| --- " * (len(shown) + 1) + "|"]
     for row in rows:
         if row["part"] == "test":
-            cells = (row["figures"][kind][way] for kind in shown)
-            told = " | ".join(f"{c['only_first']} : {c['only_second']}, p = {small(c['p'])}" for c in cells)
+            told = " | ".join(compared(row["figures"][kind][way]) for kind in shown)
             lines.append(f"| {row['setting']} | {told} |")
     return lines
 
@@ -89,7 +89,7 @@ def paired(rows: list[dict[str, Any]], way: str) -> list[str]:
 def probed(rows: list[dict[str, Any]]) -> list[str]:
     """The probes' accuracies, mean and spread over seeds."""
     own = [row["figures"] for row in rows if row["part"] == "probe"]
-    kinds = list(max(own[0].values(), key=len))
+    kinds = list(next(iter(own[0].values())))
     lines = [f"| read from | {' | '.join(kinds)} |", "| --- " * (len(kinds) + 1) + "|"]
     for place in own[0]:
         cells = (spread([figures[place][kind] for figures in own]) if kind in own[0][place] else "" for kind in kinds)
@@ -123,44 +123,31 @@ def conditions(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def short(path: Path = RESULTS) -> str:
+def short(rows: list[dict[str, Any]]) -> list[str]:
     """The README's table."""
-    rows = load(path)
-    tested = {row["setting"]: row["figures"] for row in rows if row["part"] == "test"}
-    lines = [
-        *answers(rows, "generated"),
-        "",
-        "Right in the first alone : in its control alone (exact two-sided McNemar test):",
-        "",
-    ]
+    head = "Right in the first alone : in its control alone (exact two-sided McNemar tests over all seeds' questions):"
+    lines = [*answers(rows, "generated"), "", head, ""]
     lines += ["| | motion, order and speed together | object |", "| --- | --- | --- |"]
-    for name, figures in tested.items():
-        cells = [figures[kind]["generated"] for kind in ("temporal", "object")]
-        told = " | ".join(f"{c['only_first']} : {c['only_second']}, p = {small(c['p'])}" for c in cells)
-        lines.append(f"| {name} | {told} |")
-    return "\n".join([*lines, "", f"Generated answers, mean ± standard deviation over seeds. {conditions(rows)}"])
+    for row in rows:
+        if row["part"] == "test":
+            told = " | ".join(compared(row["figures"][kind]["generated"]) for kind in ("temporal", "object"))
+            lines.append(f"| {row['setting']} | {told} |")
+    return [*lines, "", f"Generated answers, mean ± standard deviation over seeds. {conditions(rows)}"]
 
 
-TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
-    "probes": probed,
-    "generated": lambda rows: answers(rows, "generated"),
-    "likelihood": lambda rows: answers(rows, "likelihood"),
-    "tests generated": lambda rows: paired(rows, "generated"),
-    "tests likelihood": lambda rows: paired(rows, "likelihood"),
-    "losses": losses,
-    "conditions": lambda rows: [conditions(rows)],
+def table(make: Callable[[list[dict[str, Any]]], list[str]]) -> Callable[[], str]:
+    """A table of the stored rows."""
+    return lambda: "\n".join(make(load()))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "miniature-chat": table(short),
+    "miniature-chat-probes": table(probed),
+    "miniature-chat-likelihood": table(partial(answers, way="likelihood")),
+    "miniature-chat-tests": table(partial(paired, way="generated")),
+    "miniature-chat-tests-likelihood": table(partial(paired, way="likelihood")),
+    "miniature-chat-losses": table(losses),
 }
-
-
-def render(text: str, rows: list[dict[str, Any]]) -> str:
-    """``text`` with every table made anew."""
-    for name, table in TABLES.items():
-        made = "\n".join(table(rows))
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text, found = re.subn(pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
-        if found != 1:
-            raise SystemExit(f"{DOCUMENT.name} must have the place of table {name!r} once, but has it {found} times")
-    return text
 
 
 def plot(rows: list[dict[str, Any]], out: Path = PLOT) -> Path:
@@ -188,9 +175,9 @@ def plot(rows: list[dict[str, Any]], out: Path = PLOT) -> Path:
     width = 0.8 / len(TYPES)
     for i, kind in enumerate(TYPES):
         values = [[row["figures"][kind]["generated"] for row in seeds] for seeds in told.values()]
-        at = [j + (i - len(TYPES) / 2 + 0.5) * width for j in range(len(told))]
-        right.bar(at, [statistics.mean(v) for v in values], width, color=colours[kind], label=kind)
-        for x, seeds in zip(at, values, strict=True):
+        along = [j + (i - len(TYPES) / 2 + 0.5) * width for j in range(len(told))]
+        right.bar(along, [statistics.mean(v) for v in values], width, color=colours[kind], label=kind)
+        for x, seeds in zip(along, values, strict=True):
             right.plot([x] * len(seeds), seeds, "k.", markersize=3)
     right.set_xticks(
         range(len(told)), [name.replace(", ", ",\n").replace(" and ", "\nand ") for name in told], fontsize=7
@@ -204,19 +191,5 @@ def plot(rows: list[dict[str, Any]], out: Path = PLOT) -> Path:
     return out
 
 
-def main() -> int:
-    """Write the document's tables and the plot, or with --check compare the tables: 1 where they differ."""
-    rows = load()
-    before = DOCUMENT.read_text(encoding="utf-8")
-    after = render(before, rows)
-    if "--check" in sys.argv[1:]:
-        return int(before != after)
-    temporary = DOCUMENT.with_suffix(".writing")
-    temporary.write_text(after, encoding="utf-8")
-    os.replace(temporary, DOCUMENT)
-    print(f"wrote {DOCUMENT} and {plot(rows)}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print(f"wrote {plot(load())}")
