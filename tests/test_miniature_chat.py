@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 
 import measure
 import pytest
@@ -163,7 +162,7 @@ def test_branch_off_answers_a_pair_alike(stand, clips):
 
 
 def test_tuning_on_stills_is_done_once_with_the_branch_off(stand, pool, monkeypatch):
-    seed = chat.Seed(0, argparse.Namespace(steps=2, batch=4, warm_steps=2), Path("unused"))
+    seed = chat.Seed(0, argparse.Namespace(steps=2, batch=4, warm_steps=2))
     seed.stand = stand
     motion = chat_questions.type_of(pool.labels)["motion"]
     frames = chat_questions.exposures(pool.frames[motion])
