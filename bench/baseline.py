@@ -118,8 +118,9 @@ class Baseline(nn.Module):
         self.patch_embedding.weight = copy(tower.patch_embedding.weight)
         self.class_embedding, self.position = copy(tower.class_embedding), copy(tower.position)
         self.pre_norm, self.final_norm = norm(tower.pre_norm), norm(tower.final_norm)
-        self.projection = nn.Linear(1, 1, bias=False)
-        self.projection.weight = copy(tower.projection.weight)
+        if tower.config.projection_dim is not None:  # the towers of chat models bring none
+            self.projection = nn.Linear(1, 1, bias=False)
+            self.projection.weight = copy(tower.projection.weight)
         self.requires_grad_(False)
         self.temporal = nn.ModuleList(TemporalLayer(layer, options) for layer in branch.temporal)
         self.spatial = nn.ModuleList(SpatialLayer(layer, options) for layer in branch.spatial)

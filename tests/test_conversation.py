@@ -1,9 +1,11 @@
 """Long videos in chunks, and conversations of several turns over one cache."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
+import chat as bench_chat
 import pytest
 import torch
 from chat_models import FAMILIES
@@ -407,3 +409,31 @@ def test_an_hour_takes_the_memory_of_a_minute(tmp_path):
     assert hour[3] <= 1.2 * minute[3]
     # nor does what they take beyond the program itself grow with the length: 7200 frames alone would be 66 MB
     assert hour[3] - hour[2] <= minute[3] - minute[2] + 16 * 2**20
+
+
+# --- the benchmark
+
+
+def options(**changes):
+    return argparse.Namespace(**{"new": 4, "seconds": 0.0, "most": 10**6} | changes)
+
+
+def test_the_benchmark_gives_all_the_same_question(chat):
+    pixels = torch.randn(16, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    encoders = {name: bench_chat.encoder(name, chat) for name in ("image", "reference", "ours")}
+    with torch.no_grad():
+        seen = {name: encode(pixels) for name, encode in encoders.items()}
+    torch.testing.assert_close(seen["ours"][0].tokens, seen["reference"][0].tokens, rtol=1e-4, atol=1e-4)
+    assert [len(visual.tokens) for visual in seen["image"]] == [CHAT_PATCHES] * 16
+    rows = {}
+    for name in encoders:
+        rows[name] = bench_chat.measure(chat, bench_chat.Row("tiny", name, 16, 2, clock="cpu"), options())
+        assert not rows[name].error and rows[name].first > 0 and rows[name].tokens_per_s > 0
+    assert rows["image"].prompt == rows["ours"].prompt - (CHAT_PATCHES + 1) + 16 * CHAT_PATCHES
+
+
+def test_the_benchmark_says_what_does_not_fit(chat):
+    row = bench_chat.measure(chat, bench_chat.Row("tiny", "image", 300, 1), options())
+    assert row.first is None and "context is 2048" in row.error
+    row = bench_chat.measure(chat, bench_chat.Row("tiny", "image", 300, 1), options(most=100))
+    assert row.error.startswith("left out: about 2720 tokens")
