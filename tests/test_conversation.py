@@ -173,6 +173,19 @@ def test_streaming_repeats_counts_and_breaks_off(clip, tmp_path):
     assert sum(len(piece) for piece in cut) == 4 and cut.truncated and cut.total < 40
 
 
+def test_damage_is_told_wherever_it_lies(tmp_path):
+    path = tmp_path / "damaged.mp4"
+    noise = torch.randint(256, (40, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    write_video(path, noise, options={"g": "5", "bf": "0"})
+    whole = FrameStream(path, chunk=4)
+    assert len(torch.cat(list(whole))) == 40 and not whole.truncated
+    data = bytearray(path.read_bytes())
+    data[3 * len(data) // 4 : 3 * len(data) // 4 + 2000] = bytes(2000)  # after many chunks were handed out
+    path.write_bytes(data)
+    stream = FrameStream(path, chunk=4)
+    assert not stream.truncated and len(torch.cat(list(stream))) > 20 and stream.truncated
+
+
 # --- conversations
 
 

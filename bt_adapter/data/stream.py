@@ -109,20 +109,20 @@ class FrameStream:
 
     def _in_sequence(self, done: int) -> Iterator[Tensor]:
         """The frames from the ``done``-th on, by decoding from the first."""
-        taken = Taken(self._chunk)
+        taken, damage = Taken(self._chunk), Taken(0)
         with self._source.open() as container:
-            for number, frame in enumerate(_decode(self._source, container, taken)):
+            for number, frame in enumerate(_decode(self._source, container, damage)):
+                damage.damaged |= frame.is_corrupt
                 while done < len(self.numbers) and self.numbers[done] == number:
                     taken.keep(frame, 0.0, number)
                     done += 1
                     if len(taken.numbers) == self._chunk:
                         yield _frames(taken, taken.numbers)
-                        # a fresh array: what was handed out is the caller's
-                        taken = Taken(self._chunk, damaged=taken.damaged)
+                        taken = Taken(self._chunk)  # a fresh array: what was handed out is the caller's
                         self._tell(done)
                 if done == len(self.numbers):
                     break
-        self.truncated |= taken.damaged or done < len(self.numbers)
+        self.truncated |= damage.damaged or done < len(self.numbers)
         if done == 0:
             raise VideoError(f"{self.path}: no frame can be decoded")
         if taken.numbers:
