@@ -23,7 +23,7 @@ from bt_adapter.chat.engine import VideoChat
 from bt_adapter.checkpoint import CheckpointError
 from bt_adapter.data import read_video, write_video
 from bt_adapter.errors import CommandError
-from bt_adapter.tune.batches import Order, Steps, Visuals
+from bt_adapter.tune.batches import Order, Steps, VisualReader
 from bt_adapter.tune.conversations import read_conversations
 from bt_adapter.tune.loss import answer_loss
 from bt_adapter.tune.parts import Learned
@@ -59,7 +59,7 @@ def mixed(tmp_path_factory):
 def parts_of(chat, path, parts=1, batch=8):
     examples, _ = make_examples(Tokens(chat.model, chat.tokenizer), read_conversations(path)[0], 200, False)
     order = Order([example.length for example in examples], batch, 0)
-    return Steps(examples, order, Visuals(24, 4), 0, 1, parts)[0].parts
+    return Steps(examples, order, VisualReader(24, 4), 0, 1, parts)[0].parts
 
 
 def learn(chat, path, parts=1, **changes) -> tuple[float, dict[str, torch.Tensor]]:
@@ -98,7 +98,8 @@ def test_loss_is_that_of_the_chat_model_itself(mixed):
             frames = part.visuals[0] if part.visuals[0].ndim == 4 else part.visuals[0][None]
             pixels = chat.prepare(frames)
             inputs["pixel_values"] = pixels if example.sources[0].kind == "video" else pixels[0]
-        logits = chat.model(**inputs).logits[0]
+        with torch.no_grad():
+            logits = chat.model(**inputs).logits[0]
         expected += float(F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"))
     assert found == pytest.approx(expected, rel=1e-9)
 
@@ -241,15 +242,10 @@ def test_features_on_disk_learn_what_decoding_learns(data, mixed, tmp_path):
 
 def test_killed_at_random_moments_it_ends_as_if_never_killed(data, tmp_path):
     script = Path(__file__).parent / "tune_killed.py"
-    ends = []
-    for name, count in (("whole", 0), ("killed", 3)):
-        command = [
-            sys.executable, str(script), str(data), str(tmp_path / name), str(tmp_path / f"{name}-f"), str(count), "3",
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent)
-        assert done.returncode == 0, done.stderr[-2000:]
-        ends.append(int(done.stdout.split()[-1]))
-    assert ends[0] == 0 and ends[1] >= 1
+    command = [sys.executable, str(script), str(data), str(tmp_path), "3", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) >= 1
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     for file in ("projector.safetensors", "branch/model.safetensors", "lora/adapter_model.safetensors"):
         assert (tmp_path / "killed/tuned" / file).read_bytes() == (tmp_path / "whole/tuned" / file).read_bytes()
@@ -281,9 +277,11 @@ def tune_part(rank: int, world: int, wanted: TuneRecipe) -> None:
 
 @pytest.mark.usefixtures("gloo")
 def test_two_processes_learn_what_one_learns(mixed, tmp_path):
-    wanted = recipe(data=str(mixed), out=tmp_path / "one", learn=EVERY, steps=5, batch=3)
+    wanted = recipe(
+        data=str(mixed), out=tmp_path / "one", learn=EVERY, steps=5, batch=3, features=tmp_path / "features-one"
+    )
     run_tuning(wanted, no_drops(make_video_chat()))
-    both = replace(wanted, out=tmp_path / "two")
+    both = replace(wanted, out=tmp_path / "two", features=tmp_path / "features-two")
     processes.run(tmp_path / "logs", 2, tune_part, both)
     for one, two in zip(losses(wanted.out), losses(both.out), strict=True):
         assert two == pytest.approx(one, rel=1e-3)
@@ -307,10 +305,10 @@ def test_broken_videos_are_named_and_too_many_end_the_run(tmp_path, capsys):
 def test_half_precision_trains_float32_parts(data, tmp_path):
     chat = make_video_chat()
     chat.model.bfloat16()
-    wanted = recipe(data=str(data), out=tmp_path, learn=EVERY, steps=30, precision="bfloat16", packing=True)
+    wanted = recipe(data=str(data), out=tmp_path, learn=EVERY, steps=16, precision="bfloat16", packing=True)
     run_tuning(wanted, chat)
     rows = losses(tmp_path)
-    assert rows[-1][1] < 0.5 * rows[0][1]
+    assert rows[-1][1] < 0.7 * rows[0][1]
     dtypes = {p.dtype for p in chat.model.parameters() if p.requires_grad}
     assert dtypes == {torch.float32}
     assert chat.model.lm_head.weight.dtype == torch.bfloat16

@@ -15,7 +15,7 @@ from bt_adapter.chat.prompts import Turn, conversation_ids
 from bt_adapter.data import VideoError, preprocess, read_video, write_video
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
-from bt_adapter.tune.batches import Order, Part, Steps, Visuals
+from bt_adapter.tune.batches import Order, Part, Steps, VisualReader
 from bt_adapter.tune.conversations import Exchange, Source, TrainingConversation, read_conversations
 from bt_adapter.tune.features import FeatureStore, store_features
 from bt_adapter.tune.tokens import IGNORED, Tokens, make_examples
@@ -42,7 +42,7 @@ def test_both_layouts_and_both_kinds_of_json(tmp_path):
     write_clips(tmp_path / "v", 2)
     write_video(tmp_path / "v/still.mp4", torch.zeros(1, 3, 24, 24, dtype=torch.uint8))
     rows = [
-        {"q": "how ? ", "a": "left .", "video_id": "clip0"},
+        {"q": "how ? ", "a": "left\u2028right .", "video_id": "clip0"},  # no end of a line in JSON
         {"id": "x", "video": "clip1.mp4", "conversations": talk("<video>\nhow ?", "left", "what ?", " red ")},
         {"image": "still.mp4", "conversations": talk("what ?\n<image>", "red")},
         {"id": 7, "conversations": talk("how ?", "left")},
@@ -52,11 +52,11 @@ def test_both_layouts_and_both_kinds_of_json(tmp_path):
         },
     ]  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     for name in ("a.json", "a.jsonl"):
         found, skipped = read_conversations(tmp_path / name, tmp_path / "v")
         assert not len(skipped) and len(found) == 5
-        assert found[0].exchanges == (Exchange("how ?", 1, "left ."),)
+        assert found[0].exchanges == (Exchange("how ?", 1, "left\u2028right ."),)
         assert found[0].sources[0].path.endswith("v/clip0.mp4")
         assert found[1].exchanges == (Exchange("how ?", 1, "left"), Exchange("what ?", 0, "red"))
         assert found[2].sources[0].kind == "image" and found[2].exchanges[0].question == "what ?"
@@ -186,7 +186,7 @@ def test_parts_of_all_processes_are_the_step(video_chat, tmp_path):
     data = write_data(tmp_path, 7, broken=(3,))
     conversations, _ = read_conversations(data)
     examples, _ = make_examples(Tokens(video_chat.model, video_chat.tokenizer), conversations, 100, False)
-    order, visuals = Order([e.length for e in examples], 4, 0), Visuals(24, 4)
+    order, visuals = Order([e.length for e in examples], 4, 0), VisualReader(24, 4)
     for step in range(2):
         whole = {examples[n].key for n in order.step(step)}
         seen, failed = [], []
@@ -218,7 +218,7 @@ def open_store(folder, data, chat, frames=4, dtype="float16"):
 
 def fill(store, data, chat, said):
     videos = [source.path for c in read_conversations(data)[0] for source in c.sources]
-    visuals = Visuals(24, 4)
+    visuals = VisualReader(24, 4)
     return store_features(store, videos, visuals.decode, attached_branch(chat.model), Processes("cpu"), 0, said.append)
 
 

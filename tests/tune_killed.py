@@ -1,6 +1,7 @@
-"""Tuning killed at random moments, until one run gets to its end; as ``killed.py``, which has the loop.
+"""A tuning run left alone, and the same one killed at random moments until it gets to its end.
 
-``python tests/tune_killed.py DATA OUT FEATURES KILLS SEED``. Prints how many runs were killed before the last.
+``python tests/tune_killed.py DATA FOLDER KILLS SEED``. The runs are FOLDER/whole and FOLDER/killed. Prints how many
+times the second was killed. As ``killed.py``, which has the loop.
 """
 
 import sys
@@ -15,14 +16,16 @@ from tuning import make_video_chat, recipe
 from bt_adapter.tune.run import tune
 
 
-def main(data: str, out: str, features: str, kills: int, seed: int) -> None:
+def main(data: str, folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
-    wanted = recipe(
-        data=data, out=Path(out), steps=40, save_steps=3, learn=("projector", "branch", "lora"), lora_dropout=0.2,
-        batch=3, features=Path(features),
-    )  # fmt: skip
-    print(run(lambda: tune(wanted, make_video_chat()), Path(out) / "tuned", kills, seed))
+    for name, count in (("whole", 0), ("killed", kills)):
+        wanted = recipe(
+            data=data, out=folder / name, steps=24, save_steps=3, learn=("projector", "branch", "lora"), batch=3,
+            lora_dropout=0.2, features=folder / f"{name}-features",
+        )  # fmt: skip
+        killed = run(lambda wanted=wanted: tune(wanted, make_video_chat()), wanted.out / "tuned", count, seed)
+    print(killed)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

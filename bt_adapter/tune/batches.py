@@ -16,7 +16,7 @@ from bt_adapter.data.loading import numbers_seed
 from bt_adapter.data.transforms import resize_and_crop
 from bt_adapter.tune.conversations import Source
 from bt_adapter.tune.features import FeatureStore
-from bt_adapter.tune.tokens import Example
+from bt_adapter.tune.tokens import IGNORED, Example
 
 GROUP = 50  # batches whose conversations are sorted by length together
 
@@ -74,7 +74,7 @@ class Part:
         """Token ids, targets and the mask of what is no padding, ``[B, S]`` each, padded at the end."""
         rows = [example.wide() for example in self.examples]
         ids = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True, padding_value=pad)
-        targets = torch.nn.utils.rnn.pad_sequence([t for _, t in rows], batch_first=True, padding_value=-100)
+        targets = torch.nn.utils.rnn.pad_sequence([t for _, t in rows], batch_first=True, padding_value=IGNORED)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(ids) for ids, _ in rows])[:, None]
         return ids, targets, mask
 
@@ -93,7 +93,7 @@ class Step:
     failed: tuple[tuple[str, str], ...]
 
 
-class Visuals:
+class VisualReader:
     """Reads videos and stills.
 
     Args:
@@ -127,7 +127,7 @@ class Steps(Dataset):
     """
 
     def __init__(
-        self, examples: Sequence[Example], order: Order, visuals: Visuals, rank: int, world: int, parts: int
+        self, examples: Sequence[Example], order: Order, visuals: VisualReader, rank: int, world: int, parts: int
     ) -> None:
         self.examples, self.order, self.visuals = examples, order, visuals
         self.rank, self.world, self.parts = rank, world, parts

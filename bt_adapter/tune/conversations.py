@@ -93,7 +93,7 @@ def _records(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
             raise CommandError(f"--data {path} is no JSON: {error}") from error
         yield from ((f"record {number}", record) for number, record in enumerate(records))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 record = json.loads(line)
@@ -115,7 +115,7 @@ def _conversation(name: str, record: Any, files: _Files) -> TrainingConversation
         return _of_llava(_key(name, record), record, files)
     if missing := [field for field in ("q", "a", "video_id") if not isinstance(record.get(field), str)]:
         raise RecordError(f"has neither conversations nor {', '.join(missing)}")
-    exchange = Exchange(_text(record["q"], "question"), 1, _text(record["a"], "answer"))
+    exchange = Exchange(_text(PLACE.sub("", record["q"]), "question"), 1, _text(record["a"], "answer"))
     return TrainingConversation(_key(name, record), (exchange,), (files.video(record["video_id"]),))
 
 

@@ -33,6 +33,8 @@ def load_base(
     kind, _, stage = str(name).partition(":")
     if kind != "mini":
         return VideoChat.load(name, branch, device, dtype, **options)
+    if options.get("quantize") is not None:
+        raise ValueError(f"quantize must be None for {name}, but is {options['quantize']!r}")
     chat = VideoChat.mini(stage or "tuned", device, dtype or torch.float32)
     if branch is not None:
         attach(chat.model, branch)

@@ -24,7 +24,7 @@ from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.checkpoint import Checkpoints, load_moments, moments_of, save_moments
 from bt_adapter.pretrain.log import Log
 from bt_adapter.pretrain.loop import Clock, Stopped, rate, signals
-from bt_adapter.tune.batches import Order, Step, Steps, Visuals
+from bt_adapter.tune.batches import Order, Step, Steps, VisualReader
 from bt_adapter.tune.conversations import read_conversations
 from bt_adapter.tune.features import FeatureStore, store_features
 from bt_adapter.tune.loading import load_base
@@ -140,10 +140,10 @@ class Run:
         counts = {part: sum(p.numel() for _, p in self.learned.learning(part)) for part in self.learned}
         return ", ".join(f"{part} learns {count / 1e6:.3g} M weights" for part, count in counts.items())
 
-    def _visuals(self) -> Visuals:
+    def _visuals(self) -> VisualReader:
         """Reads videos, after their features were stored where that is asked for."""
         recipe, chat = self.recipe, self.chat
-        visuals = Visuals(chat.family.image_size, recipe.frames)
+        visuals = VisualReader(chat.family.image_size, recipe.frames)
         if recipe.features is None:
             return visuals
         if len(chat.family.feature_layers) != 1:
@@ -155,7 +155,7 @@ class Run:
         failed = store_features(store, videos, visuals.decode, model, self.processes, recipe.workers, self._say)
         if len(failed):
             self._say(f"without features, {failed.report()}")
-        return Visuals(chat.family.image_size, recipe.frames, store)
+        return VisualReader(chat.family.image_size, recipe.frames, store)
 
     def _loop(self, done: int) -> None:
         recipe, processes = self.recipe, self.processes
