@@ -27,7 +27,10 @@ around_launch: Callable[[], AbstractContextManager] = nullcontext  # entered whi
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel, its grid, run-time arguments, compile-time constants and options."""
+    """One launch: the kernel, its grid, run-time arguments, compile-time constants and options.
+
+    ``resident`` is how many programs are meant to share a multiprocessor: it bounds registers and shared memory.
+    """
 
     kernel: Any
     programs: int
@@ -35,6 +38,7 @@ class Launch:
     constants: dict[str, Any]
     warps: int
     stages: int
+    resident: int
 
 
 @cache
@@ -62,7 +66,7 @@ def why_not(tensor: Tensor, *_) -> str | None:
     device = tensor.device
     if device.type == "cuda":
         return _why_not_installed() or _why_not_device(device)
-    if device.type == "cpu" and interpreting():
+    if (device.type == "cpu" and interpreting()) or (device.type == "meta" and _recording):
         return _why_not_installed()
     return f"tensors are on {device}"
 
@@ -83,11 +87,14 @@ def triton_kernel(module: str, suffix: str = "", why_not: Callable[..., str | No
     return Kernel("triton", forward, backward, why_not, why_not_default)
 
 
-def launch(kernel, programs: int, *args, warps: int = 4, stages: int = 2, **constants) -> None:
+def launch(
+    kernel, programs: int, *args, warps: int = 4, stages: int = 2, resident: int = 2, **constants
+) -> None:  # fmt: skip
     """Run ``kernel`` on a grid of ``programs``, on the device of its first tensor; nothing for no programs.
 
     ``args`` are the run-time arguments in the kernel's order (tensors, ints, None), ``constants`` its
-    ``tl.constexpr`` ones by name.
+    ``tl.constexpr`` ones by name. ``resident``, programs meant to share a multiprocessor, is a plan that compile checks
+    hold the kernel to.
 
     Raises:
         ValueError: more programs than a grid holds.
@@ -97,7 +104,7 @@ def launch(kernel, programs: int, *args, warps: int = 4, stages: int = 2, **cons
     if programs > _LARGEST_GRID:
         raise ValueError(f"{programs} programs are more than a grid holds, {_LARGEST_GRID}: split the batch")
     if _recording:
-        _recording[-1].append(Launch(kernel, programs, args, constants, warps, stages))
+        _recording[-1].append(Launch(kernel, programs, args, constants, warps, stages, resident))
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), around_launch():

@@ -5,12 +5,17 @@ Legend: B videos, T frames, P patches, N visible rows of a video, D width, W the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from bt_kernels._triton import launch
+
 FRAMES_AT_ONCE = 8  # rows of a mean that are in flight together
+ROWS_AT_ONCE = 4  # rows that a program of a gather takes together, so that as many reads are in flight
 
 
 @triton.jit
@@ -38,14 +43,40 @@ def real_frames(frame_counts, b, T, COUNTED: tl.constexpr):
 
 @triton.jit
 def layer_norm_grad(grad_normed, x, mean, rstd, weight, inside, D, ACC: tl.constexpr):
-    """Gradient of a row x from that of its LayerNorm, and x normalised.
+    """Gradients of rows x, [R, W], from those of their LayerNorm, and the rows normalised; mean and rstd are [R].
 
     With x̂ = (x - mean)·rstd and y = weight·dx̂: dx = rstd·(y - mean(y) - x̂·mean(y·x̂)).
     """
-    normed = tl.where(inside, (x - mean) * rstd, 0.0)
-    scaled = weight * grad_normed
-    grad = rstd * (scaled - tl.sum(scaled, 0) / D - normed * (tl.sum(scaled * normed, 0) / D))
-    return grad, normed
+    normed = tl.where(inside[None, :], (x - mean[:, None]) * rstd[:, None], 0.0)
+    scaled = weight[None, :] * grad_normed
+    through = scaled - (tl.sum(scaled, 1) / D)[:, None] - normed * (tl.sum(scaled * normed, 1) / D)[:, None]
+    return rstd[:, None] * through, normed
+
+
+@triton.jit
+def list_rows(
+    index, order, other, counts, index_b, index_n, N, T, L, K, BY_FRAME: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """Rows of each frame (or patch) of a video in ascending order, the patch (or frame) of each unless ``other`` is
+    None, and how many they are: one program a list of at most K, C rows at a time."""
+    pid = tl.program_id(0).to(tl.int64)
+    b, key = pid // L, pid % L
+    found = tl.zeros([], tl.int32)
+    for n0 in range(0, N, C):
+        n = n0 + tl.arange(0, C)
+        place = tl.load(index + b * index_b + n.to(tl.int64) * index_n, mask=n < N, other=-1)
+        if BY_FRAME:
+            own, rest = place % T, place // T
+        else:
+            own, rest = place // T, place % T
+        hit = (place >= 0) & (own == key)
+        at = found + tl.cumsum(hit.to(tl.int32), 0) - 1
+        keep = hit & (at < K)
+        tl.store(order + pid * K + at, n, mask=keep)
+        if other is not None:
+            tl.store(other + pid * K + at, rest.to(tl.int32), mask=keep)
+        found += tl.sum(hit.to(tl.int32), 0)
+    tl.store(counts + pid, found)
 
 
 def accumulator(dtype: torch.dtype):
@@ -58,18 +89,24 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def row_options(width: int, dtype: torch.dtype, rows_at_once: int = 1) -> dict:
-    """Block width and warps of a kernel on whole rows: about 16 bytes a thread and row."""
+def row_options(width: int, dtype: torch.dtype, rows_at_once: int = 1, resident_warps: int = 16) -> dict:
+    """Block width and warps of a kernel on whole rows: about 16 bytes a thread and row. ``resident_warps`` are planned
+    to share a multiprocessor: 16 leave a thread 128 registers, 32 leave it 64."""
     block = triton.next_power_of_2(max(width, 16))
     warps = max(1, min(8, block * dtype.itemsize // 512))
     if rows_at_once > 1 and block > 1024:
         warps = 8
-    return {"W": block, "ACC": accumulator(dtype), "warps": warps}
+    return {"W": block, "ACC": accumulator(dtype), "warps": warps, "resident": resident_warps // warps}
 
 
 def adjacent(tensor: Tensor) -> Tensor:
     """``tensor`` with adjacent elements in its last dimension; a copy where they are not."""
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def outer_strides(tensor: Tensor | None, count: int) -> list[int]:
+    """The first ``count`` strides; zeros for None."""
+    return [0] * count if tensor is None else list(tensor.stride()[:count])
 
 
 def rows_by_place(index: Tensor, places: int) -> Tensor:
@@ -80,9 +117,38 @@ def rows_by_place(index: Tensor, places: int) -> Tensor:
     return rows.scatter_(1, torch.where(index < 0, places, index), numbers)
 
 
-def lists_by_key(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Positions sorted by key, and where each key's list begins: ``[M]`` and ``[count + 1]``; keys of ``count`` and
-    above come last, in no list."""
-    ordered, order = keys.flatten().sort(stable=True)
-    bounds = torch.arange(count + 1, dtype=keys.dtype, device=keys.device)
-    return order, torch.searchsorted(ordered, bounds)
+@dataclass(frozen=True)
+class RowLists:
+    """The rows of each frame, or of each patch, of every video, without a sort and without waiting for the device.
+
+    Attributes:
+        order: int32 ``[B, L, K]``: L lists of at most K rows (0 the first patch row) in ascending order.
+        counts: int32 ``[B, L]``: their lengths; what ``order`` holds beyond is undefined.
+        patches: int32 ``[B, L, K]``: the patch of each row, of lists by frame that were asked to name them.
+    """
+
+    order: Tensor
+    counts: Tensor
+    patches: Tensor | None = None
+
+    @staticmethod
+    def by_frame(index: Tensor, patches: int, frames: int, name_patches: bool = False) -> RowLists:
+        """L = T lists of at most P rows."""
+        return _lists(index, frames, frames, patches, by_frame=True, named=name_patches)
+
+    @staticmethod
+    def by_patch(index: Tensor, patches: int, frames: int) -> RowLists:
+        """L = P lists of at most T rows."""
+        return _lists(index, frames, patches, frames, by_frame=False, named=False)
+
+
+def _lists(index: Tensor, frames: int, lists: int, most: int, by_frame: bool, named: bool) -> RowLists:
+    batch, tokens = index.shape
+    order = index.new_empty(batch, lists, most, dtype=torch.int32)
+    other = torch.empty_like(order) if named else None
+    counts = index.new_empty(batch, lists, dtype=torch.int32)
+    launch(
+        list_rows, batch * lists, index, order, other, counts, *index.stride(), tokens, frames, lists, most,
+        BY_FRAME=by_frame, C=1024,
+    )  # fmt: skip
+    return RowLists(order, counts, other)

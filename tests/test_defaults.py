@@ -13,7 +13,10 @@ from bt_kernels._library import OPS
 
 ROWS = json.loads((Path(__file__).resolve().parents[1] / "bench" / "results" / "kernels-cpu.json").read_text())
 OP = {variant.name: variant.op for variant in variants()}
-# Forward and backward together, its time against the better of eager and SDPA, and against torch.compile.
+# What dispatch can choose from are the kernel and the eager reference, so the kernel has to beat eager (and SDPA, which
+# a user could call) in every case and direction. torch.compile of a user's own function is no choice of dispatch;
+# forward and backward together, which training runs, keep up with it all the same. What is aimed at is more
+# (bench/report.py), and the README's table marks the rows that miss it.
 OVER_EAGER = 1.0
 OVER_COMPILED = 0.98  # medians this close are a tie
 
@@ -22,13 +25,13 @@ def wins(name: str) -> bool:
     """Whether the kernel reaches what is asked of it in every measured case."""
     cases: dict[tuple, dict[str, float]] = {}
     for row in ROWS:
-        if row["op"] == name and row["direction"] == "forward+backward":
-            cases.setdefault((row["frames"], row["ratio"]), {})[row["implementation"]] = row["ms"]
-    assert cases, f"{name} was not measured"
+        if row["op"] == name:
+            cases.setdefault((row["frames"], row["ratio"], row["direction"]), {})[row["implementation"]] = row["ms"]
+    assert {direction for *_, direction in cases} == {"forward", "forward+backward"}, f"{name} was not measured"
     return all(
         min(case["eager"], case.get("sdpa", case["eager"])) >= OVER_EAGER * case["cpu"]
-        and case["compiled"] >= OVER_COMPILED * case["cpu"]
-        for case in cases.values()
+        and (direction == "forward" or case["compiled"] >= OVER_COMPILED * case["cpu"])
+        for (*_, direction), case in cases.items()
     )
 
 

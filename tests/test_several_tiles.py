@@ -26,9 +26,11 @@ TIME = (
     Form("frames17", lambda: VisibleTokens.all(1, 4, 17), 1, 128),
     Form("frames40", lambda: VisibleTokens.all(1, 5, 40), 1, 16),
     Form("frames64", lambda: VisibleTokens.all(1, 3, 64), 1, 64),
-    Form("frames100", lambda: VisibleTokens.all(1, 3, 100), 1, 16),
+    Form("frames100", lambda: VisibleTokens.all(1, 2, 100), 1, 16),
+    Form("frames128", lambda: VisibleTokens.all(1, 1, 128), 1, 88),
     Form("ragged9", lambda: _padded(40, 9, 0.5), 1, 16),  # tiles overlap
-    Form("ragged40", lambda: _padded(9, 40, 0.3), 1, 16),
+    Form("ragged20", lambda: _padded(6, 20, 0.3), 1, 16),
+    Form("ragged40", lambda: _padded(5, 40, 0.3), 1, 16),
 )
 SPACE = (
     Form("patches40", lambda: VisibleTokens.all(1, 40, 2), 1, 16),
@@ -51,7 +53,7 @@ def _runs(*ops: str) -> list:
 # What Triton's interpreter, which is slow, runs: each tile, loop and branch of the kernels once.
 INTERPRETED = {
     torch.float32: {
-        "temporal_attention": ("frames5", "ragged9"),
+        "temporal_attention": ("frames5", "frames40", "ragged9", "ragged20"),
         "spatial_attention": ("patches40",),
         "gather_embed-norm": ("frames11", "patches70"),
         "gather_merge-norm": ("frames11",),
@@ -59,7 +61,7 @@ INTERPRETED = {
         "alignment_loss": ("padded",),
     },
     torch.bfloat16: {
-        "temporal_attention": ("frames5", "frames12", "frames17", "frames40", "frames100", "ragged9", "ragged40"),
+        "temporal_attention": ("frames5", "frames12", "frames17", "frames40", "frames128", "ragged9", "ragged40"),
         "spatial_attention": ("patches70", "patches77", "patches130", "ragged50"),
     },
 }

@@ -24,8 +24,8 @@ CHUNK = 4096
 class RowKernels(Protocol):
     """What a backend brings. ``places`` [C] are p·T + t, or -1; rows of -1 are not read and come out as zeros."""
 
-    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What the products' operands are in; their results are in float32 or wider."""
+    def product_dtype(self, branch: Tensor) -> torch.dtype:
+        """What the products' operands are in for this ``branch``; their results are in float32 or wider."""
 
     def gather_norm(
         self, target: Tensor, places: Tensor, first: int, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
@@ -58,7 +58,7 @@ def forward(
     """The loss, and the gradients of its sum over the tokens."""
     batch, tokens = index.shape
     dtype, width, shared = branch.dtype, branch.shape[2], head_weight.shape[0]
-    wide, operand = torch.promote_types(dtype, torch.float32), kernels.product_dtype(dtype)
+    wide, operand = torch.promote_types(dtype, torch.float32), kernels.product_dtype(branch)
     head = Head(
         head_weight.to(operand), *(t.to(wide).contiguous() for t in (head_bias, head_norm_weight, head_norm_bias))
     )

@@ -7,8 +7,8 @@ from bt_kernels.ops.alignment_loss import chunks
 
 class _Rows:
     @staticmethod
-    def product_dtype(dtype: torch.dtype) -> torch.dtype:
-        return torch.promote_types(dtype, torch.float32)
+    def product_dtype(branch: torch.Tensor) -> torch.dtype:
+        return torch.promote_types(branch.dtype, torch.float32)
 
     @staticmethod
     def gather_norm(target, places, first, weight, bias, eps, dtype):

@@ -80,9 +80,9 @@ def _cosine(
 
 class _Rows:
     @staticmethod
-    def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    def product_dtype(branch: torch.Tensor) -> torch.dtype:
         # torch's CPU products (under the interpreter) do not sum 16-bit operands in float32
-        return dtype if torch.cuda.is_available() else torch.promote_types(dtype, torch.float32)
+        return torch.promote_types(branch.dtype, torch.float32) if branch.device.type == "cpu" else branch.dtype
 
     @staticmethod
     def gather_norm(target, places, first, weight, bias, eps, dtype):

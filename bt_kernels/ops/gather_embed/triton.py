@@ -1,9 +1,10 @@
-"""gather_embed in Triton; the kernels, shared with gather_merge, are in ``bt_kernels/_triton_gather.py``."""
+"""gather_embed in Triton; the kernels, shared with gather_merge, are in ``bt_kernels/_triton_gather*.py``."""
 
 import torch
 
-from bt_kernels._triton_gather import RowGrads, run_forward, spread, sum_by_list
-from bt_kernels._triton_rows import wide
+from bt_kernels._triton_gather import run_forward
+from bt_kernels._triton_gather_backward import RowGrads, spread, sum_by_list
+from bt_kernels._triton_rows import RowLists, wide
 
 
 def forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots):
@@ -47,8 +48,7 @@ def _backward(rows: RowGrads, grad, backbone, pos, time, index, frame_counts, pa
     if rows.norm and (needs[0] or needs[2]):
         total = rows.empty(batch, 1 + tokens, rows.width, dtype=kind).zero_()
         total[:, 0] = 2 * half_cls
-    padding = index < 0
-    by_frame, *norm_grads = sum_by_list(rows, torch.where(padding, frames, index % frames), frames, total)
+    by_frame, *norm_grads = sum_by_list(rows, RowLists.by_frame(index, patches, frames), tokens, total)
     plain = rows if total is None else RowGrads(total)
     grad_backbone = grad_cls = grad_pos = grad_time = None
     if needs[0]:
@@ -56,7 +56,7 @@ def _backward(rows: RowGrads, grad, backbone, pos, time, index, frame_counts, pa
     if needs[1]:
         grad_cls = half_cls.sum(0).to(dtype)
     if needs[2]:
-        by_patch = sum_by_list(plain, torch.where(padding, patches, index // frames), patches)[0]
+        by_patch = sum_by_list(plain, RowLists.by_patch(index, patches, frames), tokens)[0]
         grad_pos = torch.cat([half_cls.sum(0, keepdim=True), by_patch]).to(dtype)
     if needs[3]:
         grad_time = torch.nn.functional.pad(by_frame.to(dtype), (0, 0, 0, len(time) - frames))

@@ -1,8 +1,9 @@
-"""gather_merge in Triton; the kernels, shared with gather_embed, are in ``bt_kernels/_triton_gather.py``."""
+"""gather_merge in Triton; the kernels, shared with gather_embed, are in ``bt_kernels/_triton_gather*.py``."""
 
 import torch
 
-from bt_kernels._triton_gather import RowGrads, merge_backward, run_forward
+from bt_kernels._triton_gather import run_forward
+from bt_kernels._triton_gather_backward import RowGrads, merge_backward
 
 
 def forward(backbone, branch, gate, index, frame_counts, patches, frames, slots):

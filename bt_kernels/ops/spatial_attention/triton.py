@@ -9,24 +9,26 @@ import torch
 import triton
 
 from bt_kernels._triton import launch
+from bt_kernels._triton_heads import cut_columns, cut_strides
+from bt_kernels._triton_rows import RowLists, adjacent
 from bt_kernels.ops.spatial_attention import triton_backward, triton_forward
 
 
 def forward(qkv, frame_weight, index, frame_counts, patches, frames, slots):
-    qkv = _adjacent(qkv)
+    qkv = adjacent(qkv)
     batch, rows, _, heads, width = qkv.shape
     steps, groups = _grid(rows, patches, frames, slots)
     out = qkv.new_empty(batch, rows, heads, width)
     # entries of patches that are not visible are zeros
     lse = (qkv.new_zeros if slots is None else qkv.new_empty)(batch, steps, heads, 1 + groups, dtype=torch.float32)
     cls_out = qkv.new_empty(batch, steps, heads, width, dtype=torch.float32)
-    lists = frame_lists(index, patches, frames) if slots is None else (None, None, None)
+    lists = _frame_lists(index, patches, frames, slots)
     tiles = _forward_tiles(qkv, groups, slots)
     blocks = triton.cdiv(1 + groups, tiles["M"])
-    columns = _columns((qkv,))
+    columns = cut_columns((qkv,))
     launch(
         triton_forward._forward, batch * steps * heads * blocks, qkv, *lists, out, lse, cls_out,
-        *_strides(qkv, columns), blocks, heads, steps, groups, rows - 1, 1 + groups, width**-0.5,
+        *cut_strides(qkv, columns), blocks, heads, steps, groups, rows - 1, 1 + groups, width**-0.5,
         RAGGED=slots is None, **columns, **tiles,
     )  # fmt: skip
     _sum_frames(cls_out, out, frame_weight, frame_counts, weighted=True)
@@ -36,14 +38,14 @@ def forward(qkv, frame_weight, index, frame_counts, patches, frames, slots):
 
 
 def backward(grad, qkv, frame_weight, index, frame_counts, patches, frames, slots, out, lse, cls_out, needs):
-    qkv, grad = _adjacent(qkv), _adjacent(grad)
+    qkv, grad = adjacent(qkv), adjacent(grad)
     batch, rows, _, heads, width = qkv.shape
     steps, groups = _grid(rows, patches, frames, slots)
     grad_qkv = qkv.new_empty(qkv.shape)
     cls_grad = qkv.new_empty(batch, steps, 3, heads, width, dtype=torch.float32)
-    lists = frame_lists(index, patches, frames) if slots is None else (None, None, None)
-    columns = _columns((qkv, grad))
-    strides = (*_strides(qkv, columns), *_strides(grad, columns), *_weight_strides(frame_weight))
+    lists = _frame_lists(index, patches, frames, slots)
+    columns = cut_columns((qkv, grad))
+    strides = (*cut_strides(qkv, columns), *cut_strides(grad, columns), *_weight_strides(frame_weight))
     sizes = (heads, steps, groups, rows - 1, 1 + groups, width**-0.5)
     weights, results = (frame_weight, frame_counts), (grad_qkv, cls_grad)
     lse = lse.contiguous()
@@ -66,16 +68,12 @@ def backward(grad, qkv, frame_weight, index, frame_counts, patches, frames, slot
     return (grad_qkv,)
 
 
-def frame_lists(index, patches: int, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows of each frame in ascending order and their patches, ``[B, T, P]``, and how many, ``[B, T]``, in int32."""
-    batch, tokens = index.shape
-    order, patch = (index.new_empty(batch, frames, patches, dtype=torch.int32) for _ in range(2))
-    counts = index.new_empty(batch, frames, dtype=torch.int32)
-    launch(
-        triton_forward.list_rows, batch * frames, index, order, patch, counts, *index.stride(), tokens, frames, patches,
-        C=1024,
-    )  # fmt: skip
-    return order, patch, counts
+def _frame_lists(index, patches: int, frames: int, slots: int | None) -> tuple:
+    """Rows of each frame, their patches and how many, or three times None where they are known arithmetic."""
+    if slots is not None:
+        return None, None, None
+    lists = RowLists.by_frame(index, patches, frames, name_patches=True)
+    return lists.order, lists.patches, lists.counts
 
 
 def _sum_frames(partial, out, frame_weight=None, frame_counts=None, weighted: bool = False) -> None:
@@ -128,18 +126,6 @@ def _backward_tiles(qkv) -> dict:
     return dict(M=64, J=32, TAIL=16, warps=8)
 
 
-def _columns(tensors) -> dict:
-    """How columns and strides are cut."""
-    width = tensors[0].shape[4]
-    first = max(16, 1 << (width.bit_length() - 1))
-    rest = max(16, triton.next_power_of_2(width - first)) if width > first else 16
-    # Strides are passed in units of 8 elements where they can be: Triton sees by itself only multiples of 16, and would
-    # read rows of 88 in pieces of 16 bits.
-    unit = 8 if all(stride % 8 == 0 for tensor in tensors for stride in tensor.stride()[:-1]) else 1
-    precision = "ieee" if tensors[0].dtype == torch.float32 else "tf32"
-    return dict(E=width, E0=first, E1=rest, PRECISION=precision, UNIT=unit)
-
-
 def _grid(rows: int, patches: int, frames: int, slots: int | None) -> tuple[int, int]:
     """Steps, and the most patch tokens of one."""
     return (frames, patches) if slots is None else (slots, (rows - 1) // slots)
@@ -147,11 +133,3 @@ def _grid(rows: int, patches: int, frames: int, slots: int | None) -> tuple[int,
 
 def _weight_strides(frame_weight) -> tuple[int, int]:
     return (0, 0) if frame_weight is None else frame_weight.stride()
-
-
-def _strides(tensor, columns) -> list[int]:
-    return [stride // columns["UNIT"] for stride in tensor.stride()[:-1]]
-
-
-def _adjacent(tensor):
-    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()

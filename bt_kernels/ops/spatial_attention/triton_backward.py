@@ -8,18 +8,8 @@ With w the frame's weight for the CLS query and 1 for all others, and per frame:
 import triton
 import triton.language as tl
 
-from bt_kernels.ops.spatial_attention.triton_forward import (
-    LOG2_E,
-    frame_length,
-    frame_share,
-    patch_rows,
-    product,
-    product_with_one,
-    read,
-    read_one,
-    token_rows,
-    write,
-)
+from bt_kernels._triton_heads import LOG2_E, product, product_with_one, read, read_one, write
+from bt_kernels.ops.spatial_attention.triton_forward import frame_length, frame_share, patch_rows, token_rows
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Triton kernels of spatial_attention: lists of a frame's rows, the tiles both passes share, and the forward.
+"""Triton kernels of spatial_attention: what both passes share, and the forward.
 
 Legend: B videos, S steps (slots, or frames when ragged), L tokens of a frame with CLS, K the most patches of a frame,
 N patch rows of a video, H heads, E head width (E0 + E1 columns), M rows a program owns, J patches it takes at a time.
@@ -8,26 +8,9 @@ Token 0 of a frame is the video's one CLS, token r > 0 its r-th patch. Strides c
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from bt_kernels._triton_heads import LOG2_E, product, product_with_one, read, read_one, write
+
 _LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def list_rows(index, order, patch, counts, index_b, index_n, N, T, K, C: tl.constexpr):
-    """Rows of a frame in ascending order, their patches, and how many: one program a frame, C rows at a time."""
-    frame = tl.program_id(0).to(tl.int64)
-    b, t = frame // T, frame % T
-    found = tl.zeros([], tl.int32)
-    for n0 in range(0, N, C):
-        n = n0 + tl.arange(0, C)
-        place = tl.load(index + b * index_b + n.to(tl.int64) * index_n, mask=n < N, other=-1)
-        hit = (place >= 0) & (place % T == t)
-        at = found + tl.cumsum(hit.to(tl.int32), 0) - 1
-        keep = hit & (at < K)
-        tl.store(order + frame * K + at, n, mask=keep)
-        tl.store(patch + frame * K + at, (place // T).to(tl.int32), mask=keep)
-        found += tl.sum(hit.to(tl.int32), 0)
-    tl.store(counts + frame, found)
 
 
 @triton.jit
@@ -103,56 +86,6 @@ def token_rows(order, patch, frame, s, r, length, S, K, RAGGED: tl.constexpr):
     """:func:`patch_rows` of tokens r: CLS is row 0 and entry 0."""
     row, entry = patch_rows(order, patch, frame, s, r - 1, (r > 0) & (r < length), S, K, RAGGED)
     return tl.where(r == 0, 0, row), tl.where(r == 0, 0, entry)
-
-
-@triton.jit
-def read(at, valid, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr):
-    """Columns [0, E0) and [E0, E) of rows; the second is a copy of the first where there are none."""
-    e0, e1 = tl.arange(0, E0)[None, :], E0 + tl.arange(0, E1)[None, :]
-    if E < E0:
-        x0 = tl.load(at[:, None] + e0, mask=valid[:, None] & (e0 < E), other=0.0)
-    else:
-        x0 = tl.load(at[:, None] + e0, mask=valid[:, None], other=0.0)
-    x1 = x0
-    if E > E0:
-        x1 = tl.load(at[:, None] + e1, mask=valid[:, None] & (e1 < E), other=0.0)
-    return x0, x1
-
-
-@triton.jit
-def read_one(at, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr):
-    """A single row as :func:`read` does, in float32, [1, E0] and [1, E1]."""
-    e0, e1 = tl.arange(0, E0)[None, :], E0 + tl.arange(0, E1)[None, :]
-    x0 = tl.load(at + e0, mask=e0 < E, other=0.0).to(tl.float32)
-    x1 = tl.load(at + e1, mask=e1 < E, other=0.0).to(tl.float32)
-    return x0, x1
-
-
-@triton.jit
-def write(at, valid, x0, x1, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr):
-    e0, e1 = tl.arange(0, E0)[None, :], E0 + tl.arange(0, E1)[None, :]
-    kind = at.dtype.element_ty
-    tl.store(at[:, None] + e0, x0.to(kind), mask=valid[:, None] & (e0 < E))
-    if E > E0:
-        tl.store(at[:, None] + e1, x1.to(kind), mask=valid[:, None] & (e1 < E))
-
-
-@triton.jit
-def product(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """a·bᵀ over all columns."""
-    out = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
-    if SPLIT:
-        out = tl.dot(a1, tl.trans(b1), out, input_precision=PRECISION)
-    return out
-
-
-@triton.jit
-def product_with_one(a0, a1, b0, b1, SPLIT: tl.constexpr):
-    """:func:`product` with a single row, [rows of a]."""
-    out = tl.sum(a0.to(tl.float32) * b0, 1)
-    if SPLIT:
-        out += tl.sum(a1.to(tl.float32) * b1, 1)
-    return out
 
 
 @triton.jit

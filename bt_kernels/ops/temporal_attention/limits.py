@@ -29,16 +29,20 @@ def why_not_triton(qkv, *visible) -> str | None:
     if reason is not None or not visible:
         return reason
     *_, frames, slots = visible
-    rows = 2 * frames if slots is None else slots  # ragged tiles overlap
     limit = longest(qkv.dtype, qkv.shape[4])
-    if rows > limit:
-        form = "ragged sequences" if slots is None else "sequences"
-        return f"takes {form} of at most {limit // 2 if slots is None else limit} tokens in {qkv.dtype}, got {frames}"
+    if rows_needed(frames, slots) > limit:
+        form, most, got = ("ragged sequences", limit // 2, frames) if slots is None else ("sequences", limit, slots)
+        return f"takes {form} of at most {most} tokens in {qkv.dtype} at this width, got {got}"
     return None
+
+
+def rows_needed(frames: int, slots: int | None) -> int:
+    """Rows that a tile must have: a sequence, or two of them where ragged tiles overlap."""
+    return 2 * frames if slots is None else slots
 
 
 def longest(dtype: torch.dtype, width: int) -> int:
     """Rows of the largest tile that compiles without spills on every target (``bench/resources.py``)."""
     if dtype != torch.float32:
         return 128
-    return 32 if width <= 64 else 16
+    return 64 if width <= 64 else 32

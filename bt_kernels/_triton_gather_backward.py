@@ -1,0 +1,261 @@
+"""The backward of gather_embed and gather_merge in Triton. Formulas and legend: ``_triton_gather.py``."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bt_kernels._triton import launch
+from bt_kernels._triton_rows import (
+    FRAMES_AT_ONCE,
+    ROWS_AT_ONCE,
+    RowLists,
+    adjacent,
+    layer_norm_grad,
+    mean_over_frames,
+    outer_strides,
+    real_frames,
+    row_options,
+    rows_by_place,
+    wide,
+)
+
+
+@triton.jit
+def _row_grads(
+    grad, grad_normed, out, mean, rstd, weight, b, r, real, d, inside, grad_b, grad_n, normed_b, normed_n, N, D,
+    NORM: tl.constexpr, GRAD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of rows r, [R], of video b from their own and their LayerNorm's, [R, W]; and what they add to
+    weight's and bias's. Rows that are not real give zeros and are not read."""
+    columns = d[None, :]
+    used = inside[None, :] & real[:, None]
+    total = tl.zeros([r.shape[0], d.shape[0]], ACC)
+    if GRAD:
+        total += tl.load(grad + b * grad_b + (r * grad_n)[:, None] + columns, mask=used, other=0.0).to(ACC)
+    to_weight, to_bias = tl.zeros([d.shape[0]], ACC), tl.zeros([d.shape[0]], ACC)
+    if NORM:
+        has_norm = real & (r > 0)
+        used = inside[None, :] & has_norm[:, None]
+        n = r - 1
+        x = tl.load(out + ((b * (1 + N) + r) * D)[:, None] + columns, mask=used, other=0.0).to(ACC)
+        given = tl.load(grad_normed + b * normed_b + (n * normed_n)[:, None] + columns, mask=used, other=0.0).to(ACC)
+        centre = tl.load(mean + b * N + n, mask=has_norm, other=0.0)
+        scale = tl.load(rstd + b * N + n, mask=has_norm, other=0.0)
+        through, normed = layer_norm_grad(given, x, centre, scale, weight, inside, D, ACC)
+        total += through
+        to_weight, to_bias = tl.sum(given * normed, 0), tl.sum(given, 0)
+    return total, to_weight, to_bias
+
+
+@triton.jit
+def _merge_backward(
+    grad, grad_normed, tower, branch, gate, norm_weight, index, frame_counts, out, mean, rstd, grad_branch, total,
+    partials, grad_b, grad_n, normed_b, normed_n, tower_b, tower_t, tower_p, branch_b, branch_n, index_b, index_n,
+    N, T, D, M, parts, rows_of_partials,
+    GATED: tl.constexpr, NORM: tl.constexpr, GRAD: tl.constexpr, BRANCH: tl.constexpr, GATE: tl.constexpr,
+    TOTAL: tl.constexpr, COUNTED: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr, AT_ONCE: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
+    """d branch = (1 - gate)·dout, d gate = Σ dout·(m - branch), both LayerNorm sums. A program takes M rows of a video,
+    R at a time, or its CLS row alone, and writes partial sums [gate, weight, bias] of its own."""
+    pid = tl.program_id(0).to(tl.int64)
+    b, part = pid // parts, pid % parts
+    d = tl.arange(0, W)
+    inside = d < D
+    columns = d[None, :]
+    kind = grad_branch.dtype.element_ty
+    keep = tl.full([W], 1.0, ACC)
+    if GATED:
+        keep = 1 - tl.load(gate + d, mask=inside, other=0.0).to(ACC)
+    weight = tl.zeros([W], ACC)
+    if NORM:
+        weight = tl.load(norm_weight + d, mask=inside, other=0.0).to(ACC)
+    gate_sum, weight_sum, bias_sum = tl.zeros([W], ACC), tl.zeros([W], ACC), tl.zeros([W], ACC)
+    first = tl.where(part == 0, 0, 1 + (part - 1) * M)
+    end = tl.where(part == 0, 1, tl.minimum(first + M, 1 + N))
+    video = tower + b * tower_b
+    for r0 in range(first, end, R):
+        r = r0 + tl.arange(0, R)
+        exists = r < end
+        place = tl.load(index + b * index_b + (r - 1) * index_n, mask=exists & (r > 0), other=0)
+        real = exists & (place >= 0)
+        rows, to_weight, to_bias = _row_grads(
+            grad, grad_normed, out, mean, rstd, weight, b, r, real, d, inside, grad_b, grad_n, normed_b, normed_n, N, D,
+            NORM, GRAD, ACC,
+        )  # fmt: skip
+        at = ((b * (1 + N) + r) * D)[:, None] + columns
+        written = exists[:, None] & inside[None, :]
+        if BRANCH:
+            tl.store(grad_branch + at, (keep[None, :] * rows).to(kind), mask=written)
+        if TOTAL:
+            tl.store(total + at, rows, mask=written)
+        if GATE:
+            used = inside[None, :] & real[:, None]
+            x = tl.load(branch + b * branch_b + (r * branch_n)[:, None] + columns, mask=used, other=0.0).to(ACC)
+            patch = video + ((place % T) * tower_t + (1 + place // T) * tower_p)[:, None]
+            m = tl.load(patch + columns, mask=used & (r > 0)[:, None], other=0.0).to(ACC)
+            if part == 0:
+                cls = mean_over_frames(
+                    video, tower_t, real_frames(frame_counts, b, T, COUNTED), d, inside, ACC, AT_ONCE
+                )
+                m = tl.where((r == 0)[:, None], cls[None, :], m)
+            gate_sum += tl.sum(rows * (m - x), 0)
+        weight_sum += to_weight
+        bias_sum += to_bias
+    to = partials + pid * D + d
+    next_kind = tl.cast(rows_of_partials, tl.int64) * D
+    if GATE:
+        tl.store(to, gate_sum, mask=inside)
+    if NORM:
+        tl.store(to + next_kind, weight_sum, mask=inside)
+        tl.store(to + 2 * next_kind, bias_sum, mask=inside)
+
+
+@triton.jit
+def _sum_by_list(
+    grad, grad_normed, norm_weight, out, mean, rstd, order, counts, total, partials, grad_b, grad_n, normed_b,
+    normed_n, B, N, D, L, K, Q, G, rows_of_partials,
+    NORM: tl.constexpr, GRAD: tl.constexpr, TOTAL: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Sums of the row gradients of each list (the rows of a frame, say) over the videos; with NORM also LayerNorm's
+    [weight, bias]. A list has Q·G partial sums: of every G-th video, and there of R rows in each Q·R."""
+    pid = tl.program_id(0).to(tl.int64)
+    key, c = pid // (Q * G), pid % (Q * G)
+    d = tl.arange(0, W)
+    inside = d < D
+    weight = tl.zeros([W], ACC)
+    if NORM:
+        weight = tl.load(norm_weight + d, mask=inside, other=0.0).to(ACC)
+    row_sum, weight_sum, bias_sum = tl.zeros([W], ACC), tl.zeros([W], ACC), tl.zeros([W], ACC)
+    for b in range(c // Q, B, G):
+        count = tl.load(counts + b * L + key)
+        for i0 in range((c % Q) * R, count, Q * R):
+            i = i0 + tl.arange(0, R)
+            real = i < count
+            r = 1 + tl.load(order + (b * L + key) * K + i, mask=real, other=0).to(tl.int64)
+            rows, to_weight, to_bias = _row_grads(
+                grad, grad_normed, out, mean, rstd, weight, b, r, real, d, inside, grad_b, grad_n, normed_b, normed_n,
+                N, D, NORM, GRAD, ACC,
+            )  # fmt: skip
+            if TOTAL:
+                at = ((b * (1 + N) + r) * D)[:, None] + d[None, :]
+                tl.store(total + at, rows, mask=real[:, None] & inside[None, :])
+            row_sum += tl.sum(rows, 0)
+            weight_sum += to_weight
+            bias_sum += to_bias
+    to = partials + pid * D + d
+    next_kind = tl.cast(rows_of_partials, tl.int64) * D
+    tl.store(to, row_sum, mask=inside)
+    if NORM:
+        tl.store(to + next_kind, weight_sum, mask=inside)
+        tl.store(to + 2 * next_kind, bias_sum, mask=inside)
+
+
+@triton.jit
+def _spread(
+    grad, gate, rows, frame_counts, grad_tower, grad_b, grad_n, N, T, P, D, scale_cls,
+    GATED: tl.constexpr, COUNTED: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The tower's gradient, each token written once: its row's, CLS's share of the mean, or zero."""
+    pid = tl.program_id(0).to(tl.int64)
+    token, frame = pid % (1 + P), pid // (1 + P)
+    b, t = frame // T, frame % T
+    d = tl.arange(0, W)
+    inside = d < D
+    count = real_frames(frame_counts, b, T, COUNTED)
+    n = tl.load(rows + b * (P * T + 1) + (token - 1) * T + t, mask=token > 0, other=-1)
+    shared = (token == 0) & (t < count)
+    row = tl.where(token == 0, 0, 1 + n)
+    value = tl.load(grad + b * grad_b + row * grad_n + d, mask=inside & (shared | (n >= 0)), other=0.0).to(ACC)
+    value *= tl.where(token == 0, scale_cls / tl.maximum(count, 1).to(ACC), 1.0)
+    if GATED:
+        value *= tl.load(gate + d, mask=inside, other=0.0).to(ACC)
+    tl.store(grad_tower + pid * D + d, value.to(grad_tower.dtype.element_ty), mask=inside)
+
+
+class RowGrads:
+    """The gradients that reach the rows, in a form the kernels take: the rows' own and their LayerNorm's."""
+
+    def __init__(self, grad, grad_normed=None, norm_weight=None, saved=(None, None, None)):
+        self.norm = grad_normed is not None
+        self.own = None if grad is None else adjacent(grad)
+        self.normed = adjacent(grad_normed) if self.norm else None
+        self.weight = norm_weight.contiguous() if self.norm else None
+        self.out, self.mean, self.rstd = saved if self.norm else (None, None, None)
+        like = self.own if self.own is not None else self.normed
+        self.dtype, self.device, self.width = like.dtype, like.device, like.shape[-1]
+
+    def strides(self) -> list[int]:
+        return [*outer_strides(self.own, 2), *outer_strides(self.normed, 2)]
+
+    def empty(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(*size, dtype=dtype or self.dtype, device=self.device)
+
+
+def merge_backward(grads: RowGrads, tower, branch, gate, index, frame_counts, needs) -> tuple:
+    """Gradients of tower, branch and gate, which ``needs`` has a bool for, and of a norm's weight and bias."""
+    batch, tokens = index.shape
+    frames, patches = tower.shape[1], tower.shape[2] - 1
+    tower, branch = adjacent(tower), adjacent(branch)
+    gate = None if gate is None else gate.contiguous()
+    total = None
+    if needs[0]:
+        total = grads.empty(batch, 1 + tokens, grads.width, dtype=wide(grads.dtype)) if grads.norm else grads.own
+    grad_branch = grads.empty(batch, 1 + tokens, grads.width) if needs[1] else None
+    # Rows of a program: many, so that partial sums are few, but not so many that processors idle.
+    rows = min(64, max(16 if grads.norm else 8, triton.next_power_of_2(batch * tokens // 1024)))
+    parts = 1 + triton.cdiv(tokens, rows)
+    sums = grads.empty(3 if grads.norm else int(needs[2]), batch * parts, grads.width, dtype=wide(grads.dtype))
+    write_total = grads.norm and needs[0]
+    if needs[1] or needs[2] or grads.norm:
+        launch(
+            _merge_backward, batch * parts, grads.own, grads.normed, tower, branch, gate, grads.weight, index,
+            frame_counts, grads.out, grads.mean, grads.rstd, branch if grad_branch is None else grad_branch,
+            total if write_total else None, sums, *grads.strides(), *tower.stride()[:3], *branch.stride()[:2],
+            *index.stride(), tokens, frames, grads.width, rows, parts, batch * parts, GATED=gate is not None,
+            NORM=grads.norm, GRAD=grads.own is not None, BRANCH=needs[1], GATE=needs[2], TOTAL=write_total,
+            COUNTED=frame_counts is not None, AT_ONCE=FRAMES_AT_ONCE, R=ROWS_AT_ONCE,
+            **row_options(grads.width, grads.dtype),
+        )  # fmt: skip
+    grad_gate, *norm_grads = [each.sum(0).to(grads.dtype) for each in sums] or [None]
+    grad_tower = None
+    if needs[0]:
+        grad_tower = spread(total, gate, index, frame_counts, frames, patches, grads.dtype, 1.0)
+    return grad_tower, grad_branch, grad_gate if needs[2] else None, *norm_grads
+
+
+def sum_by_list(grads: RowGrads, lists: RowLists, tokens: int, total: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Row gradients summed over the rows of each list, ``[L, D]``; LayerNorm's weight's and bias's, ``[D]``.
+
+    ``tokens`` is N. ``total`` [B, 1+N, D] gets the gradients of the rows in the lists.
+    """
+    batch, count, most = lists.order.shape
+    # Rows of a list, on average: partial sums of about 64 cost little memory traffic and leave no processor idle.
+    each = triton.cdiv(tokens, max(count, 1))
+    shares = min(64, triton.cdiv(each, 64))
+    groups = max(1, min(64 // shares, triton.cdiv(batch * each, 64)))
+    parts = shares * groups
+    sums = grads.empty(3 if grads.norm else 1, count * parts, grads.width, dtype=wide(grads.dtype))
+    launch(
+        _sum_by_list, count * parts, grads.own, grads.normed, grads.weight, grads.out, grads.mean, grads.rstd,
+        lists.order, lists.counts, total, sums, *grads.strides(), batch, tokens, grads.width, count, most, shares,
+        groups, count * parts, NORM=grads.norm, GRAD=grads.own is not None, TOTAL=total is not None, R=ROWS_AT_ONCE,
+        **row_options(grads.width, grads.dtype),
+    )  # fmt: skip
+    return sums[0].view(count, parts, grads.width).sum(1), *sums[1:].sum(1)
+
+
+def spread(grad, gate, index, frame_counts, frames, patches, dtype, cls_scale) -> Tensor:
+    """Gradient of the tower's tokens ``[B, T, 1+P, D]`` from the rows' ``[B, 1+N, D]``."""
+    batch, tokens = index.shape
+    grad = adjacent(grad)
+    grad_tower = grad.new_empty(batch, frames, 1 + patches, grad.shape[-1], dtype=dtype)
+    launch(
+        _spread, batch * frames * (1 + patches), grad, gate, rows_by_place(index, patches * frames), frame_counts,
+        grad_tower, *grad.stride()[:2], tokens, frames, patches, grad.shape[-1], cls_scale, GATED=gate is not None,
+        COUNTED=frame_counts is not None, **row_options(grad.shape[-1], grad.dtype),
+    )  # fmt: skip
+    return grad_tower
