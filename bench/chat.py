@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import sys
 import time
@@ -59,6 +60,11 @@ class Row:
     clock: str = "wall"
     error: str = ""
     facts: dict = field(default_factory=dict)
+
+
+def key(row: Row) -> tuple:
+    """What tells rows apart."""
+    return row.model, row.contender, row.frames, row.batch, row.clock
 
 
 class Clock(BaseStreamer):
@@ -185,6 +191,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=None, help="prompt tokens of a batch (CPU 6000, GPU 10^6)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further case after so long")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --out that were measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/chat-<device>.json")
     options = parser.parse_args()
@@ -198,12 +205,17 @@ def main() -> int:
         chat = VideoChat.load(options.model, options.branch, device, dtype)
     measure(chat, Row("", "ours", 4, 1), options)  # libraries come up, caches are filled
     gc.collect()
-    about, rows, began = facts(device), [], time.perf_counter()
+    about, began = facts(device), time.perf_counter()
     path = options.out or results_file("chat", about)
+    there = json.loads(path.read_text()) if options.resume and path.exists() else []
+    rows = [Row(**row) for row in there if row["peak"]]
+    measured = {key(row) for row in rows}
     for batch in options.batch:
         for frames in options.frames:
             for contender in options.only:
                 row = Row(Path(options.model).name, contender, frames, batch, clock=options.clock, facts=about)
+                if key(row) in measured:
+                    continue
                 if time.perf_counter() - began > 60 * options.minutes:
                     row.error = f"left out: {options.minutes:g} minutes were over"
                 else:
