@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -267,6 +268,14 @@ def test_stopped_and_gone_on_with_is_bit_equal(data, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(CommandError, match="another recipe: --seed 1 against 0"):
         run_tuning(replace(split, seed=1), make_video_chat())
+    other = Path(shutil.copytree(data.parent, tmp_path / "other")) / "data.json"
+    other.write_text(other.read_text().replace("left", "right"))
+    step_file = next((split.out / "checkpoints").iterdir()) / "state.json"
+    stored = step_file.read_text()
+    step_file.write_text(stored.replace(str(data), str(other)))
+    with pytest.raises(CommandError, match="is not what the run .* began with: 4 usable"):
+        run_tuning(replace(split, data=str(other)), make_video_chat())
+    step_file.write_text(stored)
     run_tuning(split, make_video_chat())
     assert losses(split.out) == losses(whole.out)
 

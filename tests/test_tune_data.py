@@ -247,8 +247,10 @@ def test_features_go_on_where_they_were_and_stale_ones_are_refused(video_chat, t
     store = open_store(tmp_path / "f", data, video_chat)
     failed = fill(store, data, video_chat, said)
     assert len(failed) == 1 and "clip2" in failed.report()
-    with pytest.raises(VideoError, match="no stored features"):
+    with pytest.raises(VideoError, match="cannot be read"):
         store.read(str(tmp_path / "clip2.mp4"))
+    with pytest.raises(VideoError, match="no stored features"):
+        store.read(str(tmp_path / "clip9.mp4"))
     kept = store.path(str(tmp_path / "clip0.mp4"))
     before = kept.stat().st_mtime_ns
     lost = store.path(str(tmp_path / "clip1.mp4"))

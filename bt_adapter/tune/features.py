@@ -58,6 +58,7 @@ class FeatureStore:
         dtype: str = "float16",
     ) -> None:
         self.folder, self.root, self.dtype = folder, root, dtype
+        self.unusable: dict[str, str] = {}  # videos that could not be read when they were to be stored, and why
         config = model.vision_config
         self.shape = (frames, 1 + config.patches, config.hidden_size)
         self.about: dict[str, Any] = {
@@ -126,7 +127,9 @@ class FeatureStore:
         os.replace(aside, path)
 
     def read(self, video: str) -> Tensor:
-        """``[T, 1+P, D]`` in float16. Raises VideoError where there are none."""
+        """``[T, 1+P, D]`` in float16. Raises VideoError where there are none, and why where that is known."""
+        if video in self.unusable:
+            raise VideoError(self.unusable[video])
         try:
             with safe_open(self.path(video), "pt") as file:
                 features = file.get_tensor("features")
@@ -205,6 +208,7 @@ def store_features(
     everything = Skipped()
     for part in processes.gather(skipped.state_dict()):  # which also waits for the other processes
         everything.load_state_dict(part)
+    store.unusable = everything.reasons
     return everything
 
 

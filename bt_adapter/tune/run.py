@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.conversation import context
@@ -27,13 +27,12 @@ from bt_adapter.pretrain.loop import Clock, Stopped, rate, signals
 from bt_adapter.tune.batches import Order, Step, Steps, VisualReader
 from bt_adapter.tune.conversations import read_conversations
 from bt_adapter.tune.features import FeatureStore, store_features
+from bt_adapter.tune.gradients import share_gradients
 from bt_adapter.tune.loading import load_base
 from bt_adapter.tune.parts import Learned, branch_fingerprint
 from bt_adapter.tune.recipe import TuneRecipe
 from bt_adapter.tune.step import Tuning
-from bt_adapter.tune.tokens import Tokens, make_examples
-
-BUCKET = 1 << 24  # values of gradients that processes exchange at once
+from bt_adapter.tune.tokens import Tokens, digest, make_examples
 
 
 def tune(recipe: TuneRecipe, chat: VideoChat | None = None) -> Path:
@@ -86,10 +85,11 @@ class Run:
         self._note(unusable)
         if not examples:
             raise CommandError(f"--data {recipe.data} holds no usable conversation; {unusable.report(10)}")
-        if self.state.setdefault("conversations", len(examples)) != len(examples):
+        found = {"conversations": len(examples), "digest": digest(examples)}
+        if (before := self.state.setdefault("data", found)) != found:
             raise CommandError(
-                f"--data {recipe.data} now holds {len(examples)} usable conversations, but the run in --out "
-                f"{recipe.out} began with {self.state['conversations']}"
+                f"--data {recipe.data} is not what the run in --out {recipe.out} began with: {len(examples)} usable "
+                f"conversations now, {before['conversations']} then, or other ones"
             )
         self.examples = examples
         self.order = Order([example.length for example in examples], recipe.batch, recipe.seed)
@@ -152,9 +152,7 @@ class Run:
         root = recipe.videos or Path(recipe.data).parent
         store = FeatureStore(recipe.features, root, model, recipe.frames, chat.mean, chat.std, recipe.feature_dtype)
         videos = [source.path for example in self.examples for source in example.sources if source.kind == "video"]
-        failed = store_features(store, videos, visuals.decode, model, self.processes, recipe.workers, self._say)
-        if len(failed):
-            self._say(f"without features, {failed.report()}")
+        store_features(store, videos, visuals.decode, model, self.processes, recipe.workers, self._say)
         return VisualReader(chat.family.image_size, recipe.frames, store)
 
     def _loop(self, done: int) -> None:
@@ -289,34 +287,3 @@ def load_chat(recipe: TuneRecipe, device: torch.device) -> VideoChat:
 def _from_anywhere(name: str) -> str:
     """A local path that holds wherever it is read; a hub name as it is."""
     return os.path.abspath(name) if os.path.exists(name) else name
-
-
-def share_gradients(parameters: Sequence[Tensor], factor: float, group: dist.ProcessGroup | None) -> None:
-    """Give every parameter the sum of its gradient over all processes, times ``factor``.
-
-    DistributedDataParallel waits for every parameter in every step; here stills alone leave the branch without a
-    gradient, and text alone all but the adapters. So gradients are exchanged once a step, zeros where there are none.
-    """
-    grads = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        grads.append(parameter.grad)
-    if group is not None:
-        for bucket in _buckets(grads):
-            flat = torch.cat([grad.flatten() for grad in bucket])
-            dist.all_reduce(flat, group=group)
-            pieces = flat.split([grad.numel() for grad in bucket])
-            for grad, piece in zip(bucket, pieces, strict=True):
-                grad.copy_(piece.view_as(grad))
-    torch._foreach_mul_(grads, factor)
-
-
-def _buckets(grads: Sequence[Tensor]) -> list[list[Tensor]]:
-    """In runs of at least BUCKET values."""
-    buckets: list[list[Tensor]] = [[]]
-    for grad in grads:
-        if sum(other.numel() for other in buckets[-1]) >= BUCKET:
-            buckets.append([])
-        buckets[-1].append(grad)
-    return buckets
