@@ -6,7 +6,7 @@ import json
 import measure
 import pytest
 import torch
-from miniature import chat, chat_questions, chat_report, probes
+from miniature import chat, chat_questions, chat_report, chat_tuning, probes
 from miniature.chat_tuning import Pool, Setting, Stand, ask, draw_batch, event_words, tune, warm_start
 from miniature.scenes import EVENTS
 from small_models import shake
@@ -18,6 +18,7 @@ from bt_adapter.chat.attach import attached_branch
 from bt_adapter.mini import lora
 from bt_adapter.mini.items import load_items
 from bt_adapter.mini.retrieval import mcnemar
+from bt_adapter.mini.scenes import COLOURS
 from bt_adapter.mini.trees import Prompts
 
 SMALL = {"motion": 3, "order": 4, "speed": 2}
@@ -162,33 +163,37 @@ def test_branch_off_answers_a_pair_alike(stand, clips):
 
 
 def test_tuning_on_stills_is_done_once_with_the_branch_off(stand, pool, monkeypatch):
-    seed = chat.Seed(0, argparse.Namespace(steps=2, batch=4, warm_steps=2))
-    seed.stand = stand
+    shared = chat.Bench(argparse.Namespace(steps=2, batch=4, warm_steps=2))
+    shared.stand = stand
     motion = chat_questions.type_of(pool.labels)["motion"]
     frames = chat_questions.exposures(pool.frames[motion])
     assert frames.shape == (6, 1, 3, 48, 48) and not torch.equal(frames[::2], frames[1::2])  # a trail has a direction
-    seed.stills = Pool(frames, pool.labels[motion], {False: pool.tokens[False][motion]})
+    shared.stills = Pool(frames, pool.labels[motion], {False: pool.tokens[False][motion]})
     tuned = []
     monkeypatch.setattr(chat, "tune", lambda *args: tuned.append(args) or tune(*args))
     found = []
     for name in ("stills", "stills, branch off"):
-        seed.prepare(chat.SETTINGS[name])
+        shared.prepare(chat.SETTINGS[name], 0)
         found.append(values(stand.chat))
     assert len(tuned) == 1
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
     assert any("lora_b" in key and value.abs().max() > 0 for key, value in found[1].items())
 
 
-def test_warm_start_brings_tokens_to_the_words(stand, pool):
-    start = warm_start(stand, pool, True, 1, 0)
-    end = warm_start(stand, pool, True, 60, 0)
-    size = stand.chat.get_input_embeddings().weight.std().log()
-    off = []
-    for weights in (start, end):
-        stand.reset(weights)
-        tokens = stand.chat.model.multi_modal_projector(pool.tokens[True])
-        off.append((tokens.std().log() - size).abs().item())
-    assert off[1] < off[0]
+def test_warm_start_brings_tokens_to_their_words(stand, pool, monkeypatch):
+    def words(chat, prompts, names):  # the tiny vocabulary knows none of them
+        drawn = torch.randn(len(names), 40, generator=torch.Generator().manual_seed(len(names)))
+        return torch.nn.functional.normalize(drawn, dim=-1)
+
+    monkeypatch.setattr(chat_tuning, "word_embeddings", words)
+    near = []
+    for steps in (1, 60):
+        stand.reset(warm_start(stand, pool, True, steps, 0))
+        with torch.no_grad():
+            mean = stand.chat.model.multi_modal_projector(pool.tokens[True]).mean(1)
+        cosine = torch.nn.functional.normalize(mean, dim=-1) @ words(None, None, COLOURS).T
+        near.append(cosine.gather(1, pool.labels[:, 1:2]).mean().item())
+    assert near[1] > near[0] + 0.1
 
 
 def test_paired_test_is_the_mini_stacks():
@@ -202,15 +207,13 @@ def test_paired_test_is_the_mini_stacks():
 def test_a_run_goes_on_with_the_rows_that_lack(monkeypatch, tmp_path):
     made = []
 
-    def answers(self, setting):
-        made.append((self.number, setting))
+    def answers(self, setting, seed):
+        made.append((seed, setting))
         hits = {"generated": [setting.branch, True], "likelihood": [True, setting.branch]}
         return {kind: hits for kind in chat_questions.TYPES}, 1.0, [0.5]
 
-    monkeypatch.setattr(chat.Seed, "answers", answers)
-    monkeypatch.setattr(
-        chat.Seed, "probe", lambda self: made.append((self.number, "probe")) or {"here": {"motion": 1.0}}
-    )
+    monkeypatch.setattr(chat.Bench, "answers", answers)
+    monkeypatch.setattr(chat.Bench, "probe", lambda self, seed: made.append((seed, "probe")) or {})
     monkeypatch.setattr(chat.language, "available", lambda: True)
     names = ["projector", "projector, branch off"]
     options = argparse.Namespace(

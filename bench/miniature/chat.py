@@ -4,8 +4,8 @@
     python bench/miniature/chat.py --steps 2 --clips 1 --pool 2 --seeds 0 --out /tmp/try.json     a try
 
 Every finished row is stored at once; a run killed at any moment goes on with the rows that lack. For every seed (of
-training clips, tuning and held-out clips): linear probes of what the features hold of a clip's events, then the
-answers of each of `SETTINGS`, and exact paired tests. Training clips are composed of Fashion-MNIST's training images,
+tuning and held-out clips): linear probes of what the features hold of a clip's events, then the answers of each of
+`SETTINGS`, and exact paired tests. Training clips are composed of Fashion-MNIST's training images,
 held-out ones of images in no training split. One branch serves all seeds: the shipped one, pretrained on captions of
 single motions, and never told of two events in one clip or of speed. The settings say what was tuned on questions.
 """
@@ -47,17 +47,17 @@ OFF = ", branch off"
 SETTINGS = {
     "image model, frame mean": Setting(False, warm=False),
     "branch, untuned": Setting(True, warm=False),
+    "projector and adapters": Setting(True, ("projector", "adapters")),
+    "projector and adapters" + OFF: Setting(False, ("projector", "adapters")),
     "stills": Setting(True, ("projector", "adapters"), stills=True),
     "stills" + OFF: Setting(False, ("projector", "adapters"), stills=True),
     "projector": Setting(True, ("projector",)),
     "projector" + OFF: Setting(False, ("projector",)),
     "projector and branch": Setting(True, ("projector", "branch")),
-    "projector and adapters": Setting(True, ("projector", "adapters")),
-    "projector and adapters" + OFF: Setting(False, ("projector", "adapters")),
     "warm start alone": Setting(True),
     "projector, no warm start": Setting(True, ("projector",), warm=False),
 }
-EXTRA = ("warm start alone", "projector, no warm start")  # of the first seed alone, unless asked for
+EXTRA = ("projector, no warm start",)  # only where asked for
 # with the branch off nothing of it can learn: projector tuning is the control of the tuning of both
 TESTS = {
     "branch, untuned": "image model, frame mean",
@@ -67,7 +67,8 @@ TESTS = {
     "projector and adapters": "projector and adapters" + OFF,
 }
 # pairs of each type, times --pool for training and times --clips for evaluation
-COUNTS = {"motion": 3, "order": 4, "speed": 1}
+COUNTS = {"motion": 4, "order": 3, "speed": 1}
+USES = ("train", "stills", "probe", "ask")  # of clips; the last two held out
 
 
 @dataclass
@@ -94,30 +95,27 @@ class Row:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class Seed:
-    """What all settings of a seed share, made when first needed."""
+class Bench:
+    """What all settings and seeds share, made when first needed: the chat model, training clips, warm starts."""
 
-    def __init__(self, number: int, options: argparse.Namespace) -> None:
-        self.number, self.options = number, options
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
         self._features: dict[str, torch.Tensor] = {}
         self._warm: dict[tuple[bool, bool], dict[str, torch.Tensor]] = {}
-        self._of_stills: tuple[dict, dict, float, list[float]] | None = None
+        self._of_stills: dict[int, tuple[dict, dict, float, list[float]]] = {}
 
     @cached_property
     def stand(self) -> Stand:
         chat, tokenizer = load_chat("projector")
         return Stand(chat, Prompts(tokenizer, chat.config.image_token_id), self.options.branch)
 
-    def clips(self, use: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frames and labels for a use: "train", "stills" (to be exposed), "probe", "ask"; the last two held out."""
-        uses = ("train", "stills", "probe", "ask")
+    def clips(self, use: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frames and labels for one of USES; those for "stills" are to be exposed."""
         pool, few = self.options.pool, self.options.clips
-        times = {"train": pool, "stills": 2 * pool, "probe": 4 * few, "ask": few}
-        counts = (
-            {"motion": 8 * self.options.pool} if use == "stills" else {k: n * times[use] for k, n in COUNTS.items()}
-        )
-        items = load_items("train", self.options.data) if use in uses[:2] else load_items("shipped")
-        return pairs(items, counts, torch.Generator().manual_seed(10_000 * (self.number + 1) + uses.index(use)))
+        times = {"train": pool, "stills": pool, "probe": 3 * few, "ask": few}[use]
+        counts = {kind: n * times for kind, n in COUNTS.items() if kind == "motion" or use != "stills"}
+        items = load_items("train", self.options.data) if use in USES[:2] else load_items("shipped")
+        return pairs(items, counts, torch.Generator().manual_seed(10_000 * (seed + 1) + USES.index(use)))
 
     def features(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
         self.stand.reset()
@@ -126,7 +124,7 @@ class Seed:
 
     @cached_property
     def pool(self) -> Pool:
-        frames, labels = self.clips("train")
+        frames, labels = self.clips("train", 0)
         self._features = self.features(frames)
         places = self.stand.vision.vision_config.patches + 1
         tokens = {on: self._features[name].unflatten(1, (places, -1)) for on, name in probes.ALL_TOKENS.items()}
@@ -134,19 +132,19 @@ class Seed:
 
     @cached_property
     def stills(self) -> Pool:
-        clips, labels = self.clips("stills")
+        clips, labels = self.clips("stills", 0)
         frames = exposures(clips)
         self.stand.reset()
         tokens = [self.stand.vision.frame_mean_tokens(normalise(part)) for part in frames.split(64)]
         return Pool(frames, labels, {False: torch.cat(tokens)})
 
-    def probe(self) -> dict[str, dict[str, float]]:
-        """Accuracies of the probes on four times as many held-out clips as are asked about.
+    def probe(self, seed: int) -> dict[str, dict[str, float]]:
+        """Accuracies of the probes on three times as many held-out clips as are asked about.
 
         The last ones are trained on long exposures and read motion in videos.
         """
         pool, stills = self.pool, self.stills
-        frames, labels = self.clips("probe")
+        frames, labels = self.clips("probe", seed)
         held_out = self.features(frames)
         found = probes.accuracies(self._features, pool.labels, held_out, labels)
         exposed = stills.tokens[False].mean(1)
@@ -155,36 +153,35 @@ class Seed:
         return found
 
     def warm(self, branch: bool, stills: bool) -> dict[str, torch.Tensor]:
-        """The warm-started projector."""
+        """The warm-started projector, one for all seeds."""
         if (branch, stills) not in self._warm:
             pool = self.stills if stills else self.pool
-            made = warm_start(self.stand, pool, branch, self.options.warm_steps, self.number)
-            self._warm[branch, stills] = made
+            self._warm[branch, stills] = warm_start(self.stand, pool, branch, self.options.warm_steps, 0)
         return self._warm[branch, stills]
 
-    def prepare(self, setting: Setting) -> tuple[float, list[float]]:
+    def prepare(self, setting: Setting, seed: int) -> tuple[float, list[float]]:
         """Set the stand to a setting and tune it; CPU seconds and losses."""
         start = self.warm(setting.branch and not setting.stills, setting.stills) if setting.warm else None
-        self.stand.reset(start, self.number if "adapters" in setting.learns else None)
+        self.stand.reset(start, seed if "adapters" in setting.learns else None)
         if not setting.learns:
             return 0.0, []
         model = self.stand.chat.model
-        if setting.stills and self._of_stills:  # the branch took no part in it, so on and off are one tuning
-            projector, adapters, seconds, losses = self._of_stills
+        if setting.stills and seed in self._of_stills:  # the branch took no part in it, so on and off are one tuning
+            projector, adapters, seconds, losses = self._of_stills[seed]
             model.multi_modal_projector.load_state_dict(projector)
             lora.load_adapters(model.language_model, adapters)
             return seconds, losses
         pool = self.stills if setting.stills else self.pool
-        seconds, losses = tune(self.stand, setting, pool, self.options.steps, self.options.batch, self.number)
+        seconds, losses = tune(self.stand, setting, pool, self.options.steps, self.options.batch, seed)
         if setting.stills:
             learned = (model.multi_modal_projector.state_dict(), lora.adapter_state(model.language_model))
-            self._of_stills = (*copy.deepcopy(learned), seconds, losses)
+            self._of_stills[seed] = (*copy.deepcopy(learned), seconds, losses)
         return seconds, losses
 
-    def answers(self, setting: Setting) -> tuple[Told, float, list[float]]:
+    def answers(self, setting: Setting, seed: int) -> tuple[Told, float, list[float]]:
         """Right or wrong of every answer, CPU seconds of tuning, losses."""
-        seconds, losses = self.prepare(setting)
-        return ask(self.stand, setting.branch, *self.clips("ask"), self.number), seconds, losses
+        seconds, losses = self.prepare(setting, seed)
+        return ask(self.stand, setting.branch, *self.clips("ask", seed), seed), seconds, losses
 
 
 def summary(told: Told) -> dict[str, dict[str, float]]:
@@ -241,23 +238,16 @@ def load_rows(path: Path, wanted: dict[str, Any]) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=36, help="of each tuning")
+    parser.add_argument("--steps", type=int, default=32, help="of each tuning")
     parser.add_argument("--batch", type=int, default=8, help="clips of a step, in whole pairs")
-    parser.add_argument("--warm-steps", type=int, default=300, help="of the warm start, without a language model")
+    parser.add_argument("--warm-steps", type=int, default=200, help="of the warm start, without a language model")
     parser.add_argument("--pool", type=int, default=48, help="times 16 training clips")
     parser.add_argument("--clips", type=int, default=5, help="times 16 held-out clips")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="default: all, some of them for the first seed")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, help=f"default: all but {EXTRA[0]!r}")
     parser.add_argument("--branch", type=Path, default=BRANCH_FOLDER, help="folder of a pretrained branch")
     parser.add_argument("--data", default=None, help="folder of Fashion-MNIST's files")
     parser.add_argument("--out", type=Path, default=RESULTS)
     run(parser.parse_args())
-
-
-def settings_of(number: int, options: argparse.Namespace) -> list[str]:
-    """What a seed is to be asked with."""
-    if options.settings:
-        return options.settings
-    return [name for name in SETTINGS if name not in EXTRA or number == options.seeds[0]]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -269,22 +259,23 @@ def run(options: argparse.Namespace) -> None:
     asked["branch"] = os.path.relpath(options.branch, BENCH.parent)
     command = " ".join(["python", "bench/miniature/chat.py", *sys.argv[1:]])
     rows = load_rows(options.out, asked)
-    for number in options.seeds:
-        seed = Seed(number, options)
-        for name in ("probe", *settings_of(number, options)):
-            if any((row.setting, row.seed) == (name, number) for row in rows):
+    wanted = options.settings or [name for name in SETTINGS if name not in EXTRA]
+    shared = Bench(options)
+    for seed in options.seeds:
+        for name in ("probe", *wanted):
+            if any((row.setting, row.seed) == (name, seed) for row in rows):
                 continue
             began = time.process_time()
             if name == "probe":
-                row = Row("probe", name, number, seed.probe())
+                row = Row("probe", name, seed, shared.probe(seed))
             else:
-                told, seconds, losses = seed.answers(SETTINGS[name])
-                row = Row("answers", name, number, summary(told), as_text(told), losses, round(seconds, 1))
+                told, seconds, losses = shared.answers(SETTINGS[name], seed)
+                row = Row("answers", name, seed, summary(told), as_text(told), losses, round(seconds, 1))
             row.cpu_seconds = round(time.process_time() - began, 1)
             row.options, row.command, row.facts = asked, command, facts("cpu")
             rows.append(row)
             write(rows + tests(rows), options.out)
-            print(f"seed {number}, {name}: {row.figures} {row.losses}, {row.cpu_seconds:.0f} s", flush=True)
+            print(f"seed {seed}, {name}: {row.figures} {row.losses}, {row.cpu_seconds:.0f} s", flush=True)
     print(f"wrote {options.out}")
 
 

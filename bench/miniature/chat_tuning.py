@@ -27,8 +27,13 @@ from bt_adapter.mini.scenes import COLOURS
 from bt_adapter.mini.trees import Prompts
 from bt_adapter.mini.tune import answer_loss, parameter_groups, word_embeddings
 
-RATES = {"lr": 1e-3, "lr_lora": 5e-4, "lr_branch": 3e-4}  # as bt_adapter.mini.tune
+RATES = {
+    "lr": 2e-3,
+    "lr_lora": 1e-3,
+    "lr_branch": 3e-4,
+}  # projector and adapters twice bt_adapter.mini.tune's: few steps
 RANK = 8
+HOLD = 2.0  # weight of what holds the tokens in the warm start
 Told = dict[str, dict[str, list[bool]]]  # {type: {"generated" or "likelihood": right or wrong of each question}}
 ALSO = 3  # every so many clips of a type are asked for object and colour too
 
@@ -92,35 +97,38 @@ def event_words(event: int) -> tuple[str, str]:
     return first, then or first
 
 
-def warm_start(stand: Stand, pool: Pool, branch: bool, steps: int, seed: int, batch: int = 64) -> dict[str, Tensor]:
+def warm_start(stand: Stand, pool: Pool, branch: bool, steps: int, seed: int, batch: int = 32) -> dict[str, Tensor]:
     """A projector whose tokens resemble the words for what is seen; no question is asked and no language model run.
 
     As `bt_adapter.mini.tune.align`, from the clips' labels: cross-entropy of the cosines between the mean token and the
     word embeddings of a kind. The first half of the tokens is drawn towards the event's first word, the second half
-    towards its last one. Only the projector learns.
+    towards its last one. Unlike there, tokens are also held near what the image chat model's projector makes of them,
+    which its language model can read already. Only the projector learns.
     """
     stand.reset()
     chat = stand.chat
-    projector = copy.deepcopy(chat.model.multi_modal_projector).requires_grad_(True)
+    before = chat.model.multi_modal_projector
+    projector = copy.deepcopy(before).requires_grad_(True)
     names = list(dict.fromkeys(word for event in range(len(EVENTS)) for word in event_words(event)))
     places = torch.tensor([[names.index(word) for word in event_words(event)] for event in range(len(EVENTS))])
     words = [word_embeddings(chat, stand.prompts, group) for group in (ITEMS, COLOURS, names, names)]
     targets = torch.cat([pool.labels[:, :2], places[pool.labels[:, 2]]], 1)
-    size = chat.get_input_embeddings().weight.std()
     half = pool.tokens[branch].shape[1] // 2
-    optimizer = training.adamw([{"named": list(projector.named_parameters()), "lr": RATES["lr"]}], 0.01)
+    optimizer = training.adamw([{"named": list(projector.named_parameters()), "lr": 1e-3}], 0.01)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         training.set_rate(optimizer, training.cosine(step / steps))
         rows = torch.randint(len(targets), (batch,), generator=generator)
-        visual = projector(pool.tokens[branch][rows])
+        tokens = pool.tokens[branch][rows]
+        visual, was = projector(tokens), before(tokens)
         means = [visual.mean(1)] * 2 + [visual[:, :half].mean(1), visual[:, half:].mean(1)]
         losses = [
             F.cross_entropy(F.normalize(mean, dim=-1) @ group.T / 0.05, targets[rows, column])
             for column, (mean, group) in enumerate(zip(means, words, strict=True))
         ]
+        held = (visual - was).square().mean() / was.var()
         optimizer.zero_grad(set_to_none=True)
-        (torch.stack(losses).sum() + (visual.std() / size).log().square()).backward()
+        (torch.stack(losses).sum() + HOLD * held).backward()
         nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
         optimizer.step()
     return {name: value.detach() for name, value in projector.state_dict().items()}
