@@ -19,6 +19,7 @@ from bt_kernels._triton import launch
 from bt_kernels._triton_rows import (
     FRAMES_AT_ONCE,
     ROWS_AT_ONCE,
+    ROWS_WITH_SUMS,
     adjacent,
     mean_over_frames,
     outer_strides,
@@ -109,12 +110,13 @@ def run_forward(
     if norm:
         normed = tower.new_empty(batch, tokens, width)
         mean, rstd = (tower.new_empty(batch, tokens, dtype=wide(tower.dtype)) for _ in range(2))
-    parts = 1 + triton.cdiv(tokens, ROWS_AT_ONCE)
+    rows = ROWS_WITH_SUMS if norm else ROWS_AT_ONCE
+    parts = 1 + triton.cdiv(tokens, rows)
     launch(
         _forward, batch * parts, tower, branch, gate, cls_token, pos, time, weight, bias, index, frame_counts,
         out, normed, mean, rstd, *tower.stride()[:3], *outer_strides(branch, 2), *outer_strides(pos, 1),
         *outer_strides(time, 1), *index.stride(), tokens, frames, width, parts, eps, EMBED=tables is not None,
         GATED=gate is not None, NORM=norm is not None, COUNTED=frame_counts is not None, AT_ONCE=FRAMES_AT_ONCE,
-        R=ROWS_AT_ONCE, **row_options(width, tower.dtype, resident_warps=32),
+        R=rows, **row_options(width, tower.dtype, resident_warps=32),
     )  # fmt: skip
     return tuple(each for each in (out, normed, mean, rstd) if each is not None)

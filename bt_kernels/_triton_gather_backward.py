@@ -11,6 +11,7 @@ from bt_kernels._triton import launch
 from bt_kernels._triton_rows import (
     FRAMES_AT_ONCE,
     ROWS_AT_ONCE,
+    ROWS_WITH_SUMS,
     RowLists,
     adjacent,
     layer_norm_grad,
@@ -217,8 +218,8 @@ def merge_backward(grads: RowGrads, tower, branch, gate, index, frame_counts, ne
             total if write_total else None, sums, *grads.strides(), *tower.stride()[:3], *branch.stride()[:2],
             *index.stride(), tokens, frames, grads.width, rows, parts, batch * parts, GATED=gate is not None,
             NORM=grads.norm, GRAD=grads.own is not None, BRANCH=needs[1], GATE=needs[2], TOTAL=write_total,
-            COUNTED=frame_counts is not None, AT_ONCE=FRAMES_AT_ONCE, R=ROWS_AT_ONCE,
-            **row_options(grads.width, grads.dtype),
+            COUNTED=frame_counts is not None, AT_ONCE=FRAMES_AT_ONCE, R=1 if grads.norm else ROWS_WITH_SUMS,
+            **row_options(grads.width, grads.dtype, resident_warps=12 if grads.norm else 16),
         )  # fmt: skip
     grad_gate, *norm_grads = [each.sum(0).to(grads.dtype) for each in sums] or [None]
     grad_tower = None
@@ -233,17 +234,19 @@ def sum_by_list(grads: RowGrads, lists: RowLists, tokens: int, total: Tensor | N
     ``tokens`` is N. ``total`` [B, 1+N, D] gets the gradients of the rows in the lists.
     """
     batch, count, most = lists.order.shape
-    # Rows of a list, on average: partial sums of about 64 cost little memory traffic and leave no processor idle.
-    each = triton.cdiv(tokens, max(count, 1))
-    shares = min(64, triton.cdiv(each, 64))
-    groups = max(1, min(64 // shares, triton.cdiv(batch * each, 64)))
+    each = triton.cdiv(tokens, max(count, 1))  # rows of a list, on average
+    # Partial sums of about 64 rows cost little memory traffic and leave no processor idle.
+    parts = max(1, min(64, triton.cdiv(batch * each, 64)))
+    shares = max(1, min(parts, triton.cdiv(each, 64)))
+    videos = max(1, triton.cdiv(batch, parts // shares))
+    groups = max(1, triton.cdiv(batch, videos))
     parts = shares * groups
     sums = grads.empty(3 if grads.norm else 1, count * parts, grads.width, dtype=wide(grads.dtype))
     launch(
         _sum_by_list, count * parts, grads.own, grads.normed, grads.weight, grads.out, grads.mean, grads.rstd,
         lists.order, lists.counts, total, sums, *grads.strides(), batch, tokens, grads.width, count, most, shares,
-        groups, count * parts, NORM=grads.norm, GRAD=grads.own is not None, TOTAL=total is not None, R=ROWS_AT_ONCE,
-        **row_options(grads.width, grads.dtype),
+        groups, count * parts, NORM=grads.norm, GRAD=grads.own is not None, TOTAL=total is not None,
+        R=ROWS_WITH_SUMS if grads.norm else ROWS_AT_ONCE, **row_options(grads.width, grads.dtype),
     )  # fmt: skip
     return sums[0].view(count, parts, grads.width).sum(1), *sums[1:].sum(1)
 

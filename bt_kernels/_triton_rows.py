@@ -15,7 +15,9 @@ from torch import Tensor
 from bt_kernels._triton import launch
 
 FRAMES_AT_ONCE = 8  # rows of a mean that are in flight together
-ROWS_AT_ONCE = 4  # rows that a program of a gather takes together, so that as many reads are in flight
+# Rows that a program of a gather takes together, so that as many reads are in flight: four where it adds them up, two
+# where it needs several values of each. Found by compiling (bench/resources.py).
+ROWS_AT_ONCE, ROWS_WITH_SUMS = 4, 2
 
 
 @triton.jit
@@ -91,12 +93,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def row_options(width: int, dtype: torch.dtype, rows_at_once: int = 1, resident_warps: int = 16) -> dict:
     """Block width and warps of a kernel on whole rows: about 16 bytes a thread and row. ``resident_warps`` are planned
-    to share a multiprocessor: 16 leave a thread 128 registers, 32 leave it 64."""
+    to share a multiprocessor: 12 leave a thread 168 registers, 16 leave it 128, 32 leave it 64."""
     block = triton.next_power_of_2(max(width, 16))
     warps = max(1, min(8, block * dtype.itemsize // 512))
     if rows_at_once > 1 and block > 1024:
         warps = 8
-    return {"W": block, "ACC": accumulator(dtype), "warps": warps, "resident": resident_warps // warps}
+    return {"W": block, "ACC": accumulator(dtype), "warps": warps, "resident": max(1, resident_warps // warps)}
 
 
 def adjacent(tensor: Tensor) -> Tensor:
