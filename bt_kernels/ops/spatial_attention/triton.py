@@ -29,7 +29,7 @@ def forward(qkv, frame_weight, index, frame_counts, patches, frames, slots):
     launch(
         triton_forward._forward, batch * steps * heads * blocks, qkv, *lists, out, lse, cls_out,
         *cut_strides(qkv, columns), blocks, heads, steps, groups, rows - 1, 1 + groups, width**-0.5,
-        RAGGED=slots is None, **columns, **tiles,
+        RAGGED=slots is None, resident=_RESIDENT_WARPS // tiles["warps"], **columns, **tiles,
     )  # fmt: skip
     _sum_frames(cls_out, out, frame_weight, frame_counts, weighted=True)
     if slots is None:
@@ -52,7 +52,7 @@ def backward(grad, qkv, frame_weight, index, frame_counts, patches, frames, slot
     if tiles := _whole_tiles(qkv, groups):
         launch(
             triton_backward._backward_whole, batch * steps * heads, grad, qkv, *lists, lse, *weights, *results,
-            *strides, *sizes, RAGGED=slots is None, **columns, **tiles,
+            *strides, *sizes, RAGGED=slots is None, resident=_RESIDENT_WARPS // tiles["warps"], **columns, **tiles,
         )  # fmt: skip
     else:
         tiles = _backward_tiles(qkv)
@@ -60,7 +60,7 @@ def backward(grad, qkv, frame_weight, index, frame_counts, patches, frames, slot
         launch(
             triton_backward._backward_blocks, 2 * batch * steps * heads * blocks, grad, qkv, *lists, out.contiguous(),
             lse, cls_out.contiguous(), *weights, *results, *strides, blocks, *sizes,
-            RAGGED=slots is None, **columns, **tiles,
+            RAGGED=slots is None, resident=_RESIDENT_WARPS // tiles["warps"], **columns, **tiles,
         )  # fmt: skip
     _sum_frames(cls_grad, grad_qkv)
     if slots is None:
@@ -98,6 +98,7 @@ def _clear_padding(out, index) -> None:
 # Tiles: M tokens owned, J of the other side at a time, TAIL of a small last block. Found by compiling
 # (bench/resources.py): without spills on any target, H = 16 and E = 64 or 88. Wide heads take few queries at a time, as
 # every warp holds them all.
+_RESIDENT_WARPS = 8  # planned to share a multiprocessor: they leave a thread 255 registers
 
 
 def _forward_tiles(qkv, groups: int, slots) -> dict:
