@@ -78,7 +78,7 @@ def list_rows(
         if other is not None:
             tl.store(other + pid * K + at, rest.to(tl.int32), mask=keep)
         found += tl.sum(hit.to(tl.int32), 0)
-    tl.store(counts + pid, found)
+    tl.store(counts + pid, tl.minimum(found, K))
 
 
 def accumulator(dtype: torch.dtype):

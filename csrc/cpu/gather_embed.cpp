@@ -6,7 +6,6 @@
 
 #include "../gather_merge.h"
 #include "convert.h"
-#include "prefetch.h"
 #include "target_clones.h"
 
 namespace bt {
@@ -16,10 +15,8 @@ constexpr int64_t kTile = 128;     // columns summed together: their accumulator
 constexpr int64_t kGrain = 32768;  // elements a thread should have before another one is started
 
 template <typename T>
-inline void embed_row(const T* tower, const T* next, const T* pos, const T* time, int64_t n, T* to) {
-  by_line(next, n, [&](int64_t from, int64_t end) {
-    for (int64_t d = from; d < end; ++d) to[d] = store<T>(load(tower[d]) + load(pos[d]) + load(time[d]));
-  });
+inline void embed_row(const T* tower, const T* pos, const T* time, int64_t n, T* to) {
+  for (int64_t d = 0; d < n; ++d) to[d] = store<T>(load(tower[d]) + load(pos[d]) + load(time[d]));
 }
 
 // `frames` CLS tokens, `stride` apart.
@@ -44,8 +41,8 @@ inline void add_row(const T* x, A scale, int64_t n, A* sum) {
 }
 
 #define BT_EMBED(T)                                                                                                 \
-  BT_TARGET_CLONES void run_row(const T* tower, const T* next, const T* pos, const T* time, int64_t n, T* to) {    \
-    embed_row(tower, next, pos, time, n, to);                                                                      \
+  BT_TARGET_CLONES void run_row(const T* tower, const T* pos, const T* time, int64_t n, T* to) {                   \
+    embed_row(tower, pos, time, n, to);                                                                            \
   }                                                                                                                \
   BT_TARGET_CLONES void run_cls(const T* tower, int64_t frames, int64_t stride, const T* cls, const T* pos, int64_t n, \
                                 T* to) {                                                                           \
@@ -113,12 +110,9 @@ Tensor gather_embed(const Tensor& backbone_in, const Tensor& cls_in, const Tenso
           std::fill_n(to + i * width, width, T(0.0f));
           continue;
         }
-        const auto token = [&](int64_t at) {
-          return video + (at % frames) * backbone.stride(1) + (1 + at / frames) * backbone.stride(2);
-        };
-        const int64_t after = r + 1 < rows ? places.at[b * (rows - 1) + r] : -1;
-        run_row(token(place), token(after < 0 ? place : after), position + (1 + place / frames) * pos.stride(0),
-                step + (place % frames) * time.stride(0), width, to + i * width);
+        const int64_t p = 1 + place / frames, t = place % frames;
+        run_row(video + t * backbone.stride(1) + p * backbone.stride(2), position + p * pos.stride(0),
+                step + t * time.stride(0), width, to + i * width);
       }
     });
   });

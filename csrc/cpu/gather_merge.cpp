@@ -5,7 +5,6 @@
 #include <type_traits>
 
 #include "convert.h"
-#include "prefetch.h"
 #include "target_clones.h"
 
 namespace bt {
@@ -98,19 +97,6 @@ void add_gate_grad(const T* grad, const M* m, const T* branch, int64_t width, A*
   }
 }
 
-// Both gradients of a patch row at once, with the tower's token m, while the row that comes `next` is asked for.
-template <typename T, typename A = accumulate_t<T>>
-void gated_row_grads(const T* grad, const T* m, const T* next, const T* branch, const T* gate, int64_t width, T* to,
-                     A* sum) {
-  by_line(next, width, [&](int64_t from, int64_t end) {
-    for (int64_t d = from; d < end; ++d) {
-      const A g = load(grad[d]);
-      to[d] = store<T>((A(1) - load(gate[d])) * g);
-      sum[d] += g * (load(m[d]) - load(branch[d]));
-    }
-  });
-}
-
 // Rows [begin, end): their grad_branch (null: not needed) and their part of grad_gate, sum[D] (null: not needed).
 template <typename T, typename A = accumulate_t<T>>
 void backward_rows(const MergeArgs<T>& a, int64_t begin, int64_t end, T* grad_branch, A* sum) {
@@ -125,12 +111,6 @@ void backward_rows(const MergeArgs<T>& a, int64_t begin, int64_t end, T* grad_br
       continue;
     }
     const T* grad = a.grad_row(b, r);
-    if (to && a.gate && sum && r > 0) {
-      const int64_t after = r + 1 < rows ? a.index[b * a.shape.tokens + r] : -1;
-      gated_row_grads(grad, a.token(b, place), a.token(b, after < 0 ? place : after), a.branch_row(b, r), a.gate, width,
-                      to, sum);
-      continue;
-    }
     if (to && a.gate) {
       for (int64_t d = 0; d < width; ++d) {
         to[d] = store<T>((A(1) - load(a.gate[d])) * load(grad[d]));
