@@ -131,14 +131,13 @@ QUICK: dict[str, dict[tuple[str, str, str], tuple[int, ...]]] = {
         ("L/14", "T=8 tube 0.7", "fp16"): (80,),
         ("L/14", "T=64 tube 0.7", "bf16"): TARGETS,
         ("EVA-g", "T=64 tube 0.7", "bf16"): (80,),
-        ("L/14", "T=128 tube 0.7", "bf16"): TARGETS,
+        ("L/14", "T=128 tube 0.7", "bf16"): (80,),
         ("EVA-g", "T=128 tube 0.7", "bf16"): TARGETS,
-        ("L/14", "T=64 ragged", "bf16"): (80,),
         ("EVA-g", "T=64 ragged", "bf16"): (80,),
         ("L/14", "T=64 tube 0.7", "fp32"): (80,),
-        ("EVA-g", "T=64 tube 0.7", "fp32"): (80,),
+        ("EVA-g", "T=32 tube 0.7", "fp32"): (80,),
     },
-    "spatial_attention": {("L/14", "T=12 all", "bf16"): TARGETS},
+    "spatial_attention": {("L/14", "T=12 all", "bf16"): (90, 100)},
 }
 POINTERS = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
