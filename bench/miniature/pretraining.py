@@ -46,7 +46,8 @@ class Row:
 
     figures: shares of right choices of CLIP and branch on the evaluation clips, frame_mean: of the frozen CLIP; p:
     exact two-sided McNemar tests between them. seconds: of training beside the stored tower, cpu_seconds: of the
-    process in that time, the fairer one on a busy machine.
+    process in that time, the fairer one on a busy machine. Of "cost": medians of a step with the tower running;
+    saved_bytes: what it keeps for backward, steps: how often it ran.
     """
 
     part: str

@@ -14,7 +14,6 @@ from bt_adapter.mini.retrieval import mcnemar
 from bt_adapter.mini.scenes import COLOURS
 from bt_adapter.ranking import retrieval
 
-APPEARANCE = ("object", "colour")
 PLAIN = len(ITEMS) * len(COLOURS)
 
 

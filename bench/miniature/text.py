@@ -87,14 +87,3 @@ def bank(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast) -> Tensor:
     return torch.stack(
         [text_embeds(clip, tokenizer, [caption(*row, t) for row in labels]) for t in range(len(TEMPLATES))]
     )
-
-
-def closest(texts: Tensor) -> dict[str, float]:
-    """Largest cosines between captions [816, F] of one object that differ in the event: counterparts, and any two."""
-    plain = len(ITEMS) * len(COLOURS)
-    told = F.normalize(texts[plain:], dim=-1).unflatten(0, (plain, -1))
-    cosine = told @ told.transpose(1, 2)
-    events = torch.arange(cosine.shape[1])
-    pairs = cosine[:, events, events ^ 1]
-    others = cosine - 2 * torch.eye(len(events))
-    return {"counterparts": pairs.max().item(), "counterparts_mean": pairs.mean().item(), "any": others.max().item()}
