@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+from miniature import pretraining_report as miniature
 from summaries import decode, highlights, mini_short, pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,6 +245,11 @@ TABLES = {
     "kernels": kernels,
     "traffic": traffic,
     "step": step,
+    "chat": chat,
+    "miniature": miniature.short,
+    "miniature-full": miniature.full,
+    "miniature-ablation": miniature.ablation,
+    "miniature-cost": miniature.cost,
 }
 
 

@@ -103,7 +103,8 @@ class Workshop:
 
     def _texts(self) -> Tensor:
         """Captions' embeddings, of the text tower as tuned; tuned once and kept in --cache."""
-        path = self.options.cache / f"text-{self.options.text_steps}.pt"
+        options = self.options
+        path = options.cache / f"text-{options.text_steps}-{options.pool}x{options.batch}-{options.data}.pt"
         if path.exists():
             return torch.load(path, weights_only=True)
         pool = self.pool(0)
@@ -196,7 +197,7 @@ def main() -> None:
     """Do what is not done yet."""
     options = parse()
     rows = read_rows(options.out)
-    done = {(row.part, row.system, row.seed, row.steps) for row in rows}
+    done = {(row.part, row.system, row.seed, row.steps) for row in rows if row.batch == options.batch}
     todo = [run for run in plan(options) if run not in done]
     shop = Workshop(options) if todo else None
     for run in todo:
