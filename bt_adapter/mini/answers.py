@@ -61,9 +61,10 @@ def score(
     visual: Tensor,
     asked: Sequence[tuple[str, str]],
     max_new_tokens: int = 12,
-    answers_of: Callable[[str], Sequence[str]] = questions.answers,
+    answers_of: Callable[[str], Sequence[str]] | None = None,
 ) -> list[Scores]:
-    """Ask every visual [B, V, D] each (kind, question) of asked, in one pass; answers_of(kind): its possible answers.
+    """Ask every visual [B, V, D] each (kind, question) of asked, in one pass; answers_of(kind): its possible answers
+    (default: those of ``questions``).
 
     All answers of a kind hang on its question as a tree that shares beginnings. Their likelihoods are read off it, and
     so is the greedy generation, token by token, as long as it follows the tree; where it leaves it, it goes on alone.
@@ -73,7 +74,7 @@ def score(
     hung = []  # of each question: the node its answers hang on; of each answer its tokens and the nodes they follow
     for kind, question in asked:
         last = prompts.question(tree, trunk, question)
-        hung.append((last, [prompts.answer(tree, last, text, end=False) for text in answers_of(kind)]))
+        hung.append((last, [prompts.answer(tree, last, text, end=False) for text in (answers_of or questions.answers)(kind)]))
     batch = collate([tree], prompts.image_token)
     hidden, cache = hidden_states(chat, batch.expand(len(visual)), visual, keep=True)
 
