@@ -210,17 +210,20 @@ def test_no_worker_outlives_its_process(folder, how):
         [sys.executable, str(script), str(folder[0])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment, start_new_session=True,
     )  # fmt: skip
-    workers = [int(word) for word in process.stdout.readline().split()]
-    assert len(workers) == 2, process.stderr.read()
-    if how == signal.SIGINT:
-        os.killpg(process.pid, how)
-    else:
-        process.send_signal(how)
-    process.wait(60)
-    deadline = time.monotonic() + 60
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(alive, workers))
+    try:
+        workers = [int(word) for word in process.stdout.readline().split()]
+        assert len(workers) == 2, process.stderr.read()
+        if how == signal.SIGINT:
+            os.killpg(process.pid, how)
+        else:
+            process.send_signal(how)
+        process.wait(60)
+        deadline = time.monotonic() + 60
+        while any(map(alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(map(alive, workers))
+    finally:
+        process.kill()
 
 
 def alive(process: int) -> bool:

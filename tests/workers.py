@@ -4,6 +4,7 @@
 """
 
 import multiprocessing
+import signal
 import sys
 
 from bt_adapter.data import TrainTransform
@@ -11,6 +12,7 @@ from bt_adapter.data.loading import TrainingClips, batches
 from bt_adapter.data.manifests import read_clips
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     clips, _ = read_clips(sys.argv[1])
     steps = batches(TrainingClips(clips, 2, TrainTransform(16), 0), 4, 0, 1, 0, 10**6, workers=2)
     for number, _ in enumerate(steps):
