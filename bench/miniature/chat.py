@@ -51,9 +51,9 @@ SETTINGS = {
     "projector and adapters" + OFF: Setting(False, ("projector", "adapters")),
     "stills": Setting(True, ("projector", "adapters"), stills=True),
     "stills" + OFF: Setting(False, ("projector", "adapters"), stills=True),
-    "projector": Setting(True, ("projector",)),
-    "projector" + OFF: Setting(False, ("projector",)),
     "projector and branch": Setting(True, ("projector", "branch")),
+    "projector" + OFF: Setting(False, ("projector",)),
+    "projector": Setting(True, ("projector",)),
     "warm start alone": Setting(True),
     "projector, no warm start": Setting(True, ("projector",), warm=False),
 }
@@ -156,7 +156,7 @@ class Bench:
         """The warm-started projector, one for all seeds."""
         if (branch, stills) not in self._warm:
             pool = self.stills if stills else self.pool
-            self._warm[branch, stills] = warm_start(self.stand, pool, branch, self.options.warm_steps, 0)
+            self._warm[branch, stills] = warm_start(self.stand, pool, branch)
         return self._warm[branch, stills]
 
     def prepare(self, setting: Setting, seed: int) -> tuple[float, list[float]]:
@@ -227,20 +227,29 @@ def tests(rows: Iterable[Row]) -> list[Row]:
     return found
 
 
-def load_rows(path: Path, wanted: dict[str, Any]) -> list[Row]:
+def asked_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The options a row depends on."""
+    wanted = {"clips": options.clips, "branch": os.path.relpath(options.branch, BENCH.parent)}
+    if name == "probe" or SETTINGS[name].warm or SETTINGS[name].learns:
+        wanted["pool"] = options.pool
+    if name != "probe" and SETTINGS[name].learns:
+        wanted |= {"steps": options.steps, "batch": options.batch}
+    return wanted
+
+
+def load_rows(path: Path, options: argparse.Namespace) -> list[Row]:
     """Stored rows that were made with the same options."""
     if not path.is_file():
         return []
     rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    return [row for row in rows if row.part != "test" and row.options == wanted]
+    return [row for row in rows if row.part != "test" and row.options == asked_of(row.setting, options)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=32, help="of each tuning")
+    parser.add_argument("--steps", type=int, default=24, help="of each tuning")
     parser.add_argument("--batch", type=int, default=8, help="clips of a step, in whole pairs")
-    parser.add_argument("--warm-steps", type=int, default=200, help="of the warm start, without a language model")
     parser.add_argument("--pool", type=int, default=48, help="times 16 training clips")
     parser.add_argument("--clips", type=int, default=5, help="times 16 held-out clips")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, help=f"default: all but {EXTRA[0]!r}")
@@ -255,10 +264,8 @@ def run(options: argparse.Namespace) -> None:
     if not language.available():
         raise SystemExit("the language model is not installed: make demo installs it")
     torch.set_num_threads(1)
-    asked = {name: getattr(options, name) for name in ("steps", "batch", "warm_steps", "pool", "clips")}
-    asked["branch"] = os.path.relpath(options.branch, BENCH.parent)
     command = " ".join(["python", "bench/miniature/chat.py", *sys.argv[1:]])
-    rows = load_rows(options.out, asked)
+    rows = load_rows(options.out, options)
     wanted = options.settings or [name for name in SETTINGS if name not in EXTRA]
     shared = Bench(options)
     for seed in options.seeds:
@@ -272,7 +279,7 @@ def run(options: argparse.Namespace) -> None:
                 told, seconds, losses = shared.answers(SETTINGS[name], seed)
                 row = Row("answers", name, seed, summary(told), as_text(told), losses, round(seconds, 1))
             row.cpu_seconds = round(time.process_time() - began, 1)
-            row.options, row.command, row.facts = asked, command, facts("cpu")
+            row.options, row.command, row.facts = asked_of(name, options), command, facts("cpu")
             rows.append(row)
             write(rows + tests(rows), options.out)
             print(f"seed {seed}, {name}: {row.figures} {row.losses}, {row.cpu_seconds:.0f} s", flush=True)

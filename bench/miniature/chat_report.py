@@ -112,14 +112,14 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
 def conditions(rows: list[dict[str, Any]]) -> str:
     """What every table was made under."""
     told = [row for row in rows if row["part"] == "answers"]
-    asked, about = told[0]["options"], told[0]["facts"]
+    asked, about = max((row["options"] for row in told), key=len), told[-1]["facts"]
     seeds = ", ".join(map(str, sorted({row["seed"] for row in told})))
     minutes = sum(row["cpu_seconds"] for row in rows) / 60
     return (
-        f"Seeds {seeds} (of training clips, tuning and held-out clips). Every tuning: {asked['steps']} steps of "
-        f"{asked['batch']} clips, after {asked['warm_steps']} steps of warm start without the language model. Branch: "
-        f"`{asked['branch']}`. One thread of an {about['device']}, {minutes:.0f} CPU minutes in all, torch "
-        f"{about['torch']}, commit {about['commit']}; printed by `{told[0]['command'].strip()}`."
+        f"Seeds {seeds} (of tuning and held-out clips; a row that some lack has fewer questions). Every tuning: "
+        f"{asked['steps']} steps of {asked['batch']} clips after the warm start. Branch: `{asked['branch']}`. One "
+        f"thread of an {about['device']}, {minutes:.0f} CPU minutes in all, torch {about['torch']}, commit {about['commit']}; "
+        f"printed by `{told[-1]['command'].strip()}`."
     )
 
 

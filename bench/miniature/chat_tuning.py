@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from miniature.chat_questions import APPEARANCE, PHRASINGS, TEMPORAL, answers, parse, truth, turn, type_of
+from miniature.probes import Probe
 from miniature.scenes import EVENTS
 from torch import Tensor, nn
 
@@ -21,9 +22,7 @@ from bt_adapter.chat.attach import attach, attached_branch, branch_enabled
 from bt_adapter.mini import lora, training
 from bt_adapter.mini.answers import score, visual_tokens
 from bt_adapter.mini.clip import normalise
-from bt_adapter.mini.items import ITEMS
 from bt_adapter.mini.questions import Turn
-from bt_adapter.mini.scenes import COLOURS
 from bt_adapter.mini.trees import Prompts
 from bt_adapter.mini.tune import answer_loss, parameter_groups, word_embeddings
 
@@ -33,7 +32,6 @@ RATES = {
     "lr_branch": 3e-4,
 }  # projector and adapters twice bt_adapter.mini.tune's: few steps
 RANK = 8
-HOLD = 2.0  # weight of what holds the tokens in the warm start
 Told = dict[str, dict[str, list[bool]]]  # {type: {"generated" or "likelihood": right or wrong of each question}}
 ALSO = 3  # every so many clips of a type are asked for object and colour too
 
@@ -91,47 +89,37 @@ class Stand:
             lora.add_adapters(model.language_model, RANK)
 
 
-def event_words(event: int) -> tuple[str, str]:
-    """What happens first and what then: ("left", "right") of "moving left then right", one word twice of one event."""
-    first, _, then = EVENTS[event].phrase.removeprefix("moving ").partition(" then ")
-    return first, then or first
+def event_directions(stand: Stand) -> Tensor:
+    """What stands for each event among word embeddings: [events, D] of unit length, at right angles (as far as can be).
+
+    The nearest such set to the events' own words: "left" of "moving left", "Left" of "moving left then right".
+    """
+    names = []
+    for event in EVENTS:
+        first, _, last = event.phrase.removeprefix("moving ").partition(" then ")
+        names.append(first.capitalize() if last else first)
+    words = word_embeddings(stand.chat, stand.prompts, names)
+    left, _, right = torch.linalg.svd(F.normalize(words - words.mean(0), dim=-1), full_matrices=False)
+    return left @ right
 
 
-def warm_start(stand: Stand, pool: Pool, branch: bool, steps: int, seed: int, batch: int = 32) -> dict[str, Tensor]:
-    """A projector whose tokens resemble the words for what is seen; no question is asked and no language model run.
+@torch.no_grad()
+def warm_start(stand: Stand, pool: Pool, branch: bool) -> dict[str, Tensor]:
+    """A projector that also writes a direction for the event into every token; no question, no language model run.
 
-    As `bt_adapter.mini.tune.align`, from the clips' labels: cross-entropy of the cosines between the mean token and the
-    word embeddings of a kind. The first half of the tokens is drawn towards the event's first word, the second half
-    towards its last one. Unlike there, tokens are also held near what the image chat model's projector makes of them,
-    which its language model can read already. Only the projector learns.
+    In closed form, from the clips' labels: a probe of the projector's pooled hidden values finds the event, and its map
+    times `event_directions` is added to the second layer, as strong as all else in which clips differ.
     """
     stand.reset()
-    chat = stand.chat
-    before = chat.model.multi_modal_projector
-    projector = copy.deepcopy(before).requires_grad_(True)
-    names = list(dict.fromkeys(word for event in range(len(EVENTS)) for word in event_words(event)))
-    places = torch.tensor([[names.index(word) for word in event_words(event)] for event in range(len(EVENTS))])
-    words = [word_embeddings(chat, stand.prompts, group) for group in (ITEMS, COLOURS, names, names)]
-    targets = torch.cat([pool.labels[:, :2], places[pool.labels[:, 2]]], 1)
-    half = pool.tokens[branch].shape[1] // 2
-    optimizer = training.adamw([{"named": list(projector.named_parameters()), "lr": 1e-3}], 0.01)
-    generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        training.set_rate(optimizer, training.cosine(step / steps))
-        rows = torch.randint(len(targets), (batch,), generator=generator)
-        tokens = pool.tokens[branch][rows]
-        visual, was = projector(tokens), before(tokens)
-        means = [visual.mean(1)] * 2 + [visual[:, :half].mean(1), visual[:, half:].mean(1)]
-        losses = [
-            F.cross_entropy(F.normalize(mean, dim=-1) @ group.T / 0.05, targets[rows, column])
-            for column, (mean, group) in enumerate(zip(means, words, strict=True))
-        ]
-        held = (visual - was).square().mean() / was.var()
-        optimizer.zero_grad(set_to_none=True)
-        (torch.stack(losses).sum() + HOLD * held).backward()
-        nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
-        optimizer.step()
-    return {name: value.detach() for name, value in projector.state_dict().items()}
+    projector = copy.deepcopy(stand.chat.model.multi_modal_projector)
+    hidden = projector.act(projector.linear_1(pool.tokens[branch])).mean(1)
+    probe = Probe(hidden, pool.labels[:, 2], len(EVENTS))
+    pooled = projector.linear_2(hidden)
+    strength = (pooled - pooled.mean(0)).norm(dim=1).mean()
+    added = ((probe.weight / probe.std[:, None]) @ (strength * event_directions(stand)).double()).T
+    projector.linear_2.weight += added.to(pooled.dtype)
+    projector.linear_2.bias -= (added @ probe.mean).to(pooled.dtype)
+    return dict(projector.state_dict())
 
 
 def draw_batch(pool: Pool, step: int, batch: int, seed: int) -> tuple[Tensor, list[list[Turn]]]:
