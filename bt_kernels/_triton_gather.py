@@ -110,7 +110,7 @@ def run_forward(
     if norm:
         normed = tower.new_empty(batch, tokens, width)
         mean, rstd = (tower.new_empty(batch, tokens, dtype=wide(tower.dtype)) for _ in range(2))
-    rows = ROWS_WITH_SUMS if norm else ROWS_AT_ONCE
+    rows = ROWS_AT_ONCE if tower.dtype.itemsize == 2 and not norm else ROWS_WITH_SUMS
     parts = 1 + triton.cdiv(tokens, rows)
     launch(
         _forward, batch * parts, tower, branch, gate, cls_token, pos, time, weight, bias, index, frame_counts,

@@ -246,7 +246,7 @@ def sum_by_list(grads: RowGrads, lists: RowLists, tokens: int, total: Tensor | N
         _sum_by_list, count * parts, grads.own, grads.normed, grads.weight, grads.out, grads.mean, grads.rstd,
         lists.order, lists.counts, total, sums, *grads.strides(), batch, tokens, grads.width, count, most, shares,
         groups, count * parts, NORM=grads.norm, GRAD=grads.own is not None, TOTAL=total is not None,
-        R=ROWS_WITH_SUMS if grads.norm else ROWS_AT_ONCE,
+        R=1 if grads.norm else ROWS_AT_ONCE,  # two with a norm spilled on sm_100
         **row_options(grads.width, grads.dtype, resident_warps=12 if grads.norm else 16),
     )  # fmt: skip
     return sums[0].view(count, parts, grads.width).sum(1), *sums[1:].sum(1)

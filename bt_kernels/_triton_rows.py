@@ -16,7 +16,7 @@ from bt_kernels._triton import launch
 
 FRAMES_AT_ONCE = 8  # rows of a mean that are in flight together
 # Rows that a program of a gather takes together, so that as many reads are in flight: four where it adds them up, two
-# where it needs several values of each. Found by compiling (bench/resources.py).
+# where it needs several values of each or they are wider than 16 bits. Found by compiling (bench/resources.py).
 ROWS_AT_ONCE, ROWS_WITH_SUMS = 4, 2
 
 
