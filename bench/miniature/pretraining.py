@@ -30,7 +30,7 @@ from measure import facts, write  # noqa: E402
 from miniature import scoring, text  # noqa: E402
 from miniature.cost import cost_rows  # noqa: E402
 from miniature.scenes import balanced_labels, draw, label_number, paired_labels, render  # noqa: E402
-from miniature.systems import LONG, SYSTEMS, System, make_model, train  # noqa: E402
+from miniature.systems import FULL, SYSTEMS, System, make_model, train  # noqa: E402
 from miniature.tower import Clips, run_tower  # noqa: E402
 
 from bt_adapter import BTAdapterVisionModel  # noqa: E402
@@ -133,7 +133,7 @@ class Workshop:
 
     def run(self, part: str, name: str, seed: int, steps: int) -> Row:
         """Train a system and score it."""
-        system, options = (SYSTEMS | LONG)[name], self.options
+        system, options = SYSTEMS[name], self.options
         pool, model = self.pool(seed), make_model(self.clip, system, seed)
         cpu = time.process_time()
         events = self.texts[:, scoring.PLAIN :]
@@ -157,7 +157,7 @@ def plan(options: argparse.Namespace) -> Iterable[tuple[str, str, int, int]]:
     """(part, system, seed, steps) of all runs: seed by seed, so that a run cut short has whole seeds."""
     for seed in range(options.seeds):
         if options.only in ("all", "long"):
-            yield from (("long", name, seed, options.long_steps) for name in LONG)
+            yield ("long", FULL, seed, options.long_steps)
         if options.only in ("all", "ablation"):
             yield from (("ablation", name, seed, options.steps) for name in SYSTEMS)
 

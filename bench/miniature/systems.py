@@ -19,7 +19,7 @@ from bt_adapter.pretrain.step import Pretraining, backward, draw_visible, mix
 from bt_kernels import VisibleTokens
 
 RATIO = 0.7
-RATE, TEMPORAL_RATE = 2e-3, 6e-3
+RATES = {"lr": 2e-3, "temporal": 6e-3, "spatial": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class System:
     mask: "tube", "random", or "reference": the published code's mask order, with its pairs in token alignment.
     pairs: "matching", or "reference": tubes, but token alignment reads the tower's tokens by the flat mask
     frame-major (arXiv 2309.15785's code).
-    spatial_rate: learning rate of the spatial layers, which start as the tower's.
     """
 
     mask: str = "tube"
@@ -39,7 +38,6 @@ class System:
     mbta: float = 0.1
     depth: int = 2
     gates: bool = True
-    spatial_rate: float = 2e-3
 
 
 FULL = "base: tubes 0.7, depth 2"
@@ -59,10 +57,6 @@ SYSTEMS = {
     "depth 3": System(depth=3),
     "tubes 0.3": System(ratio=0.3),
 }
-
-
-GENTLE = "base, spatial layers a quarter as fast"
-LONG = {FULL: SYSTEMS[FULL], GENTLE: System(spatial_rate=5e-4)}
 
 
 def make_model(clip: nn.Module, system: System, seed: int) -> BTAdapterVisionModel:
@@ -122,7 +116,7 @@ def train(
     recipe = recipe_of(system, batch, seed, 1 / scale)
     module = Pretraining(model.train(), recipe)
     replay = Replay(model, pool)
-    optimizer = training.adamw(branch_groups(model.branch, RATE, TEMPORAL_RATE, system.spatial_rate), weight_decay=0.05)
+    optimizer = training.adamw(branch_groups(model.branch, *RATES.values()), weight_decay=0.05)
     batches = len(pool.labels) // batch
     which = label_number(pool.labels)
     began, last = time.perf_counter(), []
