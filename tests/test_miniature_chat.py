@@ -159,7 +159,7 @@ def test_branch_off_answers_a_pair_alike(stand, clips):
 
 def test_tuning_on_stills_is_done_once_with_the_branch_off(stand, pool, monkeypatch):
     shared = chat.Bench(argparse.Namespace(steps=2, batch=4))
-    shared.stand = stand
+    shared._stands = {"projector": stand}
     motion = chat_questions.type_of(pool.labels)["motion"]
     frames = chat_questions.exposures(pool.frames[motion])
     assert frames.shape == (6, 1, 3, 48, 48) and not torch.equal(frames[::2], frames[1::2])  # a trail has a direction
@@ -218,9 +218,9 @@ def test_a_run_goes_on_with_the_rows_that_lack(monkeypatch, tmp_path):
     monkeypatch.setattr(chat.Bench, "answers", answers)
     monkeypatch.setattr(chat.Bench, "probe", lambda self, seed: made.append((seed, "probe")) or {})
     monkeypatch.setattr(chat.language, "available", lambda: True)
-    names = ["projector", "projector, branch off"]
+    names = ["probe", "projector", "projector, branch off"]
     options = argparse.Namespace(
-        seeds=[0], steps=1, batch=2, pool=1, clips=1, settings=names[:1], branch=tmp_path, data=None,
+        seeds=[0], steps=1, batch=2, pool=1, clips=1, settings=names[:2], branch=tmp_path, data=None,
         out=tmp_path / "rows.json",
     )  # fmt: skip
     chat.run(options)

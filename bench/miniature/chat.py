@@ -38,15 +38,18 @@ from miniature.chat_tuning import Pool, Setting, Stand, Told, ask, tune, warm_st
 from bt_adapter.mini import BRANCH_FOLDER, language, lora  # noqa: E402
 from bt_adapter.mini.clip import normalise  # noqa: E402
 from bt_adapter.mini.items import load_items  # noqa: E402
-from bt_adapter.mini.llava import load_chat  # noqa: E402
+from bt_adapter.mini.llava import branch_folder, load_chat  # noqa: E402
 from bt_adapter.mini.pretrain import load_branch_model  # noqa: E402
 from bt_adapter.mini.trees import Prompts  # noqa: E402
 
 RESULTS = BENCH / "results" / "miniature-chat.json"
 OFF = ", branch off"
+PROBE = "probe"
 SETTINGS = {
     "image model, frame mean": Setting(False, warm=False),
     "branch, untuned": Setting(True, warm=False),
+    "shipped": Setting(True, warm=False, stage="tuned"),
+    "shipped" + OFF: Setting(False, warm=False, stage="control"),
     "projector and adapters": Setting(True, ("projector", "adapters")),
     "projector and adapters" + OFF: Setting(False, ("projector", "adapters")),
     "stills": Setting(True, ("projector", "adapters"), stills=True),
@@ -61,6 +64,7 @@ EXTRA = ("projector, no warm start",)  # only where asked for
 # with the branch off nothing of it can learn: projector tuning is the control of the tuning of both
 TESTS = {
     "branch, untuned": "image model, frame mean",
+    "shipped": "shipped" + OFF,
     "stills": "stills" + OFF,
     "projector": "projector" + OFF,
     "projector and branch": "projector" + OFF,
@@ -100,14 +104,22 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self._stands: dict[str, Stand] = {}  # one at a time
         self._features: dict[str, torch.Tensor] = {}
         self._warm: dict[tuple[bool, bool], dict[str, torch.Tensor]] = {}
         self._of_stills: dict[int, tuple[dict, dict, float, list[float]]] = {}
 
-    @cached_property
+    def stand_of(self, stage: str) -> Stand:
+        """A stage of the chat model, with its own branch or the one asked for."""
+        if stage not in self._stands:
+            chat, tokenizer = load_chat(stage)
+            branch = branch_folder(stage) if stage == "tuned" else self.options.branch
+            self._stands = {stage: Stand(chat, Prompts(tokenizer, chat.config.image_token_id), branch)}
+        return self._stands[stage]
+
+    @property
     def stand(self) -> Stand:
-        chat, tokenizer = load_chat("projector")
-        return Stand(chat, Prompts(tokenizer, chat.config.image_token_id), self.options.branch)
+        return self.stand_of("projector")
 
     def clips(self, use: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames and labels for one of USES; those for "stills" are to be exposed."""
@@ -180,8 +192,9 @@ class Bench:
 
     def answers(self, setting: Setting, seed: int) -> tuple[Told, float, list[float]]:
         """Right or wrong of every answer, CPU seconds of tuning, losses."""
-        seconds, losses = self.prepare(setting, seed)
-        return ask(self.stand, setting.branch, *self.clips("ask", seed), seed), seconds, losses
+        stand = self.stand_of(setting.stage)
+        seconds, losses = self.prepare(setting, seed) if setting.stage == "projector" else (0.0, [])
+        return ask(stand, setting.branch, *self.clips("ask", seed), seed), seconds, losses
 
 
 def summary(told: Told) -> dict[str, dict[str, float]]:
@@ -230,9 +243,9 @@ def tests(rows: Iterable[Row]) -> list[Row]:
 def asked_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The options a row depends on."""
     wanted = {"clips": options.clips, "branch": os.path.relpath(options.branch, BENCH.parent)}
-    if name == "probe" or SETTINGS[name].warm or SETTINGS[name].learns:
+    if name == PROBE or SETTINGS[name].warm or SETTINGS[name].learns:
         wanted["pool"] = options.pool
-    if name != "probe" and SETTINGS[name].learns:
+    if name != PROBE and SETTINGS[name].learns:
         wanted |= {"steps": options.steps, "batch": options.batch}
     return wanted
 
@@ -252,7 +265,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="clips of a step, in whole pairs")
     parser.add_argument("--pool", type=int, default=48, help="times 16 training clips")
     parser.add_argument("--clips", type=int, default=5, help="times 16 held-out clips")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, help=f"default: all but {EXTRA[0]!r}")
+    parser.add_argument("--settings", nargs="+", choices=(PROBE, *SETTINGS), help=f"default: all but {EXTRA[0]!r}")
     parser.add_argument("--branch", type=Path, default=BRANCH_FOLDER, help="folder of a pretrained branch")
     parser.add_argument("--data", default=None, help="folder of Fashion-MNIST's files")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -266,15 +279,15 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     command = " ".join(["python", "bench/miniature/chat.py", *sys.argv[1:]])
     rows = load_rows(options.out, options)
-    wanted = options.settings or [name for name in SETTINGS if name not in EXTRA]
+    wanted = options.settings or [PROBE, *(name for name in SETTINGS if name not in EXTRA)]
     shared = Bench(options)
     for seed in options.seeds:
-        for name in ("probe", *wanted):
+        for name in wanted:
             if any((row.setting, row.seed) == (name, seed) for row in rows):
                 continue
             began = time.process_time()
-            if name == "probe":
-                row = Row("probe", name, seed, shared.probe(seed))
+            if name == PROBE:
+                row = Row(PROBE, name, seed, shared.probe(seed))
             else:
                 told, seconds, losses = shared.answers(SETTINGS[name], seed)
                 row = Row("answers", name, seed, summary(told), as_text(told), losses, round(seconds, 1))

@@ -18,6 +18,8 @@ PLOT = ROOT / "docs" / "miniature-chat.png"
 LABELS = {
     "image model, frame mean": "image model, mean of the frames",
     "branch, untuned": "branch attached, no question about motion",
+    "shipped": "shipped: projector, LoRA and branch tuned on video questions, 260 steps",
+    "shipped, branch off": "the same with the branch off: the shipped control",
     "stills": "branch attached; projector and LoRA tuned on stills that show motion, no video",
     "stills, branch off": "the same, branch off",
     "projector": "branch; projector tuned on video questions",
@@ -118,8 +120,8 @@ def conditions(rows: list[dict[str, Any]]) -> str:
     return (
         f"Seeds {seeds} (of tuning and held-out clips; a row that some lack has fewer questions). Every tuning: "
         f"{asked['steps']} steps of {asked['batch']} clips after the warm start. Branch: `{asked['branch']}`. One "
-        f"thread of an {about['device']}, {minutes:.0f} CPU minutes in all, torch {about['torch']}, commit {about['commit']}; "
-        f"printed by `{told[-1]['command'].strip()}`."
+        f"thread of an {about['device']}, {minutes:.0f} CPU minutes in all, torch {about['torch']}, commit "
+        f"{about['commit']}; printed by `{told[-1]['command'].strip()}`."
     )
 
 

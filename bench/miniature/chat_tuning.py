@@ -42,12 +42,14 @@ class Setting:
 
     learns: "projector", "branch", "adapters". stills: from questions about long exposures, no video among them; the
     branch is off while they are asked. warm: the projector starts from `warm_start` on the same clips or stills.
+    stage: nothing is tuned here, and the shipped weights of this name are asked (`bt_adapter.mini.llava.STAGES`).
     """
 
     branch: bool
     learns: tuple[str, ...] = ()
     stills: bool = False
     warm: bool = True
+    stage: str = "projector"
 
 
 @dataclass(frozen=True)
