@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+from miniature import chat_report
 from miniature import pretraining_report as miniature
 from summaries import decode, highlights, mini_short, pretrain
 
@@ -250,6 +251,7 @@ TABLES = {
     "miniature-full": miniature.full,
     "miniature-ablation": miniature.ablation,
     "miniature-cost": miniature.cost,
+    **chat_report.TABLES,
 }
 
 

@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -277,7 +278,7 @@ def run(options: argparse.Namespace) -> None:
     if not language.available():
         raise SystemExit("the language model is not installed: make demo installs it")
     torch.set_num_threads(1)
-    command = " ".join(["python", "bench/miniature/chat.py", *sys.argv[1:]])
+    command = shlex.join(["python", "bench/miniature/chat.py", *sys.argv[1:]])
     rows = load_rows(options.out, options)
     wanted = options.settings or [PROBE, *(name for name in SETTINGS if name not in EXTRA)]
     shared = Bench(options)

@@ -67,13 +67,12 @@ def of_settings(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]
 def answers(rows: list[dict[str, Any]], way: str) -> list[str]:
     """The table of shares right, mean and spread over seeds. way: "generated" or "likelihood"."""
     told = of_settings(rows)
-    counts = {kind: sum(row["figures"][kind]["n"] for row in next(iter(told.values()))) for kind in TYPES}
     first = next(iter(told.values()))[0]["figures"]
-    head = " | ".join(f"{kind} (n = {counts[kind]}, of {first[kind]['answers']})" for kind in TYPES)
-    lines = [f"| | {head} |", "| --- " * (len(TYPES) + 1) + "|"]
+    head = " | ".join(f"{kind} ({first[kind]['n']} a seed, of {first[kind]['answers']})" for kind in TYPES)
+    lines = [f"| | seeds | {head} |", "| --- " * (len(TYPES) + 2) + "|"]
     for name, own in told.items():
         cells = " | ".join(spread([row["figures"][kind][way] for row in own]) for kind in TYPES)
-        lines.append(f"| {LABELS[name]} | {cells} |")
+        lines.append(f"| {LABELS[name]} | {len(own)} | {cells} |")
     return lines
 
 
@@ -118,7 +117,7 @@ def conditions(rows: list[dict[str, Any]]) -> str:
     seeds = ", ".join(map(str, sorted({row["seed"] for row in told})))
     minutes = sum(row["cpu_seconds"] for row in rows) / 60
     return (
-        f"Seeds {seeds} (of tuning and held-out clips; a row that some lack has fewer questions). Every tuning: "
+        f"Seeds {seeds} (of tuning and held-out clips). Tunings made here: "
         f"{asked['steps']} steps of {asked['batch']} clips after the warm start. Branch: `{asked['branch']}`. One "
         f"thread of an {about['device']}, {minutes:.0f} CPU minutes in all, torch {about['torch']}, commit "
         f"{about['commit']}; printed by `{told[-1]['command'].strip()}`."
@@ -184,7 +183,7 @@ def plot(rows: list[dict[str, Any]], out: Path = PLOT) -> Path:
     right.set_xticks(
         range(len(told)), [name.replace(", ", ",\n").replace(" and ", "\nand ") for name in told], fontsize=7
     )
-    right.set_ylim(0, 1.05)
+    right.set_ylim(0, 1.15)
     right.set_title("generated answers that are right; dots: seeds", fontsize=9)
     right.legend(fontsize=8, ncols=5, loc="upper left")
     for axes in (left, right):
