@@ -1,12 +1,13 @@
 """The paper in miniature, chat side: questions about held-out moving clips, with the branch and without.
 
-    python bench/miniature/chat.py                       everything; about 40 minutes of one core
+    python bench/miniature/chat.py                       everything; more than an hour of one core
+    python bench/miniature/chat.py --steps 96            the same with tunings long enough to learn: an hour a seed
     python bench/miniature/chat.py --steps 2 --clips 1 --pool 2 --seeds 0 --out /tmp/try.json     a try
 
 Every finished row is stored at once; a run killed at any moment goes on with the rows that lack. For every seed (of
 tuning and held-out clips): linear probes of what the features hold of a clip's events, then the answers of each of
-`SETTINGS`, and exact paired tests. Training clips are composed of Fashion-MNIST's training images,
-held-out ones of images in no training split. One branch serves all seeds: the shipped one, pretrained on captions of
+`SETTINGS`, and exact paired tests. Training clips are composed of Fashion-MNIST's training images, held-out ones of
+images in no training split. One branch serves all seeds: the shipped one, pretrained on captions of
 single motions, and never told of two events in one clip or of speed. The settings say what was tuned on questions.
 """
 
