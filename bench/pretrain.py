@@ -3,9 +3,9 @@
     python bench/pretrain.py                the small stack on this machine's CPU or GPUs
     python bench/pretrain.py --clip NAME    another CLIP
 
-Each row is a run of ``bt-adapter pretrain`` with --steps: from shards made here of moving clips (256 pixels, H.264, whole
-and as written by ``bt-adapter shards --frames``), and from ``--data synthetic``, which decodes nothing, on one process
-and on many. One thread a process. Throughput is the median over the log's steps but the first five.
+Each row is a run of ``bt-adapter pretrain`` with --steps: from shards made here of moving clips (256 pixels, H.264,
+whole and as written by ``bt-adapter shards --frames``), and from ``--data synthetic``, which decodes nothing, on one
+process and on many. One thread a process. Throughput is the median over the log's steps but the first five.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs of pretraining killed at random moments, until one gets to its end. Prints how many were killed before it.
 
-``python tests/killed.py MANIFEST OUT KILLS SEED STEPS``. A process of its own, so that its children can be forked: they start
-with everything imported, and a kill falls into the run and not into the imports.
+``python tests/killed.py MANIFEST OUT KILLS SEED STEPS``. A process of its own, so that its children can be forked: they
+start with everything imported, and a kill falls into the run and not into the imports.
 """
 
 import os

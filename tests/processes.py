@@ -24,7 +24,9 @@ def run(folder: Path, world: int, function: Callable, *arguments, seconds: float
     folder.mkdir(parents=True, exist_ok=True)
     # Forked from a process that has imported everything once and done nothing: importing takes longer than most tests.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "bt_adapter.pretrain.run", "bt_adapter.chat.engine", "bt_adapter.mini.clip"])
+    context.set_forkserver_preload(
+        ["pytest", "bt_adapter.pretrain.run", "bt_adapter.chat.engine", "bt_adapter.mini.clip"]
+    )
     children = [
         context.Process(target=child, args=(rank, world, function, arguments, str(folder), seconds), daemon=True)
         for rank in range(world)

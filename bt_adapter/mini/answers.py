@@ -74,7 +74,9 @@ def score(
     hung = []  # of each question: the node its answers hang on; of each answer its tokens and the nodes they follow
     for kind, question in asked:
         last = prompts.question(tree, trunk, question)
-        hung.append((last, [prompts.answer(tree, last, text, end=False) for text in (answers_of or questions.answers)(kind)]))
+        hung.append(
+            (last, [prompts.answer(tree, last, text, end=False) for text in (answers_of or questions.answers)(kind)])
+        )
     batch = collate([tree], prompts.image_token)
     hidden, cache = hidden_states(chat, batch.expand(len(visual)), visual, keep=True)
 
