@@ -134,17 +134,26 @@ def read_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> Mapping[st
         if path.suffix == ".safetensors":
             state = read_safetensors(path)
         else:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for bad files
-                raise CheckpointError(
-                    f"{path} cannot be read with weights_only=True (it would run code, or is damaged): {error}"
-                ) from error
+            state = _read_pickle(path)
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise CheckpointError("the checkpoint must be a dict of tensors, or hold one under 'state_dict'")
+        name = "the checkpoint" if isinstance(source, Mapping) else source
+        raise CheckpointError(f"{name} must hold a dict of tensors, or one under 'state_dict'")
     return state
+
+
+def _read_pickle(path: Path) -> Any:
+    """What a pickle holds, its tensors mapped from the file where that can be done."""
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files from before torch 1.6 cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for bad files
+        raise CheckpointError(
+            f"{path} cannot be read with weights_only=True (it would run code, or is damaged): {error}"
+        ) from error
 
 
 def _strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

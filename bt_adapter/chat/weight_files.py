@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bt_adapter.checkpoint import CheckpointError
+from bt_adapter.published import read_tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -51,25 +51,7 @@ def open_weights(path: Path) -> Iterator[Mapping[str, Tensor]]:
         except SafetensorError as error:
             raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {error}") from error
         return
-    yield _read_pickle(path)
-
-
-def _read_pickle(path: Path) -> Mapping[str, Tensor]:
-    state: Any
-    try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files from before torch 1.6 cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for bad files
-        raise CheckpointError(
-            f"{path} cannot be read with weights_only=True (it would run code, or is damaged): {error}"
-        ) from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path} must hold a dict of tensors, or one under 'state_dict'")
-    return state
+    yield read_tensors(path)
 
 
 class _Lazy(Mapping[str, Tensor]):
