@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
+from bt_adapter.pretrain.loop import Stopped
 from bt_adapter.pretrain.recipe import Recipe, SettingsT, from_yaml
 
 
@@ -23,10 +25,15 @@ def defaults(argv: list[str], default: SettingsT) -> tuple[SettingsT, list[str]]
 
 def run(recipe: Recipe) -> int:
     """Pretrain. Returns 0, or 143 where the run was stopped and can go on."""
-    from bt_adapter.pretrain.run import Stopped, pretrain
+    from bt_adapter.pretrain.run import pretrain
 
+    return until_stopped(lambda: pretrain(recipe))
+
+
+def until_stopped(work: Callable[[], object]) -> int:
+    """Do it. Returns 0, or 143 where it was stopped and can go on, which is said."""
     try:
-        pretrain(recipe)
+        work()
     except Stopped as stopped:
         print(f"bt-adapter: {stopped}", file=sys.stderr)
         return 143
