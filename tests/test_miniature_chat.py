@@ -237,7 +237,9 @@ def test_a_run_goes_on_with_the_rows_that_lack(monkeypatch, tmp_path):
     assert len(made) == 10
 
 
-def test_tables_say_what_the_rows_say(monkeypatch, tmp_path):
+@pytest.fixture
+def stored(tmp_path):
+    """Rows of two settings and two seeds, as the report reads them."""
     told = {kind: {"generated": [True, False], "likelihood": [True, True]} for kind in chat_questions.TYPES}
     worse = {kind: {"generated": [False, False], "likelihood": [True, False]} for kind in chat_questions.TYPES}
     rows = [
@@ -253,7 +255,10 @@ def test_tables_say_what_the_rows_say(monkeypatch, tmp_path):
     for row in rows:
         row.options, row.facts = asked, {"threads": 1, "device": "machine", "torch": "2", "commit": "abc"}
     measure.write(rows + chat.tests(rows), tmp_path / "rows.json")
-    stored = chat_report.load(tmp_path / "rows.json")
+    return chat_report.load(tmp_path / "rows.json")
+
+
+def test_tables_say_what_the_rows_say(stored, monkeypatch):
     monkeypatch.setattr(chat_report, "load", lambda: stored)
     tables = {name: table() for name, table in chat_report.TABLES.items()}
     assert "tuned on video questions | 2 | 0.50 ± 0.00 |" in tables["miniature-chat"]
@@ -261,4 +266,8 @@ def test_tables_say_what_the_rows_say(monkeypatch, tmp_path):
     assert "4 CPU minutes" in tables["miniature-chat"]
     assert "| there | 0.50 | 0.75 |  |" in tables["miniature-chat-probes"]
     assert "| 2.00 | 1.00 | 1.00 | 3 |" in tables["miniature-chat-losses"]
+
+
+def test_plot_is_drawn(stored, tmp_path):
+    pytest.importorskip("matplotlib")
     assert chat_report.plot(stored, tmp_path / "plot.png").stat().st_size > 1000

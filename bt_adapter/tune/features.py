@@ -182,7 +182,8 @@ def store_features(
     Raises:
         CommandError: they do not fit onto the disk.
     """
-    missing = [video for video in dict.fromkeys(videos) if not store.has(video)]
+    # One process's list for all: another's would lack what a quicker one has written by then, and the shares would differ.
+    missing = processes.gather([video for video in dict.fromkeys(videos) if not store.has(video)])[0]
     wanted, free = store.bytes_each * len(missing), _free(store.folder)
     say(
         f"features of {len(set(videos))} videos, {store.bytes_each * len(set(videos)) / 1e9:.3g} GB in {store.dtype} "
