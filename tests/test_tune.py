@@ -25,11 +25,11 @@ from bt_adapter.chat.engine import VideoChat
 from bt_adapter.checkpoint import CheckpointError
 from bt_adapter.data import read_video, write_video
 from bt_adapter.errors import CommandError
+from bt_adapter.tune import run
 from bt_adapter.tune.batches import Order, Steps, VisualReader
 from bt_adapter.tune.conversations import read_conversations
 from bt_adapter.tune.loss import answer_loss
 from bt_adapter.tune.parts import Learned
-from bt_adapter.tune import run
 from bt_adapter.tune.recipe import TuneRecipe
 from bt_adapter.tune.run import Run, Stopped
 from bt_adapter.tune.run import tune as run_tuning

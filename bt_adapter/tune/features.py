@@ -182,7 +182,7 @@ def store_features(
     Raises:
         CommandError: they do not fit onto the disk.
     """
-    # One process's list for all: another's would lack what a quicker one has written by then, and the shares would differ.
+    # One list for all: a process that comes late would not see the same ones missing, and some would be nobody's.
     missing = processes.gather([video for video in dict.fromkeys(videos) if not store.has(video)])[0]
     wanted, free = store.bytes_each * len(missing), _free(store.folder)
     say(
