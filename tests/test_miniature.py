@@ -18,6 +18,7 @@ from miniature.scenes import (
     draw,
     every_label,
     label_number,
+    object_labels,
     paired_labels,
     render,
 )
@@ -93,6 +94,18 @@ def test_labels_are_balanced_and_a_batch_names_no_caption_twice():
     assert torch.equal(pairs[1::2, 2], counterpart(pairs[::2, 2]))
 
 
+def test_a_batch_of_objects_shows_each_of_them_in_one_colour():
+    labels = object_labels(8, torch.Generator().manual_seed(0))
+    item, colour, event = labels.unbind(1)
+    assert sorted(item[::2].tolist()) == list(range(8)) and torch.equal(item[::2], item[1::2])
+    assert len(colour.unique()) == 1 and torch.equal(counterpart(event[::2]), event[1::2])
+    assert len(event.unique()) > 4
+    # with them, about every second batch of a pool is one
+    for objects, wanted in ((True, range(12, 29)), (False, [0])):
+        colour = pretraining.pool_labels(40, 16, 0, objects)[:, 1].view(40, 16)
+        assert int((colour == colour[:, :1]).all(1).sum()) in wanted
+
+
 def test_the_reference_order_is_no_tubes_and_its_pairs_do_not_match():
     tubes = VisibleTokens.tube(5, 36, FRAMES, 0.7, torch.Generator().manual_seed(1))
     assert torch.equal(systems.visible_of(systems.System(), _recipe(), 4).target_index, _drawn().index)
@@ -146,7 +159,7 @@ def test_scoring_counts_ties_as_wrong_and_a_perfect_system_as_right():
 def test_a_run_writes_a_row_and_a_second_start_does_nothing(monkeypatch, tmp_path, capsys):
     out = tmp_path / "rows.json"
     options = ["--only", "ablation", "--seeds", "1", "--steps", "2", "--batch", "4", "--pool", "8", "--per-kind", "8"]
-    options += ["--text-steps", "1", "--data", "shipped", "--cache", str(tmp_path), "--out", str(out)]
+    options += ["--text-steps", "1", "--data", "shipped", "--weights", str(tmp_path), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["pretraining.py", *options])
     for module in (text, systems):  # one wording of the captions is enough here
         monkeypatch.setattr(module, "TEMPLATES", module.TEMPLATES[:1])

@@ -1,10 +1,10 @@
 """The paper in miniature, chat side: questions about held-out moving clips, with the branch and without.
 
-    python bench/miniature/chat.py                       everything; more than an hour of one core
-    python bench/miniature/chat.py --steps 96            the same with tunings long enough to learn: an hour a seed
+    python bench/miniature/chat.py                       everything; half an hour of one core for each seed
     python bench/miniature/chat.py --steps 2 --clips 1 --pool 2 --seeds 0 --out /tmp/try.json     a try
 
-Every finished row is stored at once; a run killed at any moment goes on with the rows that lack. For every seed (of
+Every finished row is stored at once; a run killed at any moment goes on with the rows that lack, and several that run
+beside one another, each with its own seeds, store into the same file. For every seed (of
 tuning and held-out clips): linear probes of what the features hold of a clip's events, then the answers of each of
 `SETTINGS`, and exact paired tests. Training clips are composed of Fashion-MNIST's training images, held-out ones of
 images in no training split. One branch serves all seeds: the shipped one, pretrained on captions of
@@ -62,7 +62,7 @@ SETTINGS = {
     "warm start alone": Setting(True),
     "projector, no warm start": Setting(True, ("projector",), warm=False),
 }
-EXTRA = ("projector, no warm start",)  # only where asked for
+EXTRA = ("stills", "stills" + OFF, "warm start alone", "projector, no warm start")  # only where asked for
 # with the branch off nothing of it can learn: projector tuning is the control of the tuning of both
 TESTS = {
     "branch, untuned": "image model, frame mean",
@@ -252,22 +252,31 @@ def asked_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return wanted
 
 
-def load_rows(path: Path, options: argparse.Namespace) -> list[Row]:
-    """Stored rows that were made with the same options."""
+def load_rows(path: Path) -> list[Row]:
+    """Stored rows but for the tests, which follow from them."""
     if not path.is_file():
         return []
     rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    return [row for row in rows if row.part != "test" and row.options == asked_of(row.setting, options)]
+    return [row for row in rows if row.part != "test"]
+
+
+def store(row: Row, path: Path) -> None:
+    """Put a row among those stored by now, in the place of one of the same setting and seed."""
+    rows = [other for other in load_rows(path) if (other.setting, other.seed) != (row.setting, row.seed)]
+    rows = sorted([*rows, row], key=lambda row: ([PROBE, *SETTINGS].index(row.setting), row.seed))
+    write(rows + tests(rows), path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=24, help="of each tuning")
+    parser.add_argument("--steps", type=int, default=60, help="of each tuning")
     parser.add_argument("--batch", type=int, default=8, help="clips of a step, in whole pairs")
     parser.add_argument("--pool", type=int, default=48, help="times 16 training clips")
     parser.add_argument("--clips", type=int, default=5, help="times 16 held-out clips")
-    parser.add_argument("--settings", nargs="+", choices=(PROBE, *SETTINGS), help=f"default: all but {EXTRA[0]!r}")
+    parser.add_argument(
+        "--settings", nargs="+", choices=(PROBE, *SETTINGS), help=f"default: all but {', '.join(EXTRA)}"
+    )
     parser.add_argument("--branch", type=Path, default=BRANCH_FOLDER, help="folder of a pretrained branch")
     parser.add_argument("--data", default=None, help="folder of Fashion-MNIST's files")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -280,12 +289,13 @@ def run(options: argparse.Namespace) -> None:
         raise SystemExit("the language model is not installed: make demo installs it")
     torch.set_num_threads(1)
     command = shlex.join(["python", "bench/miniature/chat.py", *sys.argv[1:]])
-    rows = load_rows(options.out, options)
+    rows = load_rows(options.out)
+    done = {(row.setting, row.seed) for row in rows if row.options == asked_of(row.setting, options)}
     wanted = options.settings or [PROBE, *(name for name in SETTINGS if name not in EXTRA)]
     shared = Bench(options)
     for seed in options.seeds:
         for name in wanted:
-            if any((row.setting, row.seed) == (name, seed) for row in rows):
+            if (name, seed) in done:
                 continue
             began = time.process_time()
             if name == PROBE:
@@ -295,8 +305,7 @@ def run(options: argparse.Namespace) -> None:
                 row = Row("answers", name, seed, summary(told), as_text(told), losses, round(seconds, 1))
             row.cpu_seconds = round(time.process_time() - began, 1)
             row.options, row.command, row.facts = asked_of(name, options), command, facts("cpu")
-            rows.append(row)
-            write(rows + tests(rows), options.out)
+            store(row, options.out)
             print(f"seed {seed}, {name}: {row.figures} {row.losses}, {row.cpu_seconds:.0f} s", flush=True)
     print(f"wrote {options.out}")
 

@@ -26,11 +26,8 @@ from bt_adapter.mini.questions import Turn
 from bt_adapter.mini.trees import Prompts
 from bt_adapter.mini.tune import answer_loss, parameter_groups, word_embeddings
 
-RATES = {
-    "lr": 2e-3,
-    "lr_lora": 1e-3,
-    "lr_branch": 3e-4,
-}  # projector and adapters twice bt_adapter.mini.tune's: few steps
+RATES = {"lr": 1e-3, "lr_lora": 5e-4, "lr_branch": 3e-4}
+STRENGTH = 0.25  # of the warm start: at 1, object answers fall before any tuning
 RANK = 8
 Told = dict[str, dict[str, list[bool]]]  # {type: {"generated" or "likelihood": right or wrong of each question}}
 ALSO = 3  # every so many clips of a type are asked for object and colour too
@@ -110,14 +107,14 @@ def warm_start(stand: Stand, pool: Pool, branch: bool) -> dict[str, Tensor]:
     """A projector that also writes a direction for the event into every token; no question, no language model run.
 
     In closed form, from the clips' labels: a probe of the projector's pooled hidden values finds the event, and its map
-    times `event_directions` is added to the second layer, as strong as all else in which clips differ.
+    times `event_directions` is added to the second layer, STRENGTH times as strong as all else in which clips differ.
     """
     stand.reset()
     projector = copy.deepcopy(stand.chat.model.multi_modal_projector)
     hidden = projector.act(projector.linear_1(pool.tokens[branch])).mean(1)
     probe = Probe(hidden, pool.labels[:, 2], len(EVENTS))
     pooled = projector.linear_2(hidden)
-    strength = (pooled - pooled.mean(0)).norm(dim=1).mean()
+    strength = STRENGTH * (pooled - pooled.mean(0)).norm(dim=1).mean()
     added = ((probe.weight / probe.std[:, None]) @ (strength * event_directions(stand)).double()).T
     projector.linear_2.weight += added.to(pooled.dtype)
     projector.linear_2.bias -= (added @ probe.mean).to(pooled.dtype)
@@ -127,7 +124,7 @@ def warm_start(stand: Stand, pool: Pool, branch: bool) -> dict[str, Tensor]:
 def draw_batch(pool: Pool, step: int, batch: int, seed: int) -> tuple[Tensor, list[list[Turn]]]:
     """Rows of the pool, in whole pairs, and turns about each; the same for every setting of a seed.
 
-    In every second batch a question of object or colour follows the temporal one.
+    A question of object, for every third pair of colour, follows the temporal one.
     """
     pairs = len(pool.labels) // 2
     epoch, place = divmod(step * batch // 2, pairs // (batch // 2) * (batch // 2))
@@ -139,10 +136,8 @@ def draw_batch(pool: Pool, step: int, batch: int, seed: int) -> tuple[Tensor, li
     turns = []
     for i, label in enumerate(pool.labels[rows].tolist()):
         kind = next(name for name, chosen in of_type.items() if chosen[i])
-        own = [turn(kind, label, generator)]
-        if step % 2:
-            own.append(turn(tuple(APPEARANCE)[(step // 2 + i) % 2], label, generator))
-        turns.append(own)
+        also = tuple(APPEARANCE)[(step + i // 2) % 3 == 2]
+        turns.append([turn(kind, label, generator), turn(also, label, generator)])
     return rows, turns
 
 

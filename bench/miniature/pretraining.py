@@ -2,10 +2,12 @@
 
     python bench/miniature/pretraining.py              everything; the same command again goes on where it stopped
     python bench/miniature/pretraining.py --only cost  the cost of masking alone (a minute)
+    python bench/miniature/pretraining.py --only stored    the stored branches asked again, rows checked (minutes)
 
 Moving clips of held-out items (``scenes.py``); the frozen mini CLIP; branches trained by the product's own step
 (``bt_adapter.pretrain.step``) in the configurations of ``systems.py``, on the same clips in the same order for a seed.
-Each finished run is a row of ``bench/results/miniature-pretraining.json``. Training clips are made of Fashion-MNIST's
+Each finished run is a row of ``bench/results/miniature-pretraining.json``; the branches of the longer runs and the
+captions' embeddings stay in ``weights/``. Training clips are made of Fashion-MNIST's
 training images (Debian's dataset-fashion-mnist), evaluation clips of the shipped test images.
 """
 
@@ -17,10 +19,11 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +32,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 from measure import facts, write  # noqa: E402
 from miniature import scoring, text  # noqa: E402
 from miniature.cost import cost_rows  # noqa: E402
-from miniature.scenes import balanced_labels, draw, label_number, paired_labels, render  # noqa: E402
+from miniature.scenes import balanced_labels, draw, label_number, object_labels, paired_labels, render  # noqa: E402
 from miniature.systems import FULL, SYSTEMS, System, make_model, train  # noqa: E402
 from miniature.tower import Clips, run_tower  # noqa: E402
 
@@ -37,6 +40,8 @@ from bt_adapter import BTAdapterVisionModel  # noqa: E402
 from bt_adapter.mini.items import Items, load_items  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "miniature-pretraining.json"
+WEIGHTS = ROOT / "bench" / "miniature" / "weights"
+SAME = 0.005  # figures of stored branches on another machine: a clip or two of hundreds may fall to the other side
 EVALUATION_SEED = 20_000
 
 
@@ -78,10 +83,17 @@ def make_clips(model: BTAdapterVisionModel, items: Items, labels: Tensor, paired
     return run_tower(model, torch.cat(frames), labels)
 
 
-def pool_labels(batches: int, batch: int, seed: int) -> Tensor:
-    """Labels of a seed's training clips, batch after batch, no caption twice in one."""
+def pool_labels(batches: int, batch: int, seed: int, objects: bool) -> Tensor:
+    """Labels of a seed's training clips, batch after batch, no caption twice in one.
+
+    objects: of every second batch on the average, all clips have one colour and each pair another object.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat([paired_labels(batch // 2, generator) for _ in range(batches)])
+    parts = []
+    for _ in range(batches):
+        together = objects and torch.rand(1, generator=generator).item() < 0.5
+        parts.append((object_labels if together else paired_labels)(batch // 2, generator))
+    return torch.cat(parts)
 
 
 class Workshop:
@@ -97,16 +109,18 @@ class Workshop:
             self.model, load_items("shipped"),
             balanced_labels(options.per_kind, torch.Generator().manual_seed(EVALUATION_SEED)), False, EVALUATION_SEED,
         )  # fmt: skip
-        self._pool: tuple[int, Clips] | None = None
+        self._pool: tuple[tuple[int, bool], Clips] | None = None
         self.texts = self._texts()
         self.frame_mean = self._score(self.evaluation.frame_mean)
 
     def _texts(self) -> Tensor:
-        """Captions' embeddings, of the text tower as tuned; tuned once and kept in --cache."""
+        """Captions' embeddings, of the text tower as tuned; tuned once and kept in --weights."""
         options = self.options
-        path = options.cache / f"text-{options.text_steps}-{options.pool}x{options.batch}-{options.data}.pt"
+        path = options.weights / (
+            f"captions-{options.text_steps}-{options.pool}x{options.batch}-{options.data}.safetensors"
+        )
         if path.exists():
-            return torch.load(path, weights_only=True)
+            return load_file(path)["captions"]
         pool = self.pool(0)
         text.tune(
             self.clip, self.tokenizer, pool.frame_mean, label_number(pool.labels) + scoring.PLAIN,
@@ -115,16 +129,17 @@ class Workshop:
         texts = text.bank(self.clip, self.tokenizer)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".writing")
-        torch.save(texts, aside)
+        aside.write_bytes(save({"captions": texts}))
         os.replace(aside, path)
         return texts
 
-    def pool(self, seed: int) -> Clips:
-        """The training clips of a seed."""
-        if self._pool is None or self._pool[0] != seed:
+    def pool(self, seed: int, long: bool = False) -> Clips:
+        """The training clips of a seed; long: of its longer run, which sees each clip once and objects side by side."""
+        if self._pool is None or self._pool[0] != (seed, long):
             self._pool = None  # let go of the last before the next is made
-            labels = pool_labels(self.options.pool, self.options.batch, seed)
-            self._pool = (seed, make_clips(self.model, self.train_items, labels, True, seed))
+            batches = self.options.long_steps if long else self.options.pool
+            labels = pool_labels(batches, self.options.batch, seed, objects=long)
+            self._pool = ((seed, long), make_clips(self.model, self.train_items, labels, True, seed))
         return self._pool[1]
 
     def _score(self, videos: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -134,11 +149,14 @@ class Workshop:
     def run(self, part: str, name: str, seed: int, steps: int) -> Row:
         """Train a system and score it."""
         system, options = SYSTEMS[name], self.options
-        pool, model = self.pool(seed), make_model(self.clip, system, seed)
+        pool, model = self.pool(seed, part == "long"), make_model(self.clip, system, seed)
         cpu = time.process_time()
         events = self.texts[:, scoring.PLAIN :]
         seconds, losses = train(model, system, pool, events, self.scale, steps, options.batch, seed)
         cpu = time.process_time() - cpu
+        if part == "long":  # what is scored is what is stored, in half precision
+            model.save_pretrained(self.folder(seed), dtype=torch.float16)
+            model = self.stored(seed)
         figures, hits = self._score(scoring.embed(model, self.evaluation))
         plain, plain_hits = self.frame_mean
         return Row(
@@ -146,6 +164,25 @@ class Workshop:
             [round(loss, 4) for loss in losses], figures, plain, scoring.paired_tests(plain_hits, hits), None,
             command(), facts("cpu"),
         )  # fmt: skip
+
+    def folder(self, seed: int) -> Path:
+        """Of a longer run's branch."""
+        return self.options.weights / f"seed{seed}"
+
+    def stored(self, seed: int) -> BTAdapterVisionModel:
+        """A longer run's branch as it is stored."""
+        return BTAdapterVisionModel.from_pretrained(self.folder(seed), clip=self.clip).float()
+
+    def check(self, row: Row) -> bool:
+        """Ask a longer run's stored branch again; whether it does what its row says."""
+        figures, _ = self._score(scoring.embed(self.stored(row.seed), self.evaluation))
+        show(replace(row, figures=figures, part="stored"))
+        wrong = {
+            name: (value, row.figures[name]) for name, value in figures.items() if abs(value - row.figures[name]) > SAME
+        }
+        if wrong:
+            print(f"seed {row.seed}: now and in its row: {wrong}")
+        return not wrong
 
 
 def command() -> str:
@@ -176,7 +213,7 @@ def show(row: Row) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("all", "ablation", "long", "cost"), default="all")
+    parser.add_argument("--only", choices=("all", "ablation", "long", "cost", "stored"), default="all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=220, help="of a run of the ablation")
     parser.add_argument("--long-steps", type=int, default=500, help="of the base system's longer run")
@@ -186,9 +223,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text-steps", type=int, default=150)
     parser.add_argument("--data", choices=("train", "shipped"), default="train", help="items of the training clips")
     parser.add_argument("--folder", default=None, help="Fashion-MNIST's files")
-    parser.add_argument(
-        "--cache", type=Path, default=ROOT / "build" / "miniature", help="the tuned text tower's captions"
-    )
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of trained branches and of captions")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -199,7 +234,11 @@ def main() -> None:
     rows = read_rows(options.out)
     done = {(row.part, row.system, row.seed, row.steps) for row in rows if row.batch == options.batch}
     todo = [run for run in plan(options) if run not in done]
-    shop = Workshop(options) if todo else None
+    shop = Workshop(options) if todo or options.only == "stored" else None
+    if options.only == "stored":
+        assert shop is not None
+        good = [shop.check(row) for row in rows if row.part == "long"]
+        raise SystemExit(0 if good and all(good) else "stored branches and rows do not agree")
     for run in todo:
         assert shop is not None
         rows.append(shop.run(*run))

@@ -187,8 +187,26 @@ def paired_labels(pairs: int, generator: torch.Generator) -> Tensor:
     A batch in which each clip stands beside its counterpart, of the same object and colour, asks for the order of
     frames; among random captions, object and colour would tell nearly all of them apart. Kinds are alike often.
     """
-    weight = torch.tensor([1.0 / len(of_kind(EVENTS[2 * pair].kind)) for pair in range(PAIRS)])
-    weight = weight.repeat(len(ITEMS) * len(COLOURS))
-    first = every_label()[::2][torch.multinomial(weight, pairs, generator=generator)]
+    weight = _pair_weights().repeat(len(ITEMS) * len(COLOURS))
+    return _with_counterparts(every_label()[::2][torch.multinomial(weight, pairs, generator=generator)])
+
+
+def object_labels(pairs: int, generator: torch.Generator) -> Tensor:
+    """As :func:`paired_labels`, each pair with another object, all in one colour: such a batch asks for objects too.
+
+    pairs: at most as many as there are objects.
+    """
+    item = torch.randperm(len(ITEMS), generator=generator)[:pairs]
+    colour = torch.randint(len(COLOURS), (1,), generator=generator).expand(pairs)
+    event = 2 * torch.multinomial(_pair_weights(), pairs, replacement=True, generator=generator)
+    return _with_counterparts(torch.stack([item, colour, event], 1))
+
+
+def _pair_weights() -> Tensor:
+    """Of each pair of events, so that the kinds are alike often."""
+    return torch.tensor([1.0 / len(of_kind(EVENTS[2 * pair].kind)) for pair in range(PAIRS)])
+
+
+def _with_counterparts(first: Tensor) -> Tensor:
     second = torch.cat([first[:, :2], counterpart(first[:, 2:])], 1)
     return torch.stack([first, second], 1).flatten(0, 1)
