@@ -169,14 +169,18 @@ def embed(model: Any, ids: list[int], visuals: Sequence[Visual]) -> Tensor:
     return embeds
 
 
+def cache_option(model: Any, cache: Any) -> dict[str, Any]:
+    """A cache under the name by which a model's forward takes it; transformers 5 changes it."""
+    accepts = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in accepts else "past_key_values": cache}
+
+
 def generate(
     model: Any, embeds: Tensor, mask: Tensor, max_new_tokens: int, streamer: Any = None, cache: Any = None
 ) -> Tensor:
     """Greedy tokens after ``[B, S, E]``, without those of the prompt; rows that end early are padded."""
-    generator, options = family_of(model).generator, {}
-    if cache is not None:
-        accepts = inspect.signature(generator.forward).parameters
-        options["cache" if "cache" in accepts else "past_key_values"] = cache
+    generator = family_of(model).generator
+    options = {} if cache is None else cache_option(generator, cache)
     return generator.generate(
         inputs_embeds=embeds,
         attention_mask=mask,

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import Cache, LlavaForConditionalGeneration
 
 from bt_adapter.chat.attach import attach, branch_enabled
+from bt_adapter.chat.conversation import cache_option
 from bt_adapter.model import BTAdapterVisionModel
 
 from . import questions
@@ -148,8 +149,8 @@ def _go_on(
             inputs_embeds=chat.get_input_embeddings()(token)[:, None],
             attention_mask=seen[:, None, None],
             position_ids=(depth + step)[:, None],
-            past_key_values=cache,
             use_cache=True,
+            **cache_option(chat.model.language_model, cache),
         ).last_hidden_state
         token = chat.lm_head(hidden[:, -1]).argmax(-1)
         for i, value in enumerate(token.tolist()):

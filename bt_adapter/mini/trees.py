@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import Cache, LlavaForConditionalGeneration
+from transformers import Cache, DynamicCache, LlavaForConditionalGeneration
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from bt_adapter.chat.conversation import cache_option
 
 from .questions import Turn
 
@@ -118,7 +120,10 @@ def hidden_states(
     embeds = chat.get_input_embeddings()(batch.ids)
     places = (batch.ids == chat.config.image_token_id)[..., None].expand_as(embeds)
     embeds = embeds.masked_scatter(places, visual.to(embeds.dtype))
-    out = chat.model.language_model(
-        inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions, use_cache=keep
+    model = chat.model.language_model
+    cache = DynamicCache() if keep else None
+    options = {} if cache is None else cache_option(model, cache)
+    out = model(
+        inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions, use_cache=keep, **options
     )
-    return out.last_hidden_state, out.past_key_values if keep else None
+    return out.last_hidden_state, cache

@@ -24,9 +24,8 @@ from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
-from bt_adapter.pretrain.checkpoint import Checkpoints, load_averages, load_moments, whole
-from bt_adapter.pretrain.log import Log
-from bt_adapter.pretrain.loop import Clock, Stopped, rate, signals
+from bt_adapter.pretrain.checkpoint import load_averages, load_moments, whole
+from bt_adapter.pretrain.loop import Clock, Stopped, TrainingRun, rate
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.pretrain.step import Pretraining, backward, draw_visible, mix
 from bt_adapter.text import load_clip
@@ -51,21 +50,16 @@ def pretrain(recipe: Recipe) -> Path:
         processes.leave()
 
 
-class Run:
-    """One run: model, data, optimizer, and where it stands."""
+class Run(TrainingRun):
+    """One pretraining run."""
+
+    recipe: Recipe
 
     def __init__(self, recipe: Recipe, processes: Processes) -> None:
-        self.recipe, self.processes = recipe, processes
-        self.checkpoints = Checkpoints(recipe.out, recipe.keep_last)
-        found = self.checkpoints.newest()
-        self.state: dict[str, Any] = found[1] if found else {"step": 0, "recipe": recipe.to_dict()}
-        if wrong := recipe.differences(self.state["recipe"]):
-            raise CommandError(f"--out {recipe.out} holds a run of another recipe: {'; '.join(wrong)}")
-        self.skipped = Skipped()
+        super().__init__(recipe, processes)
         self._data()
-        self._model(found[0] if found else None)
+        self._model()
         self.warm_steps = max(1, round(recipe.warmup * self.steps_per_epoch))
-        self.asked = self.stop = False  # by a signal; agreed on by all processes
 
     def _data(self) -> None:
         recipe = self.recipe
@@ -98,8 +92,8 @@ class Run:
         if self.state.get("skipped"):
             self.skipped.load_state_dict(self.state["skipped"])
 
-    def _model(self, folder: Path | None) -> None:
-        recipe, device = self.recipe, self.processes.device
+    def _model(self) -> None:
+        recipe, device, folder = self.recipe, self.processes.device, self.folder
         torch.manual_seed(recipe.seed)
         self.model = start_model(recipe, self.clip, folder)
         self.text.to(device)
@@ -127,21 +121,8 @@ class Run:
         if self.state.get("scaler"):
             self.scaler.load_state_dict(self.state["scaler"])
 
-    def to_the_end(self) -> Path:
-        """Every step that is left, then the branch."""
-        recipe, processes, done = self.recipe, self.processes, self.state["step"]
-        out = recipe.out / "branch"
-        self.log = Log(recipe.out, done, self.steps, recipe.tensorboard) if processes.first else None
-        try:
-            with signals(self._ask):
-                self._run(done, out)
-        finally:
-            if self.log is not None:
-                self.log.close()
-        return out
-
-    def _run(self, done: int, out: Path) -> None:
-        recipe, processes = self.recipe, self.processes
+    def _run(self, done: int) -> Path:
+        recipe, processes, out = self.recipe, self.processes, self.recipe.out / "branch"
         if done:
             self._say(f"going on after step {done} of {self.steps}")
         self._loop(done)
@@ -155,9 +136,7 @@ class Run:
         if len(self.skipped):
             self._say(self.skipped.report())
         self._say(f"{self.steps} steps done; the branch is in {out}")
-
-    def _ask(self) -> None:
-        self.asked = True
+        return out
 
     def _loop(self, done: int) -> None:
         recipe, processes = self.recipe, self.processes
@@ -234,11 +213,7 @@ class Run:
     def _tell(self, values: dict[str, Any], clock: Clock) -> float:
         seen = values["step"] * self.recipe.batch + values["skipped"]
         self.skipped.check(seen, self.recipe.max_skipped, self.listed)
-        if not math.isfinite(values["loss"]) and self.recipe.precision != "float16":
-            raise CommandError(f"the loss of step {values['step']} is {values['loss']}: --lr may be too large")
-        if self.log is not None:
-            per_second, waiting = clock.figures(self.recipe.batch)
-            self.log.step({**values, "clips_per_s": round(per_second, 3), "data_wait": round(waiting, 4)})
+        self._log(values, clock)
         return values["loss"]
 
     def _due(self, step: int, saved: float) -> bool:
@@ -286,10 +261,6 @@ class Run:
                 {"step": step, "text_to_video": found[0].to_dict(), "video_to_text": found[1].to_dict()}
             )
         return score
-
-    def _say(self, text: str) -> None:
-        if self.log is not None:
-            self.log.say(text)
 
 
 def start_model(recipe: Recipe, clip: Any, folder: Path | None) -> BTAdapterVisionModel:

@@ -21,9 +21,8 @@ from bt_adapter.data.loading import in_order, numbers_seed
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
-from bt_adapter.pretrain.checkpoint import Checkpoints, load_moments, moments_of, save_moments
-from bt_adapter.pretrain.log import Log
-from bt_adapter.pretrain.loop import Clock, Stopped, rate, signals
+from bt_adapter.pretrain.checkpoint import load_moments, moments_of, save_moments
+from bt_adapter.pretrain.loop import Clock, Stopped, TrainingRun, rate
 from bt_adapter.tune.batches import Order, Step, Steps, VisualReader
 from bt_adapter.tune.conversations import read_conversations
 from bt_adapter.tune.features import FeatureStore, store_features
@@ -54,24 +53,19 @@ def tune(recipe: TuneRecipe, chat: VideoChat | None = None) -> Path:
         processes.leave()
 
 
-class Run:
-    """One run: model, data, optimizer, and where it stands."""
+class Run(TrainingRun):
+    """One tuning run."""
+
+    recipe: TuneRecipe
 
     def __init__(self, recipe: TuneRecipe, processes: Processes, chat: VideoChat | None) -> None:
-        self.recipe, self.processes = recipe, processes
-        self.checkpoints = Checkpoints(recipe.out, recipe.keep_last)
-        found = self.checkpoints.newest()
-        self.state: dict[str, Any] = found[1] if found else {"step": 0, "recipe": recipe.to_dict()}
-        if wrong := recipe.differences(self.state["recipe"]):
-            raise CommandError(f"--out {recipe.out} holds a run of another recipe: {'; '.join(wrong)}")
-        self.skipped = Skipped()
+        super().__init__(recipe, processes)
         conversations, unusable = read_conversations(recipe.data, recipe.videos)
         self.listed = len(conversations) + len(unusable)
         self._note(unusable)
         self.chat = chat or load_chat(recipe, processes.device)
         self._data(conversations)
-        self._model(found[0] if found else None)
-        self.asked = self.stop = False  # by a signal; agreed on by all processes
+        self._model()
 
     def _note(self, skipped: Skipped) -> None:
         """Conversations that no step will see."""
@@ -98,7 +92,7 @@ class Run:
         if self.state.get("skipped"):
             self.skipped.load_state_dict(self.state["skipped"])
 
-    def _model(self, folder: Path | None) -> None:
+    def _model(self) -> None:
         recipe = self.recipe
         torch.manual_seed(recipe.seed)  # of fresh adapters
         self.learned = Learned(self.chat.model, recipe)
@@ -112,28 +106,21 @@ class Run:
         for group in self.optimizer.param_groups:
             group["base"] = group["lr"]
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if folder is not None:
-            self.learned.load(folder)
-            load_moments(self.learned, self.optimizer, folder / "optimizer.safetensors")
+        if self.folder is not None:
+            self.learned.load(self.folder)
+            load_moments(self.learned, self.optimizer, self.folder / "optimizer.safetensors")
 
-    def to_the_end(self) -> Path:
-        """Every step that is left, then the folder of what was learned."""
-        recipe, done, out = self.recipe, self.state["step"], self.recipe.out / "tuned"
-        self.log = Log(recipe.out, done, self.steps, recipe.tensorboard) if self.processes.first else None
-        try:
-            with signals(self._ask):
-                self._say(f"{len(self.examples)} conversations, {self.steps} steps; {self._what_learns()}")
-                if done:
-                    self._say(f"going on after step {done} of {self.steps}")
-                self._loop(done)
-                if self.processes.first:
-                    self._write(out)
-                if len(self.skipped):
-                    self._say(self.skipped.report())
-                self._say(f"{self.steps} steps done; what was learned is in {out}")
-        finally:
-            if self.log is not None:
-                self.log.close()
+    def _run(self, done: int) -> Path:
+        out = self.recipe.out / "tuned"
+        self._say(f"{len(self.examples)} conversations, {self.steps} steps; {self._what_learns()}")
+        if done:
+            self._say(f"going on after step {done} of {self.steps}")
+        self._loop(done)
+        if self.processes.first:
+            self._write(out)
+        if len(self.skipped):
+            self._say(self.skipped.report())
+        self._say(f"{self.steps} steps done; what was learned is in {out}")
         return out
 
     def _what_learns(self) -> str:
@@ -221,11 +208,7 @@ class Run:
     def _tell(self, values: dict[str, Any], clock: Clock) -> None:
         seen = min(values["step"] * self.recipe.batch, len(self.examples))
         self.skipped.check(self.listed - len(self.examples) + seen, self.recipe.max_skipped)
-        if not math.isfinite(values["loss"]):
-            raise CommandError(f"the loss of step {values['step']} is {values['loss']}: --lr may be too large")
-        if self.log is not None:
-            per_second, waiting = clock.figures(self.recipe.batch)
-            self.log.step({**values, "clips_per_s": round(per_second, 3), "data_wait": round(waiting, 4)})
+        self._log(values, clock)
 
     def _gather_skipped(self) -> None:
         for skipped in self.processes.gather(self.skipped.state_dict()):
@@ -263,13 +246,6 @@ class Run:
         self.learned.save(aside, self._about())
         shutil.rmtree(out, ignore_errors=True)
         os.replace(aside, out)
-
-    def _ask(self) -> None:
-        self.asked = True
-
-    def _say(self, text: str) -> None:
-        if self.log is not None:
-            self.log.say(text)
 
 
 def load_chat(recipe: TuneRecipe, device: torch.device) -> VideoChat:
