@@ -6,6 +6,7 @@ import gc
 
 import torch
 from contenders import BASELINES, CONTENDERS, POLICIES, Case, Contender, make_inputs, make_model
+from measure import kept_bytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,18 +18,7 @@ def saved_bytes(contender: Contender) -> int | None:
     own = {t.untyped_storage().data_ptr() for t in contender.model.parameters()}
     if contender.case.part == "branch":  # of the product that stands for a loss
         own.add(contender.inputs["cotangent"].untyped_storage().data_ptr())
-    kept: dict[int, int] = {}
-
-    @torch.compiler.disable
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        getattr(contender, contender.case.part)()
-    return sum(kept.values())
+    return kept_bytes(getattr(contender, contender.case.part), own)
 
 
 class Operators(TorchDispatchMode):

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -81,6 +81,22 @@ def peak_memory(function: Callable, device: str) -> float | None:
     function()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def kept_bytes(run: Callable[[], object], own: Collection[int]) -> int:
+    """Bytes of the unique storages kept for the backward of ``run``, but for those at the addresses in ``own``."""
+    kept: dict[int, int] = {}
+
+    @torch.compiler.disable
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
 
 
 def results_file(name: str, about: dict) -> Path:

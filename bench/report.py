@@ -247,6 +247,7 @@ TABLES = {
     "traffic": traffic,
     "step": step,
     "chat": chat,
+    "miniature-short": miniature.brief,
     "miniature": miniature.short,
     "miniature-full": miniature.full,
     "miniature-ablation": miniature.ablation,

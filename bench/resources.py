@@ -10,17 +10,16 @@ GPU would be given, specialised as Triton's JIT does it. CUDA kernels come from 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from measure import write
 
 from bt_kernels import VisibleTokens, _triton
 from bt_kernels._cases import Variant, flat_arguments, passes, variants
@@ -240,9 +239,7 @@ def main() -> int:
             flush=True,
         )
     if options.json:
-        written = options.json.with_suffix(".writing")
-        written.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        os.replace(written, options.json)
+        write(rows, options.json)
     return int(any(row.broken for row in rows))
 
 

@@ -12,17 +12,17 @@ counted from its tensors' sizes. alignment_loss is left out: most of its bytes a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 from interpreter import counted, make_strict  # noqa: E402
+from measure import write  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from bt_kernels import VisibleTokens  # noqa: E402
@@ -129,9 +129,7 @@ def main() -> int:
                     flush=True,
                 )
     if options.json:
-        written = options.json.with_suffix(".writing")
-        written.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        os.replace(written, options.json)
+        write(rows, options.json)
     over = [row for row in rows if row.limit is not None and row.ratio > row.limit]
     return int(bool(over))
 

@@ -262,7 +262,7 @@ def test_tables_say_what_the_rows_say(stored, monkeypatch):
     monkeypatch.setattr(chat_report, "load", lambda: stored)
     tables = {name: table() for name, table in chat_report.TABLES.items()}
     assert "tuned on video questions | 2 | 0.50 ± 0.00 |" in tables["miniature-chat"]
-    assert "6 : 0, p = 3e-02 | 2 : 0, p = 0.50 |" in tables["miniature-chat"]
+    assert "6 : 0, p = 0.031 | 2 : 0, p = 0.50 |" in tables["miniature-chat"]
     assert "4 CPU minutes" in tables["miniature-chat"]
     assert "| there | 0.50 | 0.75 |  |" in tables["miniature-chat-probes"]
     assert "| 2.00 | 1.00 | 1.00 | 3 |" in tables["miniature-chat-losses"]

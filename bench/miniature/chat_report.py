@@ -1,7 +1,4 @@
-"""What `bench/miniature/chat.py` found, as tables for ``bench/report.py``; the plot: run this file.
-
-python bench/miniature/chat_report.py       writes docs/miniature-chat.png
-"""
+"""What `bench/miniature/chat.py` found, as tables for ``bench/report.py`` and a plot for ``bench/plots.py``."""
 
 from __future__ import annotations
 
@@ -11,6 +8,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from miniature.tables import small, spread
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "bench" / "results" / "miniature-chat.json"
@@ -39,17 +38,6 @@ def load(path: Path = RESULTS) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds; the value alone where there is one."""
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
-
-
-def small(p: float) -> str:
-    """A p-value."""
-    return f"{p:.2f}" if p >= 0.1 else f"{p:.0e}"
-
-
 def compared(test: dict[str, Any]) -> str:
     """How often one alone was right, how often the other, and p."""
     return f"{test['only_first']} : {test['only_second']}, p = {small(test['p'])}"
@@ -71,7 +59,7 @@ def answers(rows: list[dict[str, Any]], way: str) -> list[str]:
     head = " | ".join(f"{kind} ({first[kind]['n']} a seed, of {first[kind]['answers']})" for kind in TYPES)
     lines = [f"| | seeds | {head} |", "| --- " * (len(TYPES) + 2) + "|"]
     for name, own in told.items():
-        cells = " | ".join(spread([row["figures"][kind][way] for row in own]) for kind in TYPES)
+        cells = " | ".join(spread([row["figures"][kind][way] for row in own], 2) for kind in TYPES)
         lines.append(f"| {LABELS[name]} | {len(own)} | {cells} |")
     return lines
 
@@ -93,7 +81,9 @@ def probed(rows: list[dict[str, Any]]) -> list[str]:
     kinds = list(next(iter(own[0].values())))
     lines = [f"| read from | {' | '.join(kinds)} |", "| --- " * (len(kinds) + 1) + "|"]
     for place in own[0]:
-        cells = (spread([figures[place][kind] for figures in own]) if kind in own[0][place] else "" for kind in kinds)
+        cells = (
+            spread([figures[place][kind] for figures in own], 2) if kind in own[0][place] else "" for kind in kinds
+        )
         lines.append(f"| {place} | {' | '.join(cells)} |")
     return lines
 
@@ -124,8 +114,26 @@ def conditions(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def brief(rows: list[dict[str, Any]]) -> list[str]:
+    """For the README: what tuning on video questions gives, against its control, of the types that one can tell."""
+    told, kinds = of_settings(rows), ("motion", "object")
+    tests = {row["setting"]: row["figures"] for row in rows if row["part"] == "test"}
+    head = " | ".join(f"{kind}, branch {state}" for kind in kinds for state in ("off", "on"))
+    lines = [f"| answers right | {head} | motion, p |", "| --- " * (2 * len(kinds) + 2) + "|"]
+    seeds = 0
+    for name, own in told.items():
+        test = tests.get(f"{name} against {name}{OFF}")
+        if test is None:
+            continue
+        pair = (told[name + OFF], own)
+        cells = [spread([row["figures"][kind]["generated"] for row in side], 2) for kind in kinds for side in pair]
+        lines.append(f"| {LABELS[name]} | {' | '.join(cells)} | {small(test['motion']['generated']['p'])} |")
+        seeds = max(seeds, len(own))
+    return [*lines, "", f"{seeds} seeds; printed by `python bench/miniature/chat.py`."]
+
+
 def short(rows: list[dict[str, Any]]) -> list[str]:
-    """The README's table."""
+    """The main table, and each setting against its control."""
     head = "Right in the first alone : in its control alone (exact two-sided McNemar tests over all seeds' questions):"
     lines = [*answers(rows, "generated"), "", head, ""]
     lines += ["| | motion, order and speed together | object |", "| --- | --- | --- |"]
@@ -142,6 +150,7 @@ def table(make: Callable[[list[dict[str, Any]]], list[str]]) -> Callable[[], str
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "miniature-chat-short": table(brief),
     "miniature-chat": table(short),
     "miniature-chat-probes": table(probed),
     "miniature-chat-likelihood": table(partial(answers, way="likelihood")),
@@ -190,7 +199,3 @@ def plot(rows: list[dict[str, Any]], out: Path = PLOT) -> Path:
         axes.grid(alpha=0.3)
     figure.savefig(out, dpi=120)
     return out
-
-
-if __name__ == "__main__":
-    print(f"wrote {plot(load())}")

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import facts, rounds_of
+from measure import facts, kept_bytes, rounds_of
 from miniature.scenes import FRAMES
 from miniature.systems import System, make_model, recipe_of
 from torch import Tensor
@@ -43,18 +43,7 @@ def step_of(system: System) -> tuple[Callable[[], Tensor], Pretraining]:
 
 def saved_bytes(step: Callable[[], Tensor], module: torch.nn.Module) -> int:
     """Unique storages kept for backward, without parameters and buffers."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(kept.values())
+    return kept_bytes(step, {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())})
 
 
 def cost_rows(row: type, command: str) -> list[Any]:

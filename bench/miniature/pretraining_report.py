@@ -1,7 +1,4 @@
-"""What ``bench/miniature/pretraining.py`` found, as tables for ``bench/report.py``; the plot: run this file.
-
-python bench/miniature/pretraining_report.py       writes docs/miniature-pretraining.png
-"""
+"""What ``miniature/pretraining.py`` found, as tables for ``bench/report.py`` and a plot for ``bench/plots.py``."""
 
 from __future__ import annotations
 
@@ -11,6 +8,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from miniature.tables import small, spread
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "miniature-pretraining.json"
@@ -42,12 +41,6 @@ def load(part: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}"
-
-
 def t_test(differences: Sequence[float]) -> float | None:
     """Two-sided p of Student's t that the mean is 0; None with fewer than two values or no spread."""
     if len(differences) < 2 or statistics.stdev(differences) == 0:
@@ -64,11 +57,6 @@ def t_test(differences: Sequence[float]) -> float | None:
         total += term
     inside = math.sin(angle) * total
     return 1 - (2 / math.pi * (angle + inside) if odd else inside)
-
-
-def small(p: float | None) -> str:
-    """A p-value."""
-    return "" if p is None else f"{p:.2f}" if p >= 0.1 else f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
 
 
 def _against_frames(names: Sequence[str]) -> list[str]:
@@ -99,8 +87,23 @@ TESTS = (
 )
 
 
+def brief() -> str:
+    """What changes and what does not, for the README."""
+    (rows,) = load("long").values()
+    chosen = ("temporal", "direction", "order", "object")
+    labels = {**KINDS, "temporal": "all captions that the order of frames alone tells, 1 of 2"}
+    lines = [
+        "| held-out clips, in pairs of the same frames | mean of frames | with the branch |",
+        "| --- " * 3 + "|",
+    ]
+    for name in chosen:
+        ours, plain = ([row[side][name] for row in rows] for side in ("figures", "frame_mean"))
+        lines.append(f"| {labels[name]} | {statistics.mean(plain):.3f} | {spread(ours)} |")
+    return "\n".join([*lines, "", f"{len(rows)} seeds; printed by `{rows[0]['command']}`."])
+
+
 def short() -> str:
-    """The system against the frame mean, for the README."""
+    """The system against the frame mean."""
     (rows,) = load("long").values()
     return "\n".join([*_against_frames(SHORT), "", f"{_how(rows, 'Zero-shot on held-out clips')} {TESTS}"])
 
@@ -155,7 +158,7 @@ def cost() -> str:
     return "\n".join(lines)
 
 
-def plot() -> None:
+def plot() -> Path:
     """Bars of the ablation with their spread, and the cost of a step against the ratio."""
     import matplotlib
 
@@ -189,8 +192,4 @@ def plot() -> None:
     kept.set_ylabel("kept for backward, MB (dashed)")
     ratio.grid(alpha=0.3)
     figure.savefig(PLOT, dpi=120)
-
-
-if __name__ == "__main__":
-    plot()
-    print(f"wrote {PLOT.relative_to(ROOT)}")
+    return PLOT
