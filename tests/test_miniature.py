@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from measure import write
 from miniature import pretraining, scoring, systems, text
 from miniature.scenes import (
     COLOURS,
@@ -156,10 +157,16 @@ def test_scoring_counts_ties_as_wrong_and_a_perfect_system_as_right():
     assert not any(figures[kind] for kind in (*KINDS, "event", "object", "video to text R@1"))
 
 
-def test_a_run_writes_a_row_and_a_second_start_does_nothing(monkeypatch, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder that keeps the captions' embeddings from one small run to the next."""
+    return tmp_path_factory.mktemp("weights")
+
+
+def test_a_run_writes_a_row_and_a_second_start_does_nothing(weights, monkeypatch, tmp_path, capsys):
     out = tmp_path / "rows.json"
     options = ["--only", "ablation", "--seeds", "1", "--steps", "2", "--batch", "4", "--pool", "8", "--per-kind", "8"]
-    options += ["--text-steps", "1", "--data", "shipped", "--weights", str(tmp_path), "--out", str(out)]
+    options += ["--text-steps", "1", "--data", "shipped", "--weights", str(weights), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["pretraining.py", *options])
     for module in (text, systems):  # one wording of the captions is enough here
         monkeypatch.setattr(module, "TEMPLATES", module.TEMPLATES[:1])
@@ -175,3 +182,38 @@ def test_a_run_writes_a_row_and_a_second_start_does_nothing(monkeypatch, tmp_pat
     monkeypatch.setattr(pretraining, "Workshop", lambda options: pytest.fail("the second start did something"))
     pretraining.main()
     assert out.read_bytes() == before
+
+
+def test_a_longer_run_stores_its_branch_and_the_stored_one_does_what_its_row_says(weights, monkeypatch, tmp_path):
+    out = tmp_path / "rows.json"
+    options = [
+        "--seeds",
+        "1",
+        "--long-steps",
+        "2",
+        "--batch",
+        "4",
+        "--pool",
+        "8",
+        "--per-kind",
+        "8",
+        "--text-steps",
+        "1",
+    ]
+    options += ["--data", "shipped", "--weights", str(weights), "--out", str(out)]
+    for module in (text, systems):
+        monkeypatch.setattr(module, "TEMPLATES", module.TEMPLATES[:1])
+
+    def run(only: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["pretraining.py", "--only", only, *options])
+        pretraining.main()
+
+    run("long")
+    (row,) = pretraining.read_rows(out)
+    with pytest.raises(SystemExit) as ended:
+        run("stored")
+    assert ended.value.code == 0
+    row.figures["object"] += 0.25
+    write([row], out)
+    with pytest.raises(SystemExit, match="do not agree"):
+        run("stored")
