@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import json
 import math
 import os
@@ -262,9 +263,15 @@ def load_rows(path: Path) -> list[Row]:
 
 def store(row: Row, path: Path) -> None:
     """Put a row among those stored by now, in the place of one of the same setting and seed."""
-    rows = [other for other in load_rows(path) if (other.setting, other.seed) != (row.setting, row.seed)]
-    rows = sorted([*rows, row], key=lambda row: ([PROBE, *SETTINGS].index(row.setting), row.seed))
-    write(rows + tests(rows), path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # locked, so that of two runs that store at once neither's row is lost
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        rows = [other for other in load_rows(path) if (other.setting, other.seed) != (row.setting, row.seed)]
+        rows = sorted([*rows, row], key=lambda row: ([PROBE, *SETTINGS].index(row.setting), row.seed))
+        write(rows + tests(rows), path)
+    finally:
+        os.close(folder)
 
 
 def main() -> None:

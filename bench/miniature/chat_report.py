@@ -109,8 +109,8 @@ def conditions(rows: list[dict[str, Any]]) -> str:
     return (
         f"Seeds {seeds} (of tuning and held-out clips). Tunings made here: "
         f"{asked['steps']} steps of {asked['batch']} clips after the warm start. Branch: `{asked['branch']}`. One "
-        f"thread of an {about['device']}, {minutes:.0f} CPU minutes in all, torch {about['torch']}, commit "
-        f"{about['commit']}; printed by `{told[-1]['command'].strip()}`."
+        f"thread of an {about['device']}, {minutes:.0f} CPU minutes in all, torch {about['torch']}; printed by "
+        "`python bench/miniature/chat.py`, for some rows with `--seeds` and `--settings`."
     )
 
 
@@ -119,17 +119,17 @@ def brief(rows: list[dict[str, Any]]) -> list[str]:
     told, kinds = of_settings(rows), ("motion", "object")
     tests = {row["setting"]: row["figures"] for row in rows if row["part"] == "test"}
     head = " | ".join(f"{kind}, branch {state}" for kind in kinds for state in ("off", "on"))
-    lines = [f"| answers right | {head} | motion, p |", "| --- " * (2 * len(kinds) + 2) + "|"]
-    seeds = 0
+    lines = [f"| answers right | seeds | {head} | motion, p |", "| --- " * (2 * len(kinds) + 3) + "|"]
     for name, own in told.items():
         test = tests.get(f"{name} against {name}{OFF}")
         if test is None:
             continue
         pair = (told[name + OFF], own)
         cells = [spread([row["figures"][kind]["generated"] for row in side], 2) for kind in kinds for side in pair]
-        lines.append(f"| {LABELS[name]} | {' | '.join(cells)} | {small(test['motion']['generated']['p'])} |")
-        seeds = max(seeds, len(own))
-    return [*lines, "", f"{seeds} seeds; printed by `python bench/miniature/chat.py`."]
+        lines.append(
+            f"| {LABELS[name]} | {len(own)} | {' | '.join(cells)} | {small(test['motion']['generated']['p'])} |"
+        )
+    return [*lines, "", "Generated answers; printed by `python bench/miniature/chat.py`."]
 
 
 def short(rows: list[dict[str, Any]]) -> list[str]:
