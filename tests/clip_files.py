@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from test_video import numbered, write_sound
+from test_video import numbered, write_sound, write_tagged
 
 from bt_adapter.data import write_video
 
@@ -16,11 +16,15 @@ CUT = ("cut", "cut late")
 
 
 def write_kinds(folder: Path) -> dict[str, Path]:
-    """One file of each kind: four good ones, the broken ones, and two that are cut but can be decoded."""
+    """One file of each kind: four good ones, the broken ones, and two that are cut but can be decoded.
+
+    The last of the good ones has a title that is no UTF-8.
+    """
     folder.mkdir(parents=True)
     kinds = {f"good{i}": folder / f"good{i}.mp4" for i in range(4)}
     for i, path in enumerate(kinds.values()):
         write_video(path, numbered(6 + 2 * i))
+    write_tagged(kinds["good3"], kinds["good3"])
     whole = folder / "whole.mkv"
     write_video(whole, numbered(40), options={"crf": "30", "g": "8"})
     content = whole.read_bytes()

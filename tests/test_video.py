@@ -81,6 +81,20 @@ def write_sound(path, codec):
     return path
 
 
+def write_tagged(path, source):
+    """The video of another file, with a title in Latin-1, as old tools write it."""
+    with av.open(str(source)) as old, av.open(content := io.BytesIO(), "w", format="mp4") as container:
+        container.metadata["title"] = "a cafe"
+        stream = container.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+    assert content.getvalue().count(b"a cafe") == 1
+    path.write_bytes(content.getvalue().replace(b"a cafe", b"a caf\xe9"))
+    return path
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("videos")
@@ -468,6 +482,22 @@ def test_truncated_file_gives_what_is_there(tmp_path, suffix, share):
     assert read_video(path, 8).frames.shape[0] == 8
     if suffix == ".mp4":
         assert read_video(path.read_bytes(), 8).truncated
+
+
+def test_a_tag_that_is_not_utf8_is_no_damage(tmp_path, clip):
+    path = write_tagged(tmp_path / "tagged.mp4", clip)
+    video = read_video(path, None)
+    assert numbers(video.frames) == list(range(40)) and not video.truncated
+
+
+@pytest.mark.parametrize(("where", "message"), [("open", "read as a video file"), ("keep", "decoded")])
+def test_whatever_pyav_makes_of_a_file_is_a_video_error(clip, monkeypatch, where, message):
+    def fail(*arguments, **options):
+        raise ValueError("odd")
+
+    monkeypatch.setattr(decode.av if where == "open" else decode.Taken, where, fail)
+    with pytest.raises(VideoError, match=rf"clip.mp4: cannot be {message} \(odd\)"):
+        read_video(clip, 2)
 
 
 def test_damage_in_the_middle(tmp_path, long_clip):

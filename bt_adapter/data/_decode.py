@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import BinaryIO
@@ -72,17 +73,26 @@ class Source:
             return cls(name, path)
         return cls(name, path.read())  # containers count offsets from their own first byte
 
-    def open(self) -> av.container.InputContainer:
-        """A fresh container. Raises VideoError."""
+    @contextmanager
+    def open(self) -> Iterator[av.container.InputContainer]:
+        """A fresh container; what PyAV cannot make of the file within the context is a VideoError too."""
         target = self.target
         if isinstance(target, bytes):
             target = io.BytesIO(target)
         elif not isinstance(target, str):
             target.seek(0)
         try:
-            return av.open(target, "r", options={"format_whitelist": _CONTAINERS})
-        except (FFmpegError, OSError) as error:
+            # tags of old files are in the code page of who wrote them
+            container = av.open(target, "r", options={"format_whitelist": _CONTAINERS}, metadata_errors="replace")
+        except (FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"{self.name}: cannot be read as a video file ({reason(error)})") from error
+        try:
+            with container:
+                yield container
+        except VideoError:
+            raise
+        except (FFmpegError, ValueError) as error:
+            raise VideoError(f"{self.name}: cannot be decoded ({reason(error)})") from error
 
     def stream(self, container: av.container.InputContainer) -> av.VideoStream:
         """The first video stream that is no cover picture. Raises VideoError."""
