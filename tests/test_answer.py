@@ -203,7 +203,7 @@ def test_answers_are_told_apart_by_all_that_made_them(folder):
     plain = made()
     changes = {"model": "m", "branch": "b", "frames": 9, "fps": 1.0, "windows": 2, "long": "interpolate",
                "no_branch": True, "dtype": "float16", "quantize": "nf4", "max_new_tokens": 5,
-               "repeat": True}  # fmt: skip
+               "repeat": True, "other_tower": True}  # fmt: skip
     assert all(made(**{name: value}) != plain for name, value in changes.items())
     assert made(batch=3, device="cpu") == plain
 

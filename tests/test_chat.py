@@ -1,5 +1,7 @@
 """Prompts, engine and the small chat stack's own parts."""
 
+import json
+
 import pytest
 import torch
 from test_attach import IMAGE_TOKEN, PATCHES, make_branch, make_chat
@@ -7,12 +9,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from bt_adapter.chat import session
 from bt_adapter.chat.attach import attach, detach
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.prompts import image_prompt, video_prompt
+from bt_adapter.commands.chat import Chat
+from bt_adapter.errors import CommandError
 from bt_adapter.mini import answers, language, llava, lora, questions, trees
 from bt_adapter.mini.items import ITEMS
 from bt_adapter.mini.scenes import COLOURS, MOTIONS
+from bt_adapter.tune.loading import load_base
+from bt_adapter.tune.recipe import TuneRecipe
 
 WORDS = ["<unk>", "how", "is", "it", "moving", "?", "left", "right", ".", "user", "assistant"]
 
@@ -87,6 +94,37 @@ def test_engine_loads_any_llava_folder(frames, tmp_path):
     assert torch.equal(engine.encode(frames), expected)
     half = VideoChat.load(tmp_path / "chat", tmp_path / "branch", dtype=torch.bfloat16)
     assert half.encode(frames).dtype == torch.bfloat16 and half.ask(half.encode(frames), "how ?", 3).tokens <= 3
+
+
+def test_commands_take_a_branch_of_another_tower_where_told(tmp_path):
+    make_branch(make_chat()).save_pretrained(tmp_path / "branch")
+    make_chat(image_size=48).save_pretrained(tmp_path / "chat")
+    make_tokenizer().save_pretrained(tmp_path / "chat")
+    names = {"model": str(tmp_path / "chat"), "branch": str(tmp_path / "branch")}
+    with pytest.raises(CommandError, match=r"24 px.*48 px.*--other-tower"):
+        session.load(Chat(**names))
+    with pytest.warns(UserWarning, match="24 px"):
+        assert session.load(Chat(**names, other_tower=True)).family.image_size == 48
+    with pytest.warns(UserWarning, match="24 px"):
+        load_base(*names.values(), require_same_tower=False)
+    # what was tuned so needs no leave again
+    about = {
+        "format": 1,
+        "parts": [],
+        "model": names["model"],
+        "branch": {"source": names["branch"], "fingerprint": {}},
+    }
+    (tmp_path / "tuned").mkdir()
+    for leave in (True, False):
+        recipe = TuneRecipe(other_tower=leave).to_dict()
+        (tmp_path / "tuned" / "tuned.json").write_text(json.dumps({**about, "recipe": recipe}))
+        if leave:
+            with pytest.warns(UserWarning, match="24 px"):
+                session.load(Chat(model=str(tmp_path / "tuned")))
+    with pytest.raises(CommandError, match="--other-tower"):
+        session.load(Chat(model=str(tmp_path / "tuned")))
+    before = {name: value for name, value in TuneRecipe().to_dict().items() if name != "other_tower"}
+    assert not TuneRecipe().differences(before)  # of a run begun when there was no such option
 
 
 def test_engine_needs_a_branch():

@@ -314,10 +314,11 @@ def test_a_tuned_folder_is_a_model(monkeypatch, tmp_path):
     from bt_adapter import tune
 
     given = {}
-    monkeypatch.setattr(tune, "load", lambda folder, **options: given.update(folder=folder, **options) or "loaded")
+    monkeypatch.setattr(tune, "load", lambda *places, **options: given.update(places=places, **options) or "loaded")
     (tmp_path / tune.ABOUT).write_text("{}")
     assert VideoChat.load(tmp_path, None, "cpu", torch.bfloat16) == "loaded"
-    assert given == {"folder": tmp_path, "branch": None, "device": "cpu", "dtype": torch.bfloat16, "quantize": None}
+    places = (tmp_path, None, None, "cpu", torch.bfloat16)
+    assert given == {"places": places, "quantize": None, "require_same_tower": True}
     with pytest.raises(ValueError, match="needs a branch"):
         VideoChat.load(tmp_path / "plain")
 

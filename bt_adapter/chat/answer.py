@@ -84,8 +84,9 @@ def about(command: ChatModel) -> dict[str, Any]:
     """What the answers of a command line depend on."""
     sampling = asdict(sampling_of(command))
     sampling["no_branch"] = not sampling.pop("branch")
-    return {"model": command.model, "branch": command.branch, "dtype": command.dtype, "quantize": command.quantize,
-            "max_new_tokens": command.max_new_tokens, **sampling}  # fmt: skip
+    return {"model": command.model, "branch": command.branch, "other_tower": command.other_tower,
+            "dtype": command.dtype, "quantize": command.quantize, "max_new_tokens": command.max_new_tokens,
+            **sampling}  # fmt: skip
 
 
 def answer_all(

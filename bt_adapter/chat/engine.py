@@ -67,6 +67,7 @@ class VideoChat:
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         quantize: Quantize | None = None,
+        require_same_tower: bool = True,
     ) -> VideoChat:
         """An image chat model (local folder or hub name) with a branch, or what a tuning run made of one.
 
@@ -76,6 +77,7 @@ class VideoChat:
             dtype: None for what the model was stored in.
             quantize: the language model in 4 ("nf4") or 8 bits ("int8"); the tower, the projector and the branch
                 stay as they are.
+            require_same_tower: as for `attach`; what was tuned with False needs no leave again.
 
         Raises:
             ValueError: no such kind of chat model, or it needs a branch and none is given.
@@ -85,7 +87,9 @@ class VideoChat:
         from bt_adapter import tune
 
         if tune.is_tuned(model):
-            return tune.load(model, branch=branch, device=device, dtype=dtype, quantize=quantize)
+            return tune.load(
+                model, None, branch, device, dtype, quantize=quantize, require_same_tower=require_same_tower
+            )
         if branch is None:
             raise ValueError(f"model {model} needs a branch, but branch is None")
         kind = AutoConfig.from_pretrained(model).model_type
@@ -100,7 +104,7 @@ class VideoChat:
         if quantize is None:
             chat = chat.to(device)
         tokenizer, images, questions = _processors(model)
-        attach(chat, branch)
+        attach(chat, branch, require_same_tower)
         mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
         return VideoChat(chat, tokenizer, mean, std, images, questions)
 

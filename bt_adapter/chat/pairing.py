@@ -78,7 +78,7 @@ def check_values(tower: Tower, family: Family, require_same_tower: bool) -> None
 def mismatch(message: str, require_same_tower: bool) -> None:
     """Another tower: an error, or a warning where the caller said so."""
     if require_same_tower:
-        raise ValueError(f"{message}; require_same_tower=False attaches it all the same")
+        raise ValueError(f"{message}; require_same_tower=False (--other-tower) attaches it all the same")
     warnings.warn(f"{message}; its answers may be worse than beside its own", stacklevel=4)
 
 

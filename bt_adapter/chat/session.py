@@ -176,12 +176,12 @@ def load(command: ChatModel) -> VideoChat:
             from bt_adapter.chat.attach import attach
 
             try:
-                attach(chat.model, command.branch)
+                attach(chat.model, command.branch, not command.other_tower)
             except (ValueError, TypeError) as error:
                 raise CommandError(f"--branch {command.branch}: {error}") from error
         return chat
     try:
-        return VideoChat.load(command.model, command.branch, device, dtype, command.quantize)
+        return VideoChat.load(command.model, command.branch, device, dtype, command.quantize, not command.other_tower)
     except QuantizeError as error:
         raise CommandError(f"--{error}") from error
     except (ValueError, TypeError) as error:

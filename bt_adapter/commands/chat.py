@@ -20,6 +20,8 @@ class ChatModel:
     """Image chat model: "mini" (comes with this package), a local folder, a hub name, or a folder of a tuning run."""
     branch: str | None = None
     """Branch to attach: a folder of save_pretrained, its hub name, or a published checkpoint; mini has its own."""
+    other_tower: bool = False
+    """Take a branch trained beside another CLIP than the model's, of the same shape but for the resolution."""
     frames: int = 8
     """Frames to take, evenly spread over the video."""
     fps: float | None = None

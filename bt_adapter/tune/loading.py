@@ -37,7 +37,7 @@ def load_base(
         raise ValueError(f"quantize must be None for {name}, but is {options['quantize']!r}")
     chat = VideoChat.mini(stage or "tuned", device, dtype or torch.float32)
     if branch is not None:
-        attach(chat.model, branch)
+        attach(chat.model, branch, options.get("require_same_tower", True))
     return chat
 
 
@@ -56,16 +56,19 @@ def load_tuned(
     check_files(folder, parts)
     own = folder / "branch" if "branch" in parts else None
     other = branch or about["branch"]["source"]
+    if about["recipe"].get("other_tower"):  # leave was given once
+        options["require_same_tower"] = False
+    same = options.get("require_same_tower", True)
     if isinstance(model, VideoChat):
         chat = model
         if (source := own or other) is not None:
-            attach(chat.model, source)
+            attach(chat.model, source, same)
     else:
         name = about["model"] if model is None else model
         try:
             if own is not None and is_tuned(name):  # which may have a branch of its own, older than this one
                 chat = load_base(name, other, device, dtype, **options)
-                attach(chat.model, own)
+                attach(chat.model, own, same)
             else:
                 chat = load_base(name, own or other, device, dtype, **options)
         except OSError as error:

@@ -26,7 +26,7 @@ class TuneRecipe(Settings):
         {
             "videos", "out", "features", "workers", "prefetch", "save_steps", "save_minutes", "keep_last",
             "tensorboard", "device", "accumulate", "packing", "gradient_checkpointing", "recompute", "tower_chunk",
-            "head_chunk", "max_skipped",
+            "head_chunk", "max_skipped", "other_tower",
         }
     )  # fmt: skip
 
@@ -41,6 +41,8 @@ class TuneRecipe(Settings):
     """Chat model: hub name, local folder, tuned folder, or "mini" ("mini:projector": before it saw a video)."""
     branch: str | None = None
     """Branch: a folder of save_pretrained or a published checkpoint; default: the one that comes with mini."""
+    other_tower: bool = False
+    """Take a branch trained beside another CLIP than the model's, of the same shape but for the resolution."""
     learn: tuple[Part, ...] = ("projector", "branch")
     """What learns: any of projector, branch and lora (adapters of the language model's layers)."""
     rank: int = 16
