@@ -71,6 +71,15 @@ def write_clips(folder: Path, count: int = 4, broken: tuple[int, ...] = ()) -> N
             write_video(path, frames)
 
 
+def write_still(path: Path) -> None:
+    """A picture of 32 x 24 pixels, grey with a bright corner, in the format that the suffix names."""
+    from PIL import Image
+
+    pixels = torch.full((24, 32, 3), 80, dtype=torch.uint8)
+    pixels[:12, :16] = 220
+    Image.fromarray(pixels.numpy()).save(path)
+
+
 def write_data(folder: Path, count: int = 4, broken: tuple[int, ...] = ()) -> Path:
     """Clips, and a question about each as VideoInstruct has them; returns the list."""
     write_clips(folder, count, broken)

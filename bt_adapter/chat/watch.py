@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import av
-import numpy as np
 import torch
-from av.error import FFmpegError
 from torch import Tensor
 
 from bt_adapter.chat.attach import branch_enabled, video_tokens
-from bt_adapter.chat.conversation import Visual, context
+from bt_adapter.chat.conversation import Visual, context, video_room
 from bt_adapter.chat.streaming import Long, video_tokens_streamed
-from bt_adapter.data import VideoError
+from bt_adapter.data import read_image
 from bt_adapter.data.stream import FrameStream
 from bt_adapter.progress import Progress
 
@@ -25,9 +22,6 @@ if TYPE_CHECKING:
     from bt_adapter.chat.engine import VideoChat
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_IMAGE_FORMATS = "png_pipe,jpeg_pipe,mjpeg,image2,webp_pipe,bmp_pipe"
-# Room left beside the videos for questions and answers when a long video is cut into as many windows as fit.
-_RESERVE = 512
 # Frames held at once as they were decoded: 16 of 1080p take 100 MB.
 _CHUNK = 16
 
@@ -38,7 +32,7 @@ class Sampling:
 
     frames: so many, evenly spread; fps: so many a second (then frames is not read). repeat: repeat frames of a video
     that has fewer than ``frames``. windows, long: as for `video_tokens_streamed`; windows None: one for each
-    2·``max_frames`` frames, and as many sets of tokens as fit into the model's context. branch: False for the mean of
+    2·``max_frames`` frames, and as many sets of tokens as there is room for. branch: False for the mean of
     the frames' tokens.
     """
 
@@ -68,11 +62,16 @@ class Watched(Visual):
 
 @torch.no_grad()
 def watch(
-    chat: VideoChat, video: str | Path | FrameStream, sampling: Sampling, progress: Progress | None = None
+    chat: VideoChat,
+    video: str | Path | FrameStream,
+    sampling: Sampling,
+    progress: Progress | None = None,
+    room: int | None = None,
 ) -> Watched:
     """The tokens of a video file, or of what ``sampling.open`` made of one, decoded and encoded a chunk at a time.
 
-    ``progress`` is called with frames done and in all. Raises VideoError; ValueError for values out of range.
+    ``progress`` is called with frames done and in all. room: tokens it may take where ``windows`` is None, though one
+    set at least; None: what the model's context leaves. Raises VideoError; ValueError for values out of range.
     """
     begin = time.perf_counter()
     model = chat.branch
@@ -99,7 +98,7 @@ def watch(
     else:
         sets = None
         if sampling.windows is None:
-            sets = max(1, (context(chat.model) - _RESERVE) // length)
+            sets = max(1, (video_room(context(chat.model), 0, 0) if room is None else room) // length)
         tokens = video_tokens_streamed(
             model, prepared(), len(stream), sampling.windows, sets, sampling.long, sampling.branch
         )
@@ -134,19 +133,3 @@ def _whole(chat: VideoChat, pieces: Iterator[Tensor], stream: FrameStream, sampl
         )
     with branch_enabled(chat.model, sampling.branch):
         return video_tokens(chat.model, torch.cat(list(pieces))[None])
-
-
-def read_image(path: str | Path) -> Tensor:
-    """A PNG, JPEG, WebP or BMP file as uint8 ``[3, H, W]``, RGB, upright. Raises VideoError naming the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise VideoError(f"{path}: {'is a directory, not an image' if path.is_dir() else 'no such file'}")
-    try:
-        with av.open(str(path.absolute()), "r", options={"format_whitelist": _IMAGE_FORMATS}) as container:
-            frame = next(container.decode(video=0), None)
-    except (FFmpegError, OSError, IndexError) as error:
-        raise VideoError(f"{path}: cannot be read as an image ({error})") from error
-    if frame is None:
-        raise VideoError(f"{path}: holds no image")
-    rgb = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
-    return torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)

@@ -1,5 +1,6 @@
-"""Video files in, normalised frames out."""
+"""Video and picture files in, normalised frames out."""
 
+from .images import read_image
 from .sampling import sample_indices
 from .transforms import CLIP_MEAN, CLIP_STD, TrainTransform, normalise, preprocess
 from .video import Video, VideoError, read_video, write_video
@@ -12,6 +13,7 @@ __all__ = [
     "VideoError",
     "normalise",
     "preprocess",
+    "read_image",
     "read_video",
     "sample_indices",
     "write_video",

@@ -11,7 +11,7 @@ from av.error import FFmpegError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bt_adapter.data import VideoError, read_video
+from bt_adapter.data import VideoError, read_image, read_video
 from bt_adapter.data.loading import numbers_seed
 from bt_adapter.data.transforms import resize_and_crop
 from bt_adapter.tune.conversations import Source
@@ -106,7 +106,7 @@ class VisualReader:
     def __call__(self, source: Source) -> Tensor:
         """As in :class:`Part`. Raises VideoError, OSError."""
         if source.kind == "image":
-            return resize_and_crop(read_video(source.path, 1).frames, self.size)[0]
+            return resize_and_crop(read_image(source.path)[None], self.size)[0]
         return self.decode(source.path) if self.store is None else self.store.read(source.path)
 
     def decode(self, path: str) -> Tensor:
