@@ -2,7 +2,9 @@
 
 import http.server
 import json
+import os
 import re
+import signal
 import threading
 import time
 
@@ -15,6 +17,7 @@ from bt_adapter.chat.rows import Rows
 from bt_adapter.errors import CommandError
 from bt_adapter.eval import qa
 from bt_adapter.eval.judge import Case, Judge, JudgeError, judge_all, summary
+from bt_adapter.pretrain.loop import Stopped
 
 GENERIC = [{"video_name": "a", "Q": "how ?", "A": "It moves left."}, {"video_name": "b", "Q": "w20 ?", "A": "right"}]
 CONSISTENCY = [{"video_name": "a", "Q1": "how ?", "Q2": "is it moving ?", "A": "left"}]
@@ -187,6 +190,8 @@ def test_a_judge_that_fails_stalls_and_talks_nonsense(stand, tmp_path):
     assert min(server.asked.values()) == 3  # a slow machine may lose one more to the timeout
     assert set(server.keys) == {"Bearer secret"} and server.bodies[0]["model"] == "judge"
     asked = dict(server.asked)
+    assert found["requests"] == sum(asked.values()) and found["refused"] == 0
+    assert found["retries"] == found["failures"] == found["requests"] - 12
     assert judged(tmp_path, judge)[1] == found and server.asked == asked  # nothing is asked twice
 
 
@@ -202,8 +207,46 @@ def test_nothing_but_nonsense_is_counted_and_asked_again(stand, tmp_path):
     skipped, found = judged(tmp_path, judge)
     assert set(skipped.reasons) == {"1", "4"} and found["judged"] == 10 and found["unjudged"] == 2
     assert "no score" in skipped.reasons["1"]
+    assert (found["requests"], found["retries"], found["failures"]) == (14, 2, 4)
     skipped, found = judged(tmp_path, judge)
     assert not len(skipped) and found["judged"] == 12
+    assert (found["requests"], found["retries"], found["failures"]) == (16, 4, 4)  # of both runs
+
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_an_answer_that_is_refused_holds_nothing_up(stand, tmp_path, code):
+    server = stand(lambda right, n: code if right in ("right 0", "right 7") else "good")
+    judge = Judge(server.url, "judge", tries=3, pause=0.01, parallel=1)
+    skipped, found = judged(tmp_path, judge)
+    assert set(skipped.reasons) == {"0", "7"} and f"refuses with {code}: " in skipped.reasons["7"]
+    assert (found["judged"], found["unjudged"], found["refused"]) == (10, 2, 2)
+    assert set(server.asked.values()) == {1}
+    again = judged(tmp_path, judge)
+    assert again[0].reasons == skipped.reasons and again[1] == found and set(server.asked.values()) == {1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_what_is_under_way(stand, tmp_path, number):
+    def script(right, n):
+        if right == "right 2":
+            os.kill(os.getpid(), number)
+            time.sleep(0.3)
+        return "cut" if right == "right 1" else "good"
+
+    server = stand(script)
+    judge = Judge(server.url, "judge", tries=2, pause=60, parallel=3)
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=r"stopped; \d of 12 answers are judged and kept in .*judged.jsonl: run again"):
+        judged(tmp_path, judge)
+    assert signal.getsignal(number) == before
+    with Rows(tmp_path / "judged.jsonl", {}) as rows:
+        assert {case for case, row in rows.done.items() if row["score"] == 4} == {
+            right[6:] for right in server.asked if right != "right 1"
+        }
+    server.script = lambda right, n: "good"
+    found = judged(tmp_path, judge)[1]
+    assert found["judged"] == 12 and found["failures"] == found["retries"] == 1
+    assert sum(server.asked.values()) == found["requests"] == 13
 
 
 def test_an_endpoint_that_goes_down_keeps_the_work(stand, tmp_path):
@@ -226,10 +269,11 @@ def test_an_endpoint_that_goes_down_keeps_the_work(stand, tmp_path):
 
 
 def test_an_endpoint_that_is_not_there_or_refuses(stand, tmp_path):
-    server = stand(lambda right, n: 401)
-    with pytest.raises(JudgeError, match="answers 401"):
-        judged(tmp_path, Judge(server.url, "judge"))
-    assert max(server.asked.values()) == 1  # asking again would be no use
+    for code in (401, 403, 404):
+        server = stand(lambda right, n, code=code: code)
+        with pytest.raises(JudgeError, match=f"the judge at {server.url} answers {code}"):
+            judged(tmp_path, Judge(server.url, "judge"))
+        assert max(server.asked.values()) == 1  # asking again would be no use
     nobody = stand()
     url = nobody.url
     nobody.shutdown()

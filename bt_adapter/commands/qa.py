@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from bt_adapter.commands.chat import ChatModel
+from bt_adapter.commands.pretrain import until_stopped
 from bt_adapter.errors import CommandError
 
 Aspect = Literal["match", "correctness", "detail", "context", "temporal", "consistency"]
@@ -50,7 +51,7 @@ class Qa(ChatModel):
 
 
 def run(command: Qa) -> int:
-    """Check what can be checked at once, then evaluate. Returns the exit code."""
+    """Check what can be checked at once, then evaluate. Returns 0, or 143 where judging was stopped and can go on."""
     command.check()
     for name in ("batch", "judge_parallel", "judge_tries", "judge_timeout"):
         if getattr(command, name) <= 0:
@@ -66,4 +67,4 @@ def run(command: Qa) -> int:
         raise CommandError(f"--judge-url must begin with http:// or https://, got {command.judge_url}")
     from bt_adapter.eval.qa import evaluate_qa
 
-    return evaluate_qa(command)
+    return until_stopped(lambda: evaluate_qa(command))

@@ -10,13 +10,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from typing import Any
 
 from bt_adapter.chat.rows import Rows
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
+from bt_adapter.pretrain.loop import Stopped, signals
 from bt_adapter.progress import Progress
 
 PROMPTS = 1  # raised whenever the wording below changes: scores of two wordings do not compare
@@ -37,12 +38,28 @@ class JudgeError(CommandError):
     """The endpoint cannot be used; what was judged so far is kept."""
 
 
-class _Nonsense(ValueError):
+class _NoVerdict(Exception):
+    """What came instead. tries: requests sent. pause: seconds that the endpoint asks to wait, or None."""
+
+    def __init__(self, reason: str, pause: float | None = None) -> None:
+        super().__init__(reason)
+        self.tries, self.pause = 0, pause
+
+
+class _Nonsense(_NoVerdict):
     """A reply that holds no verdict."""
 
 
-class _Unreachable(OSError):
-    """No reply, after all tries."""
+class _Unreachable(_NoVerdict):
+    """No reply."""
+
+
+class _Refused(_NoVerdict):
+    """The endpoint will never judge this answer."""
+
+
+class _Denied(_NoVerdict):
+    """The endpoint will judge none."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +73,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """score: 0 to 5. right: yes or no, of "match" alone. model, fingerprint: as the endpoint named itself."""
+    """score: 0 to 5. right: yes or no, of "match" alone. model, fingerprint: as the endpoint named itself.
+
+    tries: requests it took.
+    """
 
     score: float
     right: bool | None
     model: str | None
     fingerprint: str | None
+    tries: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,34 +104,31 @@ class Judge:
     def verdict(self, case: Case, aspect: str, stop: threading.Event) -> Verdict:
         """Ask until a verdict comes, or ``stop`` is set.
 
-        Raises JudgeError where asking again is no use, _Unreachable, _Nonsense.
+        Raises _Refused and _Denied at once; _Unreachable and _Nonsense after all tries.
         """
-        last: Exception | None = None
-        for attempt in range(self.tries):
-            pause = self.pause * 2**attempt
+        for attempt in range(1, self.tries + 1):
             try:
-                return _read(self._post(_messages(case, aspect)), aspect)
-            except _Nonsense as error:
+                return replace(_read(self._post(_messages(case, aspect)), aspect), tries=attempt)
+            except _NoVerdict as error:
                 last = error
-            except urllib.error.HTTPError as error:
-                told = f"{self.url} answers {error.code}: {error.read(300).decode(errors='replace').strip()}"
-                if error.code not in (408, 409, 429) and error.code < 500:
-                    raise JudgeError(f"the judge at {told}") from error
-                last = _Unreachable(told)
-                pause = _asked_pause(error.headers.get("Retry-After"), pause)
             except (OSError, HTTPException) as error:  # refused, timed out, cut off
-                last = _Unreachable(f"{self.url}: {getattr(error, 'reason', None) or error or type(error).__name__}")
-            if attempt + 1 < self.tries and stop.wait(pause):
+                said = getattr(error, "reason", None) or error
+                last = _Unreachable(f"is not reached: {str(said) or type(error).__name__}")
+            last.tries = attempt
+            pause = self.pause * 2 ** (attempt - 1) if last.pause is None else last.pause
+            if isinstance(last, (_Refused, _Denied)) or attempt == self.tries or stop.wait(pause):
                 break
-        assert last is not None
         raise last
 
     def _post(self, messages: list[dict[str, str]]) -> Any:
         body = json.dumps({"model": self.model, "messages": messages, "temperature": 0}).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-            data = reply.read()
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                data = reply.read()
+        except urllib.error.HTTPError as error:
+            raise _of_status(error) from error
         try:
             return json.loads(data)
         except ValueError as error:
@@ -122,61 +140,86 @@ def judge_all(
 ) -> Skipped:
     """Verdicts on the cases that ``rows`` lacks; each is on disk as soon as it is there.
 
-    A row: id, the given answers, score, right (of "match"), and how the endpoint named its model. Returns the cases
-    for which only nonsense, or after all tries nothing, came: they are asked again next time.
+    A row: id, the given answers, tries (requests so far); then score, right (of "match") and how the endpoint named its
+    model; or score None and either "refused" or "failed" with the reason. "refused": this answer is never judged (too
+    long, filtered), and asked again only where the file is removed. "failed": only nonsense, or after all tries
+    nothing, came; it is asked again next time. Returns both kinds.
 
-    Raises JudgeError: the endpoint refuses, or ``judge.parallel`` cases in a row (or all) could not reach it.
+    Raises JudgeError: the endpoint denies access, or ``judge.parallel`` cases in a row (or all) could not reach it.
+    Stopped: SIGINT or SIGTERM came. Requests under way are waited for and what they bring is kept, in both cases.
     """
-    pending = [case for case in cases if case.id not in rows.done]
+    skipped, pending = Skipped(), []
     for case in cases:
         row = rows.done.get(case.id)
-        if row is not None and row["given"] != [answer for _, answer in case.given]:
+        if row is None or "failed" in row:
+            pending.append(case)
+        elif row["given"] != _given(case):
             raise CommandError(
                 f"{rows.path}: the verdict on {case.id!r} is about another answer than the one there now"
             )
-    skipped, waiting, done, failing, stop = Skipped(), iter(pending), 0, 0, threading.Event()
+        elif "refused" in row:
+            skipped.add(case.id, row["refused"])
+    waiting, done, failing, stop = iter(pending), 0, 0, threading.Event()
+    trouble: _NoVerdict | None = None
     running: dict[Future[Verdict], Case] = {}
+
+    def keep(future: Future[Verdict]) -> Verdict | _NoVerdict:
+        case, outcome = running.pop(future), _outcome(future)
+        rows.append([_row(case, outcome, rows.done.get(case.id))])
+        if isinstance(outcome, _NoVerdict):
+            skipped.add(case.id, str(outcome))
+        return outcome
+
     with ThreadPoolExecutor(judge.parallel) as pool:
         try:
-            while True:
-                while len(running) < judge.parallel and (following := next(waiting, None)) is not None:
-                    running[pool.submit(judge.verdict, following, aspect, stop)] = following
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    case, done = running.pop(future), done + 1
-                    try:
-                        rows.append([_row(case, future.result())])
-                        failing = 0
-                    except (_Nonsense, _Unreachable) as error:
-                        skipped.add(case.id, str(error))
-                        failing += isinstance(error, _Unreachable)
-                        if failing >= judge.parallel or failing == len(pending):
-                            raise JudgeError(str(error)) from error
-                    if progress is not None:
-                        progress(done, len(pending))
-        except JudgeError as error:
-            stop.set()
-            for future in running:
-                future.cancel()
-            for future, case in running.items():  # what was under way is not asked twice
-                if not future.cancelled() and future.exception() is None:
-                    rows.append([_row(case, future.result())])
-            judged = sum(case.id in rows.done for case in cases)
-            raise JudgeError(
-                f"{error}; {judged} of {len(cases)} answers are judged and kept in {rows.path}: run again to go on"
-            ) from error
+            with signals(stop.set):
+                while trouble is None:
+                    while (
+                        not stop.is_set()
+                        and len(running) < judge.parallel
+                        and (following := next(waiting, None)) is not None
+                    ):
+                        running[pool.submit(judge.verdict, following, aspect, stop)] = following
+                    if not running:
+                        break
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        outcome, done = keep(future), done + 1
+                        failing = failing + 1 if isinstance(outcome, _Unreachable) else 0
+                        down = failing >= judge.parallel or failing == len(pending)
+                        if isinstance(outcome, _Denied) or (isinstance(outcome, _Unreachable) and down):
+                            trouble = outcome
+                        if progress is not None:
+                            progress(done, len(pending))
         finally:
+            stopped = stop.is_set()
             stop.set()  # whatever ended this, no request is sent again
+            for future in list(running):
+                if not future.cancel():
+                    keep(future)
+    judged = sum(_judged(rows.done.get(case.id)) for case in cases)
+    kept = f"{judged} of {len(cases)} answers are judged and kept in {rows.path}: run again to go on"
+    if stopped:
+        raise Stopped(f"stopped; {kept}")
+    if trouble is not None:
+        raise JudgeError(f"the judge at {judge.url} {trouble}; {kept}") from trouble
     return skipped
 
 
 def summary(cases: Sequence[Case], aspect: str, rows: Rows) -> dict[str, Any]:
-    """Mean score, the share judged right (of "match"), counts, and who judged."""
-    found = [rows.done[case.id] for case in cases if case.id in rows.done]
+    """Mean score, the share judged right (of "match"), counts, and who judged; of these cases' answers alone.
+
+    requests: over all runs. retries: those beyond the first of each case. failures: those that brought no verdict.
+    """
+    asked = [row for c in cases if (row := rows.done.get(c.id)) is not None and row["given"] == _given(c)]
+    found = [row for row in asked if _judged(row)]
+    requests = sum(row["tries"] for row in asked)
     result: dict[str, Any] = {
         "judged": len(found),
         "unjudged": len(cases) - len(found),
+        "refused": sum("refused" in row for row in asked),
+        "requests": requests,
+        "retries": requests - len(asked),
+        "failures": requests - len(found),
         "score": sum(row["score"] for row in found) / len(found) if found else None,
         "models": sorted({str(row["model"]) for row in found}),
         "fingerprints": sorted({str(row["fingerprint"]) for row in found if row["fingerprint"]}),
@@ -237,10 +280,44 @@ def _parse(text: str) -> dict[str, Any]:
     return {}
 
 
-def _row(case: Case, verdict: Verdict) -> dict[str, Any]:
-    return {"id": case.id, "given": [answer for _, answer in case.given], **vars(verdict)}
+def _given(case: Case) -> list[str]:
+    return [answer for _, answer in case.given]
 
 
-def _asked_pause(header: str | None, otherwise: float) -> float:
+def _judged(row: dict[str, Any] | None) -> bool:
+    return row is not None and row["score"] is not None
+
+
+def _outcome(future: Future[Verdict]) -> Verdict | _NoVerdict:
+    try:
+        return future.result()
+    except _NoVerdict as error:
+        return error
+
+
+def _row(case: Case, outcome: Verdict | _NoVerdict, before: dict[str, Any] | None) -> dict[str, Any]:
+    """``before``: the row of an earlier run that failed."""
+    row: dict[str, Any] = {"id": case.id, "given": _given(case)}
+    if isinstance(outcome, Verdict):
+        row |= vars(outcome)
+    else:
+        kind = "refused" if isinstance(outcome, _Refused) else "failed"
+        row |= {"score": None, "tries": outcome.tries, kind: str(outcome)}
+    if before is not None:
+        row["tries"] += before["tries"]
+    return row
+
+
+def _of_status(error: urllib.error.HTTPError) -> _NoVerdict:
+    """What a status other than 2xx means for the case it answers."""
+    code, said = error.code, " ".join(error.read(300).decode(errors="replace").split())
+    if code in (408, 409, 429) or code >= 500:
+        return _Unreachable(f"answers {code}: {said}", _asked_pause(error.headers.get("Retry-After")))
+    if code in (401, 403, 404) or code < 400:  # the key, the address or the model is wrong, for every case
+        return _Denied(f"answers {code}: {said}")
+    return _Refused(f"refuses with {code}: {said}")
+
+
+def _asked_pause(header: str | None) -> float | None:
     """Seconds of a Retry-After, at most a minute."""
-    return min(float(header), 60.0) if header and re.fullmatch(r"\d+(\.\d+)?", header.strip()) else otherwise
+    return min(float(header), 60.0) if header and re.fullmatch(r"\d+(\.\d+)?", header.strip()) else None
