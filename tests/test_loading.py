@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from bt_adapter.data import TrainTransform, write_video
 from bt_adapter.data.clips import Clip
-from bt_adapter.data.loading import Batch, SyntheticClips, TrainingClips, batches, in_order, shuffled
+from bt_adapter.data.loading import Batch, Damaged, SyntheticClips, TrainingClips, batches, in_order, shuffled
 from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.skipped import Skipped, TooManySkipped
 from bt_adapter.errors import CommandError
@@ -51,23 +51,26 @@ def take(clips, size, done, steps, rank=0, world=1, workers=0) -> list[Batch]:
 
 def same(mine: list[Batch], theirs: list[Batch]) -> bool:
     return len(mine) == len(theirs) and all(
-        torch.equal(a.frames, b.frames) and a.captions == b.captions and a.failed == b.failed
+        torch.equal(a.frames, b.frames) and (a.captions, a.failed, a.damaged) == (b.captions, b.failed, b.damaged)
         for a, b in zip(mine, theirs, strict=True)
     )
 
 
-def test_an_epoch_goes_past_broken_clips_and_names_exactly_those(folder):
+def test_an_epoch_goes_past_broken_clips_and_names_exactly_those_and_the_damaged(folder):
     manifest, broken = folder
     clips, skipped = read_clips(manifest)
     assert len(clips) == 200 and len(skipped) == 0 and len(broken) == 20
-    seen, failed = [], Skipped()
+    seen, failed, damaged = [], Skipped(), Damaged()
     for batch in take(data(clips), 10, 0, 20, workers=2):
         assert batch.frames.shape == (10, 2, 3, 16, 16) and batch.frames.dtype == torch.uint8
         assert len(batch.captions) == len(set(batch.captions)) == 10
         seen += batch.captions
         for key, reason in batch.failed:
             failed.add(key, reason)
+        damaged.note(batch.damaged)
     assert set(failed.reasons) == broken
+    assert sorted(damaged.reasons) == [f"clip{number:03d}.mp4" for number in range(7, 200, 20)]  # cut amid frames
+    assert damaged.report(1).startswith("10 used though damaged or cut short: clip") and "9 more" in damaged.report(1)
     assert {caption.removeprefix("caption of ") for caption in seen} == {clip.key for clip in clips} - broken
     report = failed.report()
     assert "20 skipped" in report and all(key in report for key in broken)
@@ -92,6 +95,7 @@ def test_batches_do_not_depend_on_workers_processes_or_where_a_run_was_resumed(f
                 torch.cat([part.frames for part in step]),
                 [caption for part in step for caption in part.captions],
                 [named for part in step for named in part.failed],
+                [key for part in step for key in part.damaged],
             )
             for step in zip(*parts, strict=True)
         ]

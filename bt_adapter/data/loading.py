@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bt_adapter.data.clips import Clip
+from bt_adapter.data.skipped import Skipped
 from bt_adapter.data.transforms import TrainTransform
 from bt_adapter.data.video import VideoError
 from bt_adapter.errors import CommandError
@@ -30,11 +31,13 @@ _NOISE = 1 << 20
 
 @dataclass(frozen=True)
 class Drawn:
-    """A clip as a step sees it: uint8 ``[T, 3, S, S]``, a caption, and what was tried in vain before it."""
+    """A clip as a step sees it: uint8 ``[T, 3, S, S]``, a caption, what was tried in vain before it, and its key where
+    its file is damaged."""
 
     frames: Tensor
     caption: str
     failed: tuple[tuple[str, str], ...] = ()
+    damaged: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,32 @@ class Batch:
         captions: one for each clip.
         failed: key and reason of each clip that could not be read and had another put in its place. A clip that comes
             again in a later epoch is named again.
+        damaged: keys of the clips among these whose files are damaged or cut short.
     """
 
     frames: Tensor
     captions: list[str]
     failed: list[tuple[str, str]]
+    damaged: list[str]
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory (the loader asks for it by this name)."""
         return replace(self, frames=self.frames.pin_memory())
+
+
+class Damaged(Skipped):
+    """Clips that are used, though their files are damaged or cut short. They count in no share of unusable ones."""
+
+    def note(self, keys: Sequence[str]) -> None:
+        """Take over a batch's."""
+        for key in keys:
+            self.add(key, "damaged or cut short")
+
+    def report(self, named: int | None = None) -> str:
+        """All keys, with their number; at most ``named`` of them (None: all)."""
+        keys = list(self.reasons)
+        more = f" and {len(keys) - named} more" if named is not None and len(keys) > named else ""
+        return f"{len(keys)} used though damaged or cut short: {', '.join(keys[:named])}{more}"
 
 
 class Clips(Protocol):
@@ -109,15 +129,15 @@ class TrainingClips:
         for attempt in range(min(ATTEMPTS, count)):
             number = shuffled((position + attempt * stride) % count, count, self.seed, epoch)
             try:
-                frames, caption = self._read(number, numbers_seed(self.seed, epoch, position, attempt))
+                drawn = self._read(number, numbers_seed(self.seed, epoch, position, attempt))
             except _Unreadable as error:
                 failed.append(error.named)
             else:
-                return Drawn(frames, caption, tuple(failed))
+                return replace(drawn, failed=tuple(failed))
         named = "; ".join(f"{key}: {reason}" for key, reason in failed[:3])
         raise CommandError(f"none of {len(failed)} clips that were tried for one place can be read: {named}")
 
-    def _read(self, number: int, seed: int) -> tuple[Tensor, str]:
+    def _read(self, number: int, seed: int) -> Drawn:
         if number in self._known:
             raise _Unreadable(self._known[number])
         clip = self._packed[number]
@@ -128,7 +148,8 @@ class TrainingClips:
         except (VideoError, FFmpegError, OSError) as error:
             self._known[number] = clip.key, str(error)
             raise _Unreadable(self._known[number]) from error
-        return self.transform.crop(video.frames, generator), caption
+        frames = self.transform.crop(video.frames, generator)
+        return Drawn(frames, caption, damaged=clip.key if video.truncated else None)
 
 
 class SyntheticClips:
@@ -229,6 +250,7 @@ class _Steps(Dataset):
             torch.stack([clip.frames for clip in drawn]),
             [clip.caption for clip in drawn],
             [named for clip in drawn for named in clip.failed],
+            [clip.damaged for clip in drawn if clip.damaged is not None],
         )
 
 
