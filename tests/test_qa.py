@@ -64,14 +64,29 @@ def test_every_benchmarks_records(tmp_path):
     ],
 )
 def test_bad_records(tmp_path, records, message):
-    with pytest.raises(CommandError, match=message):
+    with pytest.raises(CommandError, match=f"--data .*data.json.*{message}"):
         qa.read_items(write(tmp_path / "data.json", records))
-    (tmp_path / "data.json").write_text("[{")
-    with pytest.raises(CommandError, match="not JSON"):
-        qa.read_items(tmp_path / "data.json")
-    (tmp_path / "data.json").write_bytes(b"[\xff]")
-    with pytest.raises(CommandError, match="not UTF-8"):
-        qa.read_items(tmp_path / "data.json")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"[{", ": not JSON"), (b'{"a": 1}\n\n{', ", line 3: not JSON"), (b"[\xff]", ", line 1: not UTF-8")],
+)
+def test_bad_files(tmp_path, data, message):
+    good = write(tmp_path / "good.json", GENERIC)
+    (tmp_path / "bad.json").write_bytes(data)
+    with pytest.raises(CommandError, match=f"^--data .*bad.json{message}"):
+        qa.read_items(tmp_path / "bad.json")
+    with pytest.raises(CommandError, match=f"^--answers .*bad.json{message}"):
+        qa.read_items(good, tmp_path / "bad.json")
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    texts = ["left\u2028right", "left\u0085right"]
+    records = [{"video_name": "a", "Q": "how ?", "A": text} for text in texts]
+    lines = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    (tmp_path / "data.jsonl").write_bytes(lines.encode())
+    assert [item.answer for item in qa.read_items(tmp_path / "data.jsonl")] == texts
 
 
 def test_exact_match_is_normalised():

@@ -55,7 +55,7 @@ def evaluate_qa(command: Qa) -> int:
         notes.print(skipped.report(), markup=False, style="yellow")
     answered = [item for item in items if all(key in given for key in _keys(item))]
     if not answered:
-        raise CommandError(f"none of the {len(items)} records of {command.data} could be answered")
+        raise CommandError(f"none of the {len(items)} records of --data {command.data} could be answered")
     write_predictions(command.out / "predictions.json", answered, given)
     scores: dict[str, Any] = {
         "data": command.data.name,
@@ -74,21 +74,24 @@ def evaluate_qa(command: Qa) -> int:
 
 
 def read_items(data: Path, answers: Path | None = None) -> list[Item]:
-    """The records of a benchmark file, a JSON list or an object a line. Raises CommandError naming file and record."""
+    """The records of a benchmark file, a JSON list or an object a line.
+
+    Raises CommandError naming option, file and record.
+    """
     right = {}
     if answers is not None:
-        for number, record in enumerate(_records(answers), 1):
+        for number, record in enumerate(_records("--answers", answers), 1):
             if not isinstance(record, dict) or "question_id" not in record or "answer" not in record:
                 raise CommandError(f"--answers {answers}, record {number}: expected question_id and answer")
             right[str(record["question_id"])] = record
     items: dict[str, Item] = {}
-    for number, record in enumerate(_records(data), 1):
-        item = _item(f"{data}, record {number}", number, record, right if answers is not None else None)
+    for number, record in enumerate(_records("--data", data), 1):
+        item = _item(f"--data {data}, record {number}", number, record, right if answers is not None else None)
         if item.id in items:
-            raise CommandError(f"{data}, record {number}: id {item.id!r} is there twice")
+            raise CommandError(f"--data {data}, record {number}: id {item.id!r} is there twice")
         items[item.id] = item
     if not items:
-        raise CommandError(f"{data}: holds no record")
+        raise CommandError(f"--data {data}: holds no record")
     return list(items.values())
 
 
@@ -182,14 +185,23 @@ def _find(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _records(path: Path) -> list[Any]:
-    text = read_text(path)
+def _records(option: str, path: Path) -> list[Any]:
+    where = f"{option} {path}"
+    try:
+        text = read_text(path)
+    except CommandError as error:
+        raise CommandError(f"{option} {error}") from error
     try:
         if text.lstrip().startswith("["):
             return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        records = []
+        for number, line in enumerate(text.split("\n"), 1):  # JSON may hold the other ends of lines as they are
+            if line.strip():
+                where = f"{option} {path}, line {number}"
+                records.append(json.loads(line))
+        return records
     except ValueError as error:
-        raise CommandError(f"{path}: not JSON ({error})") from error
+        raise CommandError(f"{where}: not JSON ({error})") from error
 
 
 def _item(where: str, number: int, record: Any, right: dict[str, Any] | None) -> Item:
