@@ -1,22 +1,27 @@
 """Chat line by line, and lists of questions answered in batches through kills and bad input."""
 
+import dataclasses
 import io
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 
 import pytest
 import torch
+from chat_models import make_branch as make_family_branch
+from chat_models import make_chat as make_family_chat
 from rich.console import Console
 from test_attach import make_branch, make_chat
 from test_chat import make_tokenizer
 
 from bt_adapter import cli
-from bt_adapter.chat import answer, quantize, rows, session, watch
+from bt_adapter.chat import answer, conversation, quantize, rows, session, streaming, watch
 from bt_adapter.chat.attach import attach
+from bt_adapter.chat.conversation import ContextError
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.watch import Sampling
 from bt_adapter.commands.answer import Answer
@@ -71,10 +76,10 @@ def expected(chat, folder):
 def test_answers_are_those_of_single_questions(chat, folder, expected, tmp_path):
     skipped, found = run_all(chat, folder, tmp_path / "one.jsonl", batch=1)
     assert found == expected and [row["id"] for row in found] == ["1", "q1", "q3", "5", "7", "9", "q9"]
-    assert found[1] == {"id": "q1", "video": "a.mp4", "question": QUESTIONS[1], "answer": "left",
+    assert found[1] == {"id": "q1", "video": "a", "question": QUESTIONS[1], "answer": "left",
                         "prediction": found[1]["prediction"]}  # fmt: skip
     for row in found:
-        tokens = watch.watch(chat, folder / row["video"], Sampling(frames=4)).tokens
+        tokens = watch.watch(chat, answer.find_video(folder, row["video"]), Sampling(frames=4)).tokens
         assert chat.ask(tokens[None], row["question"], 6).text == row["prediction"]
     assert len({row["prediction"] for row in found}) > 1
     assert set(skipped.reasons) == {"3 (broken.mp4)", "q5 (none.mp4)", "q7 (broken.mp4)"}
@@ -180,6 +185,7 @@ def test_the_command_resumes_and_reports(chat, folder, tmp_path, monkeypatch, ca
         (("--frames", "5"), "made with frames 4, now 5"),
         (("--batch", "0"), "--batch"),
         (("--videos", "nowhere"), "no such file or folder"),
+        (("--videos", str(folder / "b.mp4")), "was made with videos"),
         (("--windows", "0"), "--windows"),
         (("--quantize", "nf4"), "--quantize"),
     ):
@@ -200,12 +206,68 @@ def test_answers_are_told_apart_by_all_that_made_them(folder):
     def made(**options):
         return answer.about(Answer(questions=folder, videos=folder, **options))
 
+    videos = folder / "b.mp4"
+    assert answer.about(Answer(questions=folder, videos=videos)) != made() == made()
     plain = made()
     changes = {"model": "m", "branch": "b", "frames": 9, "fps": 1.0, "windows": 2, "long": "interpolate",
                "no_branch": True, "dtype": "float16", "quantize": "nf4", "max_new_tokens": 5,
                "repeat": True, "other_tower": True}  # fmt: skip
     assert all(made(**{name: value}) != plain for name, value in changes.items())
     assert made(batch=3, device="cpu") == plain
+
+
+@pytest.mark.parametrize("option", ["model", "branch"])
+def test_answers_of_weights_written_anew_are_told_apart(folder, tmp_path, option):
+    """Tuning on into the folder that a model was read from: its path is the same, its answers are not."""
+
+    def made(path):
+        return answer.about(Answer(questions=folder, videos=folder, **{option: str(path)}))
+
+    file = tmp_path / "branch" / "model.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"before")
+    before, alone = made(tmp_path), made(file)
+    (tmp_path / "answers.jsonl").write_text("{}")
+    assert made(tmp_path) == before
+    os.utime(file, (1, 1))
+    assert made(tmp_path) != before and made(file) != alone
+
+
+def test_videos_of_one_name_in_two_folders_are_told_apart(chat, folder, tmp_path):
+    for name in "xy":
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / "a.mp4", tmp_path / name)
+    (tmp_path / "questions.jsonl").write_text('{"video": "x/a.mp4", "question": "how ?"}\n')
+    _, found = run_all(chat, tmp_path, tmp_path / "out.jsonl")
+    assert found[0]["video"] == "x/a.mp4"
+    asked = [answer.Question("1", tmp_path / "y/a.mp4", "how ?", given="y/a.mp4")]
+    command = Answer(questions=tmp_path, videos=tmp_path)
+    with rows.Rows(tmp_path / "out.jsonl", {"model": "tiny"}) as file, pytest.raises(CommandError, match="y/a.mp4"):
+        answer.answer_with(command, asked, file, 1, Console(quiet=True))
+
+
+def test_what_a_model_cannot_watch_is_skipped(folder, tmp_path):
+    """A model that reads several tower layers takes 128 frames, here 2 times 2; the rest of the list is answered."""
+    model = make_family_chat("vipllava")
+    branch = make_family_branch(model)
+    branch.branch.config = dataclasses.replace(branch.config, max_frames=2)
+    engine = VideoChat(attach(model, branch), make_tokenizer())
+    generator = torch.Generator().manual_seed(3)
+    for name, count in (("long", 6), ("short", 3)):
+        frames = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        write_video(tmp_path / f"{name}.mp4", frames, fps=1)
+    asked = [answer.Question(name, tmp_path / f"{name}.mp4", "how ?") for name in ("long", "short")]
+    with rows.Rows(tmp_path / "out.jsonl", {}) as file:
+        skipped = answer.answer_all(engine, asked, file, Sampling(fps=1), 2, 4)
+        assert set(file.done) == {"short"}
+    assert "one window of at most 4 frames" in skipped.reasons["long (long.mp4)"]
+
+
+def test_lines_end_at_line_ends_alone(folder, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    asked = [{"video": "a", "question": f"how{space}is it ?"} for space in "\u2028\u0085\u2029"]
+    path.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in asked), encoding="utf-8")
+    assert [question.text for question in answer.read_questions(path, folder)] == [row["question"] for row in asked]
 
 
 def test_answer_is_checked_before_anything_is_loaded(folder):
@@ -238,12 +300,49 @@ def test_lines_are_questions_and_commands(chat, folder, monkeypatch, capsys):
     assert turns == ["right ?"] and "1 places <video>, but 0 videos" in told
 
 
+def test_a_line_that_is_no_text_is_told_with_its_number(chat, folder, monkeypatch, capsys):
+    lines = f"/video {folder / 'a.mp4'}\nhow ?\n".encode() + b"caf\xe9 ?\nleft ?\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    notes = io.StringIO()
+    conversation = chat.converse()
+    session.Session(chat, conversation, Sampling(frames=4), 6, Console(file=notes, width=200)).converse()
+    assert [turn.question for turn in conversation.turns] == ["how ?", "left ?"]
+    assert "line 3 of the input: not utf-8" in notes.getvalue()
+
+
+def test_videos_share_the_room_there_is(folder, monkeypatch):
+    """A set of tokens for each window (here: for each frame), fewer where the context has no room for them."""
+    engine = make_engine(context=512 + 20 + 101)  # text, an answer, and ten sets of ten tokens
+
+    def sets(videos, stills=0, compiled=False, longest=20):
+        conversation = engine.converse(static=compiled)
+        shown = session.Session(engine, conversation, Sampling(frames=9), longest, Console(quiet=True))
+        path = folder / "a.mp4"
+        picture = engine.see(torch.zeros(3, 32, 32, dtype=torch.uint8))
+        monkeypatch.setattr(session, "look", lambda chat, name: watch.Watched("image", picture.tokens))
+        shown.show([shown.sampling.open(path) for _ in range(videos)], [path] * stills)
+        shown.ask("how ?")
+        return [visual.sets for visual in conversation.visuals[:videos]], shown
+
+    monkeypatch.setattr(streaming, "plan_windows", lambda frames, most, windows: [1] * frames)
+    assert sets(1)[0] == [9] and sets(2)[0] == [5, 5] and sets(3, stills=1)[0] == [3, 3, 3]
+    assert sets(2, longest=80)[0] == [2, 2]
+    monkeypatch.setattr(conversation, "_MOST_STATIC", 512 + 20 + 35)
+    assert sets(1, compiled=True)[0] == [3]
+    _, shown = sets(1)
+    shown.show([shown.sampling.open(folder / "a.mp4")], ())  # of what is left beside what was said
+    assert shown.conversation.visuals[-1].sets == 1
+    with pytest.raises(ContextError, match=r"--compile keeps 567 of the model's context of 633.*--windows"):
+        engine.converse(static=True).ask("how ?", 600)
+
+
 def test_chat_commands_bad_input(folder, capsys):
     clip = str(folder / "a.mp4")
     for arguments, message in (
         (("how ?",), "nothing to ask about"),
         (("how ?", "--video", clip, "--fps", "0"), "--fps"),
-        (("how ?", "--image", str(folder / "none.png")), "no such file"),
+        (("how ?", "--image", str(folder / "none.png")), f"--image {folder / 'none.png'}: there is no such file"),
+        (("how ?", "--video", str(folder)), f"--video {folder}: is a folder"),
         (("how ?", "--video", clip, "--video", str(folder / "broken.mp4")), "broken.mp4"),
         (("how ?", "--video", clip, "--frames", "10"), "there are only 9"),
     ):

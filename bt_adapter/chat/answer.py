@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, check_context, context
+from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, check_context, context, video_room
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.session import load, progress_bar, sampling_of
 from bt_adapter.chat.watch import Sampling, watch
-from bt_adapter.data import VideoError
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 from bt_adapter.progress import Progress
@@ -23,19 +25,30 @@ from bt_adapter.progress import Progress
 if TYPE_CHECKING:
     from bt_adapter.chat.engine import VideoChat
     from bt_adapter.commands.answer import Answer
-    from bt_adapter.commands.chat import ChatModel
+    from bt_adapter.commands.qa import Qa
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a video file. id: unique; what its answer is found by. extra: copied into the answer's row."""
+    """A question about a video file.
+
+    id: unique; what its answer is found by. extra: copied into the answer's row. given: the video as it was asked for,
+    which tells files of one name in two folders apart; None: its file name.
+    """
 
     id: str
     video: Path
     text: str
     extra: dict[str, Any] = field(default_factory=dict)
+    given: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the video."""
+        return self.video.name if self.given is None else self.given
 
 
 def run_answer(command: Answer) -> int:
@@ -47,17 +60,17 @@ def run_answer(command: Answer) -> int:
     return report(notes, command.out, len(questions), skipped)
 
 
-def answer_with(command: ChatModel, questions: Sequence[Question], rows: Rows, batch: int, notes: Console) -> Skipped:
+def answer_with(command: Answer | Qa, questions: Sequence[Question], rows: Rows, batch: int, notes: Console) -> Skipped:
     """Load the model a command line names and answer what ``rows`` lacks; where nothing is lacking, nothing is loaded.
 
     Raises CommandError where an answer that is there belongs to another question.
     """
     for question in questions:
         row = rows.done.get(question.id)
-        if row is not None and (row["question"], row["video"]) != (question.text, question.video.name):
+        if row is not None and (row["question"], row["video"]) != (question.text, question.name):
             raise CommandError(
                 f"{rows.path}: the answer of id {question.id!r} is to {row['question']!r} about {row['video']}, but "
-                f"the question now is {question.text!r} about {question.video.name}"
+                f"the question now is {question.text!r} about {question.name}"
             )
     pending = [question for question in questions if question.id not in rows.done]
     if len(pending) < len(questions):
@@ -80,13 +93,27 @@ def report(notes: Console, out: Path, asked: int, skipped: Skipped) -> int:
     return 0
 
 
-def about(command: ChatModel) -> dict[str, Any]:
+def about(command: Answer | Qa) -> dict[str, Any]:
     """What the answers of a command line depend on."""
     sampling = asdict(sampling_of(command))
     sampling["no_branch"] = not sampling.pop("branch")
     return {"model": command.model, "branch": command.branch, "other_tower": command.other_tower,
-            "dtype": command.dtype, "quantize": command.quantize, "max_new_tokens": command.max_new_tokens,
-            **sampling}  # fmt: skip
+            "model_files": _weights(command.model), "branch_files": _weights(command.branch),
+            "videos": os.path.abspath(command.videos), "dtype": command.dtype, "quantize": command.quantize,
+            "max_new_tokens": command.max_new_tokens, **sampling}  # fmt: skip
+
+
+def _weights(name: str | None) -> str | None:
+    """What changes when a local file or folder gets other weights; None for a hub name and mini."""
+    path = Path(name or "")
+    if name is None or not path.exists():
+        return None
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stamps = [(f, f.stat()) for f in files if f.is_file() and (f == path or f.suffix in _WEIGHTS)]
+    lines = [f"{f.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}" for f, stat in stamps]
+    newest = max((stat.st_mtime for _, stat in stamps), default=0.0)
+    written = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(newest))
+    return f"{len(lines)} of {written} UTC, {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}"
 
 
 def answer_all(
@@ -101,21 +128,29 @@ def answer_all(
     """Greedy answers, ``batch`` prompts at a time, each batch on disk before the next begins.
 
     Videos are encoded once for questions that stand together. A row: id, video, question, prediction, and the extra
-    fields. Returns the questions that could not be put: broken or missing video, empty question, prompt too long.
+    fields. Returns the questions that could not be put: broken or missing video, one of more frames than the model
+    takes, empty question, prompt too long.
     """
-    skipped, videos = Skipped(), _Videos(chat, sampling, batch)
+    room = video_room(context(chat.model), 0, max_new_tokens)
+    skipped, videos = Skipped(), _Videos(chat, sampling, batch, room)
     for start in range(0, len(questions), batch):
         asked, prompts = [], []
         for question in questions[start : start + batch]:
+            name = f"{question.id} ({question.name})"
             try:
-                prompts.append(_prompt(chat, videos.get(question.video), question.text, max_new_tokens))
+                visual = videos.get(question.video)
+            except ValueError as error:
+                skipped.add(name, str(error))
+                continue
+            try:
+                prompts.append(_prompt(chat, visual, question.text, max_new_tokens))
                 asked.append(question)
-            except (VideoError, PromptError, ContextError) as error:
-                skipped.add(f"{question.id} ({question.video.name})", str(error))
+            except (PromptError, ContextError) as error:
+                skipped.add(name, str(error))
         if asked:
             texts = answer_batch(chat.model, chat.tokenizer, prompts, max_new_tokens)
             rows.append([
-                {"id": q.id, "video": q.video.name, "question": q.text, **q.extra, "prediction": text}
+                {"id": q.id, "video": q.name, "question": q.text, **q.extra, "prediction": text}
                 for q, text in zip(asked, texts, strict=True)
             ])  # fmt: skip
         if progress is not None:
@@ -131,7 +166,7 @@ def read_questions(path: Path, videos: Path) -> list[Question]:
     Raises CommandError naming the line: not UTF-8, not JSON, a field missing, an empty question, an id twice.
     """
     questions: dict[str, Question] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON may hold U+2028 and the like as they are
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -147,8 +182,9 @@ def read_questions(path: Path, videos: Path) -> list[Question]:
         key = str(row.get("id", number))
         if key in questions:
             raise CommandError(f"{where}: id {key!r} is there twice")
-        video = videos if videos.is_file() else find_video(videos, row["video"])
-        questions[key] = Question(key, video, row["question"], {k: row[k] for k in ("answer",) if k in row})
+        given = None if videos.is_file() else row["video"]
+        video = videos if given is None else find_video(videos, given)
+        questions[key] = Question(key, video, row["question"], {k: row[k] for k in ("answer",) if k in row}, given)
     if not questions:
         raise CommandError(f"{path}: holds no question")
     return list(questions.values())
@@ -182,21 +218,21 @@ def _prompt(chat: VideoChat, visual: Visual, question: str, max_new_tokens: int)
 class _Videos:
     """The last videos' tokens, and the names of those that cannot be read."""
 
-    def __init__(self, chat: VideoChat, sampling: Sampling, most: int) -> None:
-        self.chat, self.sampling, self.most = chat, sampling, most
+    def __init__(self, chat: VideoChat, sampling: Sampling, most: int, room: int) -> None:
+        self.chat, self.sampling, self.most, self.room = chat, sampling, most, room
         self.seen: dict[Path, Visual] = {}
-        self.broken: dict[Path, VideoError] = {}
+        self.broken: dict[Path, ValueError] = {}
 
     def get(self, path: Path) -> Visual:
-        """Raises VideoError, each time one is asked for that cannot be read."""
+        """Raises ValueError (VideoError), each time one is asked for that cannot be read or is more than fits."""
         if path in self.broken:
             raise self.broken[path]
         if path not in self.seen:
             if len(self.seen) >= self.most:
                 del self.seen[next(iter(self.seen))]
             try:
-                self.seen[path] = watch(self.chat, path, self.sampling)
-            except VideoError as error:
+                self.seen[path] = watch(self.chat, path, self.sampling, room=self.room)
+            except ValueError as error:  # VideoError, or more frames than this model takes of a video
                 self.broken[path] = error
                 raise
         return self.seen[path]

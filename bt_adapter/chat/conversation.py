@@ -17,6 +17,8 @@ from bt_adapter.chat.prompts import Turn, conversation_ids
 
 # Models made for much longer contexts would else fill a GPU with empty places.
 _MOST_STATIC = 8192
+# Tokens kept for questions and further answers when videos take as many as fit.
+_RESERVE = 512
 
 
 class ContextError(ValueError):
@@ -49,7 +51,7 @@ class Visual:
 
     kind: "video" or "image". tokens: ``[n, E]``, E the language model's width. name: what to call it. reads: for models
     whose visual tokens depend on the question that comes with them (InstructBLIP): from question to tokens; ``tokens``
-    are then not read.
+    then only tells how many.
     """
 
     kind: str
@@ -78,6 +80,7 @@ class Conversation:
     def __init__(self, model: Any, tokenizer: Any, static: bool = False) -> None:
         self.model, self.tokenizer, self.static = model, tokenizer, static
         self._limit = min(context(model), _MOST_STATIC) if static else context(model)
+        self._whole = context(model)
         self.reset()
 
     def reset(self) -> None:
@@ -87,11 +90,17 @@ class Conversation:
         self._pending = 0  # visuals at the end of the list that no turn has yet
         self._cache: Any = None
         self._cached: list[int] = []  # whose keys and values the cache holds
+        self._taken = 0  # tokens of the turns so far, with their visuals
 
     def add(self, visual: Visual) -> None:
         """A video or still that comes with the next question."""
         self.visuals.append(visual)
         self._pending += 1
+
+    def room(self, max_new_tokens: int) -> int:
+        """Tokens that videos to come may take beside what is there, an answer of so many tokens and some text."""
+        pending = sum(len(visual.tokens) for visual in self.visuals[len(self.visuals) - self._pending :])
+        return video_room(self._limit, self._taken + pending, max_new_tokens)
 
     @torch.no_grad()
     def ask(self, question: str, max_new_tokens: int = 64, on_text: Callable[[str], None] | None = None) -> Reply:
@@ -105,7 +114,7 @@ class Conversation:
         visuals = [visual.asked(question) for visual in self.visuals]
         lengths = [len(visual.tokens) for visual in visuals]
         ids = conversation_ids(self.model, self.tokenizer, [*self.turns, turn], lengths)
-        check_context(self._limit, len(ids), sum(lengths), max_new_tokens)
+        check_context(self._limit, len(ids), sum(lengths), max_new_tokens, self._whole)
         kept = self._keep(ids)
         embeds = embed(self.model, ids, visuals)[None]
         streamer = _Stream(self.tokenizer, on_text or (lambda text: None))
@@ -127,6 +136,7 @@ class Conversation:
         text = "".join(streamer.text).strip()
         self.turns.append(replace(turn, answer=text))
         self.visuals, self._pending = visuals, 0
+        self._taken = len(ids) + new.shape[1]
         return Reply(text, streamer.tokens, seconds, len(ids), len(ids) - kept)
 
     def _keep(self, ids: list[int]) -> int:
@@ -150,12 +160,23 @@ def context(model: Any) -> int:
     return int(model.config.get_text_config().max_position_embeddings)
 
 
-def check_context(limit: int, prompt: int, visual: int, max_new_tokens: int) -> None:
-    """Raise ContextError, naming all counts, where a prompt of so many tokens leaves no room for the answer."""
+def video_room(limit: int, taken: int, max_new_tokens: int) -> int:
+    """Tokens that videos may take of a context of ``limit``; may be below 0."""
+    return limit - taken - max_new_tokens - _RESERVE
+
+
+def check_context(limit: int, prompt: int, visual: int, max_new_tokens: int, whole: int | None = None) -> None:
+    """Raise ContextError, naming all counts, where a prompt of so many tokens leaves no room for the answer.
+
+    whole: the model's context, where ``limit`` may be less: what compiled decoding holds.
+    """
     if prompt + max_new_tokens > limit:
+        kept = f"the model's context is {limit}"
+        if whole is not None and limit < whole:
+            kept = f"--compile keeps {limit} of the model's context of {whole}"
         raise ContextError(
             f"the prompt takes {prompt} tokens, {visual} of them for videos and images, and {max_new_tokens} are asked "
-            f"for the answer: {prompt + max_new_tokens}, but the model's context is {limit}"
+            f"for the answer: {prompt + max_new_tokens}, but {kept} (fewer --windows or --max-new-tokens take less)"
         )
 
 

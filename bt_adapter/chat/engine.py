@@ -171,7 +171,8 @@ class VideoChat:
         """Tokens of the tower and branch, ``[n, P+1, D]``, as a conversation takes them."""
         if not self.family.needs_question:
             return Visual(kind, self.project(tokens).flatten(0, 1))
-        return Visual(kind, tokens[:0, 0], reads=lambda question: self.project(tokens, question).flatten(0, 1))
+        count = tokens.new_empty(len(tokens) * self.family.video_length, 0)
+        return Visual(kind, count, reads=lambda question: self.project(tokens, question).flatten(0, 1))
 
     def project(self, tokens: Tensor, question: str | None = None) -> Tensor:
         """Tokens of the tower and branch, ``[n, P+1, D]``, as the language model takes them, ``[n, V, W]``.

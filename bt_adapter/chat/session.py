@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,10 +41,7 @@ def run_chat(command: Chat) -> int:
         chat = load(command)
     loaded = time.perf_counter() - begin
     session = Session(chat, chat.converse(command.compile), sampling, command.max_new_tokens, notes, loaded)
-    for stream in streams:
-        session.watch(stream)
-    for path in command.image:
-        session.look(path)
+    session.show(streams, command.image)
     try:
         if command.question is not None:
             session.ask(command.question)
@@ -77,11 +74,23 @@ class Session:
         self._seconds = {"load": load} if load else {}
         self._seen: list[Watched] = []  # since the last answer
 
-    def watch(self, stream: FrameStream) -> None:
-        """A video for the next question. Raises VideoError; CommandError where the options do not fit it."""
+    def show(self, videos: Sequence[FrameStream], images: Sequence[Path]) -> None:
+        """Videos, then stills, for the next question; the videos share the room beside the rest.
+
+        Raises VideoError; CommandError where the options do not fit a video, or the model cannot take a still.
+        """
+        stills = [self._look(path) for path in images]
+        beside = sum(len(still.tokens) for still in stills)
+        for i, stream in enumerate(videos):
+            room = self.conversation.room(self.max_new_tokens) - beside
+            self._add(self._watch(stream, room // (len(videos) - i)))
+        for still in stills:
+            self._add(still)
+
+    def _watch(self, stream: FrameStream, room: int) -> Watched:
         with progress_bar(self.notes, f"watching {Path(stream.path).name}") as progress:
             try:
-                seen = watch(self.chat, stream, self.sampling, progress)
+                seen = watch(self.chat, stream, self.sampling, progress, room)
             except VideoError:
                 raise
             except ValueError as error:
@@ -90,12 +99,11 @@ class Session:
             self.notes.print(
                 f"[yellow]{stream.path}: damaged or cut short; going on with the {seen.total} frames that are there"
             )
-        self._add(seen)
+        return seen
 
-    def look(self, path: Path) -> None:
-        """A still for the next question. Raises VideoError; CommandError where the model cannot take it."""
+    def _look(self, path: Path) -> Watched:
         try:
-            self._add(look(self.chat, path))
+            return look(self.chat, path)
         except VideoError:
             raise
         except ValueError as error:
@@ -112,24 +120,29 @@ class Session:
     def converse(self) -> None:
         """Read lines until they end. What a line asks wrongly is told, and the conversation goes on."""
         commands: dict[str, Callable[[str], object]] = {
-            "/video": lambda name: self.watch(self.sampling.open(name)),
-            "/image": lambda name: self.look(Path(name)),
+            "/video": lambda name: self.show([self.sampling.open(name)], ()),
+            "/image": lambda name: self.show((), [Path(name)]),
             "/reset": lambda _: self._reset(),
             "/help": lambda _: self.notes.print(HELP, markup=False),
         }
         typed = sys.stdin.isatty()
         if typed:
             self.notes.print(HELP, markup=False, style="dim")
+        number = 0
         while True:
             if typed:
                 self.notes.print("> ", end="")
-            line = sys.stdin.readline()
-            word, _, rest = line.strip().partition(" ")
-            if not line or word == "/quit":
+            raw = getattr(sys.stdin, "buffer", sys.stdin).readline()  # bytes: lines before a bad one are still answered
+            number += 1
+            if not raw:
                 return
-            if not word:
-                continue
             try:
+                line = raw if isinstance(raw, str) else _decoded(raw, number)
+                word, _, rest = line.strip().partition(" ")
+                if word == "/quit":
+                    return
+                if not word:
+                    continue
                 if not word.startswith("/"):
                     self.ask(line.strip())
                 elif word in commands:
@@ -152,6 +165,17 @@ class Session:
     def _reset(self) -> None:
         self.conversation.reset()
         self._seen = []
+
+
+def _decoded(raw: bytes, number: int) -> str:
+    """A line of the input. Raises CommandError with its number where it is not in the input's encoding."""
+    encoding = sys.stdin.encoding or "utf-8"
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise CommandError(
+            f"line {number} of the input: not {encoding} ({error.reason} at byte {error.start})"
+        ) from error
 
 
 def sampling_of(command: ChatModel) -> Sampling:
