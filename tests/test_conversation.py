@@ -37,9 +37,17 @@ VIDEO_TEMPLATE = (
     "'<image> ' if p.type == 'image' else p.text + ' ' }}{% endfor %}{% endfor %}assistant "
 )
 JOINING_TEMPLATE = "<s>{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}assistant "
+STRIPPING_TEMPLATE = "<s>{% for m in messages %}{{ m.role }} {{ m.content.strip() }} {% endfor %}assistant "
+REFUSING_TEMPLATE = (
+    "<s>{% for m in messages %}{% if m.content is not string %}{{ raise_exception('text alone') }}{% endif %}"
+    "{{ m.role }} {{ m.content }} {% endfor %}assistant "
+)
 TEXT_TEMPLATE = (
     "<s>{% for m in messages %}{{ m.role }} {{ m.content if m.content is string else 'x' }} {% endfor %}assistant "
 )
+
+
+TEMPLATES = [TEMPLATE, VIDEO_TEMPLATE, TEXT_TEMPLATE, JOINING_TEMPLATE, STRIPPING_TEMPLATE, REFUSING_TEMPLATE]
 
 
 def chunked(frames: torch.Tensor, size: int):
@@ -214,7 +222,7 @@ def test_templates_may_tell_videos_from_stills(chat):
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("template", [TEMPLATE, VIDEO_TEMPLATE, TEXT_TEMPLATE, JOINING_TEMPLATE, None])
+@pytest.mark.parametrize("template", [*TEMPLATES, None])
 def test_turns_answer_as_a_fresh_generate_does(chat, template, static):
     chat.tokenizer.chat_template = template
     conversation = chat.converse(static)
@@ -294,6 +302,9 @@ def test_visuals_stand_where_the_question_has_places(chat):
     lost = make_tokenizer("<s>{% for m in messages %}nothing{% endfor %}")
     with pytest.raises(PromptError, match="0 places for 1 videos"):
         conversation_ids(chat.model, lost, [Turn("how ?", ("video",))], [10])
+    refusing = make_tokenizer("{{ raise_exception('not today') }}")
+    with pytest.raises(PromptError, match="not today"):
+        conversation_ids(chat.model, refusing, [Turn("how ?", ("video",))], [10])
 
 
 def test_batches_answer_as_single_prompts_do(chat):

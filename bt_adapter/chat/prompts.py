@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from bt_adapter.chat.families import family_of
 
 _PLACE = re.compile(r"(<video>|<image>)")
@@ -91,7 +93,7 @@ def conversation_ids(chat: Any, tokenizer: Any, turns: Sequence[Turn], lengths: 
     """Token ids of a conversation up to the place of the last turn's answer, the i-th visual taking lengths[i] tokens.
 
     Raises PromptError: a question is empty, holds the image token, or has other places than visuals; or the chat
-    template leaves a visual out.
+    template leaves a visual out or refuses the conversation.
     """
     token = image_token(chat, tokenizer)
     text = conversation_text(chat, tokenizer, turns)
@@ -145,11 +147,14 @@ def _conversation_text(tokenizer: Any, turns: list[tuple[list[_Part], str | None
         contents = [[_content(kind, text, known) for kind, text in parts] for parts, _ in turns]
         try:
             text = _templated(tokenizer, contents, answers, lambda answer: [{"type": "text", "text": answer}])
-        except TypeError:  # one for text alone that joins it to its own
-            break
+        except (TypeError, TemplateError):  # one for text alone, or one that refuses what it does not know
+            continue
         if text.count(token) == visuals and all(answer is None or answer in text for answer in answers):
             return text
-    return _templated(tokenizer, plain, answers, lambda answer: answer)
+    try:
+        return _templated(tokenizer, plain, answers, lambda answer: answer)
+    except (TypeError, TemplateError) as error:
+        raise PromptError(f"the chat template cannot write this conversation: {error}") from error
 
 
 def _content(kind: str, text: str, known: str) -> dict[str, str]:
