@@ -289,6 +289,9 @@ def test_command(tmp_path, clip, capsys):
     assert "already there" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 2
     assert "nowhere: there is no such folder" in capsys.readouterr().err
+    for name in ("base", "projector", "branch"):
+        assert main(["convert", str(source), str(tmp_path / "new"), f"--{name}", "nowhere"]) == 2
+        assert f"--{name} nowhere: there is no such" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_named(tmp_path, clip):
@@ -306,8 +309,15 @@ def test_what_does_not_fit_is_named(tmp_path, clip):
     (source / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(CheckpointError, match=r"pytorch_model-00002-of-00002\.bin, which is not there"):
         convert(Sources(source), tmp_path / "out")
-    torch.save({"model.mm_projector.weight": print}, tmp_path / "evil.bin")
     source = write_published(tmp_path / "llava", tensors, clip)
+    for name, shape in (("mm_projector.weight", (WIDTH, VISION + 1)), ("mm_projector.bias", (WIDTH + 1,)),
+                        ("embed_tokens.weight", (ROWS, WIDTH + 1))):  # fmt: skip
+        torch.save({f"model.{name}": torch.zeros(shape)}, tmp_path / "wide.bin")
+        with pytest.raises(
+            CommandError, match=rf"--projector .*wide\.bin: model\.{name} has shape .*but the model's has"
+        ):
+            convert(Sources(source, projector=tmp_path / "wide.bin"), tmp_path / "out")
+    torch.save({"model.mm_projector.weight": print}, tmp_path / "evil.bin")
     with pytest.raises(CheckpointError, match="weights_only=True"):
         convert(Sources(source, projector=tmp_path / "evil.bin"), tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):

@@ -94,7 +94,8 @@ def convert(sources: Sources, out: Path, progress: Progress | None = None) -> Pa
 
     Raises:
         CheckpointError: a source does not have the published layout; the message says in what.
-        CommandError: ``out`` is there, the source is a difference and no base is given, or too little space is left.
+        CommandError: ``out`` is there, the source is a difference and no base is given, the projector's file is of
+            another size, or too little space is left.
         OSError: a source is not there.
     """
     if out.exists():
@@ -108,6 +109,7 @@ def convert(sources: Sources, out: Path, progress: Progress | None = None) -> Pa
     rows = max(published.get("vocab_size", 0), len(tokenizer))
     reader = _Reader(sources, tokenizer, rows)
     shape, dtype = reader.projector(files)
+    reader.check_tuned(shape)
     clip = load_clip(published, sources.clip)
     config = make_config(published, shape, dtype, rows, tokenizer.convert_tokens_to_ids(PLACE), clip)
 
@@ -176,6 +178,21 @@ class _Reader:
                     weight = state["model.mm_projector.weight"]
                     return weight.shape, weight.dtype
         raise CheckpointError(f"{self.sources.model} has no model.mm_projector.weight: not the published layout")
+
+    def check_tuned(self, shape: torch.Size) -> None:
+        """Raise CommandError where a tuned tensor does not fit a projector of that shape, ``[W, D]``."""
+        for name, tensor in self.tuned.items():
+            wanted = list(shape if name == "model.mm_projector.weight" else shape[:1])
+            found = list(tensor.shape)
+            if hugging_face_name(name) in _TABLES:  # its rows are counted when it has grown
+                found = found[1:]
+            elif "mm_projector" not in name:
+                continue
+            if found != wanted:
+                raise CommandError(
+                    f"--projector {self.sources.projector}: {name} has shape {list(tensor.shape)}, but the model's has "
+                    f"{wanted if 'mm_projector' in name else ['rows', *wanted]}"
+                )
 
     def _base(self, opened: ExitStack) -> list[Mapping[str, Tensor]] | None:
         if self.sources.base is None:

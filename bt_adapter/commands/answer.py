@@ -36,7 +36,7 @@ def run(command: Answer) -> int:
     if command.batch < 1:
         raise CommandError(f"--batch must be 1 or more, got {command.batch}")
     if not command.questions.is_file():
-        raise CommandError(f"{command.questions}: there is no such file")
+        raise CommandError(f"FILE of questions {command.questions}: there is no such file")
     if not command.videos.exists():
         raise CommandError(f"--videos {command.videos}: there is no such file or folder")
     from bt_adapter.chat.answer import run_answer

@@ -87,9 +87,10 @@ def run(command: Chat) -> int:
         raise CommandError("the question is empty")
     if command.question is not None and not (command.video or command.image):
         raise CommandError("there is nothing to ask about: give --video FILE or --image FILE")
-    for path in (*command.video, *command.image):  # before seconds go by loading a model
-        if not path.is_file():
-            raise CommandError(f"{path}: {'is a folder' if path.is_dir() else 'there is no such file'}")
+    for name in ("video", "image"):  # before seconds go by loading a model
+        for path in getattr(command, name):
+            if not path.is_file():
+                raise CommandError(f"--{name} {path}: {'is a folder' if path.is_dir() else 'there is no such file'}")
     from bt_adapter.chat.session import run_chat
 
     return run_chat(command)

@@ -34,7 +34,9 @@ def run(command: Convert) -> int:
     for name in ("model", "base", "projector", "branch"):
         path = getattr(command, name)
         if path is not None and not path.exists():
-            raise CommandError(f"{path}: there is no such {'file' if name in ('projector', 'branch') else 'folder'}")
+            label = "FOLDER" if name == "model" else f"--{name}"
+            kind = "file" if name in ("projector", "branch") else "folder"
+            raise CommandError(f"{label} {path}: there is no such {kind}")
     from rich.console import Console
 
     from bt_adapter.chat.convert import Sources, convert
