@@ -89,6 +89,23 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     assert [item.answer for item in qa.read_items(tmp_path / "data.jsonl")] == texts
 
 
+def test_predictions_hold_what_the_scorers_read(tmp_path):
+    asked = write(tmp_path / "q.json", [{"video_name": "xyz", "question": "how ?", "question_id": "v_xyz_0"}])
+    right = write(tmp_path / "a.json", [{"answer": "no", "type": 3, "question_id": "v_xyz_0"}])
+    msvd = write(tmp_path / "m.json", [{"answer": "dog", "id": 5, "question": "what ?", "video_id": 7}])
+    out = tmp_path / "predictions.json"
+    for items, ident, video, question, wanted in (
+        (qa.read_items(asked, right), "v_xyz_0", "xyz", "how ?", "no"),
+        (qa.read_items(msvd), 5, "7", "what ?", "dog"),
+    ):
+        qa.write_predictions(out, items, {items[0].id: "said"})
+        (row,) = json.loads(out.read_text())
+        assert {name: row[name] for name in ("video_name", "Q", "A", "pred")} == {
+            "video_name": video, "Q": question, "A": wanted, "pred": "said"
+        }  # fmt: skip
+        assert (row["id"], row["question"], row["answer"]) == (ident, question, wanted)
+
+
 def test_exact_match_is_normalised():
     assert qa.normalise("  The Dog's, a  DOG! ") == "dogs dog"
     items = [qa.Item(str(i), "v", ("q",), right, {}, kind) for i, (right, kind) in

@@ -31,7 +31,7 @@ class Qa(ChatModel):
     answers: Annotated[Path | None, arg(metavar="FILE")] = None
     """The right answers where they stand apart (ActivityNet-QA's test_a.json)."""
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("qa")
-    """Folder of answers.jsonl, predictions.json (the benchmark's layout), verdicts and scores.json."""
+    """Folder of answers.jsonl, predictions.json (as Video-ChatGPT's scorers read it), verdicts and scores.json."""
     batch: int = 8
     """Questions answered at once."""
     judge_url: str | None = None

@@ -1,4 +1,4 @@
-"""Question answering on the public benchmarks: predictions in their layouts, scored by exact match and by a judge.
+"""Question answering on the public benchmarks: predictions as their scorers read them, exact match, and a judge.
 
 What a record is, is told by its fields: Video-ChatGPT's generic and temporal questions (Q, A, video_name), its
 consistency questions (Q1, Q2, A, video_name), ActivityNet-QA (question_id, question, video_name; answers in a second
@@ -96,12 +96,20 @@ def read_items(data: Path, answers: Path | None = None) -> list[Item]:
 
 
 def write_predictions(path: Path, items: Sequence[Item], given: dict[str, str]) -> None:
-    """The records with "pred" added (consistency: "pred1", "pred2"), as the benchmark's own scripts read them."""
+    """The records with what Video-ChatGPT's scorers read of each kind, and what its inference writes, added.
+
+    The scorers read video_name, Q, A and pred, of ActivityNet-QA, MSVD-QA and MSRVTT-QA too, whose inference writes id,
+    question, answer and pred; of consistency questions video_name, Q1, Q2, A, pred1 and pred2.
+    """
     rows = []
     for item in items:
         keys = _keys(item)
         names = ["pred"] if len(keys) == 1 else [f"pred{i}" for i in range(1, len(keys) + 1)]
-        rows.append(item.record | {n: given[k] for n, k in zip(names, keys, strict=True)})
+        record = item.record
+        if len(keys) == 1 and "Q" not in record:
+            front = {"id": record.get("question_id", item.id), "video_name": item.video}
+            record = front | record | {"Q": item.questions[0], "A": item.answer}
+        rows.append(record | {n: given[k] for n, k in zip(names, keys, strict=True)})
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
