@@ -352,9 +352,9 @@ def test_the_command_predicts_and_scores(command, stand, tmp_path, capsys):
     assert [{k: v for k, v in row.items() if k != "pred"} for row in predictions] == GENERIC
     assert all(isinstance(row["pred"], str) for row in predictions)
     scores = json.loads((tmp_path / "qa" / "scores.json").read_text())
-    assert scores["judge"]["url"] == server.url and scores["judge"]["model"] == "judge-1"
     assert scores["judge"]["aspects"]["correctness"] == {
-        "judged": 2, "unjudged": 0, "score": 4.0, "models": ["judge-2026"], "fingerprints": ["fp1"]
+        "url": server.url, "model": "judge-1", "prompts": 1, "judged": 2, "unjudged": 0, "refused": 0, "requests": 2,
+        "retries": 0, "failures": 0, "score": 4.0, "models": ["judge-2026"], "fingerprints": ["fp1"],
     }  # fmt: skip
     assert set(scores["judge"]["aspects"]) == {"correctness", "detail", "context"}
     assert set(scores["skipped"]) == {"3 (broken.mp4)", "4 (none)"} and scores["made"]["frames"] == 4
@@ -363,6 +363,9 @@ def test_the_command_predicts_and_scores(command, stand, tmp_path, capsys):
     assert len(server.bodies) == asked
     assert command(records, "--judge-url", server.url, "--judge-model", "judge-2") == 2
     assert "made with model 'judge-1', now 'judge-2'" in " ".join(capsys.readouterr().err.split())
+    assert command(records) == 0  # without a judge
+    assert "judge-1: detail, 0 to 5" in capsys.readouterr().out
+    assert json.loads((tmp_path / "qa" / "scores.json").read_text())["judge"] == scores["judge"]
 
 
 def test_consistency_asks_both_questions(command, stand, tmp_path, capsys):
@@ -372,6 +375,27 @@ def test_consistency_asks_both_questions(command, stand, tmp_path, capsys):
     assert set(row) == {"video_name", "Q1", "Q2", "A", "pred1", "pred2"}
     said = server.bodies[0]["messages"][1]["content"]
     assert f"Given answer 1: {row['pred1']}" in said and f"Given answer 2: {row['pred2']}" in said
+
+
+def test_a_judge_that_goes_down_or_refuses_leaves_its_scores(command, stand, tmp_path, capsys):
+    server = stand(lambda right, n: 400 if right == "right" else 403 if n > 1 else "good")
+    arguments = (GENERIC, "--judge-url", server.url, "--judge-model", "judge", "--judge-parallel", "1")
+    assert command(*arguments) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "refuses with 400: " in told and "1 of them are refused" in told and "answers 403" in told
+    for again in (False, True):
+        found = json.loads((tmp_path / "qa" / "scores.json").read_text())["judge"]["aspects"]
+        assert (found["correctness"]["score"], found["correctness"]["refused"]) == (4.0, 1)
+        assert again or command(*arguments) == 2
+    assert server.asked["right"] == 1
+
+
+def test_a_signal_ends_with_scores(command, stand, tmp_path, capsys):
+    server = stand(lambda right, n: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(0.1) or "good")
+    assert command(GENERIC, "--judge-url", server.url, "--judge-model", "judge", "--judge-parallel", "1") == 143
+    assert "stopped; 1 of 2 answers are judged" in " ".join(capsys.readouterr().err.split())
+    scores = json.loads((tmp_path / "qa" / "scores.json").read_text())
+    assert scores["judge"]["aspects"]["correctness"]["judged"] == 1
 
 
 def test_a_judge_that_is_down_leaves_the_exact_scores(command, stand, tmp_path, capsys):

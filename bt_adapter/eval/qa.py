@@ -22,9 +22,8 @@ from bt_adapter.chat.answer import Question, about, answer_with, find_video, rea
 from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.session import progress_bar
 from bt_adapter.commands.qa import Qa
-from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
-from bt_adapter.eval.judge import PROMPTS, Case, Judge, judge_all, summary
+from bt_adapter.eval.judge import ASPECTS, PROMPTS, Case, Judge, judge_all, summary
 from bt_adapter.eval.report import print_table, versions, write_json
 
 _ARTICLES = {"a", "an", "the"}
@@ -43,7 +42,10 @@ class Item:
 
 
 def evaluate_qa(command: Qa) -> int:
-    """Predict, then score; both go on where a killed run stopped. Returns the exit code."""
+    """Predict, then score; both go on where a killed run stopped. Returns the exit code.
+
+    scores.json holds what the verdicts that are stored say, whatever judge they are of and however this run ends.
+    """
     notes = Console(stderr=True, highlight=False)
     items = read_items(command.data, command.answers)
     asked = [question for item in items for question in _questions(item, command.videos)]
@@ -65,10 +67,18 @@ def evaluate_qa(command: Qa) -> int:
         **exact_scores(answered, given),
         "made": {**about(command), **versions()},
     }
+    cases = [
+        Case(item.id, tuple(zip(item.questions, (given[k] for k in _keys(item)), strict=True)), item.answer)
+        for item in answered
+    ]
+    scores |= _stored(command.out, cases)
     write_json(command.out / "scores.json", scores)
     if command.judge_url is not None:
-        scores["judge"] = _judge(command, answered, given, notes)
-        write_json(command.out / "scores.json", scores)
+        try:
+            _judge(command, cases, command.aspects or aspects_of(answered, command.data), notes)
+        finally:
+            scores |= _stored(command.out, cases)
+            write_json(command.out / "scores.json", scores)
     _print(scores)
     return 0
 
@@ -149,27 +159,44 @@ def aspects_of(items: Sequence[Item], data: Path) -> tuple[str, ...]:
     return ("temporal",) if "temporal" in data.name.lower() else ("correctness", "detail", "context")
 
 
-def _judge(command: Qa, items: Sequence[Item], given: dict[str, str], notes: Console) -> dict[str, Any]:
+def _judge(command: Qa, cases: Sequence[Case], aspects: Sequence[str], notes: Console) -> None:
     assert command.judge_url is not None and command.judge_model is not None
     key = os.environ.get(command.judge_key)
     judge = Judge(
         command.judge_url, command.judge_model, key, command.judge_timeout, command.judge_tries,
         parallel=command.judge_parallel,
     )  # fmt: skip
-    result: dict[str, Any] = {"url": judge.url, "model": judge.model, "prompts": PROMPTS, "aspects": {}}
-    cases = [
-        Case(item.id, tuple(zip(item.questions, (given[k] for k in _keys(item)), strict=True)), item.answer)
-        for item in items
-    ]
-    for aspect in command.aspects or aspects_of(items, command.data):
+    for aspect in aspects:
         about = {"url": judge.url, "model": judge.model, "prompts": PROMPTS, "aspect": aspect}
-        with Rows(command.out / f"judged-{aspect}.jsonl", about) as rows:
+        with Rows(_verdicts(command.out, aspect), about) as rows:
             with progress_bar(notes, f"judging {aspect}") as progress:
-                skipped: Skipped = judge_all(judge, cases, aspect, rows, progress)
-            result["aspects"][aspect] = summary(cases, aspect, rows)
+                skipped = judge_all(judge, cases, aspect, rows, progress)
+            refused = summary(cases, aspect, rows)["refused"]
         if skipped:
             notes.print(f"no verdict on {aspect}: {skipped.report(10)}", markup=False, style="yellow")
-    return result
+        if refused:
+            notes.print(
+                f"{refused} of them are refused, and asked again only where {rows.path} is removed",
+                markup=False, style="yellow",
+            )  # fmt: skip
+
+
+def _verdicts(folder: Path, aspect: str) -> Path:
+    return folder / f"judged-{aspect}.jsonl"
+
+
+def _stored(folder: Path, cases: Sequence[Case]) -> dict[str, Any]:
+    """What the folder's verdicts on these cases say, with who judged: {"judge": {"aspects": …}}, {} where none are."""
+    found = {}
+    for aspect in ASPECTS:
+        path = _verdicts(folder, aspect)
+        beside = path.with_name(path.name + ".about.json")
+        if path.is_file() and beside.is_file():
+            about = json.loads(beside.read_text(encoding="utf-8"))
+            with Rows(path, about) as rows:
+                told = {name: value for name, value in about.items() if name != "aspect"}
+                found[aspect] = told | summary(cases, aspect, rows)
+    return {"judge": {"aspects": found}} if found else {}
 
 
 def _questions(item: Item, folder: Path) -> list[Question]:
@@ -244,11 +271,10 @@ def _item(where: str, number: int, record: Any, right: dict[str, Any] | None) ->
 
 def _print(scores: dict[str, Any]) -> None:
     rows = [["exact match", f"{100 * scores['exact']:.1f} %"], ["contains it", f"{100 * scores['contained']:.1f} %"]]
-    judge = scores.get("judge", {"aspects": {}})
-    for aspect, found in judge["aspects"].items():
+    for aspect, found in scores.get("judge", {}).get("aspects", {}).items():
         if found["score"] is None:
             continue
         if "accuracy" in found:
-            rows.append([f"{judge['model']}: right", f"{100 * found['accuracy']:.1f} %"])
-        rows.append([f"{judge['model']}: {aspect}, 0 to 5", f"{found['score']:.2f}"])
+            rows.append([f"{found['model']}: right", f"{100 * found['accuracy']:.1f} %"])
+        rows.append([f"{found['model']}: {aspect}, 0 to 5", f"{found['score']:.2f}"])
     print_table([f"{scores['answered']} of {scores['records']} records", ""], rows)
