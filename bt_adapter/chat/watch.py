@@ -32,8 +32,8 @@ class Sampling:
 
     frames: so many, evenly spread; fps: so many a second (then frames is not read). repeat: repeat frames of a video
     that has fewer than ``frames``. windows, long: as for `video_tokens_streamed`; windows None: one for each
-    2·``max_frames`` frames, and as many sets of tokens as there is room for. branch: False for the mean of
-    the frames' tokens.
+    2·``max_frames`` frames, and as many sets of tokens as there is room for. branch: False for the mean of the frames'
+    tokens.
     """
 
     frames: int = 8
