@@ -301,7 +301,7 @@ def test_an_endpoint_that_goes_down_keeps_the_work(stand, tmp_path):
 
 
 def test_an_endpoint_that_is_not_there_or_refuses(stand, tmp_path):
-    for code in (401, 403, 404):
+    for code in (401, 402, 403, 404):
         server = stand(lambda right, n, code=code: code)
         with pytest.raises(JudgeError, match=f"the judge at {server.url} answers {code}"):
             judged(tmp_path, Judge(server.url, "judge"))

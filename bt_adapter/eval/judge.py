@@ -313,7 +313,7 @@ def _of_status(error: urllib.error.HTTPError) -> _NoVerdict:
     code, said = error.code, " ".join(error.read(300).decode(errors="replace").split())
     if code in (408, 409, 429) or code >= 500:
         return _Unreachable(f"answers {code}: {said}", _asked_pause(error.headers.get("Retry-After")))
-    if code in (401, 403, 404) or code < 400:  # the key, the address or the model is wrong, for every case
+    if code in (401, 402, 403, 404) or code < 400:  # key, credit, address or model: wrong for every case
         return _Denied(f"answers {code}: {said}")
     return _Refused(f"refuses with {code}: {said}")
 
