@@ -21,6 +21,7 @@ from test_chat import mini_is_there
 
 from bt_adapter import BTAdapterVisionModel, cli
 from bt_adapter.errors import CommandError
+from bt_adapter.eval.retrieval import Quick
 from bt_adapter.pretrain.recipe import Recipe, from_yaml
 from bt_adapter.pretrain.run import pretrain, rate, start_model, wrap
 from bt_adapter.pretrain.step import Pretraining, backward, draw_visible
@@ -156,13 +157,13 @@ def test_a_run_ends_with_a_branch_that_loads_and_has_learned(tmp_path):
     assert left == {12, state["best"]["step"]}
 
 
-def test_the_best_checkpoint_is_that_of_the_best_retrieval(manifest, tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_that_of_the_best_retrieval(manifest, tmp_path, monkeypatch, capsys):
     shares = iter([0.25, 0.75, 0.5])
 
     def found(model, text, clips, frames, batch, workers):
         assert not model.training and len(clips) == 12
         way = Retrieval(next(shares), 1.0, 1.0, 1.0, 1.0, 12, 0)
-        return way, way
+        return Quick(way, way, {"lost": "is empty"}, [])
 
     monkeypatch.setattr("bt_adapter.eval.retrieval.quick", found)
     out = tmp_path / "run"
@@ -172,6 +173,7 @@ def test_the_best_checkpoint_is_that_of_the_best_retrieval(manifest, tmp_path, m
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["00000004", "00000006"]
     lines = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
     assert [(line["step"], line["video_to_text"]["r1"]) for line in lines] == [(2, 0.25), (4, 0.75), (6, 0.5)]
+    assert "of the validation clips 1 skipped:\n  1: is empty: lost" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("gloo")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,21 @@ def rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["%", "R@1", "R@5", "R@10", "MdR", "MnR", "queries", "tied"], found
 
 
+class Quick(NamedTuple):
+    """What :func:`quick` finds.
+
+    Attributes:
+        to_video, to_text: of the clips that can be decoded.
+        failed: key of each other clip, with the reason.
+        damaged: keys of those compared whose files are damaged or cut short.
+    """
+
+    to_video: Retrieval
+    to_text: Retrieval
+    failed: dict[str, str]
+    damaged: list[str]
+
+
 def quick(
     model: BTAdapterVisionModel,
     text: TextEncoder,
@@ -111,11 +126,11 @@ def quick(
     frames: int,
     batch: int = 16,
     workers: int = 0,
-) -> tuple[Retrieval, Retrieval]:
+) -> Quick:
     """Text to video and video to text, for a training loop: nothing is stored.
 
     Where there is a process group every process calls it, computes its part, and gets the same figures. Clips that
-    cannot be decoded are left out. A branch sharded by FSDP2 must be whole meanwhile (``unshard()`` before).
+    cannot be decoded are left out, and named. A branch sharded by FSDP2 must be whole meanwhile (``unshard()`` before).
 
     Args:
         model, text: on their device, in any mode.
@@ -126,7 +141,9 @@ def quick(
         CommandError: as ``extract``.
     """
     features = extract(model, clips, Look(frames), batch=batch, workers=workers)
-    return score(features.vectors, [clips[number].captions for number in features.kept], text).both_ways()
+    scores = score(features.vectors, [clips[number].captions for number in features.kept], text)
+    failed = {clips[number].key: reason for number, reason in features.failed.items()}
+    return Quick(*scores.both_ways(), failed, [clips[number].key for number in features.truncated])
 
 
 def _named(pair: tuple[Retrieval, Retrieval]) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class Run(TrainingRun):
             self.steps_per_epoch = len(clips) // recipe.batch
             self.steps = recipe.steps or max(1, round(recipe.epochs * self.steps_per_epoch))
         self.validation: list[Clip] = []
+        self.left_out = Skipped()  # of the validation clips; in no share of those trained on
         if recipe.validation is not None:
             self.validation, unusable = read_clips(recipe.validation, recipe.validation_videos)
             self.skipped.merge(unusable)
@@ -135,6 +136,8 @@ class Run(TrainingRun):
                     save_model(self.model, recipe.out / "ema", branch=averages)
         if len(self.skipped):
             self._say(self.skipped.report())
+        if len(self.left_out):
+            self._say(f"of the validation clips {self.left_out.report()}")
         self._say(f"{self.steps} steps done; the branch is in {out}")
         return out
 
@@ -255,10 +258,12 @@ class Run(TrainingRun):
             clips_at_once = max(1, recipe.tower_chunk // recipe.frames)
             found = quick(self.model, self.text, self.validation, recipe.frames, clips_at_once, recipe.workers)
         self.model.train()
-        score = (found[0].r1 + found[1].r1) / 2
+        for key, reason in found.failed.items():
+            self.left_out.add(key, reason)
+        score = (found.to_video.r1 + found.to_text.r1) / 2
         if self.log is not None:
             self.log.validation(
-                {"step": step, "text_to_video": found[0].to_dict(), "video_to_text": found[1].to_dict()}
+                {"step": step, "text_to_video": found.to_video.to_dict(), "video_to_text": found.to_text.to_dict()}
             )
         return score
 
