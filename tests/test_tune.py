@@ -131,23 +131,61 @@ def test_families_whose_tokens_depend_on_the_question_are_refused(data):
         Tuning(chat, recipe())
 
 
+def blip2_chat():
+    """With an OPT that drops out in training mode, as published ones do."""
+    text = families.opt_config()
+    text.dropout = text.attention_dropout = text.layerdrop = 0.5
+    model = families.make_chat("blip-2", text=text).double()  # before parts of its tower are shared as views
+    return VideoChat(attach(model, families.make_branch(model)), make_tokenizer())
+
+
 @pytest.mark.parametrize(
-    ("parts", "changes"),
+    ("make", "parts", "changes"),
     [
-        (1, {"packing": True}),
-        (3, {}),
-        (2, {"packing": True, "head_chunk": 3}),
-        (1, {"gradient_checkpointing": True, "recompute": "layer"}),
+        (make_video_chat, 1, {"packing": True}),
+        (make_video_chat, 3, {}),
+        (make_video_chat, 2, {"packing": True, "head_chunk": 3}),
+        (make_video_chat, 1, {"gradient_checkpointing": True, "recompute": "layer"}),
+        (blip2_chat, 2, {"packing": True}),
+        (blip2_chat, 1, {"gradient_checkpointing": True}),
     ],
 )
-def test_however_a_step_is_cut_up_it_learns_the_same(mixed, parts, changes):
-    expected, wanted = learn(no_drops(make_video_chat()), mixed)
-    found, grads = learn(no_drops(make_video_chat()), mixed, parts, **changes)
+def test_however_a_step_is_cut_up_it_learns_the_same(mixed, make, parts, changes):
+    expected, wanted = learn(no_drops(make()), mixed)
+    found, grads = learn(no_drops(make()), mixed, parts, **changes)
     assert found == pytest.approx(expected, rel=1e-9)
     assert wanted.keys() == grads.keys() and len(wanted) > 20
     for name, gradient in wanted.items():
         torch.testing.assert_close(grads[name], gradient, rtol=1e-7, atol=1e-10, msg=name)
         assert gradient.abs().sum() > 0 or "lora" in name, name
+
+
+def test_packing_is_refused_where_conversations_would_see_one_another():
+    chat = blip2_chat()
+    chat.family.language_model.set_attn_implementation("eager")  # which adds the mask instead of choosing by it
+    with pytest.raises(CommandError, match="--packing: in OPTModel conversations of one row see one another"):
+        Tuning(chat, recipe(packing=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_drops_out_of_a_frozen_language_model(checkpointing):
+    """But from its adapters; and layers run again in backward where that is asked for."""
+    for rate in (0.0, 0.5):
+        chat = blip2_chat()
+        wanted = recipe(learn=("lora",), gradient_checkpointing=checkpointing, lora_dropout=rate)
+        learned = Learned(chat.model, wanted)
+        for name, p in learned.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p)
+        runs: list[int] = []
+        model = chat.family.language_model
+        inner = next(m for n, m in model.named_modules() if n.endswith("fc1"))
+        inner.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        rows = torch.randn(1, 5, families.WIDTH, dtype=torch.float64)
+        first, second = (model(inputs_embeds=rows, use_cache=False).last_hidden_state for _ in range(2))
+        assert torch.equal(first, second) == (rate == 0)
+        first.sum().backward()
+        assert len(runs) == 2 + checkpointing
 
 
 def test_gradient_of_the_lean_loss_is_the_plain_one():

@@ -31,7 +31,7 @@ FILES = {
 class Learned(nn.ModuleDict):
     """The parts of a chat model that learn, by name, in float32 unless the model is in float64.
 
-    All else is frozen and in evaluation mode.
+    All else is frozen and computes as in evaluation mode: nothing drops out but in the adapters and the branch.
 
     Args:
         chat: with a branch attached; adapters are put into its language model where they learn.
@@ -53,13 +53,15 @@ class Learned(nn.ModuleDict):
             freeze_unreached(self.model[0])
             self["branch"] = branch
         if "lora" in recipe.learn:
-            self["lora"] = add_adapters(family.language_model, recipe).train()
+            self["lora"] = add_adapters(family.language_model, recipe)
+            for name, module in self["lora"].named_modules():
+                module.training = "lora_dropout" in name  # not the layers they stand in, whose own would drop out too
         if recipe.gradient_checkpointing:
             language_model: Any = family.language_model
             name = "activation_checkpointing_enable"  # newer transformers'; the other one warns there
             enable = getattr(language_model, name, language_model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-            language_model.train()  # or it does not; a frozen model without dropout computes the same
+            _train_checkpointed(language_model)
 
     def learning(self, part: str) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters of a part that learn."""
@@ -147,6 +149,16 @@ def check_files(folder: Path, parts: Sequence[str]) -> None:
     """Raise CheckpointError naming the parts whose files are not there."""
     if lacking := [FILES[part] for part in parts if not (folder / FILES[part]).is_file()]:
         raise CheckpointError(f"{folder} lacks {', '.join(lacking)} of the parts it was tuned in: {', '.join(parts)}")
+
+
+def _train_checkpointed(language_model: nn.Module) -> None:
+    """Put into training mode what runs again in backward, which it does in no other; none of it drops out."""
+    for module in language_model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+            for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
 
 
 def _wide(module: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Tuning:
         chat: with a branch. recipe: packing, precision and chunk sizes.
 
     Raises:
-        CommandError: the chat model's visual tokens depend on the question, or its language model is no decoder alone.
+        CommandError: the chat model's visual tokens depend on the question, its language model is no decoder alone, or
+            packing is asked for and does not keep conversations apart in it.
     """
 
     def __init__(self, chat: VideoChat, recipe: TuneRecipe) -> None:
@@ -36,11 +37,19 @@ class Tuning:
         self.chat, self.recipe, self.family = chat, recipe, chat.family
         self.model = attached_branch(chat.model)
         self.pad = chat.tokenizer.pad_token_id or 0  # never attended to
+        self._masked = False  # whether packed conversations need a mask beside their positions
+        if recipe.packing and self._leaks():
+            self._masked = True
+            if self._leaks():
+                raise CommandError(
+                    f"--packing: in {type(self.family.language_model).__name__} conversations of one row see one "
+                    "another; leave it out"
+                )
 
     def loss(self, part: Part) -> Tensor:
         """Sum over the answer tokens of a part of their cross-entropy: a scalar, in float32 at least."""
         device = self.chat.device
-        with torch.autocast(device.type, getattr(torch, self.recipe.precision), enabled=self._is_half):
+        with self._autocast():
             embeds, targets, options = self._inputs(part)
             hidden = self.family.language_model(inputs_embeds=embeds, use_cache=False, **options).last_hidden_state
             places = (targets != IGNORED).nonzero(as_tuple=True)  # on the CPU: the device is not waited for
@@ -48,17 +57,16 @@ class Tuning:
             head: Any = self.family.lm_head
             return answer_loss(hidden[rows, columns], targets[places].to(device), head, self.recipe.head_chunk)
 
-    @property
-    def _is_half(self) -> bool:
-        return self.recipe.precision != "float32"
+    def _autocast(self) -> torch.autocast:
+        precision = self.recipe.precision
+        return torch.autocast(self.chat.device.type, getattr(torch, precision), enabled=precision != "float32")
 
     def _inputs(self, part: Part) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Embeddings ``[B, S, W]``, targets ``[B, S]`` on the CPU, and what else the language model is given."""
         device = self.chat.device
         if self.recipe.packing:
-            # from positions that begin anew the model's mask lets no token see another conversation
             ids, targets, positions = part.packed()
-            options = {"position_ids": positions.to(device)}
+            options = self._packed(positions)
         else:
             ids, targets, mask = part.padded(self.pad)
             options = {"attention_mask": mask.long().to(device)}
@@ -69,6 +77,28 @@ class Tuning:
             tokens = torch.cat(self.visual_tokens(part.visuals)).to(embeds.dtype)
             embeds = embeds.masked_scatter(places.expand_as(embeds), tokens)
         return embeds, targets, options
+
+    def _packed(self, positions: Tensor) -> dict[str, Tensor]:
+        """What keeps conversations apart in one row ``[1, S]``.
+
+        For most models positions that begin anew: they make their own mask, or none where their attention takes
+        lengths. The others, OPT among them, get one: bool ``[1, 1, S, S]``, True where a token sees another.
+        """
+        positions = positions.to(self.chat.device)
+        if not self._masked:
+            return {"position_ids": positions}
+        own = (positions == 0).cumsum(1)
+        return {"position_ids": positions, "attention_mask": (own[:, :, None] == own[:, None]).tril()[:, None]}
+
+    def _leaks(self) -> bool:
+        """Whether packed conversations see one another: by the gradient of one's outputs to the other's tokens."""
+        table = cast(Any, self.family.input_embeddings).weight
+        rows = torch.randn(1, 4, table.shape[1], generator=torch.Generator().manual_seed(0))
+        rows = rows.to(table).requires_grad_()
+        with torch.enable_grad(), self._autocast():
+            options = self._packed(torch.tensor([[0, 1, 0, 1]]))
+            hidden = self.family.language_model(inputs_embeds=rows, use_cache=False, **options).last_hidden_state
+        return bool(torch.autograd.grad(hidden[0, 2:, 0].sum(), rows)[0][0, :2].any())
 
     def visual_tokens(self, visuals: tuple[Tensor, ...]) -> list[Tensor]:
         """What stands in the place of each video or still, ``[V, W]`` each; those of one shape run together."""
