@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +18,8 @@ from bt_adapter.chat.prompts import Turn, conversation_ids
 from bt_adapter.data import VideoError, preprocess, read_video, write_video
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
+from bt_adapter.pretrain.loop import Stopped
+from bt_adapter.tower import Tower
 from bt_adapter.tune.batches import Order, Part, Steps, VisualReader
 from bt_adapter.tune.conversations import Exchange, Source, TrainingConversation, read_conversations
 from bt_adapter.tune.features import FeatureStore, store_features
@@ -59,10 +64,11 @@ def test_both_layouts_and_both_kinds_of_json(tmp_path):
         assert found[0].exchanges == (Exchange("how ?", 1, "left\u2028right ."),)
         assert found[0].sources[0].path.endswith("v/clip0.mp4")
         assert found[1].exchanges == (Exchange("how ?", 1, "left"), Exchange("what ?", 0, "red"))
-        assert found[2].sources[0].kind == "image" and found[2].exchanges[0].question == "what ?"
+        assert found[2].sources[0].kind == "image" and found[2].exchanges[0].question == "what ?\n<image>"
         assert found[3].sources == ()
         assert [s.kind for s in found[4].sources] == ["image", "video", "video"]
         assert [e.visuals for e in found[4].exchanges] == [2, 1]
+        assert [e.question for e in found[4].exchanges] == ["<image> a <video> b", "and <video> ?"]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +82,7 @@ def test_both_layouts_and_both_kinds_of_json(tmp_path):
         ({"conversations": talk("<video> ?", "left")}, "1 places .* its 0 videos"),
         ({"video": "clip0.mp4", "conversations": talk("<video> ?")}, "pairs of a question and its answer"),
         ({"video": "clip0.mp4", "conversations": talk("<video> ?", "a")[::-1]}, "human and gpt by turns"),
+        ({"q": "<video> or <video> ?", "a": "left", "video_id": "clip0"}, "2 places .* its 1 videos"),
         ({"video": 3, "conversations": talk("<video> ?", "a")}, "video must be a file name"),
         ("text", "an object was expected"),
     ],
@@ -140,6 +147,27 @@ def test_every_prompt_is_that_of_inference(video_chat):
         assert ids[: begin + 1].tolist() == conversation_ids(
             video_chat.model, video_chat.tokenizer, asked, [PATCHES + 1]
         )
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "expected"),
+    [
+        ("how is it moving ?\n<video>", ["video"], "how is it moving ?\n<video>"),
+        ("left <image> or <image> right ?", ["video"] * 2, "left <video> or <video> right ?"),
+        ("how <image> is <video> it ?", ["image", "video"], "how <image> is <video> it ?"),
+        ("<image>\n<video>\nhow ?", ["image", "video"], "how ?"),
+    ],
+)
+def test_places_in_a_question_are_those_of_inference(video_chat, tmp_path, asked, kind, expected):
+    write_clips(tmp_path, 1)
+    names = {name: ["clip0.mp4"] * kind.count(name) for name in set(kind)}
+    (tmp_path / "a.json").write_text(json.dumps([{**names, "conversations": talk(asked, "left .")}]))
+    (found,), _ = read_conversations(tmp_path / "a.json")
+    ids, targets = Tokens(video_chat.model, video_chat.tokenizer).example(found).wide()
+    begin = int((targets != IGNORED).nonzero()[0])
+    lengths = [PATCHES + (name == "video") for name in kind]
+    prompt = conversation_ids(video_chat.model, video_chat.tokenizer, [Turn(expected, tuple(kind))], lengths)
+    assert ids[: begin + 1].tolist() == prompt
 
 
 def test_an_answer_without_an_end_in_the_template_ends_with_the_tokenizers(video_chat):
@@ -216,10 +244,12 @@ def open_store(folder, data, chat, frames=4, dtype="float16"):
     return FeatureStore(folder, data.parent, attached_branch(chat.model), frames, chat.mean, chat.std, dtype)
 
 
-def fill(store, data, chat, said):
+def fill(store, data, chat, said, processes=None, asked=lambda: False):
     videos = [source.path for c in read_conversations(data)[0] for source in c.sources]
     visuals = VisualReader(24, 4)
-    return store_features(store, videos, visuals.decode, attached_branch(chat.model), Processes("cpu"), 0, said.append)
+    processes = processes or Processes("cpu")
+    model = attached_branch(chat.model)
+    return store_features(store, videos, visuals.decode, model, processes, 0, said.append, asked)
 
 
 @pytest.mark.parametrize(("dtype", "most", "size"), [("float16", 1e-3, 2), ("float8", 5e-2, 1)])
@@ -280,6 +310,42 @@ def test_features_that_do_not_fit_are_told_before(video_chat, tmp_path, monkeypa
     with pytest.raises(CommandError, match="do not fit"):
         fill(store, data, video_chat, said)
     assert not (tmp_path / "f").exists() and len(said) == 1
+    # the first process's space counts for all
+    second = Processes("cpu")
+    second.rank, second.world = 1, 2
+    monkeypatch.setattr(second, "gather", lambda value: [(value[0], 10**9) if value[1] == 1000 else value, value])
+    fill(store, data, video_chat, said, second)
+    assert len(list((tmp_path / "f").glob("*.safetensors"))) == 2
+
+
+def test_features_beyond_float16_are_skipped_or_kept_in_float8(video_chat, tmp_path, monkeypatch):
+    data = write_data(tmp_path, 2)
+    run, scales = Tower.run, iter([1, 1e6] * 2)
+    monkeypatch.setattr(Tower, "run", lambda *arguments: run(*arguments) * next(scales))
+    skipped = fill(open_store(tmp_path / "f", data, video_chat), data, video_chat, [])
+    assert len(skipped) == 1 and "leave the range of float16; use --feature-dtype float8" in skipped.report()
+    store = open_store(tmp_path / "g", data, video_chat, dtype="float8")
+    assert not len(fill(store, data, video_chat, []))
+    read = [store.read(str(tmp_path / f"clip{n}.mp4")) for n in range(2)]
+    assert all(features.isfinite().all() for features in read)
+    assert max(float(features.abs().max()) for features in read) > 1e5
+
+
+def test_features_stop_between_videos_and_leftovers_go(video_chat, tmp_path):
+    data = write_data(tmp_path)
+    store, answers = open_store(tmp_path / "f", data, video_chat), iter([False, False, True])
+    with pytest.raises(Stopped, match="while features were stored"):
+        fill(store, data, video_chat, [], asked=lambda: next(answers))
+    assert len(list((tmp_path / "f").glob("*.safetensors"))) == 2
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [tmp_path / f"f/a.safetensors.{gone.pid}", tmp_path / f"f/features.json.{gone.pid}"]
+    other = tmp_path / f"f/a.safetensors.{os.getppid()}"  # one that still writes
+    for path in (*left, other):
+        path.touch()
+    fill(store, data, video_chat, said := [])
+    assert "2 are to be written" in said[0]
+    assert other.exists() and not any(path.exists() for path in left)
 
 
 def test_values_that_cannot_be():

@@ -30,7 +30,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A question, how many of the conversation's videos and stills come with it, and the answer."""
+    """A question, how many of the conversation's videos and stills come with it, and the answer.
+
+    In the question ``<video>`` and ``<image>`` stand for them; where all stand before the text they are left out.
+    """
 
     question: str
     visuals: int
@@ -115,22 +118,29 @@ def _conversation(name: str, record: Any, files: _Files) -> TrainingConversation
         return _of_llava(_key(name, record), record, files)
     if missing := [field for field in ("q", "a", "video_id") if not isinstance(record.get(field), str)]:
         raise RecordError(f"has neither conversations nor {', '.join(missing)}")
-    exchange = Exchange(_text(PLACE.sub("", record["q"]), "question"), 1, _text(record["a"], "answer"))
+    _in_order(PLACE.findall(record["q"]) or ["video"], {"video": [record["video_id"]]})
+    exchange = Exchange(_placed(record["q"], iter(["video"])), 1, _text(record["a"], "answer"))
     return TrainingConversation(_key(name, record), (exchange,), (files.video(record["video_id"]),))
 
 
 def _of_llava(key: str, record: dict[str, Any], files: _Files) -> TrainingConversation:
     names = {kind: _names(record.get(kind), kind) for kind in ("video", "image")}
-    turns, places, exchanges = record["conversations"], [], []
+    turns, said = record["conversations"], []
     if not isinstance(turns, list) or not turns or len(turns) % 2:
         raise RecordError("conversations must be pairs of a question and its answer")
     for asked, answered in zip(turns[::2], turns[1::2], strict=True):
-        question, answer = _said(asked, "human"), _said(answered, "gpt")
-        own = PLACE.findall(question)
-        places += own
-        exchanges.append(Exchange(_text(PLACE.sub("", question), "question"), len(own), _text(answer, "answer")))
-    sources = _in_order(places, names)
+        said.append((_said(asked, "human"), _text(_said(answered, "gpt"), "answer")))
+    sources = _in_order([place for question, _ in said for place in PLACE.findall(question)], names)
+    kinds = iter(kind for _, kind in sources)
+    exchanges = [Exchange(_placed(asked, kinds), len(PLACE.findall(asked)), answer) for asked, answer in said]
     return TrainingConversation(key, tuple(exchanges), tuple(files.source(name, kind) for name, kind in sources))
+
+
+def _placed(question: str, kinds: Iterator[str]) -> str:
+    """A question whose places are called by the kinds of what stands there, one each, as inference has it."""
+    placed = PLACE.sub(lambda _: f"<{next(kinds)}>", question).strip()
+    text = _text(PLACE.sub("", placed), "question")
+    return text if placed.endswith(text) else placed  # inference puts visuals before a question without places
 
 
 def _in_order(places: list[str], names: dict[str, list[str]]) -> list[tuple[str, str]]:
