@@ -58,8 +58,8 @@ class Part:
 
     Attributes:
         examples: B of them.
-        visuals: those of all of them, in order: a video's frames uint8 ``[T, 3, S, S]`` or its stored features float16
-            ``[T, 1+P, D]``; a still uint8 ``[3, S, S]``.
+        visuals: those of all of them, in order: a video's frames uint8 ``[T, 3, S, S]`` or its stored features
+            ``[T, 1+P, D]`` in half precision; a still uint8 ``[3, S, S]``.
     """
 
     examples: tuple[Example, ...]

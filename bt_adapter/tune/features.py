@@ -28,6 +28,7 @@ from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.fp8 import quantize
 from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.pretrain.loop import Stopped
 
 SECONDS = 10.0  # between lines on how far it is
 ABOUT = "features.json"
@@ -107,7 +108,7 @@ class FeatureStore:
             return False
 
     def write(self, video: str, features: Tensor) -> None:
-        """Store ``[T, 1+P, D]``; the file appears when it is whole."""
+        """Store ``[T, 1+P, D]``; the file appears when it is whole. Raises VideoError where the dtype does not do."""
         if not (self.folder / ABOUT).exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             aside = self.folder / f"{ABOUT}.{os.getpid()}"
@@ -116,9 +117,11 @@ class FeatureStore:
         if self.dtype == "float16":
             tensors = {"features": features.to(torch.float16)}
             if not tensors["features"].isfinite().all():
-                raise VideoError(f"{video}: its features leave the range of float16; use float8")
+                raise VideoError(f"{video}: its features leave the range of float16; use --feature-dtype float8")
         else:
             values, scale = quantize(features.flatten(0, 1))
+            if not scale.isfinite().all():
+                raise VideoError(f"{video}: its features are not finite")
             tensors = {"features": values.view(features.shape), "scale": scale.view(*features.shape[:2], 1)}
         path = self.path(video)
         aside = path.with_name(f"{path.name}.{os.getpid()}")
@@ -126,15 +129,26 @@ class FeatureStore:
         save_file(kept, aside, metadata={"bytes": str(os.path.getsize(video))})
         os.replace(aside, path)
 
+    def clear(self) -> None:
+        """Remove what killed processes left half written. Those of other machines are not told from them."""
+        for name in ("*.safetensors", ABOUT):
+            for path in self.folder.glob(f"{name}.*"):
+                number = path.suffix[1:]
+                if number.isdecimal() and (int(number) == os.getpid() or not _runs(int(number))):
+                    path.unlink(missing_ok=True)
+
     def read(self, video: str) -> Tensor:
-        """``[T, 1+P, D]`` in float16. Raises VideoError where there are none, and why where that is known."""
+        """``[T, 1+P, D]`` in float16, of float8 in bfloat16, whose range takes all that float8 and its scales do.
+
+        Raises VideoError where there are none, and why where that is known.
+        """
         if video in self.unusable:
             raise VideoError(self.unusable[video])
         try:
             with safe_open(self.path(video), "pt") as file:
                 features = file.get_tensor("features")
                 if self.dtype == "float8":
-                    features = features.float().mul_(file.get_tensor("scale")).half()
+                    features = features.float().mul_(file.get_tensor("scale")).bfloat16()
         except (OSError, SafetensorError) as error:
             raise VideoError(f"{video}: has no stored features ({error})") from error
         return features
@@ -170,21 +184,27 @@ def store_features(
     processes: Processes,
     workers: int,
     say: Callable[[str], None],
+    asked: Callable[[], bool] = lambda: False,
 ) -> Skipped:
     """Write the features that are not there yet; how much they are is said before. Processes share the work.
 
     Args:
         videos: paths. read: a path to its frames, uint8 ``[T, 3, S, S]``. say: told how far it is.
+        asked: whether to stop, which happens between two videos.
 
     Returns:
-        What could not be read.
+        What could not be read or stored.
 
     Raises:
         CommandError: they do not fit onto the disk.
+        Stopped: one of the processes was asked to.
     """
-    # One list for all: a process that comes late would not see the same ones missing, and some would be nobody's.
-    missing = processes.gather([video for video in dict.fromkeys(videos) if not store.has(video)])[0]
-    wanted, free = store.bytes_each * len(missing), _free(store.folder)
+    store.clear()
+    # One list for all: a process that comes late would not see the same ones missing, and some would be nobody's. One
+    # free space, so that all go on or none.
+    lacking = [video for video in dict.fromkeys(videos) if not store.has(video)]
+    missing, free = processes.gather((lacking, _free(store.folder)))[0]
+    wanted = store.bytes_each * len(missing)
     say(
         f"features of {len(set(videos))} videos, {store.bytes_each * len(set(videos)) / 1e9:.3g} GB in {store.dtype} "
         f"({'x'.join(map(str, store.shape))} each); {len(missing)} are to be written, {wanted / 1e9:.3g} GB of the "
@@ -196,21 +216,40 @@ def store_features(
             "fewer --frames or --feature-dtype float8 take less, and without --features nothing is stored"
         )
     mine = missing[processes.rank :: processes.world]
-    skipped, told = Skipped(), time.monotonic()
+    skipped, told, stop = Skipped(), time.monotonic(), False
     for number, (frames, reason) in enumerate(in_order(_Frames(mine, read), 0, len(mine), workers)):
+        if stop := asked():
+            break
         if frames is None:
             skipped.add(mine[number], reason)
         else:
             pixels = normalise(frames.to(processes.device), store.about["mean"], store.about["std"], model.tower.dtype)
-            store.write(mine[number], model.tower.run(pixels, model.first_branch_layer))
+            try:
+                store.write(mine[number], model.tower.run(pixels, model.first_branch_layer))
+            except VideoError as error:
+                skipped.add(mine[number], str(error))
         if time.monotonic() - told > SECONDS:
             told = time.monotonic()
             say(f"features: {number + 1} of {len(mine)} videos")
     everything = Skipped()
-    for part in processes.gather(skipped.state_dict()):  # which also waits for the other processes
+    gathered = processes.gather((skipped.state_dict(), stop))  # which also waits for the other processes
+    if any(stop for _, stop in gathered):
+        raise Stopped("stopped while features were stored; the same command goes on from there")
+    for part, _ in gathered:
         everything.load_state_dict(part)
     store.unusable = everything.reasons
     return everything
+
+
+def _runs(number: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's, or no number of a process
+        pass
+    return True
 
 
 def _free(folder: Path) -> int:

@@ -43,7 +43,7 @@ def tune(recipe: TuneRecipe, chat: VideoChat | None = None) -> Path:
     Raises:
         CommandError: a value of the recipe cannot be, the data cannot be used, or the run in ``OUT`` had another one.
         TooManySkipped: more than ``max_skipped`` of the conversations cannot be used.
-        Stopped: SIGTERM or SIGINT came; a checkpoint was written.
+        Stopped: SIGTERM or SIGINT came; a checkpoint was written, or the features that were done are stored.
     """
     processes = Processes(recipe.device)
     try:
@@ -139,7 +139,9 @@ class Run(TrainingRun):
         root = recipe.videos or Path(recipe.data).parent
         store = FeatureStore(recipe.features, root, model, recipe.frames, chat.mean, chat.std, recipe.feature_dtype)
         videos = [source.path for example in self.examples for source in example.sources if source.kind == "video"]
-        store_features(store, videos, visuals.decode, model, self.processes, recipe.workers, self._say)
+        store_features(
+            store, videos, visuals.decode, model, self.processes, recipe.workers, self._say, lambda: self.asked
+        )
         return VisualReader(chat.family.image_size, recipe.frames, store)
 
     def _loop(self, done: int) -> None:
