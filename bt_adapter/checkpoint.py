@@ -87,8 +87,23 @@ def save_model(
     # bytes and not save_file, which leaves a file only its owner may read
     Path(f"{weights}.writing").write_bytes(save(state, metadata={"format": "pt"}))
     Path(f"{settings}.writing").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    to_disk(f"{weights}.writing", f"{settings}.writing")
     os.replace(f"{weights}.writing", weights)
     os.replace(f"{settings}.writing", settings)
+    to_disk(folder)
+
+
+def to_disk(*paths: str | os.PathLike) -> None:
+    """Wait until the disk holds these files, or the names in these folders.
+
+    Before a rename: or a machine that crashes may keep the new name and lose what was written.
+    """
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def load_model(
@@ -128,7 +143,7 @@ def load_model(
     model.tower_name = name
     if tensors is not None:
         _load_tower(model, tensors, share)
-        _check_fingerprint(model, settings.get("tower_fingerprint"), folder)
+        check_fingerprint(model, settings.get("tower_fingerprint"), folder)
         state.update({f"tower.{n}": t for n, t in model.tower.state_dict().items()})
     load_exactly(model, state, str(folder))
     return model.eval()
@@ -155,7 +170,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _check_fingerprint(model: BTAdapterVisionModel, saved: dict[str, float] | None, folder: Path) -> None:
+def check_fingerprint(model: BTAdapterVisionModel, saved: dict[str, float] | None, folder: Path) -> None:
     """Raise where the tower is not the one the branch was trained beside, to the rounding of half precision."""
     for name, value in model.tower.fingerprint().items():
         before = (saved or {}).get(name, value)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ class Processes:
 
     def __init__(self, device: str = "auto") -> None:
         self.device = _device(device)
+        self._held: IO[str] | None = None
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
@@ -39,8 +42,36 @@ class Processes:
         """Whether this one writes."""
         return self.rank == 0
 
+    def hold(self, folder: Path) -> None:
+        """Keep other runs out of a folder, which is made, until :meth:`leave`. Every process calls it.
+
+        Raises:
+            CommandError: another run has it, or it cannot be made.
+        """
+        problems = [problem for problem in self.gather(self._lock(folder) if self.first else None) if problem]
+        if problems:
+            raise CommandError(f"--out {folder} {problems[0]}")
+
+    def _lock(self, folder: Path) -> str | None:
+        """Lock the folder's file; what is in the way."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._held = (folder / ".lock").open("a")
+        except OSError as error:
+            return f"cannot be written: {error}"
+        try:
+            # of this process alone: a lock by flock would live on in its decoding processes when it is killed
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return "is in use: another run writes there"
+        except OSError:  # a file system without locks
+            pass
+        return None
+
     def leave(self) -> None:
-        """End the group, where it was begun here."""
+        """End the group, where it was begun here, and let go of the folder."""
+        if self._held is not None:
+            self._held.close()
         if self.began:
             dist.destroy_process_group()
 

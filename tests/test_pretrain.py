@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,12 +20,17 @@ from pretraining import losses, recipe, write_clips
 from small_models import video
 from test_chat import mini_is_there
 
-from bt_adapter import BTAdapterVisionModel, cli
+from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, cli
+from bt_adapter.checkpoint import CheckpointError
+from bt_adapter.data.skipped import Skipped, TooManySkipped
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.retrieval import Quick
+from bt_adapter.pretrain.checkpoint import Checkpoints, load_averages, save_moments
+from bt_adapter.pretrain.loop import Stopped, rate, signals
 from bt_adapter.pretrain.recipe import Recipe, from_yaml
-from bt_adapter.pretrain.run import pretrain, rate, start_model, wrap
+from bt_adapter.pretrain.run import Run, pretrain, start_model, wrap
 from bt_adapter.pretrain.step import Pretraining, backward, draw_visible
+from bt_adapter.published import to_reference_state_dict
 from bt_adapter.ranking import Retrieval
 from bt_adapter.text import load_clip
 
@@ -84,7 +90,8 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.usefixtures("gloo")
 @pytest.mark.parametrize(
-    ("world", "sharding", "accumulate"), [(2, "ddp", 1), (4, "ddp", 1), (2, "fsdp2", 1), (2, "ddp", 2), (2, "fsdp2", 2)]
+    ("world", "sharding", "accumulate"),
+    [(2, "ddp", 1), (4, "ddp", 1), (2, "fsdp2", 1), (4, "fsdp2", 1), (2, "ddp", 2), (2, "fsdp2", 2)],
 )
 def test_processes_compute_what_one_computes(world, sharding, accumulate, tmp_path):
     expected = plain(tmp_path / "one")
@@ -260,6 +267,204 @@ def half(rank: int, world: int, wanted: Recipe, until: int) -> None:
     raise AssertionError("it went to its end")
 
 
+def until(monkeypatch, last: int) -> None:
+    """Runs are stopped after step ``last``, as by a signal."""
+    step = Run._step
+
+    def watched(self, number, batch):
+        self.asked = number >= last
+        return step(self, number, batch)
+
+    monkeypatch.setattr(Run, "_step", watched)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_steps_and_goes_on(manifest, tmp_path, monkeypatch, precision):
+    if precision == "float16" and not cpu_has_float16():
+        pytest.skip("this torch has no products of float16 on a CPU")
+    wanted = recipe(data=str(manifest), out=tmp_path / "run", steps=3, precision=precision)
+    until(monkeypatch, 2)
+    with pytest.raises(Stopped, match="after step 2 of 3"):
+        pretrain(wanted)
+    monkeypatch.undo()
+    pretrain(wanted)
+    rows = losses(tmp_path / "run")
+    assert [row[0] for row in rows] == [1, 2, 3] and torch.tensor(rows).isfinite().all()
+    if precision == "float16":
+        state = json.loads((tmp_path / "run/checkpoints/00000003/state.json").read_text())
+        assert 0 < state["scaler"]["scale"] <= 2**16
+
+
+def cpu_has_float16() -> bool:
+    try:
+        with torch.autocast("cpu", torch.float16):
+            x = torch.ones(2, 3, requires_grad=True)
+            torch.nn.functional.linear(x, torch.ones(4, 3)).sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def test_a_score_that_is_no_number_is_not_the_best(manifest, tmp_path, monkeypatch):
+    scores = iter([float("nan"), 0.25, float("nan")])
+    monkeypatch.setattr(Run, "_score", lambda self, step, loss: next(scores))
+    pretrain(recipe(data=str(manifest), out=tmp_path / "run", steps=3, save_steps=1))
+    state = json.loads((tmp_path / "run/checkpoints/00000003/state.json").read_text())
+    assert state["best"] == {"step": 2, "score": 0.25}
+
+
+def test_a_stop_writes_at_once_and_validates_nothing(manifest, tmp_path, monkeypatch):
+    until(monkeypatch, 2)
+    monkeypatch.setattr("bt_adapter.eval.retrieval.quick", None)
+    with pytest.raises(Stopped):
+        pretrain(recipe(data=str(manifest), validation=str(manifest), out=tmp_path / "run", steps=4))
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["00000002"]
+
+
+def test_a_second_sigterm_is_one_more_request_and_a_second_sigint_the_end():
+    asked = []
+    with signals(lambda: asked.append(1)):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert len(asked) == 2 and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGINT)
+        assert len(asked) == 3 and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_other_clips_are_refused(manifest, tmp_path, capsys):
+    clips, out = tmp_path / "clips.jsonl", tmp_path / "run"
+    clips.write_text(manifest.read_text())
+    wanted = recipe(data=str(clips), videos=manifest.parent, out=out, steps=3, save_steps=1, keep_last=3, ema=0.9)
+    pretrain(wanted)
+    before, newest = losses(out), out / "checkpoints/00000003"
+    weights = newest / "optimizer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    pretrain(wanted)
+    said = "".join(capsys.readouterr().err.split())  # lines break anywhere
+    assert "00000003isdamaged" in said and "afterstep2of3" in said and losses(out) == before
+    lines = clips.read_text().splitlines(keepends=True)
+    clips.write_text("".join(reversed(lines)))
+    with pytest.raises(CommandError, match="is not what the run .* began with: 12 usable clips now, 12 then"):
+        pretrain(wanted)
+    for file in (out / "checkpoints").rglob("state.json"):
+        file.write_text("{")
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
+        pretrain(wanted)
+    (newest / "ema/model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="ema/model.safetensors"):
+        load_averages(newest / "ema", [])
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, replaced, synced = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), synced(file)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replaced"), replaced(a, b)))
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.write({"step": 1}, lambda folder: [path.write_text("x") for path in (folder / "a", folder / "b")])
+    writing = f"{checkpoints.path(1)}.writing"
+    assert {*done[: done.index("replaced")]} == {writing, *(f"{writing}/{name}" for name in ("a", "b", "state.json"))}
+    assert done[-1] == str(checkpoints.folder)
+
+
+def test_two_runs_do_not_share_a_folder(manifest, tmp_path):
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    (out := tmp_path / "run").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(out / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(CommandError, match="--out .* is in use"):
+            pretrain(recipe(data=str(manifest), out=out, steps=1))
+        other.communicate(b"\n")
+    pretrain(recipe(data=str(manifest), out=out, steps=1))
+
+
+@pytest.mark.usefixtures("gloo")
+def test_processes_refuse_alike(tmp_path):
+    broken = write_clips(tmp_path / "broken", 12, broken=(0, 1, 2, 3))
+    processes.run(tmp_path / "a", 2, refuse, recipe(data=str(broken), out=tmp_path / "run", steps=9, max_skipped=0.3))
+
+
+def refuse(rank: int, world: int, wanted: Recipe) -> None:
+    with pytest.raises(TooManySkipped, match=r"(?s)4 of 12 clips.*--max-skipped 0.3"):
+        pretrain(wanted)
+    data, out = Path(wanted.data), wanted.out
+    fewer = data.with_name(f"{rank}.jsonl")
+    fewer.write_text("".join(data.read_text().splitlines(keepends=True)[rank:]))
+    with pytest.raises(CommandError, match=r"--data .* the same for all processes, .* \[12, 11\] usable clips"):
+        pretrain(replace(wanted, data=str(fewer), out=out.with_name("other")))
+    own = out.with_name(f"own{rank}")
+    if rank:
+        Checkpoints(own, 1).path(2).mkdir(parents=True)
+        (Checkpoints(own, 1).path(2) / "state.json").write_text('{"step": 2}')
+        save_moments({}, Checkpoints(own, 1).path(2) / "optimizer.safetensors")
+    with pytest.raises(CommandError, match=r"--out .* one folder for all processes, .* \[0, 2\]"):
+        pretrain(replace(wanted, out=own))
+
+
+def test_chance_does_not_end_a_run_and_a_share_too_great_does_early():
+    for seed in range(30):
+        order = torch.randperm(200, generator=torch.Generator().manual_seed(seed)).tolist()
+        skipped = Skipped()
+        for seen, number in enumerate(order, 1):
+            if number < 20:
+                skipped.add(f"clip{number}", "is empty")
+            skipped.check(seen, 0.1, total=200)
+        skipped.add("clip20", "is empty")
+        with pytest.raises(TooManySkipped, match="21 of 200 clips.*10 % allowed .--max-skipped 0.1.;"):
+            skipped.check(200, 0.1, total=200)
+    many = Skipped()
+    for number in range(30):
+        many.add(f"clip{number}", "is empty")
+    with pytest.raises(TooManySkipped, match="30 of 60 clips"):
+        many.check(60, 0.1, total=10000)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A branch of two layers and eight places in time, as a folder and as published files; without a head: bare."""
+    folder = tmp_path_factory.mktemp("start")
+    clip = load_clip("mini")[0]
+    for name, head in (("folder", True), ("bare", False)):
+        model = BTAdapterVisionModel.from_clip(clip, BTAdapterConfig(depth=2, max_frames=8, alignment_head=head))
+        model.save_pretrained(folder / name)
+        if head:
+            tensors = to_reference_state_dict(model)
+    torch.save(tensors, folder / "whole.pth")
+    own = ("btadapter", "balance", "extra_proj")
+    torch.save({name: t for name, t in tensors.items() if name.startswith(own)}, folder / "branch.pth")
+    torch.save({n: t * 2 for n, t in tensors.items()}, folder / "other.pth")
+    torch.save({"blocks.0.x": torch.ones(1), "btadapter_S.0.x": torch.ones(1)}, folder / "eva.pth")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["folder", "whole.pth", "branch.pth"])
+def test_a_run_starts_from_a_branch(start, name):
+    clip = load_clip("mini")[0]
+    model = start_model(Recipe(init=str(start / name), frames=4), clip, None)
+    assert model.config.depth == 2 and model.config.max_frames == 8 and model.branch.alignment_head is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("eva.pth", {}, "--init .*eva.pth .*EVA"),
+        ("other.pth", {}, "--init .*other.pth .*another CLIP"),
+        ("gone", {}, "--init .*gone"),
+        ("bare", {}, "--init .*bare has no alignment head.* --mbta"),
+        ("folder", {"depth": 3}, "--depth is 3, but --init .* has 2"),
+        ("folder", {"gates": False}, "--gates is False, but --init .* has True"),
+        ("whole.pth", {"gates": False}, "--gates is False, but --init .* has True"),
+        ("folder", {"max_frames": 32}, "--max-frames is 32, but --init .* has 8"),
+        ("folder", {"drop_path": 0.5}, "--drop-path is 0.5, but --init .* has 0.1"),
+        ("folder", {"frames": 9}, "--frames must be at most 8, as --init"),
+    ],
+)
+def test_a_branch_to_start_from_that_does_not_fit(start, name, changes, message):
+    with pytest.raises(CommandError, match=message):
+        start_model(Recipe(init=str(start / name), **{"frames": 4} | changes), load_clip("mini")[0], None)
+
+
 def test_broken_clips_are_named_and_too_many_stop_the_run(tmp_path, capsys):
     manifest = write_clips(tmp_path / "clips", 12, broken=(3,))
     out = tmp_path / "run"
@@ -315,11 +520,39 @@ def test_wrong_yaml_is_one_error(tmp_path, text, message):
         ({"data": "x.csv", "ratio": 1.0}, 1, "--ratio"),
         ({"data": "x.csv", "frames": 9}, 1, "--max-frames"),
         ({"data": "x.csv", "lr": 0.0}, 1, "--lr"),
+        *(
+            ({"data": "x.csv", name: value}, 1, f"--{name.replace('_', '-')} must ")
+            for name, value in [
+                ("steps", 0),
+                ("steps", -3),
+                ("grad_norm", -1.0),
+                ("lr", math.nan),
+                ("lr", math.inf),
+                ("epochs", math.nan),
+                ("workers", -1),
+                ("prefetch", 0),
+                ("crop", (0.0, 1.0)),
+                ("crop", (0.9, 0.5)),
+                ("beta1", 1.5),
+                ("eps", -1.0),
+                ("weight_decay", -1.0),
+                ("max_skipped", 1.1),
+                ("mbta", -0.1),
+                ("save_steps", 0),
+                ("warmup", math.nan),
+            ]
+        ),
     ],
 )
 def test_values_that_cannot_be(changes, world, message):
     with pytest.raises(CommandError, match=message):
         recipe(**changes).check(world)
+
+
+def test_a_clip_that_is_none_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CommandError, match="--clip .*"):
+        pretrain(recipe(data="synthetic", steps=1, clip=str(tmp_path), out=tmp_path / "run"))
 
 
 def test_learning_rate():

@@ -9,6 +9,7 @@ from bt_adapter.errors import CommandError
 # A share of fewer clips than this says nothing yet, nor do fewer unusable ones than that.
 LEAST_SEEN = 20
 LEAST_UNUSABLE = 3
+SPREAD = 3  # standard deviations of a count that chance explains
 NAMED = 10  # of one reason
 
 
@@ -52,20 +53,28 @@ class Skipped:
             lines.append(f"  {len(keys)}: {reason}: {shown}{more}")
         return "\n".join(lines)
 
-    def check(self, seen: int, share: float, listed: int = 0) -> None:
+    def check(self, seen: int, share: float, listed: int = 0, total: int | None = None) -> None:
         """Raise :class:`TooManySkipped` if more than ``share`` of ``seen`` clips (usable or not) are noted here.
 
         Nothing is raised while fewer than 20 were seen, or fewer than 3 are unusable: one bad clip at the start is no
         reason to stop. With ``share`` 0 the first one is. ``listed``: how many of those noted do not count, because
-        they were found unusable before any clip was seen.
+        they were found unusable before any clip was seen. ``total``: how many there are, where those seen are a part:
+        raised is then for more than ``share`` of all, and before that only where chance does not explain it, so that
+        the order of the clips does not decide.
         """
         unusable = len(self) - listed
         least = LEAST_UNUSABLE if share > 0 else 1
-        if unusable >= least and (seen >= LEAST_SEEN or share == 0) and unusable > share * seen:
-            raise TooManySkipped(
-                f"{unusable} of {seen} clips cannot be used, more than the {100 * share:g} % allowed; "
-                f"{self.report(NAMED)}"
-            )
+        if unusable < least:
+            return
+        chance = 0.0 if total is None or share == 0 else SPREAD * unusable**0.5
+        if total is not None and unusable > share * total:
+            seen = total
+        elif (seen < LEAST_SEEN and share > 0) or unusable - chance <= share * seen:
+            return
+        raise TooManySkipped(
+            f"{unusable} of {seen} clips cannot be used, more than the {100 * share:g} % allowed "
+            f"(--max-skipped {share:g}); {self.report(NAMED)}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""

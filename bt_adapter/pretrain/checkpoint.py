@@ -15,20 +15,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bt_adapter.checkpoint import CheckpointError, save_model
+from bt_adapter.checkpoint import CheckpointError, read_safetensors, save_model, to_disk
 from bt_adapter.model import BTAdapterVisionModel
 
 KEPT = ("exp_avg", "exp_avg_sq", "step")
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
+
+    Attributes:
+        damaged: what :meth:`newest` found damaged and passed over, each with the reason.
+    """
 
     def __init__(self, out: Path, keep_last: int) -> None:
         self.folder, self.keep_last = out / "checkpoints", max(1, keep_last)
+        self.damaged: list[str] = []
 
     def steps(self) -> list[int]:
         """Of which steps there are whole ones, ascending."""
@@ -39,14 +45,20 @@ class Checkpoints:
         return self.folder / f"{step:08d}"
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Folder and state of the newest one; None where there is none."""
-        if not (steps := self.steps()):
-            return None
-        folder = self.path(steps[-1])
-        try:
-            return folder, json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}/state.json cannot be read: {error}") from error
+        """Folder and state of the newest one that is not damaged; None where there is none at all.
+
+        Raises:
+            CheckpointError: there are some, but all are damaged.
+        """
+        for step in reversed(self.steps()):
+            folder = self.path(step)
+            try:
+                return folder, _sound(folder)
+            except CheckpointError as error:
+                self.damaged.append(str(error))
+        if self.damaged:
+            raise CheckpointError(f"no checkpoint in {self.folder} can be read: {'; '.join(self.damaged)}")
+        return None
 
     def save(
         self,
@@ -80,14 +92,17 @@ class Checkpoints:
             writing.mkdir(parents=True)
             fill(writing)
             (writing / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            to_disk(*writing.rglob("*"), writing)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(writing, folder)
-            self._drop(best=state.get("best"))
+            to_disk(self.folder)
+            self._drop(state["step"], best=state.get("best"))
         if dist.is_initialized():
             dist.barrier()
 
-    def _drop(self, best: dict[str, Any] | None) -> None:
-        kept = {*self.steps()[-self.keep_last :], (best or {}).get("step")}
+    def _drop(self, newest: int, best: dict[str, Any] | None) -> None:
+        # later ones are damaged: the run went on from before them
+        kept = {*[step for step in self.steps() if step <= newest][-self.keep_last :], (best or {}).get("step")}
         for step in self.steps():
             if step not in kept:
                 # renamed first: a folder half gone must not look like a checkpoint
@@ -95,6 +110,20 @@ class Checkpoints:
                 os.replace(self.path(step), doomed)
         for doomed in (*self.folder.glob("*.dropped"), *self.folder.glob("*.writing")):
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sound(folder: Path) -> dict[str, Any]:
+    """A checkpoint's state; CheckpointError where a file of it is missing or damaged. Tensors are not read."""
+    try:
+        states = {file: json.loads(file.read_text(encoding="utf-8")) for file in folder.rglob("*.json")}
+        for file in {folder / "optimizer.safetensors", *folder.rglob("*.safetensors")}:
+            with safe_open(file, "pt"):  # compares the file's length with what it should hold
+                pass
+        return states[folder / "state.json"]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{folder} is damaged: it has no state.json") from error
 
 
 def first() -> bool:
@@ -139,10 +168,7 @@ def load_moments(branch: nn.Module, optimizer: torch.optim.Optimizer, file: Path
     Raises:
         CheckpointError: the file is damaged, or lacks a parameter.
     """
-    try:
-        stored = load_file(file)
-    except Exception as error:  # safetensors raises its own kinds
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    stored = read_safetensors(file)
     for name, parameter in branch.named_parameters():
         found = {what: stored.get(f"{what}.{name}") for what in KEPT}
         if missing := [what for what, tensor in found.items() if tensor is None]:
@@ -161,6 +187,8 @@ def _fused(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def load_averages(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The averaged branch stored beside."""
-    stored = load_file(folder / "model.safetensors")
-    return {name: like(stored[f"branch.{name}"], parameter) for name, parameter in parameters}
+    """The averaged branch stored beside. CheckpointError where its file is damaged, or lacks a parameter."""
+    stored, wanted = read_safetensors(folder / "model.safetensors"), dict(parameters)
+    if missing := [name for name in wanted if f"branch.{name}" not in stored]:
+        raise CheckpointError(f"{folder}/model.safetensors lacks {', '.join(missing)}")
+    return {name: like(stored[f"branch.{name}"], parameter) for name, parameter in wanted.items()}

@@ -26,11 +26,15 @@ class Stopped(Exception):
 
 @contextmanager
 def signals(ask: Callable[[], None]) -> Iterator[None]:
-    """Within it, a first SIGTERM or SIGINT calls ``ask``, and a second one ends the process at once."""
+    """Within it, SIGTERM or SIGINT calls ``ask``. A second SIGINT ends the process at once.
+
+    A second SIGTERM does not: torchrun and Slurm may both send one.
+    """
 
     def stop(number: int, frame: Any) -> None:
         ask()
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     handlers: dict[int, Any] = {}
     try:
@@ -51,7 +55,8 @@ class TrainingRun:
         recipe: what was asked for. processes: that share the work.
 
     Raises:
-        CommandError: the folder ``out`` holds a run of another recipe.
+        CommandError: the folder ``out`` holds a run of another recipe, is another run's at work, or is not the same for
+            all processes.
     """
 
     steps: int
@@ -59,7 +64,13 @@ class TrainingRun:
     def __init__(self, recipe: Any, processes: Processes) -> None:
         self.recipe, self.processes = recipe, processes
         self.checkpoints = Checkpoints(recipe.out, recipe.keep_last)
+        processes.hold(recipe.out)
         found = self.checkpoints.newest()
+        steps = processes.gather(found[1]["step"] if found else 0)
+        if len(set(steps)) > 1:
+            raise CommandError(
+                f"--out {recipe.out} must be one folder for all processes, but they find checkpoints of steps {steps}"
+            )
         self.folder = found[0] if found else None  # of the checkpoint to go on from
         self.state: dict[str, Any] = found[1] if found else {"step": 0, "recipe": recipe.to_dict()}
         if wrong := recipe.differences(self.state["recipe"]):
@@ -67,11 +78,32 @@ class TrainingRun:
         self.skipped = Skipped()
         self.asked = self.stop = False  # by a signal; agreed on by all processes
 
+    def began_with(self, what: str, count: int, digest: str) -> None:
+        """Note how many of ``what`` --data holds, and which. Every process calls it.
+
+        Raises:
+            CommandError: the processes, or the run that is gone on with, found others.
+        """
+        recipe, found = self.recipe, {what: count, "digest": digest}
+        everyone = self.processes.gather(found)
+        if any(other != found for other in everyone):
+            raise CommandError(
+                f"--data {recipe.data} must be the same for all processes, but they find "
+                f"{[other[what] for other in everyone]} usable {what}, or other ones"
+            )
+        if (before := self.state.setdefault("data", found)) != found:
+            raise CommandError(
+                f"--data {recipe.data} is not what the run in --out {recipe.out} began with: {count} usable "
+                f"{what} now, {before[what]} then, or other ones"
+            )
+
     def to_the_end(self) -> Path:
         """Every step that is left, then what was learned; returns its folder."""
         done = self.state["step"]
         first = self.processes.first
         self.log = Log(self.recipe.out, done, self.steps, self.recipe.tensorboard) if first else None
+        for damaged in self.checkpoints.damaged:
+            self._say(f"{damaged}; the one before is gone on with")
         try:
             with signals(self._ask):
                 return self._run(done)

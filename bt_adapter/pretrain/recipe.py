@@ -24,6 +24,17 @@ class Settings:
             f"{option(name)} {mine[name]} against {other.get(name)}" for name in names if mine[name] != other.get(name)
         ]
 
+    def check_numbers(self, **allowed: str) -> None:
+        """Raise CommandError for the first number outside its interval, as "(0, 1]". None is none, NaN in none."""
+        for name, interval in allowed.items():
+            low, high = map(float, interval[1:-1].split(","))
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else () if value is None else (value,):
+                above = number > low or (interval[0] == "[" and number == low)
+                below = number < high or (interval[-1] == "]" and number == high)
+                if not (above and below):
+                    raise CommandError(f"{option(name)} must lie in {interval}, got {number}")
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON and YAML."""
         return {
@@ -148,23 +159,16 @@ class Recipe(Settings):
 
     def check(self, world: int) -> None:
         """Raise CommandError for the first value that cannot be, with ``world`` processes."""
-        positive = (
-            "batch",
-            "accumulate",
-            "frames",
-            "depth",
-            "max_frames",
-            "lr",
-            "temperature",
-            "tower_chunk",
-            "epochs",
-        )
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise CommandError(f"{option(name)} must be above 0, got {getattr(self, name)}")
-        for name, most in (("ratio", 1), ("ema", 1), ("drop_path", 1), ("max_skipped", 1.0001)):
-            if not 0 <= getattr(self, name) < most:
-                raise CommandError(f"{option(name)} must lie in [0, 1), got {getattr(self, name)}")
+        positive, natural, share = "(0, inf)", "[0, inf)", "[0, 1)"
+        self.check_numbers(
+            depth=positive, max_frames=positive, frames=positive, batch=positive, accumulate=positive, steps=positive,
+            epochs=positive, lr=positive, temperature=positive, tower_chunk=positive, prefetch=positive,
+            save_steps=positive, keep_last=positive, workers=natural, eps=natural, weight_decay=natural,
+            grad_norm=natural, warmup=natural, mbca=natural, mbta=natural, save_minutes="[0, inf]", drop_path=share,
+            ratio=share, ema=share, beta1=share, beta2=share, crop="(0, 1]", max_skipped="[0, 1]",
+        )  # fmt: skip
+        if self.crop[0] > self.crop[1]:
+            raise CommandError(f"--crop must be least and greatest share, got {self.crop[0]} and {self.crop[1]}")
         if not self.data:
             raise CommandError("--data is missing: a .csv, .jsonl, .tar shards, or synthetic")
         if self.data == "synthetic" and self.steps is None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, load_reference_checkpoint
-from bt_adapter.checkpoint import save_model
+from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
+from bt_adapter.checkpoint import CheckpointError, check_fingerprint, save_model
 from bt_adapter.data import TrainTransform
 from bt_adapter.data.clips import Clip
 from bt_adapter.data.loading import SyntheticClips, TrainingClips, batches
@@ -26,10 +28,12 @@ from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.checkpoint import load_averages, load_moments, whole
 from bt_adapter.pretrain.loop import Clock, Stopped, TrainingRun, rate
-from bt_adapter.pretrain.recipe import Recipe
+from bt_adapter.pretrain.recipe import Recipe, option
 from bt_adapter.pretrain.step import Pretraining, backward, draw_visible, mix
+from bt_adapter.published import load_reference_checkpoint, read_tensors
 from bt_adapter.text import load_clip
 
+NO_GATES: Any = {"merge_gate_slope": None, "output_gate_slope": None}
 LOSSES = ("vtc", "mbca", "mbta")
 
 
@@ -64,20 +68,26 @@ class Run(TrainingRun):
     def _data(self) -> None:
         recipe = self.recipe
         self.clip: Any
-        self.clip, self.text = load_clip(recipe.clip)
+        try:
+            self.clip, self.text = load_clip(recipe.clip)
+        except (OSError, ValueError) as error:
+            raise CommandError(f"--clip {recipe.clip}: {error}") from error
         size = self.clip.config.vision_config.image_size
         if recipe.data == "synthetic":
+            self.total = None
             self.clips: Any = SyntheticClips(recipe.frames, size, recipe.seed)
             self.steps_per_epoch = self.steps = recipe.steps or 1
         else:
             clips, unusable = read_clips(recipe.data, recipe.videos)
             self.skipped.merge(unusable)
+            self.began_with("clips", len(clips), digest(clips))
             if len(clips) < recipe.batch:
                 raise CommandError(
                     f"--data {recipe.data} holds {len(clips)} usable clips, fewer than one --batch of {recipe.batch}"
                     + (f"; {unusable.report()}" if len(unusable) else "")
                 )
             unusable.check(len(clips) + len(unusable), recipe.max_skipped)
+            self.total = len(clips)
             transform = TrainTransform(size, scale=recipe.crop)
             self.clips = TrainingClips(clips, recipe.frames, transform, recipe.seed)
             self.steps_per_epoch = len(clips) // recipe.batch
@@ -155,8 +165,6 @@ class Run(TrainingRun):
             clock.begin()
             batch = next(data)
             clock.got_data()
-            for key, reason in batch.failed:
-                self.skipped.add(key, reason)
             pending.append(self._step(step, batch))
             clock.end()
             due = self._due(step, saved) or step == self.steps
@@ -178,7 +186,9 @@ class Run(TrainingRun):
         visible = draw_visible(recipe, self.model.vision_config.patches, step, processes.rank, processes.world, device)
         frames = batch.frames.to(device, non_blocking=True)
         text = self.text(batch.captions)
-        parts = backward(self.module, frames, visible, text, recipe, processes.group, self.scaler.get_scale())
+        # The scaler wants to be asked: it has no scale before. Without one, nothing waits for the device.
+        scale = float(self.scaler.scale(torch.ones((), device=device))) if self.scaler.is_enabled() else 1.0
+        parts = backward(self.module, frames, visible, text, recipe, processes.group, scale)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.branch.parameters(), recipe.grad_norm or math.inf)
         factor = rate(step, self.steps, self.warm_steps)
@@ -201,6 +211,9 @@ class Run(TrainingRun):
             values = [value / processes.world for value in values]
             self.stop = stop > 0
             self.state["failed"] = self.state.get("failed", 0) + int(failed)
+            if failed:
+                for key, reason in itertools.chain(*processes.gather(batch.failed)):
+                    self.skipped.add(key, reason)
             return {
                 "step": step,
                 "epoch": round(step / self.steps_per_epoch, 4),
@@ -215,7 +228,7 @@ class Run(TrainingRun):
 
     def _tell(self, values: dict[str, Any], clock: Clock) -> float:
         seen = values["step"] * self.recipe.batch + values["skipped"]
-        self.skipped.check(seen, self.recipe.max_skipped, self.listed)
+        self.skipped.check(seen, self.recipe.max_skipped, self.listed, self.total)
         self._log(values, clock)
         return values["loss"]
 
@@ -232,14 +245,11 @@ class Run(TrainingRun):
         return any(self.processes.gather(late))
 
     def _save(self, step: int, loss: float) -> None:
-        for skipped in self.processes.gather(self.skipped.state_dict()):
-            other = Skipped()
-            other.load_state_dict(skipped)
-            self.skipped.merge(other)
         best = self.state.get("best")
-        score = self._score(step, loss)
-        if best is None or score > best["score"]:
-            best = {"step": step, "score": score}
+        if not self.stop:  # who stops a run may not wait for a validation
+            score = self._score(step, loss)
+            if math.isfinite(score) and (best is None or score > best["score"]):
+                best = {"step": step, "score": score}
         self.state |= {
             "step": step, "best": best, "skipped": self.skipped.state_dict(), "recipe": self.recipe.to_dict(),
             "scaler": self.scaler.state_dict(), "torch": torch.__version__,
@@ -268,20 +278,62 @@ class Run(TrainingRun):
         return score
 
 
+def digest(clips: Sequence[Clip]) -> str:
+    """What tells these clips, in this order, from others; not where their files lie."""
+    state = hashlib.blake2b(digest_size=8)
+    for clip in clips:
+        state.update(repr((clip.key, clip.captions, clip.start, clip.end)).encode())
+    return state.hexdigest()
+
+
 def start_model(recipe: Recipe, clip: Any, folder: Path | None) -> BTAdapterVisionModel:
     """The model at the beginning: of a checkpoint, of ``init``, or with a fresh branch."""
     if folder is not None:
         return BTAdapterVisionModel.from_pretrained(folder / "branch", clip=clip)
     if recipe.init is not None:
-        if Path(recipe.init).is_file():
-            return load_reference_checkpoint(recipe.init, drop_path=recipe.drop_path)
-        return BTAdapterVisionModel.from_pretrained(recipe.init, clip=clip)
-    slopes: dict[str, Any] = {} if recipe.gates else {"merge_gate_slope": None, "output_gate_slope": None}
+        return _start_of(recipe, recipe.init, clip)
+    slopes: dict[str, Any] = {} if recipe.gates else dict(NO_GATES)
     config = BTAdapterConfig(
         depth=recipe.depth, drop_path=recipe.drop_path, max_frames=recipe.max_frames, alignment_head=recipe.mbta > 0,
         **slopes,
     )  # fmt: skip
     return BTAdapterVisionModel.from_clip(clip, config)
+
+
+def _start_of(recipe: Recipe, init: str, clip: Any) -> BTAdapterVisionModel:
+    """The model of ``init``. CommandError where it does not fit the CLIP, or options say another thing."""
+    try:
+        if Path(init).is_file():
+            tensors = read_tensors(init)
+            if any(name.removeprefix("backbone.").startswith(("blocks.", "btadapter_S.")) for name in tensors):
+                raise CheckpointError("an EVA-CLIP's branch; pretraining starts beside a CLIP of transformers alone")
+            gated = recipe.gates or any(name.endswith(("balance1", "balance2")) for name in tensors)
+            model = load_reference_checkpoint(
+                tensors, clip.config.vision_config, clip, drop_path=recipe.drop_path, **({} if gated else NO_GATES)
+            )
+            tower = BTAdapterVisionModel.from_clip(clip, BTAdapterConfig(depth=1), share=True).tower
+            check_fingerprint(model, tower.fingerprint(), Path(init))
+        else:
+            model = BTAdapterVisionModel.from_pretrained(init, clip=clip)
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"--init {init} with --clip {recipe.clip}: {error}") from error
+    if model.chat_only or model.vision_config.projection_dim is None:
+        raise CommandError(f"--init {init} lacks the last branch layer or the projection, as files for chat do")
+    config = model.config
+    given = {
+        "depth": config.depth, "max_frames": config.max_frames, "drop_path": config.drop_path,
+        "gates": config.merge_gate_slope is not None,
+    }  # fmt: skip
+    for name, theirs in given.items():
+        if (mine := getattr(recipe, name)) not in (theirs, getattr(Recipe, name)):
+            raise CommandError(f"{option(name)} is {mine}, but --init {init} has {theirs}: leave it out")
+    if recipe.frames > config.max_frames:
+        raise CommandError(
+            f"--frames must be at most {config.max_frames}, as --init {init} has it, got {recipe.frames}"
+        )
+    if recipe.mbta > 0 and model.branch.alignment_head is None:
+        raise CommandError(f"--init {init} has no alignment head, which --mbta {recipe.mbta} needs: give --mbta 0")
+    return model
 
 
 def wrap(module: Pretraining, recipe: Recipe, device: torch.device, many: bool) -> nn.Module:
