@@ -66,6 +66,7 @@ def test_plain_csv_with_mark_parts_and_odd_rows(videos):
         '"a.mp4","two\nlines",1.5,3\r\n'
         "\r\n"
         "b.mp4\r\n"
+        "a.mp4,an open comma, and the rest,,\r\n"
         "b.mp4,reversed,3,1\r\n"
         "b.mp4,no time,soon,\r\n"
         f"c.mp4,{'long ' * 5000},0,\r\n".encode()
@@ -83,13 +84,14 @@ def test_plain_csv_with_mark_parts_and_odd_rows(videos):
     assert (clips[1].start, clips[1].end) == (1.5, 3.0)
     reasons = skipped.reasons
     assert "1 columns instead of 4" in reasons[f"{table} line 6"]
-    assert "does not lie before" in reasons["b.mp4"] and len(reasons) == 7
-    assert "number of seconds" in reasons[f"b.mp4 ({table} line 8)"]
+    assert "5 columns instead of 4" in reasons[f"{table} line 7"]
+    assert "does not lie before" in reasons["b.mp4"] and len(reasons) == 8
+    assert "number of seconds" in reasons[f"b.mp4 ({table} line 9)"]
     report = skipped.report().encode()  # also what is no UTF-8 can be shown
     assert b"caf\\udce9.mp4" in report
     assert "caption is not UTF-8" in reasons["c.mp4"]
     assert "address" in reasons["http://host/a.mp4"]
-    assert "not UTF-8" in skipped.report() and f"{table} line 13" in skipped.report()
+    assert "not UTF-8" in skipped.report() and f"{table} line 14" in skipped.report()
 
 
 def test_rows_of_one_video_are_one_clip_with_several_captions(videos):

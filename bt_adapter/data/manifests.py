@@ -76,7 +76,7 @@ def _read_csv(name: str, delimiter: str, gathered: Gathered) -> None:
             if not cells:
                 continue
             where = f"{name} line {reader.line_num}"
-            if len(cells) < len(header):
+            if len(cells) != len(header):  # more: a caption with an unquoted comma would lose its rest
                 gathered.skipped.add(where, f"{len(cells)} columns instead of {len(header)}")
                 continue
             gathered.add(row_of(where, cells))
