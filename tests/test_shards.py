@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 
@@ -49,7 +51,7 @@ def odd(tmp_path_factory):
 def test_files_as_they_are(odd, tmp_path):
     assert len(write_shards(odd, tmp_path, 2)) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "000000.json", "000000.tar", "000001.json", "000001.tar", "shards.json",
+        ".lock", "000000.json", "000000.tar", "000001.json", "000001.tar", "shards.json",
     ]  # fmt: skip
     back, skipped = read_clips(tmp_path)
     assert len(skipped) == 0
@@ -206,9 +208,35 @@ def test_the_command_writes_and_tells_what_is_missing(folder, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "36 clips in 2 shards" in out and all(key in err for key in folder[1])
     assert json.loads((tmp_path / "out" / "shards.json").read_text())["short_side"] == 32
-    assert cli.main([*arguments, "--frames", "0"]) == 2
+    for wrong in (["--frames", "0"], ["--workers", "-1"], ["--max-skipped", "2"]):
+        assert cli.main([*arguments, *wrong]) == 2
+        assert f"{wrong[0]} must" in capsys.readouterr().err
+    assert cli.main([*arguments, "--frames", "2", "--short-side", "32", "--max-skipped", "0.05"]) == 2
+    assert "4 of 40 clips cannot be used" in capsys.readouterr().err
     assert cli.main([*arguments, "--frames", "3"]) == 2
     assert "frames 2, now 3" in capsys.readouterr().err
+
+
+def test_where_no_clip_can_be_decoded_the_command_fails(tmp_path, capsys):
+    (tmp_path / "a.mp4").write_bytes(b"no video " * 20)
+    (tmp_path / "clips.jsonl").write_text('{"video": "a.mp4", "caption": "x"}\n')
+    assert cli.main(["shards", "--data", str(tmp_path / "clips.jsonl"), "--out", str(tmp_path / "out")]) == 2
+    assert "none of 1 clips can be decoded" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_write_into_one_folder(odd, tmp_path):
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    (tmp_path / ".writing-other").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(CommandError, match="--out .* is in use"):
+            write_shards(odd, tmp_path, 2)
+        other.communicate(b"\n")
+    assert (tmp_path / ".writing-other").exists()
+    write_shards(odd, tmp_path, 2)
+    assert not (tmp_path / ".writing-other").exists()
 
 
 def test_frames_shrink_to_even_sides_and_never_grow():

@@ -29,10 +29,12 @@ class Shards:
     """Pixels of the shorter side, with --frames."""
     workers: int = 0
     """Processes that share the shards; 0: this one alone."""
+    max_skipped: float = 0.1
+    """Share of unusable clips that is an error, as is none that can be decoded."""
 
 
 def run(command: Shards) -> int:
-    """Write the shards and say what is in none. Returns 0."""
+    """Write the shards and say what is in none. Returns 0. Raises CommandError."""
     from bt_adapter.data.manifests import read_clips
     from bt_adapter.data.shards import write_shards
     from bt_adapter.errors import CommandError
@@ -41,7 +43,12 @@ def run(command: Shards) -> int:
         value = getattr(command, name)
         if value is not None and value < 1:
             raise CommandError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if command.workers < 0:
+        raise CommandError(f"--workers must be at least 0, got {command.workers}")
+    if not 0 <= command.max_skipped <= 1:
+        raise CommandError(f"--max-skipped must lie in [0, 1], got {command.max_skipped}")
     clips, skipped = read_clips(command.data, command.videos)
+    skipped.check(len(clips) + len(skipped), command.max_skipped)
 
     def tell(done: int, total: int) -> None:
         print(f"shard {done} of {total}", file=sys.stderr)
@@ -49,8 +56,11 @@ def run(command: Shards) -> int:
     broken = write_shards(
         clips, command.out, command.per_shard, command.frames, command.short_side, command.workers, tell
     )
+    if len(broken) == len(clips):
+        raise CommandError(f"--data {command.data}: none of {len(clips)} clips can be decoded; {broken.report(10)}")
     skipped.merge(broken)
     if len(skipped):
         print(skipped.report(), file=sys.stderr)
     print(f"{len(clips) - len(broken)} clips in {-(-len(clips) // command.per_shard)} shards in {command.out}")
+    broken.check(len(clips), command.max_skipped)
     return 0

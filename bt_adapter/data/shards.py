@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -11,7 +12,8 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ def write_shards(
         The clips that cannot be decoded, and so are in no shard.
 
     Raises:
-        CommandError: ``folder`` holds shards of other clips, or made otherwise.
+        CommandError: ``folder`` holds shards of other clips, or made otherwise, or another process writes into it.
         OSError, VideoError: the disk is full, or the folder cannot be written.
     """
     check_count("per_shard", per_shard)
@@ -73,15 +75,16 @@ def write_shards(
         check_count("frames", frames)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _plan(folder, {"per_shard": per_shard, "frames": frames, "short_side": short_side if frames else None}, clips)
     count = -(-len(clips) // per_shard)
-    missing = [number for number in range(count) if not _tar(folder, number).exists()]
-    for left in folder.glob(".writing-*"):
-        shutil.rmtree(left)
-    shards = _Shards(clips, folder, per_shard, frames, short_side, missing)
-    for done, _ in enumerate(in_order(shards, 0, len(missing), workers), count - len(missing) + 1):
-        if progress is not None:
-            progress(done, count)
+    with _alone(folder):
+        _plan(folder, {"per_shard": per_shard, "frames": frames, "short_side": short_side if frames else None}, clips)
+        missing = [number for number in range(count) if not _tar(folder, number).exists()]
+        for left in folder.glob(".writing-*"):
+            shutil.rmtree(left)
+        shards = _Shards(clips, folder, per_shard, frames, short_side, missing)
+        for done, _ in enumerate(in_order(shards, 0, len(missing), workers), count - len(missing) + 1):
+            if progress is not None:
+                progress(done, count)
     skipped = Skipped()
     for number in range(count):
         skipped.load_state_dict(json.loads(_note(folder, number).read_text(encoding="utf-8")))
@@ -160,6 +163,20 @@ def _add(tar: tarfile.TarFile, name: str, suffix: str, video: bytes, clip: Clip,
         info = tarfile.TarInfo(name + ending)
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within it, no other process writes into the folder. Raises CommandError where one does."""
+    with (folder / ".lock").open("a") as file:
+        try:
+            # of this process alone: a lock by flock would live on in its decoding processes when it is killed
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise CommandError(f"--out {folder} is in use: another process writes shards there") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def _plan(folder: Path, how: dict[str, Any], clips: Sequence[Clip]) -> None:
