@@ -179,7 +179,18 @@ def test_what_processes_send_one_another_is_as_large_as_its_features(model, clip
     monkeypatch.setattr(Processes, "gather", gather)
     extract(model, clips[:1], Look(4), batch=8, workers=0)
     found = extract(model, clips, Look(4), batch=8, workers=0)
-    assert sizes[1] < sizes[0] + 7 * (4 * found.vectors.shape[1] + 50)
+    assert sizes[3] < sizes[1] + 7 * (4 * found.vectors.shape[1] + 50)
+
+
+def test_processes_with_different_clips_are_told(model, clips, monkeypatch):
+    others = []
+    monkeypatch.setattr(Processes, "gather", lambda self, value: others.append(value) or [value])
+    run(model, clips[:1])
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, others[0]])
+    with pytest.raises(CommandError, match="different clips.*2 clips of 2 videos, 1 clips of 1 videos"):
+        run(model, clips[:2])
+    with pytest.raises(CommandError, match="in another order"):
+        run(model, clips[1:2])
 
 
 def test_the_second_run_decodes_nothing(model, clips, decoded, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -80,8 +81,8 @@ def extract(
         progress: called with the clips done and all clips of this process.
 
     Raises:
-        CommandError: ``look`` has more frames than the branch has time steps, no clip can be used, a feature is not a
-            finite number, or a decoding process died.
+        CommandError: ``look`` has more frames than the branch has time steps, the processes have different clips, no
+            clip can be used, a feature is not a finite number, or a decoding process died.
     """
     if branch and look.frames > model.config.max_frames:
         raise CommandError(
@@ -91,6 +92,7 @@ def extract(
     processes = processes or Processes(str(model.tower.position.device))
     # by source: a video that stands there twice is embedded once, and its two vectors do not differ by rounding
     videos = list(dict.fromkeys((clip.source, clip.start, clip.end) for clip in clips))
+    _same(processes, clips, len(videos))
     part = [Clip("", source, start=start, end=end) for source, start, end in videos[processes.rank :: processes.world]]
     training = model.training
     model.eval()
@@ -106,6 +108,17 @@ def extract(
     of_video = dict(zip(videos, results, strict=True))
     computed = sum(packed.computed for packed in gathered)
     return _features([of_video[clip.source, clip.start, clip.end] for clip in clips], computed)
+
+
+def _same(processes: Processes, clips: Sequence[Clip], videos: int) -> None:
+    """Raise CommandError where the processes have different clips: each takes its part by place."""
+    digest = hashlib.blake2b(digest_size=16)
+    for clip in clips:  # not where they lie, which may differ from machine to machine
+        digest.update(repr((clip.key, clip.start, clip.end)).encode(errors="surrogatepass"))
+    lists = processes.gather((len(clips), videos, digest.hexdigest()))
+    if len(set(lists)) > 1:
+        counts = ", ".join(f"{count} clips of {files} videos" for count, files, _ in lists)
+        raise CommandError(f"the processes have different clips, or in another order: {counts}; give all the same data")
 
 
 def _features(results: list[Feature | str], computed: int) -> Features:
