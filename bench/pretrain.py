@@ -5,7 +5,8 @@
 
 Each row is a run of ``bt-adapter pretrain`` with --steps: from shards made here of moving clips (256 pixels, H.264,
 whole and as written by ``bt-adapter shards --frames``), and from ``--data synthetic``, which decodes nothing, on one
-process and on many. One thread a process. Throughput is the median over the log's steps but the first five.
+process and on many. One thread a process. Throughput and waiting are medians over the log's lines but the first five;
+each line is a mean over the last 20 steps, or over all so far.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Row:
 
 
 def make_shards(folder: Path, count: int) -> dict[str, Path]:
-    """Clips of 32 frames of 256 pixels, as whole files and as eight key frames each."""
+    """Clips of 32 frames of 256 pixels, as whole files and as 16 key frames each."""
     labels = random_labels(count, True, torch.Generator().manual_seed(0))
     videos, _ = clips(load_items("shipped"), count, 32, torch.Generator().manual_seed(1), labels)
     (folder / "videos").mkdir()
@@ -81,7 +82,6 @@ def run(data: str, source: str, processes: int, workers: int, options: argparse.
         if done.returncode:
             raise SystemExit(f"{data}: ended with {done.returncode}\n{done.stderr[-2000:]}")
         lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()][5:]
-        # what the log tells is over the last 20 steps: the last line of many steps says most
         rate = statistics.median(line["clips_per_s"] for line in lines)
         wait = statistics.median(line["data_wait"] for line in lines)
         shown = " ".join(arguments).replace(source, "DATA" if data != "synthetic" else source).replace(out, "OUT")
