@@ -312,27 +312,28 @@ def test_a_line_that_is_no_text_is_told_with_its_number(chat, folder, monkeypatc
 
 def test_videos_share_the_room_there_is(folder, monkeypatch):
     """A set of tokens for each window (here: for each frame), fewer where the context has no room for them."""
-    engine = make_engine(context=512 + 20 + 101)  # text, an answer, and ten sets of ten tokens
+    engine = make_engine(context=512 + 20 + 41)  # text, an answer, and four sets of ten tokens
 
     def sets(videos, stills=0, compiled=False, longest=20):
         conversation = engine.converse(static=compiled)
-        shown = session.Session(engine, conversation, Sampling(frames=9), longest, Console(quiet=True))
+        shown = session.Session(engine, conversation, Sampling(frames=4), longest, Console(quiet=True))
         path = folder / "a.mp4"
         picture = engine.see(torch.zeros(3, 32, 32, dtype=torch.uint8))
         monkeypatch.setattr(session, "look", lambda chat, name: watch.Watched("image", picture.tokens))
         shown.show([shown.sampling.open(path) for _ in range(videos)], [path] * stills)
-        shown.ask("how ?")
         return [visual.sets for visual in conversation.visuals[:videos]], shown
 
     monkeypatch.setattr(streaming, "plan_windows", lambda frames, most, windows: [1] * frames)
-    assert sets(1)[0] == [9] and sets(2)[0] == [5, 5] and sets(3, stills=1)[0] == [3, 3, 3]
-    assert sets(2, longest=80)[0] == [2, 2]
-    monkeypatch.setattr(conversation, "_MOST_STATIC", 512 + 20 + 35)
-    assert sets(1, compiled=True)[0] == [3]
-    _, shown = sets(1)
+    assert sets(2)[0] == [2, 2] and sets(1, stills=1)[0] == [3]
+    assert sets(1, longest=40)[0] == [2]
+    monkeypatch.setattr(conversation, "_MOST_STATIC", 512 + 20 + 15)
+    assert sets(1, compiled=True)[0] == [1]
+    found, shown = sets(1)
+    assert found == [4]
+    shown.ask("how ?")
     shown.show([shown.sampling.open(folder / "a.mp4")], ())  # of what is left beside what was said
     assert shown.conversation.visuals[-1].sets == 1
-    with pytest.raises(ContextError, match=r"--compile keeps 567 of the model's context of 633.*--windows"):
+    with pytest.raises(ContextError, match=r"--compile keeps 547 of the model's context of 573.*--windows"):
         engine.converse(static=True).ask("how ?", 600)
 
 
