@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from bt_adapter.errors import CommandError
 from bt_adapter.tune import run
 from bt_adapter.tune.batches import Order, Steps, VisualReader
 from bt_adapter.tune.conversations import read_conversations
+from bt_adapter.tune.features import FeatureStore
 from bt_adapter.tune.loss import answer_loss
 from bt_adapter.tune.parts import Learned
 from bt_adapter.tune.recipe import TuneRecipe
@@ -281,6 +283,14 @@ def test_features_on_disk_learn_what_decoding_learns(data, mixed, tmp_path):
         for fly, disk in zip(losses(tmp_path / f"{name}-fly"), losses(stored.out), strict=True):
             assert disk == pytest.approx(fly, rel=2e-3)  # float16 has 11 bits
         assert losses(tmp_path / f"{name}-fly") != losses(stored.out)
+
+
+def test_a_signal_stops_it_while_features_are_stored(data, tmp_path, monkeypatch):
+    write = FeatureStore.write
+    monkeypatch.setattr(FeatureStore, "write", lambda *args: (write(*args), signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(Stopped, match="while features were stored"):
+        run_tuning(recipe(data=str(data), out=tmp_path, steps=1, features=tmp_path / "f"), make_video_chat())
+    assert len(list((tmp_path / "f").glob("*.safetensors"))) == 1
 
 
 def test_killed_at_random_moments_it_ends_as_if_never_killed(data, tmp_path):

@@ -64,7 +64,8 @@ def read_conversations(
         path: a JSON list, or one JSON object a line. Each is either ``{"q", "a", "video_id"}`` or ``{"id", "video" or
             "image", "conversations": [{"from": "human", "value": "<video>\\nquestion"}, {"from": "gpt", "value":
             "answer"}, …]}``; "video" and "image" may be lists, with as many places ``<video>`` or ``<image>`` (either
-            word serves where only one kind comes). Records without any of both are text alone.
+            word serves where only one kind comes), which stay where they are in the question. Records without any of
+            both are text alone.
         folder: of the videos and stills; None: that of ``path``. A ``video_id`` may lack its suffix.
 
     Raises:
