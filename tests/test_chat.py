@@ -18,8 +18,8 @@ from bt_adapter.errors import CommandError
 from bt_adapter.mini import answers, language, llava, lora, questions, trees
 from bt_adapter.mini.items import ITEMS
 from bt_adapter.mini.scenes import COLOURS, MOTIONS
-from bt_adapter.tune.loading import load_base
 from bt_adapter.tune.recipe import TuneRecipe
+from bt_adapter.tune.run import load_chat as load_tuning
 
 WORDS = ["<unk>", "how", "is", "it", "moving", "?", "left", "right", ".", "user", "assistant"]
 
@@ -106,7 +106,7 @@ def test_commands_take_a_branch_of_another_tower_where_told(tmp_path):
     with pytest.warns(UserWarning, match="24 px"):
         assert session.load(Chat(**names, other_tower=True)).family.image_size == 48
     with pytest.warns(UserWarning, match="24 px"):
-        load_base(*names.values(), require_same_tower=False)
+        load_tuning(TuneRecipe(**names, other_tower=True, precision="float32"), torch.device("cpu"))
     # what was tuned so needs no leave again
     about = {
         "format": 1,

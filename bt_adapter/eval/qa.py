@@ -202,7 +202,7 @@ def _stored(folder: Path, cases: Sequence[Case]) -> dict[str, Any]:
 def _questions(item: Item, folder: Path) -> list[Question]:
     video = _find(folder, item.video)
     return [
-        Question(key, video, text, {"answer": item.answer})
+        Question(key, video, text, {"answer": item.answer}, item.video)
         for key, text in zip(_keys(item), item.questions, strict=True)
     ]
 

@@ -257,7 +257,9 @@ def load_chat(recipe: TuneRecipe, device: torch.device) -> VideoChat:
         CommandError: they are not there or do not fit.
     """
     try:
-        return load_base(recipe.model, recipe.branch, str(device), getattr(torch, recipe.precision))
+        dtype = getattr(torch, recipe.precision)
+        same = not recipe.other_tower
+        return load_base(recipe.model, recipe.branch, str(device), dtype, require_same_tower=same)
     except (OSError, ValueError, TypeError) as error:
         raise CommandError(f"--model {recipe.model} with --branch {recipe.branch}: {error}") from error
 
