@@ -388,4 +388,4 @@ def test_command_line(tmp_path, monkeypatch):
     assert cli.main(["tune", "--data", "a.json", "--learn", "projector", "lora"]) == 0
     assert seen[1].learn == ("projector", "lora")
     monkeypatch.undo()
-    assert cli.main(["tune", "--data", str(tmp_path / "none.json")]) == 2
+    assert cli.main(["tune", "--data", str(tmp_path / "none.json"), "--out", str(tmp_path / "out")]) == 2
