@@ -24,9 +24,10 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
     if not path.is_file():
         raise VideoError(f"{path}: {'is a directory, not an image' if path.is_dir() else 'no such file'}")
     try:
-        with av.open(str(path.absolute()), "r", options={"format_whitelist": _FORMATS}) as container:
+        options = {"format_whitelist": _FORMATS}
+        with av.open(str(path.absolute()), "r", options=options, metadata_errors="replace") as container:
             frame = next(container.decode(video=0), None)
-    except (FFmpegError, OSError, IndexError) as error:
+    except (FFmpegError, OSError, ValueError, IndexError) as error:
         raise VideoError(f"{path}: cannot be read as an image ({error})") from error
     if frame is None:
         raise VideoError(f"{path}: holds no image")
