@@ -19,9 +19,11 @@ import torch.distributed as dist
 from pretraining import losses, recipe, write_clips
 from small_models import video
 from test_chat import mini_is_there
+from test_video import numbered
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, cli
 from bt_adapter.checkpoint import CheckpointError
+from bt_adapter.data import write_video
 from bt_adapter.data.skipped import Skipped, TooManySkipped
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.retrieval import Quick
@@ -467,11 +469,15 @@ def test_a_branch_to_start_from_that_does_not_fit(start, name, changes, message)
 
 def test_broken_clips_are_named_and_too_many_stop_the_run(tmp_path, capsys):
     manifest = write_clips(tmp_path / "clips", 12, broken=(3,))
+    write_video(tmp_path / "whole.mkv", numbered(40), options={"crf": "30", "g": "8"})
+    whole = (tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "clips/clip005.mp4").write_bytes(whole[: len(whole) // 2])
     out = tmp_path / "run"
     pretrain(recipe(data=str(manifest), out=out, steps=9, max_skipped=0.5))
-    assert "clip003" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 skipped" in said and "clip003" in said and "1 used though damaged or cut short: clip005.mp4" in said
     state = json.loads((out / "checkpoints/00000009/state.json").read_text())
-    assert "clip003" in json.dumps(state["skipped"])
+    assert "clip003" in json.dumps(state["skipped"]) and "clip005" in json.dumps(state["damaged"])
     many = write_clips(tmp_path / "many", 12, broken=tuple(range(6)))
     with pytest.raises(CommandError, match="clip00"):
         pretrain(recipe(data=str(many), out=tmp_path / "stopped", steps=60, max_skipped=0.1))

@@ -21,7 +21,7 @@ from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_adapter.checkpoint import CheckpointError, check_fingerprint, save_model
 from bt_adapter.data import TrainTransform
 from bt_adapter.data.clips import Clip
-from bt_adapter.data.loading import SyntheticClips, TrainingClips, batches
+from bt_adapter.data.loading import Damaged, SyntheticClips, TrainingClips, batches
 from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
@@ -93,6 +93,8 @@ class Run(TrainingRun):
             self.steps_per_epoch = len(clips) // recipe.batch
             self.steps = recipe.steps or max(1, round(recipe.epochs * self.steps_per_epoch))
         self.validation: list[Clip] = []
+        self.damaged = Damaged()
+        self.damaged.load_state_dict(self.state.get("damaged", self.damaged.state_dict()))
         self.left_out = Skipped()  # of the validation clips; in no share of those trained on
         if recipe.validation is not None:
             self.validation, unusable = read_clips(recipe.validation, recipe.validation_videos)
@@ -146,6 +148,8 @@ class Run(TrainingRun):
                     save_model(self.model, recipe.out / "ema", branch=averages)
         if len(self.skipped):
             self._say(self.skipped.report())
+        if len(self.damaged):
+            self._say(self.damaged.report())
         if len(self.left_out):
             self._say(f"of the validation clips {self.left_out.report()}")
         self._say(f"{self.steps} steps done; the branch is in {out}")
@@ -164,6 +168,7 @@ class Run(TrainingRun):
         for step in range(done + 1, self.steps + 1):
             clock.begin()
             batch = next(data)
+            self.damaged.note(batch.damaged)
             clock.got_data()
             pending.append(self._step(step, batch))
             clock.end()
@@ -250,9 +255,11 @@ class Run(TrainingRun):
             score = self._score(step, loss)
             if math.isfinite(score) and (best is None or score > best["score"]):
                 best = {"step": step, "score": score}
+        for keys in self.processes.gather(list(self.damaged.reasons)):
+            self.damaged.note(keys)
         self.state |= {
-            "step": step, "best": best, "skipped": self.skipped.state_dict(), "recipe": self.recipe.to_dict(),
-            "scaler": self.scaler.state_dict(), "torch": torch.__version__,
+            "step": step, "best": best, "skipped": self.skipped.state_dict(), "damaged": self.damaged.state_dict(),
+            "recipe": self.recipe.to_dict(), "scaler": self.scaler.state_dict(), "torch": torch.__version__,
         }  # fmt: skip
         self.checkpoints.save(self.model, self.optimizer, self.ema, self.state)
 
