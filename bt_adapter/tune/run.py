@@ -79,12 +79,7 @@ class Run(TrainingRun):
         self._note(unusable)
         if not examples:
             raise CommandError(f"--data {recipe.data} holds no usable conversation; {unusable.report(10)}")
-        found = {"conversations": len(examples), "digest": digest(examples)}
-        if (before := self.state.setdefault("data", found)) != found:
-            raise CommandError(
-                f"--data {recipe.data} is not what the run in --out {recipe.out} began with: {len(examples)} usable "
-                f"conversations now, {before['conversations']} then, or other ones"
-            )
+        self.began_with("conversations", len(examples), digest(examples))
         self.examples = examples
         self.order = Order([example.length for example in examples], recipe.batch, recipe.seed)
         self.steps = recipe.steps or max(1, round(recipe.epochs * self.order.steps_per_epoch))
