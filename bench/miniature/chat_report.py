@@ -117,18 +117,16 @@ def conditions(rows: list[dict[str, Any]]) -> str:
 def brief(rows: list[dict[str, Any]]) -> list[str]:
     """For the README: what tuning on video questions gives, against its control, of the types that one can tell."""
     told, kinds = of_settings(rows), ("motion", "object")
-    tests = {row["setting"]: row["figures"] for row in rows if row["part"] == "test"}
     head = " | ".join(f"{kind}, branch {state}" for kind in kinds for state in ("off", "on"))
     lines = [f"| answers right | seeds | {head} | motion, p |", "| --- " * (2 * len(kinds) + 3) + "|"]
-    for name, own in told.items():
-        test = tests.get(f"{name} against {name}{OFF}")
-        if test is None:
+    for row in rows:
+        if row["part"] != "test" or not row["setting"].endswith(OFF):
             continue
-        pair = (told[name + OFF], own)
-        cells = [spread([row["figures"][kind]["generated"] for row in side], 2) for kind in kinds for side in pair]
-        lines.append(
-            f"| {LABELS[name]} | {len(own)} | {' | '.join(cells)} | {small(test['motion']['generated']['p'])} |"
-        )
+        name, control = row["setting"].split(" against ")
+        pair = (told[control], told[name])
+        cells = [spread([one["figures"][kind]["generated"] for one in side], 2) for kind in kinds for side in pair]
+        cells.append(small(row["figures"]["motion"]["generated"]["p"]))
+        lines.append(f"| {LABELS[name]} | {len(told[name])} | {' | '.join(cells)} |")
     return [*lines, "", "Generated answers; printed by `python bench/miniature/chat.py`."]
 
 
