@@ -12,6 +12,7 @@ counted from its tensors' sizes. alignment_loss is left out: most of its bytes a
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,7 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", help="one op alone")
     parser.add_argument("--frames", type=int, help="8 or 16 alone")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument("--json", type=Path, help="write the rows there too, beside those of what is not counted now")
     options = parser.parse_args()
     make_strict()
     rows = []
@@ -129,7 +130,11 @@ def main() -> int:
                     flush=True,
                 )
     if options.json:
-        write(rows, options.json)
+        stored = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else []
+        new = {(row.op, row.case) for row in rows}
+        kept = [row for row in (Row(**each) for each in stored) if (row.op, row.case) not in new]
+        order = [variant.name for variant in variants()]
+        write(sorted(kept + rows, key=lambda row: order.index(row.op)), options.json)
     over = [row for row in rows if row.limit is not None and row.ratio > row.limit]
     return int(bool(over))
 
