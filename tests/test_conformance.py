@@ -153,8 +153,8 @@ LAYOUTS = (every_other, transposed, sliced, broadcast)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("variant, backend, device", RUNS)
 def test_any_strides(variant, backend, device, layout, form):
-    if interpreted(backend, device) and form == "empty_frame":
-        pytest.skip("Triton's interpreter is slow: a grid and a ragged form")
+    if interpreted(backend, device) and (form == "empty_frame" or variant.name != variant.op):
+        pytest.skip("Triton's interpreter is slow: a grid and a ragged form, without options")
     visible = FORM[form].build()
     inputs = prepared(variant.draw(visible), torch.float32, device, variant)
     inputs = {name: None if t is None else layout(t) for name, t in inputs.items()}

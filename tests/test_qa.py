@@ -357,7 +357,7 @@ def test_the_command_predicts_and_scores(command, stand, tmp_path, capsys):
         "retries": 0, "failures": 0, "score": 4.0, "models": ["judge-2026"], "fingerprints": ["fp1"],
     }  # fmt: skip
     assert set(scores["judge"]["aspects"]) == {"correctness", "detail", "context"}
-    assert set(scores["skipped"]) == {"3 (broken.mp4)", "4 (none)"} and scores["made"]["frames"] == 4
+    assert set(scores["skipped"]) == {"3 (broken)", "4 (none)"} and scores["made"]["frames"] == 4
     asked = len(server.bodies)
     assert command(records, "--judge-url", server.url, "--judge-model", "judge-1") == 0
     assert len(server.bodies) == asked
