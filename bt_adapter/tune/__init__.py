@@ -43,7 +43,7 @@ def load(
 
     Raises:
         FileNotFoundError: a file or a model is not there; the message says which and what to give.
-        CheckpointError: a file is damaged, the branch is another than the one that was tuned, or the model's shapes are.
+        CheckpointError: a file is damaged, the branch is another than the one tuned, or the model has other shapes.
             Another chat model of the same shapes is not told from it.
     """
     from bt_adapter.tune.loading import load_tuned
