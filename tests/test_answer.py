@@ -112,12 +112,12 @@ def test_killed_while_writing(chat, folder, expected, tmp_path, monkeypatch, mom
 
 def test_killed_at_random_moments(chat, folder, expected, tmp_path):
     out, draws, killed = tmp_path / "answers.jsonl", random.Random(5), 0
-    for _ in range(12):
+    for _ in range(8):
         child = os.fork()
         if not child:
             run_all(chat, folder, out, batch=1)
             os._exit(0)
-        time.sleep(draws.uniform(0.01, 0.25))
+        time.sleep(draws.uniform(0.002, 0.05))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
