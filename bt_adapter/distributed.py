@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from bt_adapter.errors import CommandError
+from bt_adapter.locked import lock
 
 
 class Processes:
@@ -48,25 +48,14 @@ class Processes:
         Raises:
             CommandError: another run has it, or it cannot be made.
         """
-        problems = [problem for problem in self.gather(self._lock(folder) if self.first else None) if problem]
-        if problems:
-            raise CommandError(f"--out {folder} {problems[0]}")
-
-    def _lock(self, folder: Path) -> str | None:
-        """Lock the folder's file; what is in the way."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._held = (folder / ".lock").open("a")
-        except OSError as error:
-            return f"cannot be written: {error}"
-        try:
-            # of this process alone: a lock by flock would live on in its decoding processes when it is killed
-            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return "is in use: another run writes there"
-        except OSError:  # a file system without locks
-            pass
-        return None
+        problem = None
+        if self.first:
+            try:
+                self._held = lock(folder)
+            except CommandError as error:
+                problem = str(error)
+        if any(problems := self.gather(problem)):
+            raise CommandError(problems[0])
 
     def leave(self) -> None:
         """End the group, where it was begun here, and let go of the folder."""

@@ -82,6 +82,13 @@ def test_mini_parts_hand_their_arguments_on(capsys):
     assert exit.value.code == 0 and "--lr-branch" in capsys.readouterr().out
 
 
+def test_nothing_heavy_is_imported_before_the_arguments_are_read():
+    told = (
+        "import sys, bt_adapter.cli; print([name for name in ('torch', 'av', 'transformers') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", told], capture_output=True, text=True).stdout.strip() == "[]"
+
+
 def test_help_as_a_program():
     done = subprocess.run(
         [sys.executable, "-m", "bt_adapter.cli", "--help"], capture_output=True, text=True, timeout=120

@@ -111,9 +111,10 @@ def _weights(name: str | None) -> str | None:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stamps = [(f, f.stat()) for f in files if f.is_file() and (f == path or f.suffix in _WEIGHTS)]
     lines = [f"{f.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}" for f, stat in stamps]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
     newest = max((stat.st_mtime for _, stat in stamps), default=0.0)
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(newest))
-    return f"{len(lines)} of {written} UTC, {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}"
+    return f"{len(lines)} of {written} UTC, {digest}"
 
 
 def answer_all(

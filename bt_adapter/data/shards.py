@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -12,8 +11,7 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from bt_adapter.data.skipped import Skipped
 from bt_adapter.data.tars import VIDEOS
 from bt_adapter.data.video import VideoError, write_video
 from bt_adapter.errors import CommandError
+from bt_adapter.locked import lock
 from bt_adapter.progress import Progress
 
 # Every frame a key frame, without the filters that cost a decoder most.
@@ -76,7 +75,7 @@ def write_shards(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     count = -(-len(clips) // per_shard)
-    with _alone(folder):
+    with lock(folder):
         _plan(folder, {"per_shard": per_shard, "frames": frames, "short_side": short_side if frames else None}, clips)
         missing = [number for number in range(count) if not _tar(folder, number).exists()]
         for left in folder.glob(".writing-*"):
@@ -163,20 +162,6 @@ def _add(tar: tarfile.TarFile, name: str, suffix: str, video: bytes, clip: Clip,
         info = tarfile.TarInfo(name + ending)
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Within it, no other process writes into the folder. Raises CommandError where one does."""
-    with (folder / ".lock").open("a") as file:
-        try:
-            # of this process alone: a lock by flock would live on in its decoding processes when it is killed
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise CommandError(f"--out {folder} is in use: another process writes shards there") from error
-        except OSError:  # a file system without locks
-            pass
-        yield
 
 
 def _plan(folder: Path, how: dict[str, Any], clips: Sequence[Clip]) -> None:

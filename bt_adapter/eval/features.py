@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bt_adapter.data import Video, VideoError, normalise
-from bt_adapter.data.clips import Clip
+from bt_adapter.data.clips import Clip, digest
 from bt_adapter.data.loading import in_order
 from bt_adapter.data.transforms import resize_and_crop
 from bt_adapter.distributed import Processes
@@ -112,10 +111,7 @@ def extract(
 
 def _same(processes: Processes, clips: Sequence[Clip], videos: int) -> None:
     """Raise CommandError where the processes have different clips: each takes its part by place."""
-    digest = hashlib.blake2b(digest_size=16)
-    for clip in clips:  # not where they lie, which may differ from machine to machine
-        digest.update(repr((clip.key, clip.start, clip.end)).encode(errors="surrogatepass"))
-    lists = processes.gather((len(clips), videos, digest.hexdigest()))
+    lists = processes.gather((len(clips), videos, digest(clips)))
     if len(set(lists)) > 1:
         counts = ", ".join(f"{count} clips of {files} videos" for count, files, _ in lists)
         raise CommandError(f"the processes have different clips, or in another order: {counts}; give all the same data")

@@ -1,4 +1,4 @@
-"""What every training run has: a beginning or a place to go on from, a way to be stopped, a clock, a learning rate."""
+"""What every training run has: a way to be stopped, a clock, a learning rate. Without torch: commands import it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-
-from bt_adapter.data.skipped import Skipped
-from bt_adapter.distributed import Processes
-from bt_adapter.errors import CommandError
-from bt_adapter.pretrain.checkpoint import Checkpoints
-from bt_adapter.pretrain.log import Log
 
 WINDOW = 20  # steps that throughput and data wait are means over
 
@@ -46,89 +39,6 @@ def signals(ask: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-class TrainingRun:
-    """One run: where it stands, how it is stopped, what it logs. Subclasses have its model, data and steps.
-
-    Args:
-        recipe: what was asked for. processes: that share the work.
-
-    Raises:
-        CommandError: the folder ``out`` holds a run of another recipe, is another run's at work, or is not the same for
-            all processes.
-    """
-
-    steps: int
-
-    def __init__(self, recipe: Any, processes: Processes) -> None:
-        self.recipe, self.processes = recipe, processes
-        self.checkpoints = Checkpoints(recipe.out, recipe.keep_last)
-        processes.hold(recipe.out)
-        found = self.checkpoints.newest()
-        steps = processes.gather(found[1]["step"] if found else 0)
-        if len(set(steps)) > 1:
-            raise CommandError(
-                f"--out {recipe.out} must be one folder for all processes, but they find checkpoints of steps {steps}"
-            )
-        self.folder = found[0] if found else None  # of the checkpoint to go on from
-        self.state: dict[str, Any] = found[1] if found else {"step": 0, "recipe": recipe.to_dict()}
-        if wrong := recipe.differences(self.state["recipe"]):
-            raise CommandError(f"--out {recipe.out} holds a run of another recipe: {'; '.join(wrong)}")
-        self.skipped = Skipped()
-        self.asked = self.stop = False  # by a signal; agreed on by all processes
-
-    def began_with(self, what: str, count: int, digest: str) -> None:
-        """Note how many of ``what`` --data holds, and which. Every process calls it.
-
-        Raises:
-            CommandError: the processes, or the run that is gone on with, found others.
-        """
-        recipe, found = self.recipe, {what: count, "digest": digest}
-        everyone = self.processes.gather(found)
-        if any(other != found for other in everyone):
-            raise CommandError(
-                f"--data {recipe.data} must be the same for all processes, but they find "
-                f"{[other[what] for other in everyone]} usable {what}, or other ones"
-            )
-        if (before := self.state.setdefault("data", found)) != found:
-            raise CommandError(
-                f"--data {recipe.data} is not what the run in --out {recipe.out} began with: {count} usable "
-                f"{what} now, {before[what]} then, or other ones"
-            )
-
-    def to_the_end(self) -> Path:
-        """Every step that is left, then what was learned; returns its folder."""
-        done = self.state["step"]
-        first = self.processes.first
-        self.log = Log(self.recipe.out, done, self.steps, self.recipe.tensorboard) if first else None
-        for damaged in self.checkpoints.damaged:
-            self._say(f"{damaged}; the one before is gone on with")
-        try:
-            with signals(self._ask):
-                return self._run(done)
-        finally:
-            if self.log is not None:
-                self.log.close()
-
-    def _run(self, done: int) -> Path:
-        """The steps after the first ``done``, and the end."""
-        raise NotImplementedError
-
-    def _ask(self) -> None:
-        self.asked = True
-
-    def _say(self, text: str) -> None:
-        if self.log is not None:
-            self.log.say(text)
-
-    def _log(self, values: dict[str, Any], clock: Clock) -> None:
-        """A step's figures; a loss that is no number ends the run, but where a scaler deals with it."""
-        if not math.isfinite(values["loss"]) and self.recipe.precision != "float16":
-            raise CommandError(f"the loss of step {values['step']} is {values['loss']}: --lr may be too large")
-        if self.log is not None:
-            per_second, waiting = clock.figures(self.recipe.batch)
-            self.log.step({**values, "clips_per_s": round(per_second, 3), "data_wait": round(waiting, 4)})
 
 
 class Clock:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,17 @@ from torch.nn.parallel import DistributedDataParallel
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_adapter.checkpoint import CheckpointError, check_fingerprint, save_model
 from bt_adapter.data import TrainTransform
-from bt_adapter.data.clips import Clip
+from bt_adapter.data.clips import Clip, digest
 from bt_adapter.data.loading import Damaged, SyntheticClips, TrainingClips, batches
 from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.checkpoint import load_averages, load_moments, whole
-from bt_adapter.pretrain.loop import Clock, Stopped, TrainingRun, rate
+from bt_adapter.pretrain.loop import Clock, Stopped, rate
 from bt_adapter.pretrain.recipe import Recipe, option
 from bt_adapter.pretrain.step import Pretraining, backward, draw_visible, mix
+from bt_adapter.pretrain.training_run import TrainingRun
 from bt_adapter.published import load_reference_checkpoint, read_tensors
 from bt_adapter.text import load_clip
 
@@ -94,7 +94,8 @@ class Run(TrainingRun):
             self.steps = recipe.steps or max(1, round(recipe.epochs * self.steps_per_epoch))
         self.validation: list[Clip] = []
         self.damaged = Damaged()
-        self.damaged.load_state_dict(self.state.get("damaged", self.damaged.state_dict()))
+        if self.state.get("damaged"):
+            self.damaged.load_state_dict(self.state["damaged"])
         self.left_out = Skipped()  # of the validation clips; in no share of those trained on
         if recipe.validation is not None:
             self.validation, unusable = read_clips(recipe.validation, recipe.validation_videos)
@@ -283,14 +284,6 @@ class Run(TrainingRun):
                 {"step": step, "text_to_video": found.to_video.to_dict(), "video_to_text": found.to_text.to_dict()}
             )
         return score
-
-
-def digest(clips: Sequence[Clip]) -> str:
-    """What tells these clips, in this order, from others; not where their files lie."""
-    state = hashlib.blake2b(digest_size=8)
-    for clip in clips:
-        state.update(repr((clip.key, clip.captions, clip.start, clip.end)).encode())
-    return state.hexdigest()
 
 
 def start_model(recipe: Recipe, clip: Any, folder: Path | None) -> BTAdapterVisionModel:

@@ -22,7 +22,8 @@ from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.checkpoint import load_moments, moments_of, save_moments
-from bt_adapter.pretrain.loop import Clock, Stopped, TrainingRun, rate
+from bt_adapter.pretrain.loop import Clock, Stopped, rate
+from bt_adapter.pretrain.training_run import TrainingRun
 from bt_adapter.tune.batches import Order, Step, Steps, VisualReader
 from bt_adapter.tune.conversations import read_conversations
 from bt_adapter.tune.features import FeatureStore, store_features
