@@ -31,7 +31,18 @@ def facts(device: str) -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     packages = {p: v for p in ("torch", "triton", "xformers", "flash-attn") if (v := installed(p))}
-    return {"device": name, "kind": device, "threads": torch.get_num_threads(), "commit": commit.strip(), **packages}
+    about = {"device": name, "kind": device, "threads": torch.get_num_threads(), "commit": commit.strip(), **packages}
+    return about if device == "cuda" else about | {"flags": vector_flags()}
+
+
+def vector_flags() -> list[str]:
+    """The instructions on which a matrix product's speed rests, as Linux names them: of AVX-512 and AMX."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    flags = next((line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith("flags")), [])
+    return sorted(flag for flag in flags if flag.startswith(("avx", "amx", "fma")))
 
 
 def cpu_name() -> str:

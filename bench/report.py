@@ -13,7 +13,7 @@ from pathlib import Path
 
 from miniature import chat_report
 from miniature import pretraining_report as miniature
-from summaries import decode, highlights, mini_short, pretrain
+from summaries import ON_BFLOAT16, decode, highlights, mini_short, pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -192,7 +192,7 @@ def step() -> str:
     lines.append(
         f"ViT-L/14 of random weights, depth 4, float32, {facts['threads']} threads of an {facts['device']}, torch "
         f"{facts['torch']}; printed by `python bench/step.py`, which says how each column is taken. Speed: the first "
-        "row's time over this one's. Waits: operators whose result the host would wait for on a GPU."
+        "row's time over this one's. Waits: operators whose result the host would wait for on a GPU. " + ON_BFLOAT16
     )
     return "\n".join(lines)
 

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+ON_BFLOAT16 = (
+    "Rows in bfloat16 rest on a CPU with instructions for it (`avx512_bf16` or `amx_bf16` among the flags of `lscpu`); "
+    "without them bfloat16 is slower than float32."
+)
 
 
 def load(name: str) -> Any:
@@ -42,7 +46,7 @@ def highlights() -> str:
     lines += [
         "",
         f"ViT-L/14, depth 4, float32, forward and backward, {facts['threads']} threads of an {facts['device']}, torch "
-        f"{facts['torch']}; printed by `python bench/step.py`.",
+        f"{facts['torch']}; printed by `python bench/step.py`. {ON_BFLOAT16}",
     ]
     return "\n".join(lines)
 

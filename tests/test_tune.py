@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -366,16 +367,43 @@ def test_broken_videos_are_named_and_too_many_end_the_run(tmp_path, capsys):
         run_tuning(recipe(data=str(data), out=tmp_path / "gone", steps=4), make_video_chat())
 
 
-def test_half_precision_trains_float32_parts(data, tmp_path):
-    chat = make_video_chat()
-    chat.model.bfloat16()
-    wanted = recipe(data=str(data), out=tmp_path, learn=EVERY, steps=16, precision="bfloat16", packing=True)
-    run_tuning(wanted, chat)
-    rows = losses(tmp_path)
-    assert rows[-1][1] < 0.7 * rows[0][1]
-    dtypes = {p.dtype for p in chat.model.parameters() if p.requires_grad}
-    assert dtypes == {torch.float32}
-    assert chat.model.lm_head.weight.dtype == torch.bfloat16
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_half_precision_trains_float32_parts_as_float32_does(data, tmp_path, name):
+    """Stopped and gone on with; the losses are those of float32 but for the rounding of the products."""
+    dtype = getattr(torch, name)
+    wanted = recipe(data=str(data), learn=EVERY, steps=8, packing=True, lr=1e-3, out=tmp_path / "wide")
+    run_tuning(wanted, no_drops(make_video_chat()))
+    half = replace(wanted, precision=name, out=tmp_path / "half")
+    for last in (5, 8):
+        chat = no_drops(make_video_chat())
+        chat.model.to(dtype)
+        with stopped_after(last):
+            run_tuning(half, chat)
+    assert {p.dtype for p in chat.model.parameters() if p.requires_grad} == {torch.float32}
+    assert chat.model.lm_head.weight.dtype == dtype
+    found, expected = losses(half.out), losses(wanted.out)
+    assert [row[0] for row in found] == list(range(1, 9))
+    for row, exact in zip(found, expected, strict=True):
+        assert row[1] == pytest.approx(exact[1], rel=0.03), (found, expected)
+    assert found != expected
+    about = json.loads((half.out / "tuned/tuned.json").read_text())
+    assert about["precision"]["dtype"] == name and about["precision"]["chosen"] == "as asked for"
+    state = json.loads((half.out / "checkpoints/00000008/state.json").read_text())
+    assert bool(state["scaler"]) == (name == "float16")
+
+
+@contextmanager
+def stopped_after(last: int):
+    """Within it a run is asked to stop in that step, and may."""
+    step = Run._step
+
+    def watched(self, number, batch):
+        self.asked = number >= last
+        return step(self, number, batch)
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Stopped):
+        patch.setattr(Run, "_step", watched)
+        yield
 
 
 def test_command_line(tmp_path, monkeypatch):

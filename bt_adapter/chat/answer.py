@@ -16,7 +16,7 @@ from rich.console import Console
 from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, check_context, context, video_room
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.rows import Rows
-from bt_adapter.chat.session import load, progress_bar, sampling_of
+from bt_adapter.chat.session import chosen_dtype, load, progress_bar, sampling_of
 from bt_adapter.chat.watch import Sampling, watch
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
@@ -77,6 +77,7 @@ def answer_with(command: Answer | Qa, questions: Sequence[Question], rows: Rows,
         notes.print(f"{rows.path}: going on after {len(questions) - len(pending)} of {len(questions)} answers")
     if not pending:
         return Skipped()
+    notes.print(str(chosen_dtype(command)), markup=False, style="dim")
     with notes.status("loading the model"):
         chat = load(command)
     with progress_bar(notes, "answering") as progress:
@@ -99,8 +100,8 @@ def about(command: Answer | Qa) -> dict[str, Any]:
     sampling["no_branch"] = not sampling.pop("branch")
     return {"model": command.model, "branch": command.branch, "other_tower": command.other_tower,
             "model_files": _weights(command.model), "branch_files": _weights(command.branch),
-            "videos": os.path.abspath(command.videos), "dtype": command.dtype, "quantize": command.quantize,
-            "max_new_tokens": command.max_new_tokens, **sampling}  # fmt: skip
+            "videos": os.path.abspath(command.videos), "dtype": chosen_dtype(command).name,
+            "quantize": command.quantize, "max_new_tokens": command.max_new_tokens, **sampling}  # fmt: skip
 
 
 def _weights(name: str | None) -> str | None:

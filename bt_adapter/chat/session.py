@@ -20,6 +20,7 @@ from bt_adapter.chat.quantize import QuantizeError
 from bt_adapter.chat.watch import Sampling, Watched, look, watch
 from bt_adapter.data import VideoError
 from bt_adapter.data.stream import FrameStream
+from bt_adapter.dtypes import ChosenDtype, choose_dtype
 from bt_adapter.errors import CommandError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def run_chat(command: Chat) -> int:
     sampling = sampling_of(command)
     streams = [sampling.open(path) for path in command.video]  # a bad file is told before a model is loaded
     begin = time.perf_counter()
+    notes.print(str(chosen_dtype(command)), markup=False, style="dim")
     with notes.status("loading the model"):
         chat = load(command)
     loaded = time.perf_counter() - begin
@@ -183,8 +185,8 @@ def sampling_of(command: ChatModel) -> Sampling:
     return Sampling(command.frames, command.fps, command.repeat, command.windows, command.long, not command.no_branch)
 
 
-def load(command: ChatModel) -> VideoChat:
-    """The model a command line asks for. CommandError for what is not there or does not fit."""
+def device_of(command: ChatModel) -> str:
+    """The device a command line asks for. CommandError where there is none of that name."""
     device = command.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -193,9 +195,19 @@ def load(command: ChatModel) -> VideoChat:
             raise CommandError(f"--device {device}: no GPU that this torch can use")
     except RuntimeError as error:
         raise CommandError(f"--device {device}: not a device") from error
-    dtype = None if command.dtype == "auto" else getattr(torch, command.dtype)
+    return device
+
+
+def chosen_dtype(command: ChatModel) -> ChosenDtype:
+    """The dtype a command line asks for, or the default on its device. CommandError as for `device_of`."""
+    return choose_dtype(command.dtype, device_of(command))
+
+
+def load(command: ChatModel) -> VideoChat:
+    """The model a command line asks for. CommandError for what is not there or does not fit."""
+    device, dtype = device_of(command), chosen_dtype(command).dtype
     if command.model == "mini":
-        chat = VideoChat.mini(device=device, dtype=dtype or torch.float32)
+        chat = VideoChat.mini(device=device, dtype=dtype)
         if command.branch is not None:
             from bt_adapter.chat.attach import attach
 

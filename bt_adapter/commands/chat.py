@@ -41,7 +41,8 @@ class ChatModel:
     device: str = "auto"
     """"cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the model; "auto": float32 for mini, else as stored."""
+    """Of the model; auto: bfloat16 on a GPU, or float16 where it lacks that; on a CPU float32, unless a measurement
+    shows bfloat16 to be faster."""
     quantize: Literal["nf4", "int8"] | None = None
     """The language model in 4 or 8 bits, by bitsandbytes or torchao; not for mini."""
 

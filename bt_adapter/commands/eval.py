@@ -42,8 +42,9 @@ class Evaluation:
     """Decoding processes of each process; 0: decode in it."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1"; "auto" takes GPUs where there are any."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the products of tower and branch."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the products of tower and branch; auto: bfloat16 on a GPU, or float16 where it lacks that; on a
+    CPU float32, unless a measurement shows bfloat16 to be faster."""
     cache: Path = Path("features")
     """Folder of stored features: nothing is computed twice, and a run that was killed goes on."""
     no_cache: Annotated[bool, arg(name="no-cache")] = False

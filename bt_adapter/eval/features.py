@@ -59,6 +59,15 @@ class Features:
     computed: int
 
 
+def check_frames(model: BTAdapterVisionModel, look: Look, branch: bool = True) -> None:
+    """Raise CommandError where a view has more frames than the branch has time steps."""
+    if branch and look.frames > model.config.max_frames:
+        raise CommandError(
+            f"--frames must be at most {model.config.max_frames}, the steps of the branch's time table, but is "
+            f"{look.frames}"
+        )
+
+
 def extract(
     model: BTAdapterVisionModel,
     clips: Sequence[Clip],
@@ -83,11 +92,7 @@ def extract(
         CommandError: ``look`` has more frames than the branch has time steps, the processes have different clips, no
             clip can be used, a feature is not a finite number, or a decoding process died.
     """
-    if branch and look.frames > model.config.max_frames:
-        raise CommandError(
-            f"--frames must be at most {model.config.max_frames}, the steps of the branch's time table, but is "
-            f"{look.frames}"
-        )
+    check_frames(model, look, branch)
     processes = processes or Processes(str(model.tower.position.device))
     # by source: a video that stands there twice is embedded once, and its two vectors do not differ by rounding
     videos = list(dict.fromkeys((clip.source, clip.start, clip.end) for clip in clips))

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bt_adapter.chat.answer import Question, about, answer_with, find_video, read_text
 from bt_adapter.chat.rows import Rows
-from bt_adapter.chat.session import progress_bar
+from bt_adapter.chat.session import chosen_dtype, progress_bar
 from bt_adapter.commands.qa import Qa
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.judge import ASPECTS, PROMPTS, Case, Judge, judge_all, summary
@@ -65,7 +65,7 @@ def evaluate_qa(command: Qa) -> int:
         "answered": len(answered),
         "skipped": skipped.reasons,
         **exact_scores(answered, given),
-        "made": {**about(command), **versions()},
+        "made": {**about(command), "dtype_chosen": chosen_dtype(command).why, **versions()},
     }
     cases = [
         Case(item.id, tuple(zip(item.questions, (given[k] for k in _keys(item)), strict=True)), item.answer)

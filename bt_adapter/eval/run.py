@@ -18,9 +18,10 @@ from bt_adapter.data.annotations import class_names, read_annotations
 from bt_adapter.data.clips import Clip
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
+from bt_adapter.dtypes import choose_dtype
 from bt_adapter.eval import recognition, retrieval
 from bt_adapter.eval.cache import FeatureCache
-from bt_adapter.eval.features import Features, Look, extract
+from bt_adapter.eval.features import Features, Look, check_frames, extract
 from bt_adapter.eval.report import device_name, print_table, versions, write_json
 from bt_adapter.eval.stack import Stack, load_stack
 from bt_adapter.progress import Progress
@@ -49,10 +50,14 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     clips, skipped = read_annotations(command.layout, command.data, command.videos, command.split)
     stack = load_stack(command.clip, command.branch, not command.no_branch)
     stack.model.to(processes.device)
-    if command.precision != "float32":
-        stack.model.tower.optimize(getattr(torch, command.precision))
     look = Look(command.frames or FRAMES.get(command.layout, _OTHER_FRAMES), command.sampling, command.views)
-    about = _about(stack, look, command.precision)
+    check_frames(stack.model, look, stack.branch)
+    precision = processes.gather(choose_dtype(command.precision, processes.device))[0]
+    if processes.first:
+        notes.print(str(precision), markup=False)
+    if precision.dtype != torch.float32:
+        stack.model.tower.optimize(precision.dtype)
+    about = _about(stack, look, precision.name)
     cache = FeatureCache(None if command.no_cache else command.cache, about)
     began = time.perf_counter()
     with _bar(notes, processes.first) as progress:
@@ -78,7 +83,8 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
         **versions(),
         "device": device_name(processes.device),
         "processes": processes.world,
-        "precision": command.precision,
+        "precision": precision.name,
+        "precision_chosen": precision.why,
         "frames": look.frames,
         "sampling": look.sampling,
         "views": look.views,

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_adapter.chat.attach import attach, attached_branch, branch_enabled
+from bt_adapter.dtypes import choose_dtype
 from bt_adapter.model import BTAdapterVisionModel
 
 from . import BRANCH_FOLDER, WEIGHTS, lora, training
@@ -53,20 +54,6 @@ class _Adapters:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         lora.load_adapters(self.model, state)
-
-
-def half_is_faster() -> bool:
-    """Whether this machine multiplies bfloat16 matrices clearly faster than float32 ones (it times both)."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.randn(512, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
-        laps = []
-        for _ in range(12):
-            begin = time.perf_counter()
-            x @ w.T
-            laps.append(time.perf_counter() - begin)
-        seconds[dtype] = min(laps)
-    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
 
 
 def draw(stage: str, items: Items, n: int, generator: torch.Generator) -> tuple[Tensor, list[list]]:
@@ -100,7 +87,7 @@ def build(options: argparse.Namespace):
     """Chat model with adapters (and the branch attached), prompts, head."""
     clip, _ = load_clip(options.clip)
     language_model, tokenizer = load_language_model()
-    half = half_is_faster() if options.half == "auto" else options.half == "yes"
+    half = choose_dtype("auto", "cpu").dtype == torch.bfloat16 if options.half == "auto" else options.half == "yes"
     chat, tokenizer = make_llava(clip.requires_grad_(False), language_model, tokenizer)
     chat.requires_grad_(False)
     head = chat.lm_head.weight.bfloat16() if half else chat.lm_head.weight

@@ -133,8 +133,9 @@ class Recipe(Settings):
 
     device: str = "auto"
     """"cpu", "cuda"; "auto" takes GPUs where there are any."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the products; weights of the branch and losses are float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the products; weights of the branch and losses are float32. auto: bfloat16 on a GPU, or float16
+    where it lacks that; on a CPU float32, unless a measurement shows bfloat16 to be faster."""
     sharding: Literal["ddp", "fsdp2"] = "ddp"
     """What many processes share: ddp gradients, fsdp2 also the branch's weights and optimizer."""
     recompute: Literal["none", "mlp", "layer"] = "mlp"

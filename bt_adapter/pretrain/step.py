@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bt_adapter.data import normalise
+from bt_adapter.dtypes import autocast
 from bt_adapter.losses import contrastive_loss
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.pretrain.recipe import Recipe
@@ -87,7 +88,7 @@ def backward(
         vtc, mbca and mbta, weighted, float32 ``[3]``: this process's share, whose mean over processes is the batch's.
     """
     if recipe.accumulate == 1:
-        with _autocast(recipe, frames.device):
+        with autocast(recipe.precision, frames.device):
             video, branch, mbta = module(frames, visible)
         vtc, mbca = _contrast(video, branch, text, recipe, group)
         ((vtc + mbca + mbta) * scale).backward()
@@ -99,7 +100,7 @@ def backward(
     draws, seen = [], []
     for piece, shown in parts:
         draws.append(_random_state(frames.device))
-        with torch.no_grad(), _autocast(recipe, frames.device):
+        with torch.no_grad(), autocast(recipe.precision, frames.device):
             seen.append(module(piece, shown, align=False)[:2])
     video, branch = (torch.cat(pieces).requires_grad_() for pieces in zip(*seen, strict=True))
     vtc, mbca = _contrast(video, branch, text, recipe, group)
@@ -110,7 +111,7 @@ def backward(
     for number, ((piece, shown), (of_video, of_branch)) in enumerate(zip(parts, grads, strict=True)):
         _set_random_state(draws[number], frames.device)  # the same layers drop out as before
         with _waiting(module, number + 1 < len(parts)):
-            with _autocast(recipe, frames.device):
+            with autocast(recipe.precision, frames.device):
                 video, branch, aligned = module(piece, shown)
             aligned = aligned / len(parts)
             carried = (video.float() * of_video.float()).sum() + (branch.float() * of_branch.float()).sum()
@@ -125,10 +126,6 @@ def _contrast(
     text = text.to(video.dtype)
     vtc = contrastive_loss(video, text, recipe.temperature, group)
     return vtc, recipe.mbca * contrastive_loss(branch, text, recipe.temperature, group)
-
-
-def _autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, getattr(torch, recipe.precision), enabled=recipe.precision != "float32")
 
 
 def _waiting(module: Any, wait: bool) -> AbstractContextManager:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
+from bt_adapter.dtypes import ChosenDtype, choose_dtype
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.checkpoint import Checkpoints
 from bt_adapter.pretrain.log import Log
@@ -38,11 +40,20 @@ class TrainingRun:
                 f"--out {recipe.out} must be one folder for all processes, but they find checkpoints of steps {steps}"
             )
         self.folder = found[0] if found else None  # of the checkpoint to go on from
+        self.precision = self._choose_precision(found[1]["recipe"]["precision"] if found else None)
+        self.recipe = recipe = replace(recipe, precision=self.precision.name)
         self.state: dict[str, Any] = found[1] if found else {"step": 0, "recipe": recipe.to_dict()}
         if wrong := recipe.differences(self.state["recipe"]):
             raise CommandError(f"--out {recipe.out} holds a run of another recipe: {'; '.join(wrong)}")
         self.skipped = Skipped()
         self.asked = self.stop = False  # by a signal; agreed on by all processes
+
+    def _choose_precision(self, before: str | None) -> ChosenDtype:
+        """The dtype of the products, one for all processes. before: of the run that is gone on with."""
+        asked = self.recipe.precision
+        if asked == "auto" and before is not None:
+            return ChosenDtype(before, "as the run in --out began")
+        return self.processes.gather(choose_dtype(asked, self.processes.device))[0]
 
     def began_with(self, what: str, count: int, digest: str) -> None:
         """Note how many of ``what`` --data holds, and which. Every process calls it.
@@ -68,6 +79,7 @@ class TrainingRun:
         done = self.state["step"]
         first = self.processes.first
         self.log = Log(self.recipe.out, done, self.steps, self.recipe.tensorboard) if first else None
+        self._say(str(self.precision))
         for damaged in self.checkpoints.damaged:
             self._say(f"{damaged}; the one before is gone on with")
         try:

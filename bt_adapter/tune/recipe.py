@@ -101,8 +101,9 @@ class TuneRecipe(Settings):
 
     device: str = "auto"
     """"cpu", "cuda"; "auto" takes GPUs where there are any."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of frozen weights and products; what learns and the losses are float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of frozen weights and products; what learns and the losses are float32. auto: bfloat16 on a GPU, or
+    float16 where it lacks that; on a CPU float32, unless a measurement shows bfloat16 to be faster."""
     gradient_checkpointing: bool = False
     """The language model's layers run again in backward instead of being kept."""
     recompute: Literal["none", "mlp", "layer"] = "mlp"

@@ -102,6 +102,12 @@ class Run(TrainingRun):
         for group in self.optimizer.param_groups:
             group["base"] = group["lr"]
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        # The loss is a sum over answer tokens, thousands of times the mean for which the usual first scale is made.
+        self.scaler = torch.amp.GradScaler(
+            self.processes.device.type, init_scale=16.0, enabled=recipe.precision == "float16"
+        )
+        if self.state.get("scaler"):
+            self.scaler.load_state_dict(self.state["scaler"])
         if self.folder is not None:
             self.learned.load(self.folder)
             load_moments(self.learned, self.optimizer, self.folder / "optimizer.safetensors")
@@ -169,7 +175,7 @@ class Run(TrainingRun):
         for part in batch.parts:
             summed = self.tuning.loss(part)
             if summed.requires_grad:  # a part of text alone reaches nothing where no adapters learn
-                summed.backward()
+                self.scaler.scale(summed).backward()
             loss += summed.detach().double().cpu()
         late = bool(recipe.save_steps and step % recipe.save_steps == 0)
         late |= time.monotonic() - self.saved > 60 * recipe.save_minutes
@@ -196,10 +202,12 @@ class Run(TrainingRun):
     def _update(self, count: float, factor: float) -> float:
         """The gradients of all processes over the number of answer tokens, and a step of the optimizer."""
         share_gradients(self.parameters, 1 / count, self.processes.group)
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.grad_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * factor
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
@@ -215,7 +223,7 @@ class Run(TrainingRun):
     def _save(self, step: int) -> None:
         self.state |= {
             "step": step, "skipped": self.skipped.state_dict(), "recipe": self.recipe.to_dict(),
-            "torch": torch.__version__,
+            "scaler": self.scaler.state_dict(), "torch": torch.__version__,
         }  # fmt: skip
 
         def fill(folder: Path) -> None:
@@ -234,6 +242,7 @@ class Run(TrainingRun):
                 "fingerprint": branch_fingerprint(attached_branch(self.chat.model)),
             },
             "step": self.state["step"],
+            "precision": {"dtype": self.precision.name, "chosen": self.precision.why},
             "recipe": self.recipe.to_dict(),
         }
 

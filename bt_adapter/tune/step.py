@@ -11,6 +11,7 @@ from torch import Tensor
 from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.data import normalise
+from bt_adapter.dtypes import autocast
 from bt_adapter.errors import CommandError
 from bt_adapter.tune.batches import Part
 from bt_adapter.tune.loss import answer_loss
@@ -58,8 +59,7 @@ class Tuning:
             return answer_loss(hidden[rows, columns], targets[places].to(device), head, self.recipe.head_chunk)
 
     def _autocast(self) -> torch.autocast:
-        precision = self.recipe.precision
-        return torch.autocast(self.chat.device.type, getattr(torch, precision), enabled=precision != "float32")
+        return autocast(self.recipe.precision, self.chat.device)
 
     def _inputs(self, part: Part) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Embeddings ``[B, S, W]``, targets ``[B, S]`` on the CPU, and what else the language model is given."""

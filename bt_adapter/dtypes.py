@@ -1,0 +1,139 @@
+"""The dtype a command computes in when none is asked for, and the reason, which is told and recorded.
+
+On a GPU bfloat16, or float16 where the GPU lacks bfloat16. On a CPU float32, unless a measurement of a few
+milliseconds shows bfloat16 to be faster in all three matrix products of training: many CPUs can compute in bfloat16
+but emulate it, up to 60 times slower than float32.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+WIDE, HALF = torch.float32, torch.bfloat16
+ROWS, WIDTH = 192, 384  # 28 million multiply-adds a product: half a millisecond in float32
+REPEATS = 7
+HOPELESS = 3.0
+CLEARLY = 0.8  # bfloat16 must take less than this share of float32's time: what it loses in accuracy must pay
+
+
+@dataclass(frozen=True)
+class ChosenDtype:
+    """A dtype and the reason for it.
+
+    Attributes:
+        name: "float32", "bfloat16" or "float16".
+        why: the reason, as the end of a sentence.
+    """
+
+    name: str
+    why: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The same as torch names it."""
+        return getattr(torch, self.name)
+
+    def __str__(self) -> str:
+        return f"computing in {self.name}: {self.why}"
+
+
+def choose_dtype(asked: str, device: torch.device | str) -> ChosenDtype:
+    """Choose the dtype to compute in.
+
+    Args:
+        asked: "float32", "bfloat16" or "float16", which is then taken; or "auto".
+        device: on which the computation runs.
+    """
+    if asked != "auto":
+        return ChosenDtype(asked, "as asked for")
+    device = torch.device(device)
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        gpu = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+        if major >= 8:
+            return ChosenDtype("bfloat16", f"the default on a GPU; {gpu} multiplies it in hardware")
+        return ChosenDtype("float16", f"the default on a GPU without bfloat16 in hardware, as {gpu}")
+    if device.type == "cpu":
+        return _for_cpu()
+    return ChosenDtype("float32", f"the default on a device of type {device.type}")
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Within it, torch's products on ``device`` run in a dtype, given as for :func:`choose_dtype`."""
+    dtype = choose_dtype(precision, device).dtype
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@cache
+def _for_cpu() -> ChosenDtype:
+    """Measured once a process."""
+    speedups = measure_speedups()
+    names = ("forward", "input gradient", "weight gradient")[: len(speedups)]
+    times = ", ".join(f"{name} {1 / speedup:.2g}" for name, speedup in zip(names, speedups, strict=True))
+    faster = len(speedups) == 3 and speedups[-1] >= 1 / CLEARLY
+    why = f"measured on this CPU, products in bfloat16 take this share of float32's time: {times}"
+    return ChosenDtype("bfloat16" if faster else "float32", why)
+
+
+def measure_speedups() -> list[float]:
+    """Time the three matrix products of training in bfloat16 against float32, by turns.
+
+    Returns:
+        For forward, input gradient and weight gradient, in this order, how many times as fast bfloat16 is. The list
+        ends with the first product in which bfloat16 is not clearly faster: the others need not be known, and where
+        bfloat16 is emulated they would take long.
+    """
+    speedups = []
+    with _one_thread(), torch.inference_mode():
+        for product in products():
+            wide, half = _seconds(product)
+            speedups.append(wide / half)
+            if speedups[-1] < 1 / CLEARLY:
+                break
+    return speedups
+
+
+def products() -> Iterator[Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """The three products of a linear layer by its input x, weight w and output gradient g, in the layouts they have."""
+    yield lambda x, w, g: x @ w.t()
+    yield lambda x, w, g: g @ w
+    yield lambda x, w, g: g.t() @ x
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread within the context: several wait for one another where other programs run, which would be measured."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _seconds(product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[float, float]:
+    """Least time of a product in float32 and in bfloat16, by turns, after one of each for warming up.
+
+    Ends after the first turn where bfloat16 takes several times as long.
+    """
+    shapes = ((ROWS, WIDTH), (WIDTH, WIDTH), (ROWS, WIDTH))
+    operands = {dtype: [torch.ones(shape, dtype=dtype) for shape in shapes] for dtype in (WIDE, HALF)}
+    for dtype in (WIDE, HALF):
+        product(*operands[dtype])
+    least = {WIDE: math.inf, HALF: math.inf}
+    for _ in range(REPEATS):
+        for dtype in (WIDE, HALF):
+            begin = time.perf_counter()
+            product(*operands[dtype])
+            least[dtype] = min(least[dtype], time.perf_counter() - begin)
+        if least[HALF] > HOPELESS * least[WIDE]:
+            break
+    return least[WIDE], least[HALF]
