@@ -19,6 +19,8 @@ from av.stream import Disposition
 
 from bt_adapter.progress import Progress
 
+from .orientation import read_orientation
+
 # Containers FFmpeg may take a file for. Without the list it also "plays" text files, and follows playlists to
 # others.
 _CONTAINERS = (
@@ -151,13 +153,13 @@ class Taken:
 
     def keep(self, frame: av.VideoFrame, seconds: float, number: int) -> None:
         """Store a frame as RGB, upright, in the size of the first one (a stream may change its size)."""
-        turns = round(frame.rotation / 90) % 4  # counter-clockwise
+        orientation = read_orientation(frame)
         if self.pixels is None:
-            size = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
+            size = (frame.width, frame.height) if orientation.transposed else (frame.height, frame.width)
             self.pixels = np.empty((self.capacity, *size, 3), np.uint8)
-        height, width = self.pixels.shape[1:3] if turns % 2 == 0 else self.pixels.shape[2:0:-1]
+        height, width = self.pixels.shape[2:0:-1] if orientation.transposed else self.pixels.shape[1:3]
         rgb = frame.to_ndarray(format="rgb24", height=height, width=width)
-        self.pixels[len(self.numbers)] = np.rot90(rgb, turns)
+        self.pixels[len(self.numbers)] = orientation.apply(rgb)
         self.seconds.append(seconds)
         self.numbers.append(number)
 

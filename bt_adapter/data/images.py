@@ -11,6 +11,7 @@ import torch
 from av.error import FFmpegError
 
 from ._decode import VideoError
+from .orientation import upright
 
 _FORMATS = "png_pipe,jpeg_pipe,mjpeg,image2,webp_pipe,bmp_pipe,gif"
 
@@ -31,5 +32,5 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
         raise VideoError(f"{path}: cannot be read as an image ({error})") from error
     if frame is None:
         raise VideoError(f"{path}: holds no image")
-    rgb = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+    rgb = upright(frame.to_ndarray(format="rgb24"), frame)
     return torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)
