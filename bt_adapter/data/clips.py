@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from .video import Video, VideoError, read_video
 
-
-class _Named(io.BytesIO):
-    name: str
+# A member of a shard up to this size is read at once: one request where the shard lies on a network.
+_AT_ONCE = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +26,60 @@ class Member:
     name: str
 
     def open(self) -> BinaryIO:
-        """Its bytes as a file with a name. Raises as :meth:`read`."""
-        file = _Named(self.read())
-        file.name = f"{self.path}/{self.name}"
+        """Its bytes as a file with a name; those of a large one are read when needed. Raises as :meth:`read`."""
+        window = _Window(self)
+        if self.size > _AT_ONCE:
+            return cast(BinaryIO, window)
+        with window:
+            file = _Named(window.readall())
+        file.name = window.name
         return file
 
     def read(self) -> bytes:
         """Its bytes. Raises OSError, and VideoError where the tar ends before them."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            content = file.read(self.size)
-        if len(content) < self.size:
-            raise VideoError(f"{self.path}: ends inside {self.name}, after {len(content)} of its {self.size} bytes")
-        return content
+        with self.open() as file:
+            return file.read()
+
+
+class _Named(io.BytesIO):
+    name: str
+
+
+class _Window(io.RawIOBase):
+    """A member of a tar as a file of its own. Raises OSError, and VideoError where the tar ends before it does."""
+
+    def __init__(self, member: Member) -> None:
+        self.name, self._member, self._place = f"{member.path}/{member.name}", member, 0
+        self._tar = open(member.path, "rb", buffering=0)
+        there = max(0, os.fstat(self._tar.fileno()).st_size - member.offset)
+        if there < member.size:
+            self.close()
+            raise VideoError(f"{member.path}: ends inside {member.name}, after {there} of its {member.size} bytes")
+
+    def close(self) -> None:
+        self._tar.close()
+        super().close()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._member.size}[whence]
+        self._place = max(0, begin + place)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._member.size - self._place))
+        self._tar.seek(self._member.offset + self._place)
+        read = self._tar.readinto(memoryview(buffer)[:count])
+        self._place += read
+        return read
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +101,15 @@ class Clip:
     end: float | None = None
     label: int | None = None
 
+    @property
+    def path(self) -> str:
+        """The file on disk that holds it."""
+        return self.source.path if isinstance(self.source, Member) else self.source
+
     def read(self, frames: int | None, **options: Any) -> Video:
         """Its frames; arguments and errors as for :func:`read_video`."""
-        source = self.source.open() if isinstance(self.source, Member) else self.source
-        return read_video(source, frames, start=self.start, end=self.end, **options)
+        with self.source.open() if isinstance(self.source, Member) else nullcontext(self.source) as source:
+            return read_video(source, frames, start=self.start, end=self.end, **options)
 
 
 def digest(clips: Sequence[Clip]) -> str:

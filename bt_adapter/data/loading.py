@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from av.error import FFmpegError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bt_adapter.data.clips import Clip
+from bt_adapter.data.patience import read_patiently
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.data.transforms import TrainTransform
 from bt_adapter.data.video import VideoError
@@ -119,7 +119,7 @@ class TrainingClips:
         order, and so on: no other clip of the same batch, as long as there are more.
 
         Raises:
-            CommandError: none of so many clips can be read.
+            CommandError: none of so many clips can be read, or storage fails for good.
         """
         count = len(self)
         epoch, within = divmod(step, count // batch)
@@ -141,13 +141,16 @@ class TrainingClips:
         if number in self._known:
             raise _Unreadable(self._known[number])
         clip = self._packed[number]
-        generator = torch.Generator().manual_seed(seed)
-        caption = clip.captions[int(torch.randint(len(clip.captions), (), generator=generator))]
         try:
-            video = clip.read(self.frames, sampling="random", generator=generator, repeat=True, threads=1)
-        except (VideoError, FFmpegError, OSError) as error:
+            return read_patiently(clip.path, self._draw, clip, seed)
+        except VideoError as error:
             self._known[number] = clip.key, str(error)
             raise _Unreadable(self._known[number]) from error
+
+    def _draw(self, clip: Clip, seed: int) -> Drawn:
+        generator = torch.Generator().manual_seed(seed)  # anew for each attempt to read: all draw the same
+        caption = clip.captions[int(torch.randint(len(clip.captions), (), generator=generator))]
+        video = clip.read(self.frames, sampling="random", generator=generator, repeat=True, threads=1)
         frames = self.transform.crop(video.frames, generator)
         return Drawn(frames, caption, damaged=clip.key if video.truncated else None)
 
@@ -206,11 +209,11 @@ def in_order(
 ) -> Iterator[Any]:
     """``dataset[step]`` of the steps after ``done`` up to ``steps``, counted from 0; the rest as for :func:`batches`.
 
-    A CommandError that the data set returns is raised here.
+    A CommandError, OSError or VideoError that the data set raises is raised here as it is, also from a worker process.
     """
     loader = DataLoader(
-        dataset, batch_size=None, sampler=range(done, steps), num_workers=workers, pin_memory=pin_memory,
-        prefetch_factor=prefetch if workers else None, worker_init_fn=_begin_worker,
+        _ReturningErrors(dataset), batch_size=None, sampler=range(done, steps), num_workers=workers,
+        pin_memory=pin_memory, prefetch_factor=prefetch if workers else None, worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # or it draws from the global one
     )  # fmt: skip
     return _checked(iter(loader), workers)
@@ -229,9 +232,22 @@ def _checked(batches: Iterator[Any], workers: int) -> Iterator[Any]:
             ) from error
         if batch is None:
             return
-        if isinstance(batch, CommandError):
+        if isinstance(batch, Exception):
             raise batch
         yield batch
+
+
+class _ReturningErrors(Dataset):
+    """A data set that returns errors meant for the user: raised in a worker they would come inside a traceback."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.dataset[number]
+        except (CommandError, OSError, VideoError) as error:
+            return error
 
 
 class _Steps(Dataset):
@@ -240,12 +256,9 @@ class _Steps(Dataset):
     def __init__(self, clips: Clips, size: int, rank: int, world: int) -> None:
         self.clips, self.size, self.rank, self.world = clips, size, rank, world
 
-    def __getitem__(self, step: int) -> Batch | CommandError:
+    def __getitem__(self, step: int) -> Batch:
         first = self.rank * self.size
-        try:
-            drawn = [self.clips.draw(step, first + place, self.size * self.world) for place in range(self.size)]
-        except CommandError as error:
-            return error  # raised in a worker it would reach the user inside a traceback
+        drawn = [self.clips.draw(step, first + place, self.size * self.world) for place in range(self.size)]
         return Batch(
             torch.stack([clip.frames for clip in drawn]),
             [clip.caption for clip in drawn],

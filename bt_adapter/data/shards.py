@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -13,15 +12,15 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
-from av.error import FFmpegError
 from torch.utils.data import Dataset
 
 from bt_adapter.data.clips import Clip, Member
 from bt_adapter.data.loading import PackedClips, in_order
+from bt_adapter.data.patience import is_full, read_patiently
 from bt_adapter.data.sampling import check_count
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.data.tars import VIDEOS
@@ -105,39 +104,49 @@ class _Shards(Dataset):
         first = number * self.per_shard
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=self.folder) as aside:
             tar_path = Path(aside) / "shard.tar"
-            with tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            # GNU's format has room for the size of any file, that of POSIX 1988 for 8 GiB.
+            with tarfile.open(tar_path, "w", format=tarfile.GNU_FORMAT) as tar:
                 for place in range(first, min(first + self.per_shard, len(self.clips))):
                     clip = self.clips[place]
                     try:
-                        suffix, video = self._video(clip, Path(aside) / "clip.mp4")
-                    except (VideoError, FFmpegError, OSError) as error:
-                        if getattr(error.__cause__ or error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                        read_patiently(clip.path, self._store, tar, place, clip, Path(aside) / "clip.mp4")
+                    except VideoError as error:
+                        if is_full(error):
                             raise
                         skipped.add(clip.key, str(error))
-                        continue
-                    _add(tar, f"{place:08d}-{_safe(clip.key)}", suffix, video, clip, whole=self.frames is None)
             note = Path(aside) / "note.json"
             note.write_text(json.dumps(skipped.state_dict(), indent=1), encoding="utf-8")
             os.replace(note, _note(self.folder, number))
             os.replace(tar_path, _tar(self.folder, number))  # last: the shard counts as done from here on
         return number
 
-    def _video(self, clip: Clip, aside: Path) -> tuple[str, bytes]:
-        """Suffix and bytes of a clip. Raises VideoError, FFmpegError, OSError."""
+    def _store(self, tar: tarfile.TarFile, place: int, clip: Clip, aside: Path) -> None:
+        """Add a clip to the tar, whole or not at all. Raises VideoError, OSError."""
+        begin = tar.offset
+        try:
+            suffix, video = self._video(clip, aside)
+            _add(tar, f"{place:08d}-{_safe(clip.key)}", suffix, video, clip, whole=self.frames is None)
+        except BaseException:
+            assert tar.fileobj is not None
+            tar.fileobj.seek(begin)
+            tar.fileobj.truncate()  # type: ignore[attr-defined]
+            tar.offset = begin
+            raise
+
+    def _video(self, clip: Clip, aside: Path) -> tuple[str, Member]:
+        """Suffix of a clip, and where its bytes are. Raises VideoError, OSError."""
         if self.frames is None:
             clip.read(1)
-            name, content = (
-                (clip.source.name, clip.source.read())
-                if isinstance(clip.source, Member)
-                else (clip.source, Path(clip.source).read_bytes())
-            )
-            suffix = Path(name).suffix.lower()
-            return suffix if suffix[1:] in VIDEOS else ".mp4", content
+            source = clip.source
+            if isinstance(source, str):
+                source = Member(source, 0, os.path.getsize(source), source)
+            suffix = Path(source.name).suffix.lower()
+            return suffix if suffix[1:] in VIDEOS else ".mp4", source
         video = clip.read(self.frames, repeat=True)
         seconds = float(video.timestamps[-1] - video.timestamps[0])
         rate = (self.frames - 1) / seconds if seconds > 0 else 1.0
         write_video(aside, _shrink(video.frames, self.short_side), fps=max(rate, 0.01), options=ENCODING)
-        return ".mp4", aside.read_bytes()
+        return ".mp4", Member(str(aside), 0, aside.stat().st_size, aside.name)
 
 
 def _shrink(frames: torch.Tensor, short_side: int) -> torch.Tensor:
@@ -150,18 +159,27 @@ def _shrink(frames: torch.Tensor, short_side: int) -> torch.Tensor:
     return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
 
 
-def _add(tar: tarfile.TarFile, name: str, suffix: str, video: bytes, clip: Clip, whole: bool) -> None:
+def _add(tar: tarfile.TarFile, name: str, suffix: str, video: Member, clip: Clip, whole: bool) -> None:
     about: dict[str, Any] = {"key": clip.key, "captions": list(clip.captions)}
     about |= {"start": clip.start, "end": clip.end} if whole else {}
     about |= {"label": clip.label}
     about = {field: value for field, value in about.items() if value is not None}
-    parts = [(suffix, video), (".json", json.dumps(about, ensure_ascii=False).encode())]
+    with open(video.path, "rb") as file:
+        file.seek(video.offset)
+        _add_file(tar, name + suffix, video.size, file)
+    _add_bytes(tar, name + ".json", json.dumps(about, ensure_ascii=False).encode())
     if len(clip.captions) == 1:
-        parts.append((".txt", clip.captions[0].encode()))
-    for ending, content in parts:
-        info = tarfile.TarInfo(name + ending)
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+        _add_bytes(tar, name + ".txt", clip.captions[0].encode())
+
+
+def _add_bytes(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    _add_file(tar, name, len(content), io.BytesIO(content))
+
+
+def _add_file(tar: tarfile.TarFile, name: str, size: int, file: BinaryIO) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    tar.addfile(info, file)
 
 
 def _plan(folder: Path, how: dict[str, Any], clips: Sequence[Clip]) -> None:

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from av.error import FFmpegError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bt_adapter.data import Video, VideoError, normalise
+from bt_adapter.data import VideoError, normalise
 from bt_adapter.data.clips import Clip, digest
 from bt_adapter.data.loading import in_order
+from bt_adapter.data.patience import read_patiently
 from bt_adapter.data.transforms import resize_and_crop
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
@@ -183,9 +183,10 @@ class _Part:
 
     def _known(self, number: int) -> bool:
         try:
-            self.identities[number] = identity(self.clips[number])
-        except OSError as error:
-            self.results[number] = f"{error.filename}: {error.strerror}"
+            clip = self.clips[number]
+            self.identities[number] = read_patiently(clip.path, identity, clip)
+        except VideoError as error:
+            self.results[number] = str(error)
         else:
             self.results[number] = self.cache.get(self.identities[number])
         return self.results[number] is not None
@@ -241,19 +242,20 @@ class ClipFrames(Dataset):
         decoded = Decoded([], None, [], [])
         frames = []
         for place in range(number * self.batch, min((number + 1) * self.batch, len(self.clips))):
+            clip = self.clips[place]
             try:
-                video = self._read(self.clips[place])
-            except (VideoError, FFmpegError, OSError) as error:
+                views, truncated = read_patiently(clip.path, self._read, clip)
+            except VideoError as error:
                 decoded.failed.append((place, str(error)))
             else:
                 decoded.places.append(place)
-                decoded.truncated.append(video.truncated)
-                frames.append(self._views(video.frames))
+                decoded.truncated.append(truncated)
+                frames.append(views)
         return decoded._replace(frames=torch.stack(frames)) if frames else decoded
 
-    def _read(self, clip: Clip) -> Video:
-        return clip.read(self.look.frames * self.look.views, sampling=self.look.sampling, repeat=True)
-
-    def _views(self, frames: Tensor) -> Tensor:
-        """uint8 ``[T·views, 3, H, W]`` to ``[views, T, 3, S, S]``."""
-        return resize_and_crop(frames, self.size).unflatten(0, (self.look.frames, self.look.views)).transpose(0, 1)
+    def _read(self, clip: Clip) -> tuple[Tensor, bool]:
+        """Views uint8 ``[views, T, 3, S, S]``, and whether the file is damaged or cut short."""
+        count = self.look.frames * self.look.views
+        video = clip.read(count, sampling=self.look.sampling, repeat=True)
+        frames = resize_and_crop(video.frames, self.size)  # [T·views, 3, S, S]
+        return frames.unflatten(0, (self.look.frames, self.look.views)).transpose(0, 1), video.truncated

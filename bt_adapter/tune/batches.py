@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from av.error import FFmpegError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from bt_adapter.data import VideoError, read_image, read_video
 from bt_adapter.data.loading import numbers_seed
+from bt_adapter.data.patience import read_patiently
 from bt_adapter.data.transforms import resize_and_crop
 from bt_adapter.tune.conversations import Source
 from bt_adapter.tune.features import FeatureStore
@@ -104,18 +104,22 @@ class VisualReader:
         self.size, self.frames, self.store = size, frames, store
 
     def __call__(self, source: Source) -> Tensor:
-        """As in :class:`Part`. Raises VideoError, OSError."""
+        """As in :class:`Part`. Raises VideoError, and CommandError where storage fails for good."""
         if source.kind == "image":
-            return resize_and_crop(read_image(source.path)[None], self.size)[0]
-        return self.decode(source.path) if self.store is None else self.store.read(source.path)
+            return read_patiently(source.path, self._still, source.path)
+        if self.store is None:
+            return self.decode(source.path)
+        return read_patiently(source.path, self.store.read, source.path)
 
     def decode(self, path: str) -> Tensor:
-        """Frames of a video, evenly spread, uint8 ``[T, 3, S, S]``."""
-        try:
-            video = read_video(path, self.frames, repeat=True)
-        except FFmpegError as error:
-            raise VideoError(f"{path}: {error}") from error
-        return resize_and_crop(video.frames, self.size)
+        """Frames of a video, evenly spread, uint8 ``[T, 3, S, S]``. Raises as :meth:`__call__`."""
+        return read_patiently(path, self._frames, path)
+
+    def _still(self, path: str) -> Tensor:
+        return resize_and_crop(read_image(path)[None], self.size)[0]
+
+    def _frames(self, path: str) -> Tensor:
+        return resize_and_crop(read_video(path, self.frames, repeat=True).frames, self.size)
 
 
 class Steps(Dataset):
@@ -140,7 +144,7 @@ class Steps(Dataset):
             example = self.examples[number]
             try:
                 read.append((example, [self.visuals(source) for source in example.sources]))
-            except (VideoError, FFmpegError, OSError) as error:
+            except VideoError as error:
                 failed.append((example.key, str(error)))
         parts = []
         size = -(-len(read) // self.parts) or 1

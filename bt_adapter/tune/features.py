@@ -172,7 +172,7 @@ class _Frames(Dataset):
     def __getitem__(self, number: int) -> tuple[Tensor | None, str]:
         try:
             return self.read(self.videos[number]), ""
-        except (VideoError, OSError) as error:
+        except VideoError as error:
             return None, str(error)
 
 
