@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from email.utils import formatdate
 
 import pytest
 from test_answer import chat, folder  # noqa: F401 (fixtures)
@@ -15,7 +16,7 @@ from bt_adapter import cli
 from bt_adapter.chat import answer
 from bt_adapter.chat.rows import Rows
 from bt_adapter.errors import CommandError
-from bt_adapter.eval import qa
+from bt_adapter.eval import judge, qa
 from bt_adapter.eval.judge import Case, Judge, JudgeError, judge_all, summary
 from bt_adapter.pretrain.loop import Stopped
 
@@ -116,6 +117,27 @@ def test_exact_match_is_normalised():
     assert scores["kinds"]["5"] == {"n": 2, "exact": 0.5, "contained": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("right", "said", "exact", "contained"),
+    [
+        ("A", "", False, False), ("A", "The", False, False), ("a", " ", False, False), ("The", "a", False, False),
+        ("A", "A.", True, True), ("(a)", "A", True, True), ("A", "B", False, False), ("A", "A dog", False, False),
+        ("?", "", False, False), ("?", "!", False, False), ("", "", False, False), ("", "dog", False, False),
+        ("The Who", "", False, False), ("The Who", "who", True, True), ("...", "…", True, True),
+        ("dog's", "dog\u2019s", True, True), ("cafe\u0301", "CAFÉ", True, True), ("red_car", "red car", True, True),
+        ("1", "1.5", False, False), ("1.5", "It is 1.5.", False, True), ("1,000", "1000", True, True),
+        ("5", "-5", False, False), ("2-3", "2 - 3", True, True), ("t-shirt", "T shirt", True, True),
+        ("C", "C++", False, False), ("C++", "c++.", True, True),
+        ("红色", "它是红色的", False, True), ("红色", "红色。", True, True),
+        ("cat", "concatenate", False, False), ("की", "क", False, False), ("**red**", "red", True, True),
+        ("50%", "50 %", True, True), ("dog", "\ufeffdog\u200b", True, True),
+    ],
+)  # fmt: skip
+def test_exact_match_of_short_and_odd_answers(right, said, exact, contained):
+    scores = qa.exact_scores([qa.Item("1", "v", ("q",), right, {})], {"1": said})
+    assert (scores["exact"], scores["contained"]) == (exact, contained)
+
+
 # --- the judge
 
 
@@ -129,7 +151,7 @@ class Stand(http.server.ThreadingHTTPServer):
         self.script = script or (lambda right, n: "good")
         self.lock, self.asked, self.running, self.most = threading.Lock(), {}, 0, 0
         self.bodies, self.keys = [], []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def handle_error(self, request, client_address):
         """Clients that gave up are meant to."""
@@ -253,8 +275,55 @@ def test_an_answer_that_is_refused_holds_nothing_up(stand, tmp_path, code):
     assert set(skipped.reasons) == {"0", "7"} and f"refuses with {code}: " in skipped.reasons["7"]
     assert (found["judged"], found["unjudged"], found["refused"]) == (10, 2, 2)
     assert set(server.asked.values()) == {1}
-    again = judged(tmp_path, judge)
-    assert again[0].reasons == skipped.reasons and again[1] == found and set(server.asked.values()) == {1}
+    again = judged(tmp_path, judge)  # refused once more, and no reason to stop: others were judged here
+    assert again[0].reasons == skipped.reasons and (again[1]["judged"], again[1]["requests"]) == (10, 14)
+    server.script = lambda right, n: "good"
+    skipped, found = judged(tmp_path, judge)
+    assert not len(skipped) and (found["judged"], found["refused"], found["requests"]) == (12, 0, 16)
+
+
+@pytest.mark.parametrize("code", [400, 422])
+@pytest.mark.parametrize(("count", "parallel", "most"), [(12, 1, 3), (12, 8, 9), (2, 4, 2), (1, 1, 1)])
+def test_an_endpoint_that_refuses_every_request_stops_the_run_and_spoils_nothing(
+    stand, tmp_path, code, count, parallel, most
+):
+    server = stand(lambda right, n: code)
+    judge = Judge(server.url, "judge", tries=3, pause=0.01, parallel=parallel)
+    with pytest.raises(JudgeError, match=rf"refuses with {code}: .*--judge-temperature None\); 0 of {count} answers"):
+        judged(tmp_path, judge, CASES[:count])
+    assert sum(server.asked.values()) <= most + parallel - 1 and (tmp_path / "judged.jsonl").read_bytes() == b""
+    server.script = lambda right, n: "good"
+    with Rows(tmp_path / "judged.jsonl", {"temperature": None}) as rows:  # nothing was kept that was asked otherwise
+        assert not len(judge_all(judge, CASES[:count], "match", rows))
+        assert summary(CASES[:count], "match", rows)["judged"] == count
+
+
+def test_an_endpoint_that_begins_to_refuse_stops_the_run(stand, tmp_path):
+    server = stand(lambda right, n: "good" if int(right[6:]) < 5 else 400)
+    judge = Judge(server.url, "judge", parallel=1)
+    with pytest.raises(JudgeError, match="refuses with 400: .*5 of 12 answers are judged"):
+        judged(tmp_path, judge)
+    assert sum(server.asked.values()) == 8
+    server.script = lambda right, n: "good" if right != "right 5" else 400
+    skipped, found = judged(tmp_path, judge)
+    assert set(skipped.reasons) == {"5"} and (found["judged"], found["refused"]) == (11, 1)
+
+
+def test_temperature_can_be_left_out(stand, tmp_path):
+    server = stand()
+    judged(tmp_path, Judge(server.url, "judge"), CASES[:1])
+    assert server.bodies[0]["temperature"] == 0
+    judged(tmp_path / "none", Judge(server.url, "judge", temperature=None), CASES[:1])
+    assert "temperature" not in server.bodies[1]
+    judged(tmp_path / "half", Judge(server.url, "judge", temperature=0.5), CASES[:1])
+    assert server.bodies[2]["temperature"] == 0.5
+
+
+def test_an_endpoint_says_how_long_to_wait():
+    assert judge._asked_pause("2.5") == 2.5 and judge._asked_pause("3600") == 60
+    assert judge._asked_pause(None) is judge._asked_pause("soon") is judge._asked_pause("nan") is None
+    assert 3 < judge._asked_pause(formatdate(time.time() + 5, usegmt=True)) <= 5
+    assert judge._asked_pause("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -301,7 +370,7 @@ def test_an_endpoint_that_goes_down_keeps_the_work(stand, tmp_path):
 
 
 def test_an_endpoint_that_is_not_there_or_refuses(stand, tmp_path):
-    for code in (401, 402, 403, 404):
+    for code in (401, 402, 403, 404, 405, 410):
         server = stand(lambda right, n, code=code: code)
         with pytest.raises(JudgeError, match=f"the judge at {server.url} answers {code}"):
             judged(tmp_path, Judge(server.url, "judge"))
@@ -387,7 +456,19 @@ def test_a_judge_that_goes_down_or_refuses_leaves_its_scores(command, stand, tmp
         found = json.loads((tmp_path / "qa" / "scores.json").read_text())["judge"]["aspects"]
         assert (found["correctness"]["score"], found["correctness"]["refused"]) == (4.0, 1)
         assert again or command(*arguments) == 2
-    assert server.asked["right"] == 1
+    assert server.asked["right"] == 2  # once in each run
+
+
+def test_an_endpoint_that_takes_no_temperature(command, stand, tmp_path, capsys):
+    """As some reasoning models do: the first run says what to do, and doing it judges everything."""
+    server = stand(lambda right, n: 400 if "temperature" in server.bodies[-1] else "good")
+    arguments = (GENERIC, "--judge-url", server.url, "--judge-model", "judge", "--judge-parallel", "1")
+    assert command(*arguments) == 2
+    assert "where it takes no temperature: --judge-temperature None" in " ".join(capsys.readouterr().err.split())
+    assert command(*arguments, "--judge-temperature", "None") == 0
+    scores = json.loads((tmp_path / "qa" / "scores.json").read_text())["judge"]["aspects"]["correctness"]
+    assert (scores["judged"], scores["refused"], scores["temperature"]) == (2, 0, "left out")
+    assert command(*arguments) == 2 and "made with temperature 'left out'" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_signal_ends_with_scores(command, stand, tmp_path, capsys):
@@ -407,6 +488,8 @@ def test_a_judge_that_is_down_leaves_the_exact_scores(command, stand, tmp_path, 
         (("--judge-url", server.url), "--judge-model go together"),
         (("--judge-url", "ftp://x", "--judge-model", "m"), "--judge-url must begin"),
         (("--judge-parallel", "0"), "--judge-parallel must be above 0"),
+        (("--judge-timeout", "nan"), "--judge-timeout must be above 0"),
+        (("--judge-temperature", "-1"), "--judge-temperature must be 0 or more"),
         (("--answers", "gone.json"), "--answers gone.json"),
     ):
         assert command(GENERIC, *arguments) == 2 and message in " ".join(capsys.readouterr().err.split())

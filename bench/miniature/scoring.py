@@ -64,7 +64,7 @@ def figures_of(videos: Tensor, texts: Tensor, labels: Tensor) -> dict[str, float
     right = F.one_hot(which, len(used)).bool()
     scores = F.normalize(videos, dim=-1) @ F.normalize(texts[PLAIN:][used], dim=-1).T
     for way, matrix, marks in (("text to video", scores.T, right.T), ("video to text", scores, right)):
-        result = retrieval(matrix, marks)
+        result = retrieval(matrix, marks).tie_corrected
         found |= {f"{way} R@1": result.r1, f"{way} R@5": result.r5}
     return {name: round(value, 4) for name, value in found.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -46,6 +47,8 @@ class Qa(ChatModel):
     """Seconds a request may take."""
     judge_tries: int = 5
     """Times a request is sent before its answer counts as not judged."""
+    judge_temperature: float | None = 0.0
+    """Sent with each request; "None" sends none, for endpoints that refuse it."""
     aspects: tuple[Aspect, ...] = ()
     """What is judged; default: what the benchmark asks for."""
 
@@ -54,8 +57,10 @@ def run(command: Qa) -> int:
     """Check what can be checked at once, then evaluate. Returns 0, or 143 where judging was stopped and can go on."""
     command.check()
     for name in ("batch", "judge_parallel", "judge_tries", "judge_timeout"):
-        if getattr(command, name) <= 0:
+        if not 0 < getattr(command, name) < math.inf:
             raise CommandError(f"--{name.replace('_', '-')} must be above 0, got {getattr(command, name)}")
+    if command.judge_temperature is not None and not 0 <= command.judge_temperature < math.inf:
+        raise CommandError(f"--judge-temperature must be 0 or more, or None, got {command.judge_temperature}")
     for label, path in (("data", command.data), ("answers", command.answers)):
         if path is not None and not path.is_file():
             raise CommandError(f"--{label} {path}: there is no such file")

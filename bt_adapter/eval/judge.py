@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import re
+import math
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from typing import Any
 
 from bt_adapter.chat.rows import Rows
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
+from bt_adapter.eval.reply import read_verdict
 from bt_adapter.pretrain.loop import Stopped, signals
 from bt_adapter.progress import Progress
 
 PROMPTS = 1  # raised whenever the wording below changes: scores of two wordings do not compare
+_LONGEST_PAUSE = 60.0  # seconds waited between two requests, whatever the endpoint asks for
+_REFUSALS = 3  # in a row, and no fewer than run at once: the fault is then taken to be the request's form
 
 _ASPECTS = {
     "match": "whether the given answer means the same as the right one; synonyms and rewordings count as the same",
@@ -55,7 +59,7 @@ class _Unreachable(_NoVerdict):
 
 
 class _Refused(_NoVerdict):
-    """The endpoint will never judge this answer."""
+    """The endpoint does not take this request: its text is too long or filtered, or it takes none of this form."""
 
 
 class _Denied(_NoVerdict):
@@ -90,7 +94,8 @@ class Judge:
     """An endpoint ``url`` (".../v1") and the ``model`` asked there.
 
     key: sent as the bearer token. timeout: seconds a request may take. tries: of each request; pauses between them
-    begin with ``pause`` seconds and double, or are what the endpoint asks for. parallel: requests at once.
+    begin with ``pause`` seconds and double up to a minute, or are what the endpoint asks for. parallel: requests at
+    once. temperature: of the judge's replies; None sends none, for endpoints that refuse it.
     """
 
     url: str
@@ -100,6 +105,7 @@ class Judge:
     tries: int = 5
     pause: float = 1.0
     parallel: int = 8
+    temperature: float | None = 0.0
 
     def verdict(self, case: Case, aspect: str, stop: threading.Event) -> Verdict:
         """Ask until a verdict comes, or ``stop`` is set.
@@ -115,13 +121,16 @@ class Judge:
                 said = getattr(error, "reason", None) or error
                 last = _Unreachable(f"is not reached: {str(said) or type(error).__name__}")
             last.tries = attempt
-            pause = self.pause * 2 ** (attempt - 1) if last.pause is None else last.pause
+            pause = min(self.pause * 2 ** (attempt - 1), _LONGEST_PAUSE) if last.pause is None else last.pause
             if isinstance(last, (_Refused, _Denied)) or attempt == self.tries or stop.wait(pause):
                 break
         raise last
 
     def _post(self, messages: list[dict[str, str]]) -> Any:
-        body = json.dumps({"model": self.model, "messages": messages, "temperature": 0}).encode()
+        asked: dict[str, Any] = {"model": self.model, "messages": messages}
+        if self.temperature is not None:
+            asked["temperature"] = self.temperature
+        body = json.dumps(asked).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
         try:
@@ -141,34 +150,45 @@ def judge_all(
     """Verdicts on the cases that ``rows`` lacks; each is on disk as soon as it is there.
 
     A row: id, the given answers, tries (requests so far); then score, right (of "match") and how the endpoint named its
-    model; or score None and either "refused" or "failed" with the reason. "refused": this answer is never judged (too
-    long, filtered), and asked again only where the file is removed. "failed": only nonsense, or after all tries
-    nothing, came; it is asked again next time. Returns both kinds.
+    model; or score None and either "refused" with the endpoint's reason (too long, filtered) or "failed" where only
+    nonsense, or after all tries nothing, came. Both kinds are returned, and asked again next time, those refused last.
+    Until the endpoint has replied once, no row is written: what stands in the file is about a judge that works.
 
-    Raises JudgeError: the endpoint denies access, or ``judge.parallel`` cases in a row (or all) could not reach it.
-    Stopped: SIGINT or SIGTERM came. Requests under way are waited for and what they bring is kept, in both cases.
+    Raises JudgeError: the endpoint denies access; ``judge.parallel`` cases in a row (or all) could not reach it; or it
+    refuses, from the start or from one moment on, so many requests in a row (at least three, or all) that the fault
+    must lie in what all of them share. Stopped: SIGINT or SIGTERM came. Requests under way are waited for and what they
+    bring is kept, in all of these.
     """
-    skipped, pending = Skipped(), []
+    skipped, fresh, refused = Skipped(), [], []
     for case in cases:
         row = rows.done.get(case.id)
         if row is None or "failed" in row:
-            pending.append(case)
+            fresh.append(case)
+        elif "refused" in row:
+            refused.append(case)
         elif row["given"] != _given(case):
             raise CommandError(
                 f"{rows.path}: the verdict on {case.id!r} is about another answer than the one there now"
             )
-        elif "refused" in row:
-            skipped.add(case.id, row["refused"])
-    waiting, done, failing, stop = iter(pending), 0, 0, threading.Event()
+    pending = fresh + refused
+    waiting, done, stop = iter(pending), 0, threading.Event()
+    strikes = _Strikes(judge.parallel, len(pending), rows)
     trouble: _NoVerdict | None = None
     running: dict[Future[Verdict], Case] = {}
+    held: list[dict[str, Any]] = []  # rows that are written once the endpoint has replied
 
-    def keep(future: Future[Verdict]) -> Verdict | _NoVerdict:
+    def keep(future: Future[Verdict]) -> _NoVerdict | None:
         case, outcome = running.pop(future), _outcome(future)
-        rows.append([_row(case, outcome, rows.done.get(case.id))])
-        if isinstance(outcome, _NoVerdict):
-            skipped.add(case.id, str(outcome))
-        return outcome
+        before = rows.done.get(case.id)
+        held.append(_row(case, outcome, before))
+        if isinstance(outcome, (Verdict, _Nonsense)) or rows.done:
+            rows.append(held)
+            held.clear()
+        if isinstance(outcome, Verdict):
+            strikes.clear()
+            return None
+        skipped.add(case.id, str(outcome))
+        return outcome if strikes.is_trouble(outcome, before) else None
 
     with ThreadPoolExecutor(judge.parallel) as pool:
         try:
@@ -183,11 +203,7 @@ def judge_all(
                     if not running:
                         break
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        outcome, done = keep(future), done + 1
-                        failing = failing + 1 if isinstance(outcome, _Unreachable) else 0
-                        down = failing >= judge.parallel or failing == len(pending)
-                        if isinstance(outcome, _Denied) or (isinstance(outcome, _Unreachable) and down):
-                            trouble = outcome
+                        trouble, done = keep(future) or trouble, done + 1
                         if progress is not None:
                             progress(done, len(pending))
         finally:
@@ -201,8 +217,41 @@ def judge_all(
     if stopped:
         raise Stopped(f"stopped; {kept}")
     if trouble is not None:
-        raise JudgeError(f"the judge at {judge.url} {trouble}; {kept}") from trouble
+        raise JudgeError(f"the judge at {judge.url} {trouble}{_advice(judge, trouble)}; {kept}") from trouble
     return skipped
+
+
+class _Strikes:
+    """Counts cases in a row without a reply: an endpoint that takes no request is told from a few it does not take."""
+
+    def __init__(self, parallel: int, pending: int, rows: Rows) -> None:
+        self.parallel, self.pending, self.rows = parallel, pending, rows
+        self.unreached = self.refused = 0
+
+    def clear(self) -> None:
+        """The endpoint replied."""
+        self.unreached = self.refused = 0
+
+    def is_trouble(self, outcome: _NoVerdict, before: dict[str, Any] | None) -> bool:
+        """Count this outcome, and tell whether it is no use to go on. ``before``: the case's row of an earlier run."""
+        if isinstance(outcome, _Unreachable):
+            self.unreached += 1
+            return self.unreached >= self.parallel or self.unreached == self.pending
+        if isinstance(outcome, _Refused):
+            works = any(map(_judged, self.rows.done.values()))
+            if works and before is not None and "refused" in before:  # it was this answer then, and is again
+                return False
+            self.refused += 1
+            return self.refused >= max(_REFUSALS, self.parallel) or (not works and self.refused == self.pending)
+        if isinstance(outcome, _Nonsense):
+            self.clear()
+        return isinstance(outcome, _Denied)
+
+
+def _advice(judge: Judge, trouble: _NoVerdict) -> str:
+    if isinstance(trouble, _Refused) and judge.temperature is not None:
+        return " (where it takes no temperature: --judge-temperature None)"
+    return ""
 
 
 def summary(cases: Sequence[Case], aspect: str, rows: Rows) -> dict[str, Any]:
@@ -249,35 +298,19 @@ def _messages(case: Case, aspect: str) -> list[dict[str, str]]:
 
 
 def _read(reply: Any, aspect: str) -> Verdict:
-    """The verdict in a reply. Raises _Nonsense."""
+    """The verdict in an endpoint's reply. Raises _Nonsense."""
     try:
-        text = reply["choices"][0]["message"]["content"]
-        found = re.search(r"\{[^{}]*\}", text)
-    except (KeyError, IndexError, TypeError) as error:
+        choice = reply["choices"][0]
+        content = choice["message"]["content"]
+        text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise _Nonsense(f"no message in the reply: {str(reply)[:100]}") from error
-    said = _parse(found[0]) if found else {}
-    score = said.get("score")
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 5:
-        raise _Nonsense(f"no score of 0 to 5 in the reply: {text[:100]!r}")
-    right = None
-    if aspect == "match":
-        word = str(said.get("right", said.get("pred"))).strip().lower()
-        if word not in ("yes", "no", "true", "false"):
-            raise _Nonsense(f"neither yes nor no in the reply: {text[:100]!r}")
-        right = word in ("yes", "true")
-    return Verdict(float(score), right, reply.get("model"), reply.get("system_fingerprint"))
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """JSON, or the Python dictionary that some models write instead; else nothing."""
-    for read in (json.loads, ast.literal_eval):
-        try:
-            found = read(text)
-        except (ValueError, SyntaxError):
-            continue
-        if isinstance(found, dict):
-            return found
-    return {}
+    try:
+        score, right = read_verdict(text, aspect == "match")
+    except ValueError as error:
+        cut = ", which was cut off at the endpoint's limit" if choice.get("finish_reason") == "length" else ""
+        raise _Nonsense(f"{error} in the reply{cut}: {text[-100:]!r}") from error
+    return Verdict(score, right, reply.get("model"), reply.get("system_fingerprint"))
 
 
 def _given(case: Case) -> list[str]:
@@ -311,13 +344,22 @@ def _row(case: Case, outcome: Verdict | _NoVerdict, before: dict[str, Any] | Non
 def _of_status(error: urllib.error.HTTPError) -> _NoVerdict:
     """What a status other than 2xx means for the case it answers."""
     code, said = error.code, " ".join(error.read(300).decode(errors="replace").split())
-    if code in (408, 409, 429) or code >= 500:
+    if code in (408, 409, 425, 429) or code >= 500:
         return _Unreachable(f"answers {code}: {said}", _asked_pause(error.headers.get("Retry-After")))
-    if code in (401, 402, 403, 404) or code < 400:  # key, credit, address or model: wrong for every case
+    if code not in (400, 413, 422, 451):  # key, credit, address, method or model: wrong for every case
         return _Denied(f"answers {code}: {said}")
     return _Refused(f"refuses with {code}: {said}")
 
 
 def _asked_pause(header: str | None) -> float | None:
-    """Seconds of a Retry-After, at most a minute."""
-    return min(float(header), 60.0) if header and re.fullmatch(r"\d+(\.\d+)?", header.strip()) else None
+    """Seconds of a Retry-After, which is a number of seconds or a date; at most a minute."""
+    if not header:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):  # neither, or a date without a zone
+            return None
+    return min(max(seconds, 0.0), _LONGEST_PAUSE) if math.isfinite(seconds) else None

@@ -27,6 +27,11 @@ from bt_adapter.eval.judge import ASPECTS, PROMPTS, Case, Judge, judge_all, summ
 from bt_adapter.eval.report import print_table, versions, write_json
 
 _ARTICLES = {"a", "an", "the"}
+_APOSTROPHES = re.compile("['\u2018\u2019\u02bc`]")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
+_CJK = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
+# points that are not decimal, hyphens, and dashes that are no minus sign
+_MARKS = re.compile(r"(?<!\d)\.|\.(?!\d)|(?<=\w)-|-(?!\d)")
 
 
 @dataclass(frozen=True)
@@ -136,18 +141,30 @@ def exact_scores(items: Sequence[Item], given: dict[str, str]) -> dict[str, Any]
         pairs = [(normalise(given[key]), normalise(item.answer)) for item in members for key in _keys(item)]
         shares[kind] = {
             "n": len(pairs),
-            "exact": sum(said == right for said, right in pairs) / len(pairs),
-            "contained": sum(f" {right} " in f" {said} " for said, right in pairs) / len(pairs),
+            "exact": sum(bool(right) and said == right for said, right in pairs) / len(pairs),
+            "contained": sum(bool(right) and f" {right} " in f" {said} " for said, right in pairs) / len(pairs),
         }
     whole = shares.pop(None)
     return {"exact": whole["exact"], "contained": whole["contained"], "questions": whole["n"], "kinds": shares}
 
 
 def normalise(text: str) -> str:
-    """Lower case, without accents' variants, punctuation and articles, single spaces."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    words = re.sub(r"[^\w\s]", " ", text.replace("'", "")).split()
-    return " ".join(word for word in words if word not in _ARTICLES)
+    """Bring an answer into the form that exact match compares.
+
+    Lower case, compatible characters made the same (NFKC), apostrophes and the commas of thousands removed, other
+    punctuation and articles left out, single spaces. Decimal points, minus signs before a number and symbols (C++, $)
+    stay: they change what is said. Each Chinese or Japanese character is a word. An answer of nothing but articles
+    keeps its last one ("A" may be a choice), one of nothing but punctuation stays as it is; only blank ones are empty.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold().strip()
+    plain = _CJK.sub(r" \1 ", _THOUSANDS.sub("", _APOSTROPHES.sub("", text)))
+    words = _MARKS.sub(" ", "".join(map(_without_punctuation, plain))).split()
+    return " ".join([word for word in words if word not in _ARTICLES] or words[-1:]) or text
+
+
+def _without_punctuation(letter: str) -> str:
+    kind = unicodedata.category(letter)
+    return "" if kind == "Cf" else " " if kind.startswith("P") and letter not in ".-" else letter
 
 
 def aspects_of(items: Sequence[Item], data: Path) -> tuple[str, ...]:
@@ -164,10 +181,12 @@ def _judge(command: Qa, cases: Sequence[Case], aspects: Sequence[str], notes: Co
     key = os.environ.get(command.judge_key)
     judge = Judge(
         command.judge_url, command.judge_model, key, command.judge_timeout, command.judge_tries,
-        parallel=command.judge_parallel,
+        parallel=command.judge_parallel, temperature=command.judge_temperature,
     )  # fmt: skip
     for aspect in aspects:
         about = {"url": judge.url, "model": judge.model, "prompts": PROMPTS, "aspect": aspect}
+        if judge.temperature != 0:  # verdicts from before there was a choice were asked for with 0
+            about["temperature"] = "left out" if judge.temperature is None else judge.temperature
         with Rows(_verdicts(command.out, aspect), about) as rows:
             with progress_bar(notes, f"judging {aspect}") as progress:
                 skipped = judge_all(judge, cases, aspect, rows, progress)
@@ -175,10 +194,7 @@ def _judge(command: Qa, cases: Sequence[Case], aspects: Sequence[str], notes: Co
         if skipped:
             notes.print(f"no verdict on {aspect}: {skipped.report(10)}", markup=False, style="yellow")
         if refused:
-            notes.print(
-                f"{refused} of them are refused, and asked again only where {rows.path} is removed",
-                markup=False, style="yellow",
-            )  # fmt: skip
+            notes.print(f"{refused} of them are refused; the next run asks again", markup=False, style="yellow")
 
 
 def _verdicts(folder: Path, aspect: str) -> Path:

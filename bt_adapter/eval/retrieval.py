@@ -19,6 +19,7 @@ from bt_adapter.text import TextEncoder
 
 Encode = Callable[[Sequence[str]], Tensor]
 _TEXTS = 256  # captions encoded at once
+_RANKS = ("median_rank", "mean_rank")
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,10 @@ def rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             if name in part:
                 one = part[name]
                 shares = [f"{100 * one[key]:.1f}" for key in ("r1", "r5", "r10")]
-                places = [f"{one['median_rank']:.1f}", f"{one['mean_rank']:.1f}"]
-                found.append([title + label, *shares, *places, str(one["queries"]), str(one["tied"])])
-    return ["%", "R@1", "R@5", "R@10", "MdR", "MnR", "queries", "tied"], found
+                ranks = [f"{each[key]:.1f}" for each in (one, one["tie_corrected"]) for key in _RANKS]
+                found.append([title + label, *shares, *ranks, str(one["queries"]), str(one["tied"])])
+    corrected = ("MdR,\ntie-corrected", "MnR,\ntie-corrected")
+    return ["%", "R@1", "R@5", "R@10", "MdR", "MnR", *corrected, "queries", "tied"], found
 
 
 class Quick(NamedTuple):

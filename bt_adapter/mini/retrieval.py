@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
-from bt_adapter.ranking import ranks
+from bt_adapter.ranking import ranks, tie_corrected
 
 from .clip import load_clip, normalise, text_embeds
 from .items import ITEMS, Items, load_items
@@ -52,7 +52,7 @@ def score(videos: torch.Tensor, texts: torch.Tensor) -> tuple[dict[str, Any], di
     figures: dict[str, Any] = {"n": len(labels)}
     hits = {}
     for name, matrix in (("text_to_video", similarity.T), ("video_to_text", similarity)):
-        place, _ = ranks(matrix, torch.eye(len(matrix), dtype=torch.bool))
+        place = tie_corrected(*ranks(matrix, torch.eye(len(matrix), dtype=torch.bool)))
         hits[name] = place <= 1
         figures[name] = {f"R@{k}": round((place <= k).float().mean().item(), 4) for k in (1, 5, 10)}
         figures[name]["mean_rank"] = round(place.mean().item(), 2)
