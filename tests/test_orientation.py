@@ -43,7 +43,7 @@ def corners(pixels) -> str:
 
 
 @pytest.mark.parametrize("number", ORIENTATIONS)
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff", "avif"])
 def test_pictures(tmp_path, suffix, number):
     path, tags = tmp_path / f"picture.{suffix}", Image.Exif()
     tags[0x112] = number

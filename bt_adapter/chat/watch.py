@@ -21,7 +21,6 @@ from bt_adapter.progress import Progress
 if TYPE_CHECKING:
     from bt_adapter.chat.engine import VideoChat
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Frames held at once as they were decoded: 16 of 1080p take 100 MB.
 _CHUNK = 16
 

@@ -76,7 +76,8 @@ class Chat(ChatModel):
     video: UseAppendAction[Annotated[tuple[Path, ...], arg(metavar="FILE")]] = ()
     """Video file, anything FFmpeg decodes; may be given several times."""
     image: UseAppendAction[Annotated[tuple[Path, ...], arg(metavar="FILE")]] = ()
-    """Still image (PNG, JPEG, WebP, BMP); may be given several times. Stills come after the videos."""
+    """Still image (JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF, PPM); may be given several times. Stills come
+    after the videos."""
     compile: bool = False
     """Keys and values of a fixed size and, on a GPU, compiled decoding: faster after a first answer of minutes."""
 

@@ -1,36 +1,97 @@
-"""Picture files to pixels, with PyAV."""
+"""Picture files to pixels, with Pillow."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import stat
+from typing import BinaryIO
 
-import av
 import numpy as np
 import torch
-from av.error import FFmpegError
+from PIL import Image, UnidentifiedImageError
 
 from ._decode import VideoError
-from .orientation import upright
 
-_FORMATS = "png_pipe,jpeg_pipe,mjpeg,image2,webp_pipe,bmp_pipe,gif"
+# Pillow's names, and what the formats are called. A format that is not here is not tried: some run other programs.
+FORMATS = {
+    "JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP", "DIB": "BMP", "TIFF": "TIFF",
+    "JPEG2000": "JPEG 2000", "AVIF": "AVIF", "PPM": "PPM",
+}  # fmt: skip
+_ORIENTATION_TAG = 0x0112  # of EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIXTEEN_BITS = 65535
 
 
 def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
-    """A PNG, JPEG, WebP, BMP or GIF file (its first picture) as uint8 ``[3, H, W]``, RGB, upright.
+    """Read a picture file as uint8 ``[3, H, W]``, RGB, turned upright as its EXIF orientation says.
 
-    Raises VideoError naming the file.
+    JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF and PPM are read; the content decides, not the name. Of an
+    animation or a file of several pages it is the first picture. Gray, palettes and CMYK become RGB and 16 bits a
+    colour 8; transparency is left out, as CLIP's own preprocessing does, and colour profiles are not applied.
+
+    Pillow's settings are heeded: ``PIL.Image.MAX_IMAGE_PIXELS`` (twice as many pixels are an error) and
+    ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` (without it, a file that is cut short is an error).
+
+    Raises:
+        VideoError: the file is missing, no regular file, of another format, cut short, damaged or too large; the
+            message names it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise VideoError(f"{path}: {'is a directory, not an image' if path.is_dir() else 'no such file'}")
+    name = os.fspath(path)
     try:
-        options = {"format_whitelist": _FORMATS}
-        with av.open(str(path.absolute()), "r", options=options, metadata_errors="replace") as container:
-            frame = next(container.decode(video=0), None)
-    except (FFmpegError, OSError, ValueError, IndexError) as error:
-        raise VideoError(f"{path}: cannot be read as an image ({error})") from error
-    if frame is None:
-        raise VideoError(f"{path}: holds no image")
-    rgb = upright(frame.to_ndarray(format="rgb24"), frame)
-    return torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)
+        mode = os.stat(name).st_mode
+        if not stat.S_ISREG(mode):
+            raise VideoError(f"{name}: is {'a directory' if stat.S_ISDIR(mode) else 'no regular file'}, not a picture")
+        with open(name, "rb") as file:
+            pixels = _pixels(file)
+    except VideoError:
+        raise
+    except FileNotFoundError as error:
+        raise VideoError(f"{name}: no such file") from error
+    except UnidentifiedImageError as error:
+        known = ", ".join(dict.fromkeys(FORMATS.values()))
+        raise VideoError(
+            f"{name}: cannot be read as an image: it is none of {known}, or its beginning is damaged"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise VideoError(f"{name}: has too many pixels; PIL.Image.MAX_IMAGE_PIXELS sets how many ({error})") from error
+    except MemoryError as error:
+        raise VideoError(f"{name}: takes more memory than there is") from error
+    except Exception as error:  # its readers raise many: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+        words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise VideoError(f"{name}: cannot be read as an image ({words})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _pixels(file: BinaryIO) -> np.ndarray:
+    """uint8 ``[H, W, 3]``, an array of its own."""
+    Image.init()  # before, Pillow knows the commonest formats only
+    with Image.open(file, formats=tuple(FORMATS)) as image:
+        image.load()
+        try:
+            turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
+        except Exception:  # EXIF that cannot be read says nothing; the picture itself is whole
+            turn = None
+        picture = _eight_bits(image)
+        if picture.mode == "P":
+            picture = picture.convert("RGBA")  # straight to RGB, Pillow warns where a palette has transparent colours
+        picture = picture.convert("RGB")
+        return np.array(picture if turn is None else picture.transpose(turn))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The picture itself, or one of 8 bits of a gray one of 16. Raises ValueError for other depths."""
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not wide and image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers; pictures of 8 or 16 bits a colour are read")
+    if not wide:
+        return image
+    gray = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((gray * 255 + _SIXTEEN_BITS // 2) // _SIXTEEN_BITS).astype(np.uint8))
