@@ -6,16 +6,20 @@ first; X a tower layer's output [B, T, 1+P, D]. Formulas: arXiv 2309.15785, sect
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bt_adapter import fused
 from bt_adapter.config import BTAdapterConfig, TowerConfig
-from bt_adapter.tower import LayerWeights, branch_attention
+from bt_adapter.tower import EvaAttention, LayerWeights, PackedAttention, branch_attention
 from bt_kernels import VisibleTokens, gather_embed, gather_merge, spatial_attention, temporal_attention
+from bt_kernels.nn.stochastic_depth import frame_weight_and_row_scale, sequence_row_scale
+from bt_kernels.plain import why_not_all_plain
 
 _SPATIAL_EPS = 1e-5  # for CLIP and EVA alike; EVA's tower and temporal layers use 1e-6
 
@@ -38,10 +42,9 @@ class TemporalLayer(nn.Module):
         that ``fc``'s bias survives a drop.
         """
         cls, rows = z[:, :1], z[:, 1:]
-        attended = temporal_attention(self.attention.qkv(self.norm(rows)), visible).flatten(2)
-        update = self.attention.out_proj(attended)
+        update = self.attention(self.norm(rows), lambda qkv: temporal_attention(qkv, visible))
         if scale is not None:
-            update = update * scale.gather(1, visible.sequence_ids())[:, :, None].to(update.dtype)
+            update = update * sequence_row_scale(scale, visible).to(update.dtype)
         return torch.cat([cls, rows + self.fc(update)], 1)
 
 
@@ -53,22 +56,32 @@ class SpatialLayer(LayerWeights):
 
     def forward(self, z: Tensor, visible: VisibleTokens, scale: Tensor | None) -> Tensor:
         """One layer on ``z``; ``scale`` [B, steps] is stochastic depth's draw over its keep probability."""
-        qkv = self.attention.qkv(self.norm1(z))
-        out = self.attention.out_proj
-        if scale is None:
-            update = out(spatial_attention(qkv, visible).flatten(2))
-        else:
-            # Each frame's result is scaled and CLS takes their mean. The output projection is affine, so the weights
-            # go into the attention's mean over frames and onto the bias.
-            weight = scale * visible.step_weights(scale)  # [B, steps]
-            attended = spatial_attention(qkv, visible, weight).flatten(2)
-            rows = scale.gather(1, visible.step_ids())  # [B, N]
-            product_scale = torch.cat([torch.ones_like(rows[:, :1]), rows], 1)[:, :, None]
-            bias_scale = torch.cat([weight.sum(1, keepdim=True), rows], 1)[:, :, None]
-            update = F.linear(attended, out.weight)
-            update = update * product_scale.to(update.dtype) + bias_scale.to(update.dtype) * out.bias
+        # Each frame's result is scaled, and CLS takes the mean of the scaled ones: weights inside the attention's mean
+        # over frames, and one scale for each row, so that the projections are called once, as modules.
+        weight = row_scale = None
+        if scale is not None:
+            weight, row_scale = frame_weight_and_row_scale(scale, visible)
+        update = self.attention(self.norm1(z), lambda qkv: spatial_attention(qkv, visible, weight))
+        if row_scale is not None:
+            update = update * row_scale.to(update.dtype)
         z = z + update
         return z + self.mlp(self.norm2(z))
+
+
+# what the fused layers know how to compute; anything else in a layer is called
+_PLAIN_PARTS = (TemporalLayer, SpatialLayer, PackedAttention, EvaAttention)
+
+
+def _are_plain(temporal: nn.Module, spatial: nn.Module) -> bool:
+    """Whether two layers may be computed from their weights: nothing in them replaced or wrapped, no bias left out."""
+    for layer in (temporal, spatial):
+        if why_not_all_plain(layer, _PLAIN_PARTS) is not None:
+            return False
+        for part in layer.children():
+            part = part.out_proj if isinstance(part, (PackedAttention, EvaAttention)) else part
+            if getattr(part, "weight", None) is None or getattr(part, "bias", None) is None:
+                return False
+    return True
 
 
 def _gate(slope: float | None, parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -109,10 +122,57 @@ class Branch(nn.Module):
             self.alignment_head = nn.Sequential(nn.Linear(width, shared), nn.LayerNorm(shared))
         self.drop_rates = [config.drop_path * layer / max(config.depth - 1, 1) for layer in range(config.depth)]
 
+    def forward(
+        self,
+        states: Iterable[Tensor],
+        position: Tensor,
+        visible: VisibleTokens,
+        draws: Iterator[Tensor] | None = None,
+        after: Callable[[int, Tensor], object] | None = None,
+    ) -> Tensor:
+        """Run one branch layer for each of the tower's states, as they come.
+
+        Args:
+            states: outputs X of the tower layers beside the branch's layers, ``[B, T, 1+P, D]`` each, in order. The
+                next is asked for when the layer before it is done.
+            position: the tower's table of places, ``[1+P, D]``.
+            visible: which tokens the branch sees.
+            draws: of stochastic depth, as in the model's forward.
+            after: told the number of each layer and z after it.
+
+        Returns:
+            z after the last of these layers, ``[B, 1+N, D]``, CLS first.
+
+        Raises:
+            RuntimeError: the branch's own parameters are sharded over processes and not gathered.
+        """
+        self._check_whole()
+        z: Any = None
+        for layer, tokens in enumerate(states):
+            z = self.embed(tokens, position, visible) if z is None else self.merge(tokens, z, visible)
+            z = self.run_layer(layer, z, visible, draws)
+            if after is not None:
+                after(layer, z)
+        return z
+
+    def _check_whole(self) -> None:
+        if hasattr(self.cls_token, "full_tensor"):  # a DTensor
+            raise RuntimeError(
+                "the branch's parameters are sharded (fully_shard) and not gathered here: call the sharded model "
+                "itself, or its unshard() before"
+            )
+
     def embed(self, tokens: Tensor, position: Tensor, visible: VisibleTokens) -> Tensor:
-        """The first layer's input from X and the tower's position table: ``[B, 1+N, D]``."""
-        dtype = self.time.dtype
-        return gather_embed(tokens.to(dtype), self.cls_token, position.to(dtype), self.time, visible)
+        """The first layer's input from X and the tower's position table: ``[B, 1+N, D]``.
+
+        ``visible`` of more frames than the time table has rows: the table is interpolated to so many.
+        """
+        dtype, time = self.time.dtype, self.time
+        if visible.frames > len(time):
+            rows = time.T[None].float()  # [1, D, rows]
+            wide = F.interpolate(rows, visible.frames, mode="linear", align_corners=True)
+            time = wide[0].T.to(dtype).contiguous()
+        return gather_embed(tokens.to(dtype), self.cls_token, position.to(dtype), time, visible)
 
     def merge(self, tokens: Tensor, z: Tensor, visible: VisibleTokens) -> Tensor:
         """A later layer's input: X mixed into the branch through the merge gate."""
@@ -130,16 +190,20 @@ class Branch(nn.Module):
 
         time_scale, space_scale = scale(visible.sequences), scale(visible.steps)
         temporal, spatial = self.temporal[layer], self.spatial[layer]
-        if self.config.fused:
+        if self.config.fused and _are_plain(temporal, spatial):
             z = fused.run_layer(z, temporal, spatial, visible, time_scale, space_scale, self.config.recompute)
+        elif self.config.recompute != "none" and torch.is_grad_enabled():
+            # called as modules, of which no part is known to be left out alone: the whole layer runs again in backward
+            z = checkpoint(_call, temporal, spatial, z, visible, time_scale, space_scale, use_reentrant=False)
         else:
-            z = spatial(temporal(z, visible, time_scale), visible, space_scale)
+            z = _call(temporal, spatial, z, visible, time_scale, space_scale)
         if self.config.drop_block and (kept := scale(1)) is not None:
             z = z * kept[:, :, None].to(z.dtype)
         return z
 
     def mix_output(self, z_cls: Tensor, tower_cls: Tensor) -> Tensor:
         """CLS of each frame, ``[B, D]`` and ``[B, T, D]`` to ``[B, T, D]``, through the output gate."""
+        self._check_whole()
         gate = _gate(self.config.output_gate_slope, self.output_gate, z_cls.dtype)
         if gate is None:
             return z_cls[:, None] + tower_cls
@@ -155,3 +219,10 @@ class Branch(nn.Module):
         else:
             kept = next(draws).to(like.device).reshape(batch, count)
         return kept.to(dtype) / (1 - rate)
+
+
+def _call(
+    temporal: nn.Module, spatial: nn.Module, z: Tensor, visible: VisibleTokens, time_scale: Tensor | None,
+    space_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return spatial(temporal(z, visible, time_scale), visible, space_scale)

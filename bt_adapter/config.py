@@ -114,8 +114,9 @@ class BTAdapterConfig:
             included; kept for parity, off by default.
         recompute: what backward computes again instead of keeping it: "none" of the matrix products; "mlp": each
             layer's first MLP product; "layer": each layer, of which the input alone is kept (``bt_adapter.fused``).
-        fused: run the layers of ``bt_adapter.fused``; False: the plain ones of ``bt_adapter.branch``, which know
-            "none" alone.
+        fused: run the layers of ``bt_adapter.fused`` wherever every part of a layer is as it was built; a layer in
+            which something was replaced or wrapped (an adapter, a hook) is called instead. False: the plain ones of
+            ``bt_adapter.branch`` always, which know "none" alone.
     """
 
     depth: int = 4

@@ -1,11 +1,16 @@
-"""The contrastive loss of pretraining. (Token alignment is an op: ``bt_kernels.alignment_loss``.)"""
+"""Losses of pretraining: the contrastive one, and token alignment where its op cannot serve."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from bt_kernels import VisibleTokens
+from bt_kernels._layout import patch_rows
 
 
 def contrastive_loss(
@@ -40,6 +45,36 @@ def contrastive_loss(
         to_text = video @ _Gathered.apply(text, group).T / temperature
         to_video = text @ _Gathered.apply(video, group).T / temperature
         return F.cross_entropy(to_text, labels) + F.cross_entropy(to_video, labels)
+
+
+def called_alignment(
+    branch: Tensor,
+    target: Tensor,
+    visible: VisibleTokens,
+    head: Callable[[Tensor], Tensor],
+    project: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Masked branch token alignment by calling the head as a module; ``bt_kernels.alignment_loss`` reads its weights.
+
+    Mean over the visible tokens of ``2 - 2·cos(a, b)`` (arXiv 2309.15785 section 3.2), a = ``head`` of the branch's
+    tokens, b = ``project`` of the tower's at the same places. No gradient flows to the tower's side.
+
+    Args:
+        branch: ``[B, 1+N, D]``, CLS first. target: ``[B, T, 1+P, D]``.
+        visible: which tokens.
+        head: ``[B, N, D]`` to ``[B, N, F]``. project: the same, of the tower.
+
+    Returns:
+        A scalar of the dtype of ``branch``; 0 where nothing is visible.
+    """
+    wide = torch.promote_types(branch.dtype, torch.float32)
+    index = visible.target_index
+    real = index >= 0
+    with torch.no_grad():
+        wanted = project(patch_rows(target, index)).to(wide)
+    found = head(branch[:, 1:].masked_fill(~real[:, :, None], 0)).to(wide)
+    loss = (2 - 2 * F.cosine_similarity(found, wanted, dim=-1)) * real
+    return (loss.sum() / real.sum().clamp(min=1)).to(branch.dtype)
 
 
 class _Gathered(torch.autograd.Function):

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from bt_adapter.branch import Branch
+from bt_adapter.branch import Branch, SpatialLayer
 from bt_adapter.config import BTAdapterConfig, TowerConfig
-from bt_adapter.losses import contrastive_loss
+from bt_adapter.losses import called_alignment, contrastive_loss
 from bt_adapter.names import pack_qkv
 from bt_adapter.progress import Progress, counter, nothing
-from bt_adapter.tower import Tower
+from bt_adapter.tower import PLAIN_PARTS, PackedAttention, Tower
 from bt_kernels import VisibleTokens, alignment_loss, pool_video_tokens
+from bt_kernels.plain import is_plain, why_not_all_plain
 
 
 @dataclass
@@ -77,6 +78,8 @@ class BTAdapterVisionModel(nn.Module):
         self.tower = Tower(config, only)
         self.branch = Branch(config, adapter_config, adapter_config.depth - 1 if self.chat_only else None)
         self.tower_name: str | None = None
+        # Where a wrapper (PEFT's, for one) stands in the branch's place, in a list, as it is no part of this module.
+        self.branch_wrapper: list[nn.Module] | None = None
 
     def requires_grad_(self, requires_grad: bool = True) -> BTAdapterVisionModel:
         """Of the branch; the tower stays frozen."""
@@ -112,7 +115,8 @@ class BTAdapterVisionModel(nn.Module):
         """Tower on every token, branch on the visible ones.
 
         Args:
-            pixel_values: normalised frames ``[B, T, 3, h, w]``, T ≤ ``max_frames``.
+            pixel_values: normalised frames ``[B, T, 3, h, w]``, T ≤ ``max_frames``. Where they ask for a gradient
+                they get one, and the tower keeps its activations.
             visible: what the branch sees; None: every token.
             draws: recorded draws of stochastic depth (0 = dropped, 1 = kept) in the order they are used: for each
                 branch layer of non-zero rate the temporal ``[B·K]`` and the spatial ``[B·T]`` one (and ``[B]`` with
@@ -126,7 +130,7 @@ class BTAdapterVisionModel(nn.Module):
         self._check_pixels(pixel_values)
         batch, frames = pixel_values.shape[:2]
         visible = self._check_visible(visible, batch, frames, pixel_values.device)
-        tokens, z = self._run(self._embed(pixel_values), visible, 0, self.config.depth, draws)
+        tokens, z = self._run(self._embed(pixel_values), visible, self.config.depth, draws)
         cls = self.branch.mix_output(z[:, 0], tokens[:, :, 0].to(z.dtype))
         frame_embeds = self._project(self._final_norm(cls))
         if visible.frame_counts is None:
@@ -140,8 +144,7 @@ class BTAdapterVisionModel(nn.Module):
     def image_embeds(self, pixel_values: Tensor) -> Tensor:
         """The frozen tower's embeddings of still images, ``[n, 3, h, w]`` to ``[n, F]``, without the branch."""
         self._check_pixels(pixel_values, "[n, 3, h, w]")
-        with torch.no_grad():
-            return self.tower.image_embeds(pixel_values)
+        return self.tower.image_embeds(pixel_values)
 
     def video_tokens(
         self,
@@ -204,10 +207,9 @@ class BTAdapterVisionModel(nn.Module):
                 f"published code fails there too, or takes at most {2 * self.config.max_frames}); use windows='full'"
             )
         visible = VisibleTokens.all(batch, places - 1, steps, tokens.device, slots)
-        tokens, z = self._run(tokens, visible, 0, self.config.depth - 1, draws, merged, done)
+        tokens, z = self._run(tokens, visible, self.config.depth - 1, draws, merged, done)
         return pool_video_tokens(tokens.to(z.dtype), z, visible)
 
-    @torch.no_grad()
     def frame_mean_tokens(self, pixel_values: Tensor, progress: Progress | None = None) -> Tensor:
         """What :meth:`video_tokens` becomes without the branch: the mean over time of tower layer L-2's tokens.
 
@@ -264,17 +266,23 @@ class BTAdapterVisionModel(nn.Module):
         return self._project(mean)
 
     def token_alignment(self, output: BTAdapterOutput, visible: VisibleTokens | None = None) -> Tensor:
-        """MBTA, not weighted: a scalar. The branch must have an alignment head."""
+        """MBTA, not weighted: a scalar. The branch must have an alignment head; no gradient flows to the tower."""
         tower, head = self.tower, self.branch.alignment_head
         if head is None:
             raise ValueError("the branch must have an alignment head (alignment_head=True), but has none")
         linear: Any = head[0]
         norm: Any = head[1]
         dtype = output.branch_tokens.dtype
+        visible = output.visible if visible is None else visible
+        if not (_is_plain_head(head) and is_plain(tower.final_norm) and is_plain(tower.projection)):
+            tokens = output.backbone_tokens
+            return called_alignment(
+                output.branch_tokens, tokens, visible, head, lambda x: self._project(self._final_norm(x))
+            )
         return alignment_loss(
             output.branch_tokens,
             output.backbone_tokens.to(dtype),
-            output.visible if visible is None else visible,
+            visible,
             linear.weight.to(dtype),
             linear.bias.to(dtype),
             norm.weight.to(dtype),
@@ -302,10 +310,18 @@ class BTAdapterVisionModel(nn.Module):
 
     @torch.no_grad()
     def reset_spatial_layers(self) -> None:
-        """Start the spatial layers as a copy of the tower's layers beside them."""
+        """Start the spatial layers as a copy of the tower's layers beside them.
+
+        Raises:
+            ValueError: one of these layers was replaced or wrapped.
+        """
         for i, layer in enumerate(self.branch.spatial):
+            beside = self.tower.layers[self.first_branch_layer + i - self.tower.first_layer]
+            for name, module in (("tower", beside), ("branch", layer)):
+                if (reason := why_not_all_plain(module, (*PLAIN_PARTS, SpatialLayer, PackedAttention))) is not None:
+                    raise ValueError(f"spatial layer {i} can be copied from a plain layer alone, but {name}: {reason}")
             own = layer.state_dict()
-            source = pack_qkv(self.tower.layers[self.first_branch_layer + i - self.tower.first_layer].state_dict(), "")
+            source = pack_qkv(beside.state_dict(), "")
             layer.load_state_dict({name: source[name].to(own[name]) for name in own})
 
     @staticmethod
@@ -357,10 +373,8 @@ class BTAdapterVisionModel(nn.Module):
             )
         if features.shape[1] < 1:
             raise ValueError("features must hold at least one frame, but T is 0")
-        if features.device != self.tower.position.device:
-            raise ValueError(
-                f"features must be on the model's {self.tower.position.device}, but is on {features.device}"
-            )
+        if self.tower.device not in (None, features.device):
+            raise ValueError(f"features must be on the model's {self.tower.device}, but is on {features.device}")
         if not self.tower.first_layer <= start <= self.first_branch_layer:
             raise ValueError(
                 f"start_layer must lie in [{self.tower.first_layer}, {self.first_branch_layer}], but is {start}"
@@ -371,39 +385,40 @@ class BTAdapterVisionModel(nn.Module):
         self,
         tokens: Tensor,
         visible: VisibleTokens,
-        start: int,
-        stop: int,
+        layers: int,
         draws: Iterable[Tensor] | None,
         merged: int = 1,
         done: Callable[[], None] = nothing,
     ) -> tuple[Tensor, Tensor]:
-        """Tower and branch side by side over branch layers [start, stop): last X and last z."""
-        recorded: Iterator[Tensor] | None = None if draws is None else iter(draws)
-        z: Any = None
-        for layer in range(start, stop):
-            tokens = self._run_tower_layer(self.first_branch_layer + layer, tokens, done)
-            z = self._run_branch_layer(layer, tokens, z, visible, recorded, merged)
-            done()
+        """Tower and branch side by side over the first ``layers`` branch layers: last X and last z."""
+
+        def states() -> Iterator[Tensor]:
+            nonlocal tokens
+            for layer in range(layers):
+                tokens = self._run_tower_layer(self.first_branch_layer + layer, tokens, done)
+                yield self._seen(tokens, merged)
+                done()
+
+        z = self._call_branch(states(), visible, None if draws is None else iter(draws))
         return tokens, z
 
-    def _run_branch_layer(
+    def _seen(self, tokens: Tensor, merged: int) -> Tensor:
+        """What the branch reads of a tower layer's tokens: means of ``merged`` neighbouring frames."""
+        seen = average_frames(tokens, merged)
+        if seen is tokens and not self.config.fused and not tokens.requires_grad:
+            return tokens.clone()  # the plain layers keep it for backward, and the tower writes over its own
+        return seen
+
+    def _call_branch(
         self,
-        layer: int,
-        tokens: Tensor,
-        z: Tensor | None,
+        states: Iterable[Tensor],
         visible: VisibleTokens,
         draws: Iterator[Tensor] | None = None,
-        merged: int = 1,
+        after: Callable[[int, Tensor], object] | None = None,
     ) -> Tensor:
-        """z after branch layer ``layer``, which reads the tower layer beside it; z None: the first."""
-        seen = average_frames(tokens, merged)
-        if seen is tokens and not self.config.fused:
-            seen = tokens.clone()  # the plain layers keep it for backward, and the tower writes over its own
-        if z is None:
-            z = self.branch.embed(seen, self.tower.position, visible)
-        else:
-            z = self.branch.merge(seen, z, visible)
-        return self.branch.run_layer(layer, z, visible, draws)
+        """The branch called as a module, so that whatever wraps it takes part; see ``Branch.forward``."""
+        called = self.branch if self.branch_wrapper is None else self.branch_wrapper[0]
+        return called(states, self.tower.position, visible, draws, after)
 
     def _final_norm(self, tokens: Tensor) -> Tensor:
         return self.tower.final_norm(tokens.to(self.tower.dtype))
@@ -424,9 +439,9 @@ class BTAdapterVisionModel(nn.Module):
             )
         if pixel_values.ndim == 5 and pixel_values.shape[1] < 1:
             raise ValueError("pixel_values must hold at least one frame, but T is 0")
-        if pixel_values.device != self.tower.position.device:
+        if self.tower.device not in (None, pixel_values.device):
             raise ValueError(
-                f"pixel_values must be on the model's {self.tower.position.device}, but is on {pixel_values.device}"
+                f"pixel_values must be on the model's {self.tower.device}, but is on {pixel_values.device}"
             )
 
     def _check_visible(
@@ -459,6 +474,13 @@ def average_frames(tokens: Tensor, count: int) -> Tensor:
     if whole < tokens.shape[1]:
         means.append(tokens[:, whole:].mean(1, keepdim=True))
     return torch.cat(means, 1)
+
+
+def _is_plain_head(head: nn.Module) -> bool:
+    """Whether the alignment head is a linear layer and a LayerNorm with all their parameters, as it was built."""
+    if why_not_all_plain(head, (nn.Sequential,)) is not None:
+        return False
+    return all(getattr(part, name, None) is not None for part in head.children() for name in ("weight", "bias"))
 
 
 def _describe(value: Any) -> str:

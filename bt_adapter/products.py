@@ -20,6 +20,8 @@ def linear(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None = None) ->
     """``x·weightᵀ + bias`` in the dtype of ``x``: ``[..., I]`` by ``[O, I]`` to ``[..., O]``."""
     if isinstance(weight, Fp8Weight):
         return weight.linear(x, bias)
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be a float tensor, but is {weight.dtype}: a quantised layer must be called")
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if _by_onednn(x):

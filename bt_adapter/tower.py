@@ -18,6 +18,9 @@ from bt_adapter.fp8 import Fp8Weight
 from bt_adapter.fused import mlp
 from bt_adapter.products import linear
 from bt_adapter.progress import nothing
+from bt_kernels.plain import why_not_all_plain
+
+Attend = Callable[[Tensor], Tensor]  # q, k and v side by side, [..., 3, H, E], to [..., H, E]
 
 
 class ClipAttention(nn.Module):
@@ -30,6 +33,11 @@ class ClipAttention(nn.Module):
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """Attention among the tokens x, ``[n, s, D]`` to the same shape, by calling every projection as a module."""
+        parts = [p(x).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        return self.out_proj(attend(torch.stack(parts, -3)).flatten(-2))
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of ``[n, s, D]``, each ``[n, H, s, E]``."""
@@ -47,6 +55,10 @@ class PackedAttention(nn.Module):
         self.qkv_weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]))
         self.qkv_bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]))
         self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """Attention among the tokens x, ``[B, rows, D]`` to the same shape, by calling the projections."""
+        return self.out_proj(attend(self.qkv(x)).flatten(-2))
 
     def packed_bias(self) -> Tensor:
         """Bias of q, k and v, ``[3D]``."""
@@ -68,6 +80,10 @@ class EvaAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.out_proj = nn.Linear(width, width)
         nn.init.trunc_normal_(self.qkv_weight, std=0.02)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """Attention among the tokens x, ``[..., rows, D]`` to the same shape, by calling the projections."""
+        return self.out_proj(attend(self.qkv(x)).flatten(-2))
 
     def packed_bias(self) -> Tensor:
         """Bias of q, k and v, ``[3D]``; k's is zero."""
@@ -118,13 +134,20 @@ class LayerWeights(nn.Module):
 
 
 class TowerLayer(LayerWeights):
-    """One layer of the tower."""
+    """One layer of the tower: every token attends to all of its image, then the MLP."""
 
     def __init__(self, config: TowerConfig, eps: float):
         super().__init__(config, eps, _tower_attention(config))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, 1+P, D]`` to the same shape, written over ``x``; every token attends to all of its image."""
+        """``[n, 1+P, D]`` to the same shape. Without gradients, and where every part is plain, written over ``x``.
+
+        Where gradients are enabled, or a part was replaced or wrapped (``bt_kernels.plain``), each part is called as a
+        module, and ``x`` stays as it is.
+        """
+        if torch.is_grad_enabled() or why_not_all_plain(self, PLAIN_PARTS) is not None:
+            x = x + self.attention(self.norm1(x), _attend_within_images)
+            return x + self.mlp(self.norm2(x))
         attended = F.scaled_dot_product_attention(*self.attention.split(self.norm1(x))).transpose(1, 2).flatten(2)
         out = self.attention.out_proj
         x += linear(attended, out.weight, out.bias)
@@ -133,12 +156,22 @@ class TowerLayer(LayerWeights):
         return x
 
 
+PLAIN_PARTS = (TowerLayer, ClipAttention, EvaAttention, Fp8Weight)
+
+
+def _attend_within_images(qkv: Tensor) -> Tensor:
+    """``[n, s, 3, H, E]`` to ``[n, s, H, E]``: each token attends to all s tokens of its image."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
 class Tower(nn.Module):
     """A frozen CLIP or EVA-CLIP vision tower on single images.
 
     With ``only_layers`` = (first, stop) it holds these layers alone and no embeddings, final norm or projection: what
-    a model of stored features needs. It never trains: parameters ask for no gradient and ``train()`` leaves it in
-    evaluation mode.
+    a model of stored features needs. It never trains: ``requires_grad_(True)`` leaves its own parameters frozen and
+    ``train()`` leaves it in evaluation mode. What is put into it later may learn: where a parameter in it (an
+    adapter's, say) or the images ask for a gradient, they get one, at the price of keeping every layer's activations.
     """
 
     def __init__(self, config: TowerConfig, only_layers: tuple[int, int] | None = None):
@@ -205,7 +238,8 @@ class Tower(nn.Module):
             fp8: products with 8-bit weights and rows; for GPUs of compute capability 8.9 or more. There is no way back.
 
         Raises:
-            ValueError: ``chunk`` is not positive, or ``graphs`` is asked for and there is no CUDA device.
+            ValueError: ``chunk`` is not positive, ``graphs`` is asked for and there is no CUDA device, or ``fp8`` and
+                a layer was replaced or wrapped.
         """
         if chunk is not None:
             if chunk < 1:
@@ -214,6 +248,8 @@ class Tower(nn.Module):
         if dtype is not None:
             self.to(dtype)
         if fp8:
+            if (reason := why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList))) is not None:
+                raise ValueError(f"fp8 needs the tower's layers as they were built, but {reason}")
             weights = [
                 (module, name, weight)
                 for module in self.layers.modules()
@@ -238,47 +274,80 @@ class Tower(nn.Module):
         cls = self.class_embedding.expand(len(images), 1, -1)
         return self.pre_norm(torch.cat([cls, patches], 1) + self.position)
 
-    @torch.no_grad()
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.position.device
+
+    def learns(self, images: Tensor) -> bool:
+        """Whether a gradient is asked for: of ``images`` (or tokens of them), or of a parameter inside the tower."""
+        asked = torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if asked and self.is_fp8:
+            raise ValueError("a tower in 8 bits (optimize(fp8=True)) gives no gradients, but one is asked for")
+        return asked
+
     def run(self, images: Tensor, stop: int, done: Callable[[], None] = nothing) -> Tensor:
         """Normalised images ``[n, 3, h, w]`` to the input of layer ``stop``, a chunk at a time: ``[n, 1+P, D]``.
 
         ``done`` is called as each chunk leaves a layer.
         """
+        learns = self.learns(images)
 
         def first_layers(piece: Tensor) -> Tensor:
             x = self.embed(piece)
             for layer in range(stop):
                 x = self.layers[layer](x)
-                if self._recorded is None:  # a recording calls nothing when it is replayed
+                if learns or self._recorded is None:  # a recording calls nothing when it is replayed
                     done()
             return x
 
-        if len(images) <= self.chunk and self._recorded is None:
-            return first_layers(images)
-        state = self.position.new_empty(len(images), *self.position.shape)
-        for start in range(0, len(images), self.chunk):
-            piece = images[start : start + self.chunk]
-            state[start : start + self.chunk] = self._run(("first", stop), first_layers, piece)
-            for _ in range(0 if self._recorded is None else stop):
-                done()
-        return state
+        if learns:
+            return torch.cat([first_layers(piece) for piece in images.split(self.chunk)])
+        with torch.no_grad():
+            recorded = self._replays()
+            if len(images) <= self.chunk and not recorded:
+                return first_layers(images)
+            state = self.position.new_empty(len(images), *self.position.shape)
+            for start in range(0, len(images), self.chunk):
+                piece = images[start : start + self.chunk]
+                state[start : start + self.chunk] = self._run(("first", stop), first_layers, piece, recorded)
+                for _ in range(0 if self._recorded is None else stop):
+                    done()
+            return state
 
-    @torch.no_grad()
     def run_layer(self, layer: int, x: Tensor, done: Callable[[], None] = nothing) -> Tensor:
-        """Output of layer ``layer`` (0-based in the whole tower) on ``[n, 1+P, D]``, written over ``x``."""
-        for piece in x.split(self.chunk):
-            result = self._run(layer, self.layers[layer - self.first_layer], piece)
-            if result is not piece:
-                piece.copy_(result)
-            done()
+        """Output of layer ``layer`` (0-based in the whole tower) on ``[n, 1+P, D]``.
+
+        Written over ``x``, unless gradients are asked for (:meth:`learns`).
+        """
+        module = self.layers[layer - self.first_layer]
+        if self.learns(x):
+            results = []
+            for piece in x.split(self.chunk):
+                results.append(module(piece))
+                done()
+            return torch.cat(results)
+        with torch.no_grad():
+            recorded = self._replays()
+            for piece in x.split(self.chunk):
+                result = self._run(layer, module, piece, recorded)
+                if result is not piece:
+                    piece.copy_(result)
+                done()
         return x
 
     def chunks(self, images: int) -> int:
         """How many chunks that many images make."""
         return -(-images // self.chunk)
 
-    def _run(self, name: Any, function: Callable[[Tensor], Tensor], piece: Tensor) -> Tensor:
-        return function(piece) if self._recorded is None else self._recorded(name, function, piece)
+    def _replays(self) -> bool:
+        """Whether recordings serve. One made before a layer was wrapped or replaced would leave that out."""
+        return self._recorded is not None and why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList)) is None
+
+    def _run(self, name: Any, function: Callable[[Tensor], Tensor], piece: Tensor, recorded: bool) -> Tensor:
+        if recorded and self._recorded is not None:
+            return self._recorded(name, function, piece)
+        return function(piece)
 
     def project(self, tokens: Tensor) -> Tensor:
         """``[..., D]`` to the shared space ``[..., F]``, without the final LayerNorm.

@@ -66,7 +66,7 @@ def test_whole_branch_in_reference_windows(kernels):
     with torch.no_grad():
         tokens = model._embed(case["T8.inputs.imgs"][None])
         visible = VisibleTokens.all(1, model.vision_config.patches, 8, slots=4)
-        tokens, z = model._run(tokens, visible, 0, 4, None)
+        tokens, z = model._run(tokens, visible, 4, None)
         frames = model._final_norm(model.branch.mix_output(z[:, 0], tokens[:, :, 0]))[0]
     assert relative_error(tokens[0], case["T8.outputs.hidden_states.6.x"]) <= FORWARD
     assert relative_error(z, case["T8.outputs.hidden_states.6.x2"]) <= FORWARD

@@ -124,7 +124,7 @@ def test_stochastic_depth_is_exact_in_expectation(form):
     dropped = model(pixels, visible, nothing).branch_tokens
     # layer 1 with both parts dropped: the temporal residual is fc's bias, the spatial one nothing, the MLP stays
     tokens = model._embed(pixels)
-    tokens, z = model._run(tokens, visible, 0, 1, None)
+    tokens, z = model._run(tokens, visible, 1, None)
     tokens = model._run_tower_layer(3, tokens)
     z = model.branch.merge(tokens, z, visible)
     z = torch.cat([z[:, :1], z[:, 1:] + model.branch.temporal[1].fc.bias], 1)
@@ -170,7 +170,7 @@ def test_video_tokens_formula():
     model = shake(make(depth=3))
     pixels = video()
     with torch.no_grad():
-        tokens, z = model._run(model._embed(pixels), VisibleTokens.all(2, PATCHES, 4), 0, 2, None)
+        tokens, z = model._run(model._embed(pixels), VisibleTokens.all(2, PATCHES, 4), 2, None)
         rows = z[:, 1:].unflatten(1, (PATCHES, 4)).mean(2)
         expected = torch.cat(
             [(tokens[:, :, 1:].mean(1) + rows) / 2, (tokens[:, :, 0].mean(1) + z[:, 0])[:, None] / 2], 1

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Iterator
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bt_adapter.model import BTAdapterVisionModel
-from bt_kernels import VisibleTokens, gather_embed, pool_video_tokens
+from bt_kernels import VisibleTokens, pool_video_tokens
 
 Long = Literal["average", "interpolate"]
 # One set of tokens stands for at most so many times the rows of the time table, unless it is told otherwise. Twice is
@@ -158,16 +157,17 @@ class _Window:
         whole = self.whole.value
         if not self.steps:
             return torch.cat([whole[0, 1:], whole[0, :1]])
-        branch, z = self.model.branch, None
         count = len(self.steps[0])
         visible = VisibleTokens.all(1, self.model.vision_config.patches, count, whole.device)
-        for layer, means in enumerate(self.steps):
-            seen = torch.cat([mean.value for mean in means])[None]  # [1, steps, 1+P, D]
-            means.clear()
-            z = self._embed(seen, visible) if z is None else branch.merge(seen, z, visible)
-            z = branch.run_layer(layer, z, visible, None)
-        assert z is not None
+        z = self.model._call_branch(self._states(), visible)
         return pool_video_tokens(whole[None].to(z.dtype), z, visible)[0]
+
+    def _states(self) -> Iterator[Tensor]:
+        """What each branch layer reads, ``[1, steps, 1+P, D]``; forgotten as it is read."""
+        for means in self.steps:
+            seen = torch.cat([mean.value for mean in means])[None]
+            means.clear()
+            yield seen
 
     def _average(self, means: list[_Mean], x: Tensor) -> None:
         """Add frames ``[t, 1+P, D]`` to the steps they belong to."""
@@ -178,11 +178,3 @@ class _Window:
             rows = x[start : start + self.merged - means[-1].count]
             means[-1].add(rows)
             start += len(rows)
-
-    def _embed(self, seen: Tensor, visible: VisibleTokens) -> Tensor:
-        branch, position = self.model.branch, self.model.tower.position
-        if visible.frames <= len(branch.time):
-            return branch.embed(seen, position, visible)
-        rows = branch.time.T[None].float()  # [1, D, rows]
-        time = F.interpolate(rows, visible.frames, mode="linear", align_corners=True)[0].T.to(branch.time.dtype)
-        return gather_embed(seen.to(time.dtype), branch.cls_token, position.to(time.dtype), time.contiguous(), visible)

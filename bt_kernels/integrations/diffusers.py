@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_kernels.ops.temporal_attention import temporal_attention
+from bt_kernels.plain import is_plain
 from bt_kernels.visible import VisibleTokens
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -213,14 +214,7 @@ def _project(attn: Any, x: Tensor, fused: bool) -> Tensor:
     if fused:
         return attn.to_qkv(x)
     parts = (attn.to_q, attn.to_k, attn.to_v)
-    if not all(_is_plain(part) for part in parts):
+    if not all(type(part) is nn.Linear and is_plain(part) for part in parts):
         return torch.cat([part(x) for part in parts], -1)
     bias = None if attn.to_q.bias is None else torch.cat([part.bias for part in parts])
     return F.linear(x, torch.cat([part.weight for part in parts]), bias)
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling ``layer`` is ``F.linear`` with its parameters and nothing else."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    wrapped = "forward" in vars(layer)  # offloading and layerwise casting put a function of their own there
-    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not wrapped and not any(hooks)

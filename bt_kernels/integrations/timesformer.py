@@ -8,6 +8,10 @@
 Results and gradients are the model's own up to rounding. What falls away: the copies of hidden states into frames and
 back, the repetition of CLS, and the stored attention probabilities.
 
+A layer whose attention modules were replaced or wrapped (another class, a hook, a forward of another library) runs the
+forward of transformers instead. Videos of another length than ``config.num_frames`` are refused: transformers' own
+model takes them and mixes up patches and frames, without a word.
+
 Legend: B videos, P patches of a frame, T frames, N = P·T, D width, H heads.
 """
 
@@ -17,14 +21,23 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.models.timesformer.modeling_timesformer import TimesformerLayer
+from transformers.models.timesformer import modeling_timesformer as modeling
+from transformers.models.timesformer.modeling_timesformer import TimesformerEmbeddings, TimesformerLayer
 
 from bt_kernels.nn.stochastic_depth import frame_weight_and_row_scale, sequence_row_scale
 from bt_kernels.ops.spatial_attention import spatial_attention
 from bt_kernels.ops.temporal_attention import temporal_attention
+from bt_kernels.plain import why_not_plain
 from bt_kernels.visible import VisibleTokens
 
 Model = TypeVar("Model", bound=nn.Module)
+# what the layer below computes itself instead of calling
+_COMPUTED = (
+    modeling.TimeSformerAttention,
+    modeling.TimesformerSelfAttention,
+    *(kind for name in ("TimesformerDropPath", "TimeSformerDropPath") if (kind := getattr(modeling, name, None))),
+    nn.Dropout,
+)
 
 
 def use(model: Model) -> Model:
@@ -55,6 +68,10 @@ def use(model: Model) -> Model:
             )
     for layer in layers:
         layer.__class__ = KernelTimesformerLayer
+    for module in model.modules():
+        if type(module) is TimesformerEmbeddings:
+            module.__class__ = KernelTimesformerEmbeddings
+            module.kernel_config = layers[0].config  # the one the layers read num_frames of
     return model
 
 
@@ -63,6 +80,10 @@ def restore(model: Model) -> Model:
     for layer in _layers(model):
         if type(layer) is KernelTimesformerLayer:
             layer.__class__ = TimesformerLayer
+    for module in model.modules():
+        if type(module) is KernelTimesformerEmbeddings:
+            module.__class__ = TimesformerEmbeddings
+            del module.kernel_config
     return model
 
 
@@ -70,6 +91,26 @@ def _layers(model: nn.Module) -> list[TimesformerLayer]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
     return [module for module in model.modules() if isinstance(module, TimesformerLayer)]
+
+
+class KernelTimesformerEmbeddings(TimesformerEmbeddings):
+    """TimesformerEmbeddings that refuse a number of frames which the layers would misread. Made by :func:`use`."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """``[B, T, C, h, w]`` to ``[B, 1+P·T, D]``.
+
+        Raises:
+            ValueError: T is not the configuration's ``num_frames``. The layers tell a patch from a frame by that
+                number alone, so every row after them would be wrong.
+        """
+        wanted = self.kernel_config.num_frames
+        if pixel_values.ndim == 5 and pixel_values.shape[1] != wanted:
+            raise ValueError(
+                f"pixel_values must have num_frames = {wanted} frames, but has {pixel_values.shape[1]}: take so many, "
+                f"or set model.config.num_frames = {pixel_values.shape[1]}, for which the time embeddings are "
+                "interpolated"
+            )
+        return super().forward(pixel_values)
 
 
 class KernelTimesformerLayer(TimesformerLayer):
@@ -87,6 +128,8 @@ class KernelTimesformerLayer(TimesformerLayer):
                 a dropout that cannot be represented is above 0: of attention probabilities, or behind the spatial
                 attention (CLS would need a draw in each frame).
         """
+        if self._is_wrapped():
+            return super().forward(hidden_states, output_attentions)
         if output_attentions:
             raise ValueError(
                 "output_attentions=True: the kernels never hold attention probabilities; "
@@ -122,6 +165,16 @@ class KernelTimesformerLayer(TimesformerLayer):
 
         update = self.output(self.intermediate(self.layernorm_after(hidden_states)))
         return (hidden_states + self.drop_path(update),)
+
+    def _is_wrapped(self) -> bool:
+        """Whether a module that :meth:`forward` would not call has been replaced or wrapped."""
+        parts: list[nn.Module] = [self.drop_path]
+        for attention in (self.temporal_attention, self.attention):
+            parts.append(attention)
+            if type(attention) is modeling.TimeSformerAttention:
+                parts.append(attention.attention)
+                parts.append(getattr(attention.attention, "attn_drop", attention.attention))
+        return any(why_not_plain(part, _COMPUTED) is not None for part in parts)
 
     def _refuse_dropout(self) -> None:
         for setting, dropout in (

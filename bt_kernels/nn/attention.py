@@ -12,14 +12,16 @@ from bt_kernels._checks import check_is_visible, check_tensor, check_visible
 from bt_kernels.nn.stochastic_depth import frame_weight_and_row_scale, sequence_row_scale
 from bt_kernels.ops.spatial_attention import spatial_attention
 from bt_kernels.ops.temporal_attention import temporal_attention
+from bt_kernels.plain import is_plain
 from bt_kernels.visible import VisibleTokens
 
 
 def check_tokens(name: str, tokens: Tensor, width: int, cls: int, weight_name: str, layer: nn.Module) -> None:
     """Raise unless ``tokens`` is ``[B, cls+N, D]`` in the dtype and on the device of ``layer``'s weight."""
-    # An adapter or a quantised layer in its place may hold weights of another dtype than it computes in.
-    plain = type(layer) in (nn.Linear, nn.LayerNorm)
-    like = (weight_name, layer.get_parameter("weight")) if plain else None
+    # Whatever stands in its place or around it (an adapter, a quantised or an offloaded weight) may hold weights of
+    # another dtype or device than it computes in.
+    weight = layer.weight if isinstance(layer, (nn.Linear, nn.LayerNorm)) and is_plain(layer) else None
+    like = None if weight is None else (weight_name, weight)
     check_tensor(name, tokens, "[B, 1+N, D]" if cls else "[B, N, D]", (None, None, width), like)
 
 

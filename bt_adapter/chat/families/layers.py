@@ -5,8 +5,7 @@ Legend: B videos, T frames, P patches, D width, L tower layers, d branch layers;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -53,17 +52,32 @@ def video_tokens_of_layers(
     begin = min(*layers, first)
     x = tower.run(pixel_values.flatten(0, 1), begin, done).unflatten(0, (batch, frames))
     visible = VisibleTokens.all(batch, model.vision_config.patches, -(-frames // merged), x.device)
-    z: Any = None
     read: dict[int, Tensor] = {}
-    for layer in range(begin, last + 1):
-        if layer in layers:
-            read[layer] = _mean(x) if z is None else pool_video_tokens(x.to(z.dtype), z, visible)
-        if layer == last:
-            break
-        x = model._run_tower_layer(layer, x, done)
-        if branch and layer >= first:
-            z = model._run_branch_layer(layer - first, x, z, visible, merged=merged)
+
+    def climb(to: int) -> Iterator[int]:
+        """Run the tower's layers up to ``to``: after how many of them x is, at each."""
+        nonlocal x
+        for layer in range(begin, to):
+            yield layer
+            x = model._run_tower_layer(layer, x, done)
+        yield to
+
+    def beside_branch() -> Iterator[Tensor]:
+        nonlocal x
+        for layer in range(first, last):
+            x = model._run_tower_layer(layer, x, done)
+            yield model._seen(x, merged)
             done()
+
+    def read_both(number: int, z: Tensor) -> None:
+        if (layer := first + 1 + number) in layers:
+            read[layer] = pool_video_tokens(x.to(z.dtype), z, visible)
+
+    for layer in climb(min(first, last) if branch else last):
+        if layer in layers:
+            read[layer] = _mean(x)
+    if branch and last > first:
+        model._call_branch(beside_branch(), visible, after=read_both)
     return torch.cat([read[layer].to(read[last].dtype) for layer in layers], -1)
 
 
