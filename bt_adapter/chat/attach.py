@@ -63,7 +63,7 @@ def attach(
     check_shapes(branch.vision_config, branch.config.depth, family)
     check_values(branch.tower, family, require_same_tower)
     if branch.stored_features:  # its tower has no embeddings
-        branch = beside(family, branch)
+        branch = beside(family, branch.branch, branch.tower_name)
     else:
         share_tower(branch.tower, family)
     branch.tower_name = branch.tower_name or getattr(family.vision_tower, "name_or_path", None) or None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_adapter.chat.families import Family
+from bt_adapter.branch import Branch
 from bt_adapter.config import TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.tower import Tower
@@ -141,15 +142,15 @@ def is_shared(tower: Tower, family: Family) -> bool:
     return mine.dtype == theirs.dtype and mine.device == theirs.device and mine.data_ptr() == theirs.data_ptr()
 
 
-def beside(family: Family, source: BTAdapterVisionModel) -> BTAdapterVisionModel:
-    """A model of ``source``'s branch (the same parameters) beside the chat model's tower, for video tokens alone."""
+def beside(family: Family, branch: Branch, tower_name: str | None = None) -> BTAdapterVisionModel:
+    """A model of ``branch`` (the same parameters) beside the chat model's tower, for video tokens alone."""
     with torch.device("meta"):
-        model = BTAdapterVisionModel(family.tower_config, source.config, chat_only=True)
+        model = BTAdapterVisionModel(family.tower_config, branch.config, chat_only=True)
     for _ in range(family.layers_removed):
         del model.tower.layers[-1]
     if "final_norm.weight" not in family.tower()[0]:
         del model.tower.final_norm
     share_tower(model.tower, family)
-    model.branch = source.branch
-    model.tower_name = source.tower_name
-    return model.train(source.training)
+    model.branch = branch
+    model.tower_name = tower_name
+    return model.train(branch.training)

@@ -63,6 +63,11 @@ class Family(ABC):
         """The method, and whose, that `attach` stands in for."""
 
     @property
+    def home(self) -> Any:
+        """The module in which the branch is registered as ``bt_adapter``."""
+        return getattr(self.chat, "model", self.chat)
+
+    @property
     def tower_config(self) -> TowerConfig:
         """Of the tower a branch must stand beside: the chat model's with the layers its files leave out."""
         found = self.tower()[1]

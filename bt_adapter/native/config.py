@@ -1,0 +1,81 @@
+"""Configurations of image chat models that carry a BT-Adapter branch, one for each family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import Blip2Config, InstructBlipConfig, LlavaConfig, LlavaNextConfig, VipLlavaConfig
+
+from bt_adapter.config import BTAdapterConfig
+
+
+@dataclass(kw_only=True)
+class VideoFields:
+    """The fields that a video chat model has beside those of its image chat model.
+
+    Attributes:
+        bt_adapter: the branch: the fields of :class:`bt_adapter.BTAdapterConfig` under "branch", the number of branch
+            layers that are stored under "layers" (video tokens need depth - 1), and under "tower_name" the CLIP beside
+            which the branch was trained.
+        video_token_index: id of the token that stands for a video in ``input_ids``. It needs no row in the table of
+            embeddings.
+        use_branch: False: video tokens are the mean over the frames of the frozen tower's tokens, the baseline
+            without the branch. An argument ``use_branch`` of a call overrides it.
+    """
+
+    bt_adapter: dict[str, Any] | None = None
+    video_token_index: int | None = None
+    use_branch: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if self.bt_adapter is not None:
+            unknown = set(self.bt_adapter) - {"branch", "layers", "tower_name"}
+            if unknown or "branch" not in self.bt_adapter:
+                raise ValueError(
+                    "bt_adapter must be a dict with 'branch' and, where known, 'layers' and 'tower_name', but has "
+                    f"{sorted(self.bt_adapter)}"
+                )
+            self.branch_config()
+
+    def branch_config(self) -> BTAdapterConfig:
+        """The branch's configuration. Raises ValueError where there is none, or one of its values is wrong."""
+        if self.bt_adapter is None:
+            raise ValueError(f"bt_adapter must be given in a {type(self).__name__}: it describes the branch")
+        return BTAdapterConfig(**self.bt_adapter["branch"])
+
+
+class BTAdapterLlavaConfig(VideoFields, LlavaConfig):
+    """The configuration of LLaVA-1.5 (or a converted LLaVA v1) with a branch."""
+
+    model_type = "bt_adapter_llava"
+    attribute_map = LlavaConfig.attribute_map | {"video_token_id": "video_token_index"}
+
+
+class BTAdapterLlavaNextConfig(VideoFields, LlavaNextConfig):
+    """The configuration of LLaVA-NeXT with a branch."""
+
+    model_type = "bt_adapter_llava_next"
+    attribute_map = LlavaNextConfig.attribute_map | {"video_token_id": "video_token_index"}
+
+
+class BTAdapterVipLlavaConfig(VideoFields, VipLlavaConfig):
+    """The configuration of ViP-LLaVA with a branch."""
+
+    model_type = "bt_adapter_vipllava"
+    attribute_map = VipLlavaConfig.attribute_map | {"video_token_id": "video_token_index"}
+
+
+class BTAdapterBlip2Config(VideoFields, Blip2Config):
+    """The configuration of BLIP-2 with a branch."""
+
+    model_type = "bt_adapter_blip_2"
+    attribute_map = Blip2Config.attribute_map | {"video_token_id": "video_token_index"}
+
+
+class BTAdapterInstructBlipConfig(VideoFields, InstructBlipConfig):
+    """The configuration of InstructBLIP with a branch."""
+
+    model_type = "bt_adapter_instructblip"
+    attribute_map = InstructBlipConfig.attribute_map | {"video_token_id": "video_token_index"}

@@ -1,0 +1,380 @@
+"""Image chat models with a branch inside, as Hugging Face models: stills and videos in one call.
+
+Every class is the family's own class of transformers with :class:`VideoModel` in front of it. Without a video in a call
+the family's own code runs, so that stills and text are answered bit for bit as before. With one, the features of stills
+and videos are put into the prompt's embeddings first, and the family's code goes on from there.
+
+Legend: B prompts, S tokens of a prompt, V videos in all prompts, T frames, P patches of a frame, W width of the
+language model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    VipLlavaForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.blip_2.modeling_blip_2 import Blip2ForConditionalGenerationModelOutput
+
+from bt_adapter.branch import Branch, TemporalLayer
+from bt_adapter.chat.families import Visuals, family_of
+from bt_adapter.native.config import (
+    BTAdapterBlip2Config,
+    BTAdapterInstructBlipConfig,
+    BTAdapterLlavaConfig,
+    BTAdapterLlavaNextConfig,
+    BTAdapterVipLlavaConfig,
+)
+from bt_adapter.native.video_features import encode_videos, split_videos
+
+_IGNORED = -100  # the label that the loss leaves out
+_VIDEO_ARGUMENTS = ("pixel_values_videos", "video_frame_counts", "use_branch")
+_STILL_ARGUMENTS = ("pixel_values", "image_sizes", "interpolate_pos_encoding")
+_QUESTION_ARGUMENTS = ("qformer_input_ids", "qformer_attention_mask")
+
+
+def _takes_videos(base: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Hand a method its arguments by name; its signature is ``base``'s with the arguments of videos.
+
+    transformers reads off signatures which arguments ``generate`` and the Trainer may hand over.
+    """
+    parameters = [
+        # what a family cannot do without may be left out where videos or text alone are given
+        p.replace(default=None) if p.default is p.empty and p.name not in ("self", "kwargs", "generate_kwargs") else p
+        for p in inspect.signature(base).parameters.values()
+    ]
+    rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _VIDEO_ARGUMENTS]
+    signature = inspect.Signature([*(p for p in parameters if p not in rest), *own, *rest])
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            for parameter in rest:
+                given |= given.pop(parameter.name, {})
+            return method(**given)
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+class VideoModel:
+    """The part that every family's class has in common: a branch, and videos in prompts.
+
+    In ``input_ids`` a video stands as ``video_token_id``, once for each of its tokens (P+1 in LLaVA, as many as there
+    are queries behind a Q-Former), a still as ``image_token_id``. ``forward`` and ``generate`` take, beside the
+    family's own arguments:
+
+        pixel_values_videos: normalised frames ``[V, T, 3, h, w]`` in the order of their places, or a list of
+            ``[T, 3, h, w]`` of different length.
+        video_frame_counts: int ``[V]``, where shorter videos are padded at the end: the frames of each.
+        use_branch: False for the mean over the frames in the branch's place; None: the configuration's.
+
+    ``pixel_values`` may hold videos ``[V, T, 3, h, w]`` in the place of image tokens too, or be a
+    :class:`bt_adapter.chat.families.Visuals`. InstructBLIP's ``qformer_input_ids`` have a row for each prompt, or one
+    for each visual.
+
+    The tower is frozen: videos run through it without gradients.
+    """
+
+    config: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        family = family_of(self)
+        family.home.bt_adapter = Branch(family.tower_config, config.branch_config(), config.bt_adapter.get("layers"))
+        family.vision_tower.requires_grad_(False)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, Branch):
+            nn.init.zeros_(module.cls_token)
+            nn.init.normal_(module.time, std=0.02)
+            for gate in (module.merge_gate, module.output_gate):
+                if gate is not None:
+                    nn.init.zeros_(gate)
+        elif isinstance(module, TemporalLayer):
+            nn.init.zeros_(module.fc.weight)
+            nn.init.zeros_(module.fc.bias)
+
+    @property
+    def video_token_id(self) -> int:
+        """The id that stands for a video in ``input_ids``: the configuration's, or the image token's."""
+        own = self.config.video_token_index
+        return self.config.image_token_id if own is None else own
+
+    def get_video_features(
+        self,
+        pixel_values_videos: Tensor | list[Tensor],
+        video_frame_counts: Tensor | None = None,
+        use_branch: bool | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """The language model's embeddings of videos.
+
+        Args:
+            pixel_values_videos, video_frame_counts, use_branch: see the class.
+            qformer_input_ids, qformer_attention_mask: InstructBLIP's question, int ``[V, Q]``.
+
+        Returns:
+            An output whose ``pooler_output`` is a list of V tensors ``[tokens, W]``.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type or shape; the message names it.
+        """
+        videos = split_videos(pixel_values_videos, video_frame_counts)
+        use_branch = self.config.use_branch if use_branch is None else use_branch
+        question = None
+        if qformer_input_ids is not None:
+            mask = torch.ones_like(qformer_input_ids) if qformer_attention_mask is None else qformer_attention_mask
+            question = {"input_ids": qformer_input_ids, "attention_mask": mask}
+        output: Any = BaseModelOutputWithPooling()
+        output.pooler_output = encode_videos(self, videos, use_branch, question)
+        return output
+
+    def embed_prompts(
+        self,
+        input_ids: Tensor,
+        pixel_values: Any = None,
+        pixel_values_videos: Tensor | list[Tensor] | None = None,
+        video_frame_counts: Tensor | None = None,
+        use_branch: bool | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        **stills: Any,
+    ) -> Tensor:
+        """Prompts ``[B, S]`` to the embeddings ``[B, S, W]`` that the language model reads, visuals in their places.
+
+        Args:
+            stills: further arguments of the family's ``get_image_features``.
+
+        Raises:
+            ValueError: the prompts have another number of places than the stills and videos have tokens.
+        """
+        family = family_of(self)
+        image_places = input_ids == self.config.image_token_id
+        video_places = input_ids == self.video_token_id
+        # a video's token needs no embedding of its own: all its places are written over
+        text = input_ids.masked_fill(video_places, self.config.image_token_id)
+        embeds = self.get_input_embeddings()(text)  # type: ignore[attr-defined]
+        question = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
+        question = {name: rows for name, rows in question.items() if rows is not None}
+
+        def asked(places: Tensor, visuals: int) -> dict[str, Tensor]:
+            """A row of the question for each visual, of the prompt it stands in."""
+            if not question or len(question["qformer_input_ids"]) == visuals:
+                return question
+            of_prompt = places.sum(1) // family.video_length
+            return {name: rows.repeat_interleave(of_prompt, 0) for name, rows in question.items()}
+
+        if pixel_values is not None:
+            if isinstance(pixel_values, (list, tuple)) or family.takes_videos(pixel_values, (), stills):
+                visuals = Visuals.of(pixel_values)
+                features = self._mixed_features(visuals, use_branch, asked(image_places, len(visuals)), stills)
+            else:
+                more = asked(image_places, len(pixel_values))
+                features = list(self.get_image_features(pixel_values, **stills, **more).pooler_output)  # type: ignore[attr-defined]
+            embeds = _put(embeds, image_places, features, "image")
+        if pixel_values_videos is not None:
+            more = asked(video_places, len(pixel_values_videos))
+            found = self.get_video_features(pixel_values_videos, video_frame_counts, use_branch, **more)
+            embeds = _put(embeds, video_places, found.pooler_output, "video")
+        return embeds
+
+    def _mixed_features(
+        self, visuals: Visuals, use_branch: bool | None, question: dict[str, Tensor], stills: dict[str, Any]
+    ) -> list[Tensor]:
+        """Features of stills and videos that stand in the places of image tokens, in order."""
+        is_video = [visuals.is_video(number) for number in range(len(visuals))]
+        found: dict[int, Tensor] = {}
+        for wanted in (True, False):
+            numbers = [number for number, video in enumerate(is_video) if video == wanted]
+            if not numbers:
+                continue
+            rows = {name: values[numbers] for name, values in question.items()}
+            items = [visuals[number] for number in numbers]
+            if wanted:
+                features = self.get_video_features(items, None, use_branch, **rows).pooler_output
+            else:
+                sizes = [visuals.image_sizes[number] for number in numbers]
+                features = self._still_features(items, sizes, {**stills, **rows})
+            found |= zip(numbers, features, strict=True)
+        return [found[number] for number in range(len(visuals))]
+
+    def _still_features(self, items: list[Tensor], sizes: list[Any], arguments: dict[str, Any]) -> list[Tensor]:
+        arguments = {name: value for name, value in arguments.items() if name != "image_sizes"}
+        if family_of(self).name == "llava_next":
+            if None in sizes:
+                raise ValueError("image_sizes must have (height, width) for every still, but has None for one")
+            most = max(len(pieces) for pieces in items)
+            items = [torch.cat([item, item.new_zeros(most - len(item), *item.shape[1:])]) for item in items]
+            arguments["image_sizes"] = torch.tensor(sizes)
+        return list(self.get_image_features(torch.stack(items), **arguments).pooler_output)  # type: ignore[attr-defined]
+
+    def _has_video(self, given: dict[str, Any]) -> bool:
+        """Whether a call needs more than the family's own code."""
+        pixels = given.get("pixel_values")
+        if given.get("pixel_values_videos") is not None or isinstance(pixels, (list, tuple)):
+            return True
+        return isinstance(pixels, Tensor) and family_of(self).takes_videos(pixels, (), given)
+
+    def _embedded(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call with embeddings in the place of ids and visuals."""
+        given = dict(given)
+        ids = given.pop("input_ids", None)
+        if ids is None:
+            raise ValueError("input_ids must be given beside videos: they say where the videos stand")
+        if given.get("inputs_embeds") is not None:
+            raise ValueError("inputs_embeds must not be given beside videos: they are made from input_ids")
+        visual = (*_STILL_ARGUMENTS, *_VIDEO_ARGUMENTS, *_QUESTION_ARGUMENTS, "vision_feature_layer")
+        visual = (*visual, "vision_feature_select_strategy")
+        arguments = {name: given.pop(name) for name in visual if name in given}
+        given["inputs_embeds"] = self.embed_prompts(ids, **{k: v for k, v in arguments.items() if v is not None})
+        if given.get("attention_mask") is None:
+            given["attention_mask"] = torch.ones_like(ids)
+        if (labels := given.get("labels")) is not None and self.config.video_token_index is not None:
+            given["labels"] = labels.masked_fill(labels == self.video_token_id, _IGNORED)
+        return given
+
+
+def _put(embeds: Tensor, places: Tensor, features: list[Tensor], kind: str) -> Tensor:
+    """``embeds`` with the features, one after the other, in the places."""
+    rows = torch.cat([feature.flatten(0, -2) for feature in features]).to(embeds.device, embeds.dtype)
+    if (count := int(places.sum())) != len(rows):
+        raise ValueError(
+            f"input_ids have {count} {kind} tokens, but the {len(features)} {kind}s take {len(rows)} of them"
+        )
+    return embeds.masked_scatter(places[..., None].to(embeds.device), rows)
+
+
+def _video_model(cls: type) -> type:
+    """Give a class ``forward`` and ``generate`` that take videos, around those of its family."""
+    family_class: Any = next(base for base in cls.__mro__ if not issubclass(base, VideoModel))
+
+    @_takes_videos(family_class.forward)
+    def forward(self: Any, **given: Any) -> Any:
+        if self._is_own(given):
+            return family_class.forward(self, **_without_videos(given))
+        return self._forward(self._embedded(given))
+
+    @_takes_videos(family_class.generate)
+    def generate(self: Any, **given: Any) -> Any:
+        given["input_ids"] = given.get("input_ids", given.pop("inputs", None))
+        if self._is_own(given):
+            return family_class.generate(self, **_without_videos(given))
+        return self._generate(given)
+
+    forward.__doc__, generate.__doc__ = family_class.forward.__doc__, family_class.generate.__doc__
+    for method in (forward, generate):
+        method.__qualname__ = f"{cls.__name__}.{method.__name__}"
+        setattr(cls, method.__name__, method)
+    return cls
+
+
+def _without_videos(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in _VIDEO_ARGUMENTS}
+
+
+class _ProjectorModel(VideoModel):
+    """Videos in the prompts of a LLaVA, whose language model is part of the class itself."""
+
+    def _is_own(self, given: dict[str, Any]) -> bool:
+        return not self._has_video(given)
+
+    def _forward(self, given: dict[str, Any]) -> Any:
+        return super().forward(**given)  # type: ignore[misc]
+
+    def _generate(self, given: dict[str, Any]) -> Any:
+        ids = given["input_ids"]
+        given = self._embedded(given)
+        # generate reads no embedding by these ids, but some processors of logits read scores by them
+        known = ids.masked_fill(ids == self.video_token_id, self.config.image_token_id)
+        output = super().generate(input_ids=known, **given)  # type: ignore[misc]
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        sequences[:, : ids.shape[1]] = ids.repeat_interleave(len(sequences) // len(ids), 0)
+        return output
+
+
+class _QFormerModel(VideoModel):
+    """Videos in the prompts of a BLIP-2, whose language model is a whole model of its own."""
+
+    def _is_own(self, given: dict[str, Any]) -> bool:
+        return given.get("pixel_values") is not None and not self._has_video(given)
+
+    def _forward(self, given: dict[str, Any]) -> Any:
+        if self.config.use_decoder_only_language_model:  # such a model takes no arguments of a decoder
+            given = {name: value for name, value in given.items() if not name.startswith("decoder_")}
+        as_tuple = given.pop("return_dict", None) is False
+        outputs = self.language_model(**given, return_dict=True)  # type: ignore[attr-defined]
+        result = Blip2ForConditionalGenerationModelOutput(
+            loss=outputs.loss, logits=outputs.logits, language_model_outputs=outputs
+        )
+        return result.to_tuple() if as_tuple else result
+
+    def _generate(self, given: dict[str, Any]) -> Any:
+        ids = given["input_ids"]
+        given = self._embedded(given)
+        if not self.language_model.config.is_encoder_decoder:  # type: ignore[attr-defined]
+            given["input_ids"] = ids.masked_fill(ids == self.video_token_id, self.config.image_token_id)
+        return self.language_model.generate(**given)  # type: ignore[attr-defined]
+
+
+@_video_model
+class BTAdapterLlavaForConditionalGeneration(_ProjectorModel, LlavaForConditionalGeneration):
+    """LLaVA-1.5, or a converted LLaVA v1, with a branch: see :class:`VideoModel`."""
+
+    config_class = BTAdapterLlavaConfig
+
+
+@_video_model
+class BTAdapterLlavaNextForConditionalGeneration(_ProjectorModel, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT with a branch: see :class:`VideoModel`."""
+
+    config_class = BTAdapterLlavaNextConfig
+
+
+@_video_model
+class BTAdapterVipLlavaForConditionalGeneration(_ProjectorModel, VipLlavaForConditionalGeneration):
+    """ViP-LLaVA with a branch: see :class:`VideoModel`."""
+
+    config_class = BTAdapterVipLlavaConfig
+
+
+@_video_model
+class BTAdapterBlip2ForConditionalGeneration(_QFormerModel, Blip2ForConditionalGeneration):
+    """BLIP-2 with a branch: see :class:`VideoModel`."""
+
+    config_class = BTAdapterBlip2Config
+
+
+@_video_model
+class BTAdapterInstructBlipForConditionalGeneration(_QFormerModel, InstructBlipForConditionalGeneration):
+    """InstructBLIP with a branch: see :class:`VideoModel`."""
+
+    config_class = BTAdapterInstructBlipConfig
+
+
+NATIVE_CLASSES: dict[str, type] = {
+    "llava": BTAdapterLlavaForConditionalGeneration,
+    "llava_next": BTAdapterLlavaNextForConditionalGeneration,
+    "vipllava": BTAdapterVipLlavaForConditionalGeneration,
+    "blip-2": BTAdapterBlip2ForConditionalGeneration,
+    "instructblip": BTAdapterInstructBlipForConditionalGeneration,
+}

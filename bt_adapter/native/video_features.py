@@ -1,0 +1,84 @@
+"""Videos to the language model's embeddings, through the modules of a video chat model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bt_adapter.chat.families import Family, family_of
+from bt_adapter.chat.pairing import beside, is_shared, share_tower
+from bt_adapter.model import BTAdapterVisionModel
+
+
+def split_videos(pixel_values: Tensor | Sequence[Tensor], frame_counts: Tensor | None = None) -> list[Tensor]:
+    """Each video's own frames, ``[T, 3, h, w]``, without the padding of a batch.
+
+    Args:
+        pixel_values: ``[V, T, 3, h, w]``, or a list of ``[T, 3, h, w]``.
+        frame_counts: int ``[V]``, the frames of each that are no padding; None: all.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape or count.
+    """
+    videos = list(pixel_values)
+    for number, video in enumerate(videos):
+        if not isinstance(video, Tensor) or not video.is_floating_point():
+            raise TypeError(f"pixel_values_videos[{number}] must be a float tensor, but is {type(video).__name__}")
+        if video.ndim != 4 or video.shape[1] != 3 or not len(video):
+            raise ValueError(
+                f"pixel_values_videos[{number}] must be frames [T, 3, h, w], T 1 or more, but is {list(video.shape)}"
+            )
+    if frame_counts is None:
+        return videos
+    counts = frame_counts.tolist()
+    if len(counts) != len(videos):
+        raise ValueError(f"video_frame_counts must name {len(videos)} videos, but names {len(counts)}")
+    for number, (count, video) in enumerate(zip(counts, videos, strict=True)):
+        if not 1 <= count <= len(video):
+            raise ValueError(f"video_frame_counts[{number}] must lie in 1..{len(video)}, but is {count}")
+    return [video[:count] for video, count in zip(videos, counts, strict=True)]
+
+
+def encode_videos(
+    chat: Any, videos: Sequence[Tensor], use_branch: bool, question: Mapping[str, Tensor] | None = None
+) -> list[Tensor]:
+    """Embeddings ``[tokens, W]`` of each video; videos of one length run together.
+
+    Args:
+        chat: the model.
+        videos: normalised frames ``[T, 3, h, w]`` each.
+        use_branch: False: the mean over the frames in the branch's place.
+        question: ``input_ids`` and ``attention_mask`` for the Q-Former that reads it, a row for each video.
+    """
+    family, view = family_of(chat), branch_view(chat)
+    groups: dict[torch.Size, list[int]] = {}
+    for number, video in enumerate(videos):
+        groups.setdefault(video.shape, []).append(number)
+    found: dict[int, Tensor] = {}
+    for numbers in groups.values():
+        pixels = torch.stack([videos[number] for number in numbers])
+        tokens = family.video_tokens(view, pixels, branch=use_branch)
+        asked = None if question is None else {name: rows[numbers] for name, rows in question.items()}
+        found |= zip(numbers, family.project(tokens, asked), strict=True)
+    return [found[number] for number in range(len(videos))]
+
+
+def branch_view(chat: Any) -> BTAdapterVisionModel:
+    """The chat model's tower and branch as one vision model; it shares their weights and is no part of the chat model."""
+    family = family_of(chat)
+    view: BTAdapterVisionModel | None = chat.__dict__.get("_branch_view")
+    if view is None or view.branch is not family.home.bt_adapter:
+        view = _make_view(family, chat.config)
+        chat.__dict__["_branch_view"] = view
+    if not is_shared(view.tower, family):
+        share_tower(view.tower, family)
+    return view
+
+
+def _make_view(family: Family, config: Any) -> BTAdapterVisionModel:
+    branch = family.home.bt_adapter
+    name = (config.bt_adapter or {}).get("tower_name")
+    return beside(family, branch, name)
