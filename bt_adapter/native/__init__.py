@@ -1,6 +1,6 @@
 """Video chat models as Hugging Face models: configuration, model, processor, found by the Auto classes once imported."""
 
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from bt_adapter.native.modeling import (
     NATIVE_CLASSES,
@@ -11,18 +11,33 @@ from bt_adapter.native.modeling import (
     BTAdapterVipLlavaForConditionalGeneration,
     VideoModel,
 )
+from bt_adapter.native.processing import (
+    PROCESSORS,
+    BTAdapterBlip2Processor,
+    BTAdapterInstructBlipProcessor,
+    BTAdapterLlavaNextProcessor,
+    BTAdapterLlavaProcessor,
+    make_processor,
+)
 
 __all__ = [
     "NATIVE_CLASSES",
+    "PROCESSORS",
     "BTAdapterBlip2ForConditionalGeneration",
+    "BTAdapterBlip2Processor",
     "BTAdapterInstructBlipForConditionalGeneration",
+    "BTAdapterInstructBlipProcessor",
     "BTAdapterLlavaForConditionalGeneration",
     "BTAdapterLlavaNextForConditionalGeneration",
+    "BTAdapterLlavaNextProcessor",
+    "BTAdapterLlavaProcessor",
     "BTAdapterVipLlavaForConditionalGeneration",
     "VideoModel",
+    "make_processor",
 ]
 
-for _native in NATIVE_CLASSES.values():
+for _name, _native in NATIVE_CLASSES.items():
     _config = _native.config_class  # type: ignore[attr-defined]
     AutoConfig.register(_config.model_type, _config)
     AutoModelForImageTextToText.register(_config, _native)
+    AutoProcessor.register(_config, PROCESSORS[_name])

@@ -51,7 +51,9 @@ def _takes_videos(base: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
     """
     parameters = [
         # what a family cannot do without may be left out where videos or text alone are given
-        p.replace(default=None) if p.default is p.empty and p.name not in ("self", "kwargs", "generate_kwargs") else p
+        p.replace(default=None)
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
+        else p
         for p in inspect.signature(base).parameters.values()
     ]
     rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
@@ -172,8 +174,7 @@ class VideoModel:
         image_places = input_ids == self.config.image_token_id
         video_places = input_ids == self.video_token_id
         # a video's token needs no embedding of its own: all its places are written over
-        text = input_ids.masked_fill(video_places, self.config.image_token_id)
-        embeds = self.get_input_embeddings()(text)  # type: ignore[attr-defined]
+        embeds = self.get_input_embeddings()(self._known(input_ids))  # type: ignore[attr-defined]
         question = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
         question = {name: rows for name, rows in question.items() if rows is not None}
 
@@ -235,6 +236,10 @@ class VideoModel:
             return True
         return isinstance(pixels, Tensor) and family_of(self).takes_videos(pixels, (), given)
 
+    def _known(self, ids: Tensor) -> Tensor:
+        """Ids of the vocabulary in the place of videos: processors of logits read scores by the prompt's ids."""
+        return ids.masked_fill(ids == self.video_token_id, self.config.image_token_id)
+
     def _embedded(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call with embeddings in the place of ids and visuals."""
         given = dict(given)
@@ -252,6 +257,13 @@ class VideoModel:
         if (labels := given.get("labels")) is not None and self.config.video_token_index is not None:
             given["labels"] = labels.masked_fill(labels == self.video_token_id, _IGNORED)
         return given
+
+
+def _after_prompts(ids: Tensor, output: Any) -> Any:
+    """The output of ``generate``, its sequences beginning with the prompts as they were given."""
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    sequences[:, : ids.shape[1]] = ids.repeat_interleave(len(sequences) // len(ids), 0)
+    return output
 
 
 def _put(embeds: Tensor, places: Tensor, features: list[Tensor], kind: str) -> Tensor:
@@ -303,13 +315,9 @@ class _ProjectorModel(VideoModel):
 
     def _generate(self, given: dict[str, Any]) -> Any:
         ids = given["input_ids"]
+        known = self._known(ids)
         given = self._embedded(given)
-        # generate reads no embedding by these ids, but some processors of logits read scores by them
-        known = ids.masked_fill(ids == self.video_token_id, self.config.image_token_id)
-        output = super().generate(input_ids=known, **given)  # type: ignore[misc]
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        sequences[:, : ids.shape[1]] = ids.repeat_interleave(len(sequences) // len(ids), 0)
-        return output
+        return _after_prompts(ids, super().generate(input_ids=known, **given))  # type: ignore[misc]
 
 
 class _QFormerModel(VideoModel):
@@ -331,9 +339,9 @@ class _QFormerModel(VideoModel):
     def _generate(self, given: dict[str, Any]) -> Any:
         ids = given["input_ids"]
         given = self._embedded(given)
-        if not self.language_model.config.is_encoder_decoder:  # type: ignore[attr-defined]
-            given["input_ids"] = ids.masked_fill(ids == self.video_token_id, self.config.image_token_id)
-        return self.language_model.generate(**given)  # type: ignore[attr-defined]
+        if self.language_model.config.is_encoder_decoder:  # type: ignore[attr-defined]
+            return self.language_model.generate(**given)  # type: ignore[attr-defined]
+        return _after_prompts(ids, self.language_model.generate(input_ids=self._known(ids), **given))  # type: ignore[attr-defined]
 
 
 @_video_model

@@ -1,0 +1,393 @@
+"""Processors of video chat models: text, stills and video files to what the model takes.
+
+They decode videos by this package's own reader and need neither torchvision nor another decoder.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AddedToken,
+    BatchFeature,
+    Blip2Processor,
+    CLIPImageProcessor,
+    InstructBlipProcessor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
+from transformers.image_utils import make_flat_list_of_images
+
+from bt_adapter.chat.families import family_of
+from bt_adapter.data import normalise, read_video
+from bt_adapter.data.transforms import resize_and_crop
+from bt_adapter.native.template import with_videos
+
+VIDEO_TOKEN = "<video>"
+_FRAMES = 8
+
+
+class VideoReader:
+    """Video files and frames in memory to normalised frames of the tower's size.
+
+    Args:
+        size: height and width of a frame, in pixels.
+        mean, std: of the normalisation, per channel.
+        frames: frames taken of a video where neither ``num_frames`` nor ``fps`` is asked for.
+    """
+
+    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float], frames: int = _FRAMES) -> None:
+        self.size, self.mean, self.std, self.frames = size, tuple(mean), tuple(std), frames
+
+    def __call__(self, video: Any, num_frames: int | None = None, fps: float | None = None) -> Tensor:
+        """Frames float32 ``[T, 3, size, size]``.
+
+        Args:
+            video: a file's name or bytes, of which ``num_frames`` are taken, evenly spread, or ``fps`` a second (of a
+                video with fewer frames some are repeated); or frames that were chosen already, all of which are taken
+                unless ``num_frames`` says otherwise: a list of PIL images, or uint8 ``[T, H, W, 3]`` or ``[T, 3, H,
+                W]``.
+
+        Raises:
+            VideoError: the file cannot be read. TypeError, ValueError: no video, or a wrong number.
+        """
+        if num_frames is not None and fps is not None:
+            raise ValueError(f"only one of num_frames and fps may be given, but they are {num_frames} and {fps}")
+        if isinstance(video, (str, os.PathLike, bytes)):
+            frames = self._decode(video, num_frames, fps)
+        else:
+            frames = self._in_memory(video)
+            if fps is not None:
+                raise ValueError("fps must not be given with frames in memory, whose times are not known")
+            if num_frames is not None and num_frames != len(frames):
+                middle = (torch.arange(num_frames) + 0.5) * len(frames) / num_frames
+                frames = frames[middle.long()]
+        return normalise(resize_and_crop(frames, self.size), self.mean, self.std)
+
+    def _decode(self, video: Any, num_frames: int | None, fps: float | None) -> Tensor:
+        if isinstance(video, str) and "://" in video:
+            raise ValueError(f"video must be a local file, but is {video}: download it first")
+        if fps is None:
+            return read_video(video, frames=num_frames or self.frames, repeat=True).frames
+        from bt_adapter.data.stream import FrameStream
+
+        return torch.cat(list(FrameStream(video, fps=fps)))
+
+    @staticmethod
+    def _in_memory(video: Any) -> Tensor:
+        if isinstance(video, (list, tuple)):
+            video = np.stack(
+                [np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame) for frame in video]
+            )
+        frames = torch.as_tensor(video)
+        if frames.ndim != 4 or frames.dtype != torch.uint8:
+            raise TypeError(
+                f"a video in memory must be uint8 [T, H, W, 3] or [T, 3, H, W], but is {frames.dtype} of "
+                f"{list(frames.shape)}"
+            )
+        return frames if frames.shape[1] == 3 else frames.permute(0, 3, 1, 2)
+
+
+def pad_videos(videos: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Videos ``[T, 3, h, w]`` as a batch: ``pixel_values_videos`` and, where they differ in length, the frame counts."""
+    counts = torch.tensor([len(video) for video in videos])
+    most = int(counts.max())
+    padded = [torch.cat([video, video.new_zeros(most - len(video), *video.shape[1:])]) for video in videos]
+    batch = {"pixel_values_videos": torch.stack(padded)}
+    return batch if (counts == most).all() else batch | {"video_frame_counts": counts}
+
+
+class VideoProcessing:
+    """The video half of a processor, which every family's processor has.
+
+    Attributes:
+        video_token, video_token_id: a video in a text, and in ``input_ids``. A text has one, the ids ``video_length``.
+        video_length: tokens of a video.
+        video_size: height and width of a frame, in pixels.
+        video_frames: frames taken of a video file unless ``num_frames`` or ``fps`` is asked for.
+    """
+
+    image_processor: Any
+    tokenizer: Any
+    image_token: Any
+
+    def _set_up_videos(self, video_size: int | None, video_length: int | None, video_frames: int) -> None:
+        for name, value in (("video_size", video_size), ("video_length", video_length), ("video_frames", video_frames)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, but is {value!r}")
+        self.video_size, self.video_length, self.video_frames = video_size, video_length, video_frames
+        self.video_token = VIDEO_TOKEN
+        if VIDEO_TOKEN not in self.tokenizer.get_vocab():
+            self.tokenizer.add_tokens([AddedToken(VIDEO_TOKEN, special=True, normalized=False)], special_tokens=True)
+        self.video_token_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+
+    @property
+    def video_processor(self) -> VideoReader:
+        """What turns one video into frames; transformers' own video processors need torchvision."""
+        images = self.image_processor
+        return VideoReader(self.video_size, images.image_mean, images.image_std, self.video_frames)
+
+    def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[dict[str, Tensor], list[str]]:
+        videos = flat_videos(videos)
+        num_frames, fps = kwargs.pop("num_frames", None), kwargs.pop("fps", None)
+        if kwargs.pop("do_sample_frames", None) is False and (num_frames is not None or fps is not None):
+            raise ValueError("do_sample_frames must not be False where num_frames or fps is given")
+        for name in ("return_tensors", "return_metadata", "video_metadata"):
+            kwargs.pop(name, None)
+        if refused := sorted(name for name, value in kwargs.items() if value is not None):
+            raise ValueError(f"{', '.join(refused)}: videos take num_frames or fps, and no other option of processing")
+        read = self.video_processor
+        frames = [read(video, num_frames, fps) for video in videos]
+        return pad_videos(frames), [self.video_token * self.video_length for _ in frames]
+
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
+        """The text of a video's tokens."""
+        return self.video_token * self.video_length
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
+        kwargs.pop("video_sizes", None)
+        return super()._get_num_multimodal_tokens(image_sizes, **kwargs)  # type: ignore[misc]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what a call returns for the model."""
+        return [*super().model_input_names, "pixel_values_videos", "video_frame_counts"]  # type: ignore[misc]
+
+
+def flat_videos(videos: Any) -> list[Any]:
+    """A video, a list of them, or a list of lists (those of each text) as one list.
+
+    A list of pictures (PIL images, or arrays of rank 3) is one video.
+    """
+    if isinstance(videos, (str, bytes, os.PathLike)) or getattr(videos, "ndim", None) == 4:
+        return [videos]
+    if getattr(videos, "ndim", None) == 5:
+        return list(videos)
+    if not isinstance(videos, (list, tuple)):
+        raise TypeError(f"videos must be files, frames or lists of them, but is {type(videos).__name__}")
+    if videos and (hasattr(videos[0], "convert") or getattr(videos[0], "ndim", None) == 3):
+        return [videos]
+    return [video for part in videos for video in flat_videos(part)]
+
+
+class _LlavaProcessing(VideoProcessing):
+    """Texts with places for stills and videos, as LLaVA's processors have them."""
+
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
+        """Texts, stills and videos to the model's inputs.
+
+        Args:
+            images: stills, as the image model's processor takes them.
+            text: one or several; ``<image>`` and ``<video>`` stand where a visual belongs.
+            videos: files or frames, see :class:`VideoReader`, in the order of their places.
+            kwargs: ``num_frames`` or ``fps`` of videos; those of the image model's processor.
+
+        Returns:
+            ``input_ids``, ``attention_mask``, ``pixel_values`` and ``pixel_values_videos`` (and where videos differ in
+            length ``video_frame_counts``): what the model's ``generate`` takes.
+        """
+        if videos is not None:  # transformers checks the number of places by its own idea of a video
+            videos = [os.fspath(v) if isinstance(v, os.PathLike) else v for v in flat_videos(videos)]
+            videos = [self.video_processor._in_memory(v) if isinstance(v, (list, tuple)) else v for v in videos]
+        if isinstance(text, list):
+            text = list(text)  # transformers writes into it
+        return super().__call__(images=images, text=text, videos=videos, **kwargs)  # type: ignore[misc]
+
+
+class BTAdapterLlavaProcessor(_LlavaProcessing, LlavaProcessor):
+    """The processor of LLaVA-1.5 and ViP-LLaVA with a branch: see :class:`VideoProcessing`."""
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        num_additional_image_tokens: int = 0,
+        video_size: int | None = None,
+        video_length: int | None = None,
+        video_frames: int = _FRAMES,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
+            num_additional_image_tokens, **kwargs,
+        )  # fmt: skip
+        self._set_up_videos(video_size, video_length, video_frames)
+
+
+class BTAdapterLlavaNextProcessor(_LlavaProcessing, LlavaNextProcessor):
+    """The processor of LLaVA-NeXT with a branch: see :class:`VideoProcessing`."""
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        num_additional_image_tokens: int = 0,
+        video_size: int | None = None,
+        video_length: int | None = None,
+        video_frames: int = _FRAMES,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
+            num_additional_image_tokens, **kwargs,
+        )  # fmt: skip
+        self._set_up_videos(video_size, video_length, video_frames)
+
+
+class _QFormerProcessing(VideoProcessing):
+    """Texts with places for stills and videos behind a Q-Former; without a place, stills stand before the text."""
+
+    num_query_tokens: int
+
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
+        """Texts, stills and videos to the model's inputs: see :meth:`_LlavaProcessing.__call__`.
+
+        InstructBLIP's Q-Former is given each text without its places (``qformer_input_ids``).
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        image_token = str(self.image_token)
+        if videos is None and not any(image_token in one for one in texts):
+            return super().__call__(images=images, text=text, **kwargs)  # type: ignore[misc]
+        merged = self._merge_kwargs(  # type: ignore[attr-defined]
+            self.valid_processor_kwargs,
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
+            **kwargs,  # type: ignore[attr-defined]
+        )
+        options = merged["text_kwargs"]
+        tensors = options.pop("return_tensors", None)
+        data: dict[str, Any] = {}
+        lengths = {image_token: self.num_query_tokens, self.video_token: self.video_length}
+        counts = {image_token: 0, self.video_token: 0}
+        if images is not None:
+            images = make_flat_list_of_images(images)
+            counts[image_token] = len(images)
+            data |= self.image_processor(images, **merged["images_kwargs"])
+        if videos is not None:
+            videos = flat_videos(videos)
+            counts[self.video_token] = len(videos)
+            data |= self._process_videos(videos, **merged["videos_kwargs"])[0]
+        for token, count in counts.items():
+            if (places := sum(one.count(token) for one in texts)) != count:
+                raise ValueError(f"text has {places} places {token}, but {count} files or arrays come for them")
+        if (question_tokenizer := getattr(self, "qformer_tokenizer", None)) is not None:
+            plain = [_without(one, lengths) for one in texts]
+            data |= {f"qformer_{name}": rows for name, rows in question_tokenizer(plain, **options).items()}
+        for token, length in lengths.items():
+            texts = [one.replace(token, token * length) for one in texts]
+        data |= self.tokenizer(texts, **options)
+        data = {name: rows for name, rows in data.items() if name != "qformer_token_type_ids"}
+        return BatchFeature(data, tensor_type=tensors)
+
+
+def _without(text: str, tokens: Iterable[str]) -> str:
+    for token in tokens:
+        text = text.replace(f"{token}\n", "").replace(token, "")
+    return text.strip()
+
+
+class BTAdapterBlip2Processor(_QFormerProcessing, Blip2Processor):
+    """The processor of BLIP-2 with a branch: see :class:`VideoProcessing`."""
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        num_query_tokens: int | None = None,
+        chat_template: str | None = None,
+        video_size: int | None = None,
+        video_length: int | None = None,
+        video_frames: int = _FRAMES,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, num_query_tokens, **kwargs)
+        self.chat_template = chat_template
+        self._set_up_videos(video_size, video_length, video_frames)
+
+
+class BTAdapterInstructBlipProcessor(_QFormerProcessing, InstructBlipProcessor):
+    """The processor of InstructBLIP with a branch: see :class:`VideoProcessing`."""
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        qformer_tokenizer: Any,
+        num_query_tokens: int | None = None,
+        chat_template: str | None = None,
+        video_size: int | None = None,
+        video_length: int | None = None,
+        video_frames: int = _FRAMES,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, qformer_tokenizer, num_query_tokens, **kwargs)
+        self.chat_template = chat_template
+        self._set_up_videos(video_size, video_length, video_frames)
+
+
+PROCESSORS: dict[str, type] = {
+    "llava": BTAdapterLlavaProcessor,
+    "llava_next": BTAdapterLlavaNextProcessor,
+    "vipllava": BTAdapterLlavaProcessor,
+    "blip-2": BTAdapterBlip2Processor,
+    "instructblip": BTAdapterInstructBlipProcessor,
+}
+
+
+def make_processor(model: Any, tokenizer: Any, image_processor: Any = None, qformer_tokenizer: Any = None) -> Any:
+    """The processor of a video chat model, from the parts of its image chat model's.
+
+    The tokenizer is copied before the video's token is added to it; the model's configuration then names that token.
+
+    Args:
+        model: one of this package's video chat models.
+        tokenizer: of the image chat model, with its image token and, where it has one, its chat template.
+        image_processor: None: CLIP's own way with the family's mean and deviation.
+        qformer_tokenizer: of InstructBLIP.
+
+    Raises:
+        TypeError: ``model`` is none of the families'. ValueError: InstructBLIP without ``qformer_tokenizer``.
+    """
+    family = family_of(model)
+    tokenizer = copy.deepcopy(tokenizer)
+    if image_processor is None:
+        size = {"height": family.image_size, "width": family.image_size}
+        image_processor = CLIPImageProcessor(
+            size={"shortest_edge": family.image_size}, crop_size=size, image_mean=family.mean, image_std=family.std
+        )
+    image_token = family.image_token(tokenizer)
+    template = with_videos(getattr(tokenizer, "chat_template", None), image_token, VIDEO_TOKEN)
+    shared = {
+        "image_processor": image_processor, "tokenizer": tokenizer, "chat_template": template,
+        "video_size": family.image_size, "video_length": family.video_length,
+    }  # fmt: skip
+    if family.name in ("blip-2", "instructblip"):
+        tokenizer.image_token = image_token
+        own: dict[str, Any] = {"num_query_tokens": model.config.num_query_tokens}
+        if family.needs_question:
+            if qformer_tokenizer is None:
+                raise ValueError("qformer_tokenizer must be given: InstructBLIP's Q-Former reads the question")
+            own["qformer_tokenizer"] = qformer_tokenizer
+    else:
+        own = {
+            "patch_size": model.config.vision_config.patch_size,
+            "vision_feature_select_strategy": getattr(model.config, "vision_feature_select_strategy", "default"),
+            "num_additional_image_tokens": 1,
+            "image_token": image_token,
+        }
+    processor = PROCESSORS[family.name](**shared, **own)
+    model.config.video_token_index = processor.video_token_id
+    return processor
