@@ -32,6 +32,8 @@ SMALL = {
 def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     vocabulary = {"<unk>": 0} | {word: number for number, word in enumerate(WORDS.split(), 1)}
     assert len(vocabulary) < IMAGE_TOKEN
+    # no gap in the ids: a token that is added gets the next one, and the same again when the tokenizer is loaded
+    vocabulary |= {f"unused{number}": number for number in range(len(vocabulary), IMAGE_TOKEN)}
     vocabulary |= {"<image>": IMAGE_TOKEN, "<s>": 61, "<pad>": 62, "</s>": 63}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(

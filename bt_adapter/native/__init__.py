@@ -1,4 +1,4 @@
-"""Video chat models as Hugging Face models: configuration, model, processor, found by the Auto classes once imported."""
+"""Video chat models as Hugging Face models, which the Auto classes of transformers know once this is imported."""
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 

@@ -386,3 +386,8 @@ NATIVE_CLASSES: dict[str, type] = {
     "blip-2": BTAdapterBlip2ForConditionalGeneration,
     "instructblip": BTAdapterInstructBlipForConditionalGeneration,
 }
+
+
+def make_native_class(name: str, native: type, image_class: type) -> type:
+    """A video chat model's class over another class of the family than ``native``'s own."""
+    return _video_model(type(name, (native.__mro__[1], image_class), {"config_class": native.config_class}))  # type: ignore[attr-defined]

@@ -95,7 +95,7 @@ class VideoReader:
 
 
 def pad_videos(videos: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Videos ``[T, 3, h, w]`` as a batch: ``pixel_values_videos`` and, where they differ in length, the frame counts."""
+    """Videos ``[T, 3, h, w]`` as a batch ``pixel_values_videos``, with ``video_frame_counts`` where these differ."""
     counts = torch.tensor([len(video) for video in videos])
     most = int(counts.max())
     padded = [torch.cat([video, video.new_zeros(most - len(video), *video.shape[1:])]) for video in videos]
@@ -369,7 +369,7 @@ def make_processor(model: Any, tokenizer: Any, image_processor: Any = None, qfor
             size={"shortest_edge": family.image_size}, crop_size=size, image_mean=family.mean, image_std=family.std
         )
     image_token = family.image_token(tokenizer)
-    template = with_videos(getattr(tokenizer, "chat_template", None), image_token, VIDEO_TOKEN)
+    template = with_videos(tokenizer, image_token, VIDEO_TOKEN)
     shared = {
         "image_processor": image_processor, "tokenizer": tokenizer, "chat_template": template,
         "video_size": family.image_size, "video_length": family.video_length,

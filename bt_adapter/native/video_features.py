@@ -67,7 +67,7 @@ def encode_videos(
 
 
 def branch_view(chat: Any) -> BTAdapterVisionModel:
-    """The chat model's tower and branch as one vision model; it shares their weights and is no part of the chat model."""
+    """The chat model's tower and branch as one vision model, which shares their weights."""
     family = family_of(chat)
     view: BTAdapterVisionModel | None = chat.__dict__.get("_branch_view")
     if view is None or view.branch is not family.home.bt_adapter:
