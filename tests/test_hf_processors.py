@@ -91,12 +91,12 @@ def test_conversations_become_inputs_and_answers(name, clips, picture, tmp_path)
     processor = processor_of(model)
     assert model.config.video_token_index == processor.video_token_id == 64
     ask = {"type": "text", "text": "what is it"}
-    video = {"type": "video", "path": str(clips / "clip0.mp4")}
+    video, other = ({"type": "video", "path": str(clips / f"clip{number}.mp4")} for number in range(2))
     conversations = [
         [{"role": "user", "content": [video, ask]}],
         [{"role": "user", "content": [{"type": "image", "image": picture}, ask]}],
-        [{"role": "user", "content": [{"type": "video", "path": str(clips / "clip1.mp4")}, {"type": "image", "image": picture}, ask]}],
-    ]  # fmt: skip
+        [{"role": "user", "content": [other, {"type": "image", "image": picture}, ask]}],
+    ]
 
     def inputs_of(conversation, processor=processor, **options):
         return processor.apply_chat_template(
@@ -107,9 +107,10 @@ def test_conversations_become_inputs_and_answers(name, clips, picture, tmp_path)
     inputs = inputs_of(conversations)
     assert inputs["pixel_values_videos"].shape == (2, 8, 3, 24, 24)
     assert (inputs["input_ids"] == 64).sum() == 2 * family_of(model).video_length
-    frames = preprocess(read_video(clips / "clip0.mp4", 8, repeat=True).frames, 24, processor.image_processor.image_mean,
-                        processor.image_processor.image_std)  # fmt: skip
-    torch.testing.assert_close(inputs["pixel_values_videos"][0], frames)
+    images = processor.image_processor
+    decoded = read_video(clips / "clip0.mp4", 8, repeat=True).frames
+    expected = preprocess(decoded, 24, images.image_mean, images.image_std)
+    torch.testing.assert_close(inputs["pixel_values_videos"][0], expected)
 
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     batch = model.generate(**inputs, **options)[:, -4:]

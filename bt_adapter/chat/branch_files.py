@@ -59,8 +59,7 @@ def _alone(path: Path, settings: dict[str, Any], family: Family, require_same_to
     }
     saved.branch.to_empty(device="cpu")
     load_exactly(saved.branch, wanted, str(path))
-    saved.tower_name = settings["tower_name"]
-    return beside(family, saved).eval()
+    return beside(family, saved.branch, settings["tower_name"]).eval()
 
 
 def _check_fingerprint(

@@ -37,9 +37,9 @@ def to_video_model(family: Family, branch: Branch, tower_name: str | None) -> Im
     """
     chat = family.chat
     before = ImageModel(type(chat), chat.config)
-    native = native_class_of(type(chat), family.name)
+    native: Any = native_class_of(type(chat), family.name)  # type: ignore[arg-type]
     config = copy.copy(chat.config)  # the parts' configurations stay the very same objects
-    config.__class__ = native.config_class  # type: ignore[attr-defined]
+    config.__class__ = native.config_class
     config.bt_adapter = describe(branch, tower_name)
     config.video_token_index, config.use_branch = None, True
     _set_config(family, before.config, config)

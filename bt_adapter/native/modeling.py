@@ -40,8 +40,11 @@ from bt_adapter.native.video_features import encode_videos, split_videos
 
 _IGNORED = -100  # the label that the loss leaves out
 _VIDEO_ARGUMENTS = ("pixel_values_videos", "video_frame_counts", "use_branch")
-_STILL_ARGUMENTS = ("pixel_values", "image_sizes", "interpolate_pos_encoding")
-_QUESTION_ARGUMENTS = ("qformer_input_ids", "qformer_attention_mask")
+# What `VideoModel.embed_prompts` uses up; the language model is given the rest of a call's arguments.
+_VISUAL_ARGUMENTS = (
+    *_VIDEO_ARGUMENTS, "pixel_values", "image_sizes", "interpolate_pos_encoding", "vision_feature_layer",
+    "vision_feature_layers", "vision_feature_select_strategy", "qformer_input_ids", "qformer_attention_mask",
+)  # fmt: skip
 
 
 def _takes_videos(base: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -175,8 +178,8 @@ class VideoModel:
         video_places = input_ids == self.video_token_id
         # a video's token needs no embedding of its own: all its places are written over
         embeds = self.get_input_embeddings()(self._known(input_ids))  # type: ignore[attr-defined]
-        question = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
-        question = {name: rows for name, rows in question.items() if rows is not None}
+        given = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
+        question = {name: rows for name, rows in given.items() if rows is not None}
 
         def asked(places: Tensor, visuals: int) -> dict[str, Tensor]:
             """A row of the question for each visual, of the prompt it stands in."""
@@ -248,9 +251,7 @@ class VideoModel:
             raise ValueError("input_ids must be given beside videos: they say where the videos stand")
         if given.get("inputs_embeds") is not None:
             raise ValueError("inputs_embeds must not be given beside videos: they are made from input_ids")
-        visual = (*_STILL_ARGUMENTS, *_VIDEO_ARGUMENTS, *_QUESTION_ARGUMENTS, "vision_feature_layer")
-        visual = (*visual, "vision_feature_select_strategy")
-        arguments = {name: given.pop(name) for name in visual if name in given}
+        arguments = {name: given.pop(name) for name in _VISUAL_ARGUMENTS if name in given}
         given["inputs_embeds"] = self.embed_prompts(ids, **{k: v for k, v in arguments.items() if v is not None})
         if given.get("attention_mask") is None:
             given["attention_mask"] = torch.ones_like(ids)

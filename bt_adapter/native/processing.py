@@ -116,12 +116,15 @@ class VideoProcessing:
     image_processor: Any
     tokenizer: Any
     image_token: Any
+    video_size: int
+    video_length: int
+    video_frames: int
 
     def _set_up_videos(self, video_size: int | None, video_length: int | None, video_frames: int) -> None:
         for name, value in (("video_size", video_size), ("video_length", video_length), ("video_frames", video_frames)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive int, but is {value!r}")
-        self.video_size, self.video_length, self.video_frames = video_size, video_length, video_frames
+            setattr(self, name, value)
         self.video_token = VIDEO_TOKEN
         if VIDEO_TOKEN not in self.tokenizer.get_vocab():
             self.tokenizer.add_tokens([AddedToken(VIDEO_TOKEN, special=True, normalized=False)], special_tokens=True)
@@ -252,6 +255,7 @@ class _QFormerProcessing(VideoProcessing):
     """Texts with places for stills and videos behind a Q-Former; without a place, stills stand before the text."""
 
     num_query_tokens: int
+    valid_processor_kwargs: Any
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
         """Texts, stills and videos to the model's inputs: see :meth:`_LlavaProcessing.__call__`.
@@ -265,7 +269,7 @@ class _QFormerProcessing(VideoProcessing):
         merged = self._merge_kwargs(  # type: ignore[attr-defined]
             self.valid_processor_kwargs,
             tokenizer_init_kwargs=self.tokenizer.init_kwargs,
-            **kwargs,  # type: ignore[attr-defined]
+            **kwargs,
         )
         options = merged["text_kwargs"]
         tensors = options.pop("return_tensors", None)
