@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bt_adapter.chat.families import Family
 from bt_adapter.branch import Branch
+from bt_adapter.chat.families import Family
 from bt_adapter.config import TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.tower import Tower
