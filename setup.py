@@ -14,10 +14,10 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -43,21 +43,19 @@ def missing():
         return "torch is not importable in the build: install torch first, then use pip's --no-build-isolation"
     if not any(shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name):
         return "no C++ compiler was found (CXX, c++, g++, clang++)"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "Python's own headers (Python.h) were not found: install its development package"
-    if importlib.util.find_spec("pybind11") is None or tool("cmake") is None:
-        return "pybind11 or cmake was not found: pip install cmake ninja pybind11"
+    if tool("cmake") is None:
+        return "cmake was not found: pip install cmake ninja"
     return None
 
 
 def remove_built(target):
     """Delete the libraries of an earlier build, which would be loaded beside newer Python files."""
-    for old in (target / "bt_kernels").glob("_C*.so"):
+    for old in (target / "bt_kernels").glob("*.so"):
         old.unlink()
 
 
 class CMakeBuild(build_ext):
-    """Builds _C and, where nvcc is, _C_cuda into the package folder."""
+    """Builds the library of CPU kernels and, where nvcc is, that of CUDA kernels into the package folder."""
 
     def run(self):
         native, cuda = switch("BT_NATIVE"), switch("BT_CUDA")
@@ -95,6 +93,8 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "BT_CUDA_ARCHS": os.environ.get("BT_CUDA_ARCHS", ""),
             "BT_NATIVE_ARCH": os.environ.get("BT_NATIVE_ARCH", ""),
+            # Tied to one Python, so never in a wheel; an editable install is where the tests run.
+            "BT_INTERNALS": "ON" if self.inplace else "OFF",
         }
         ninja = tool("ninja")
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
@@ -107,7 +107,15 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self):
         made = Path(self.build_lib) / "bt_kernels"
-        return [str(path) for path in made.glob("_*") if path.suffix in (".so", ".txt")]
+        return [str(path) for path in (*made.glob("*.so"), *made.glob(Path(NO_BUILD).name))]
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for one platform and any Python 3: the libraries hold no symbol of Python."""
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
 
 
 native = switch("BT_NATIVE") != "0"
@@ -115,6 +123,6 @@ if not native and "editable_wheel" in sys.argv:
     remove_built(ROOT)
     (ROOT / NO_BUILD).unlink(missing_ok=True)
 setup(
-    ext_modules=[Extension("bt_kernels._C", sources=[])] if native else [],
-    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=[Extension("bt_kernels.libbt_kernels_cpu", sources=[])] if native else [],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )

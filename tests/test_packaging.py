@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
+import check_wheels
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -39,7 +40,7 @@ def sources(tmp_path_factory):
             shutil.copy2(ROOT / name, copy)
     (copy / "README.md").touch()
     left_out = shutil.ignore_patterns("__pycache__", "*.so", "_native_build.txt")
-    for name in ("bt_kernels", "bt_adapter", "csrc"):
+    for name in ("bt_kernels", "bt_adapter", "csrc", "mini"):
         shutil.copytree(ROOT / name, copy / name, ignore=left_out)
     return copy
 
@@ -64,7 +65,7 @@ def test_metadata():
 def test_torch_is_no_build_requirement():
     names = {Requirement(text).name for text in PROJECT["build-system"]["requires"]}
     assert "torch" not in names
-    assert {"setuptools", "cmake", "ninja", "pybind11"} <= names
+    assert {"setuptools", "cmake", "ninja"} <= names
 
 
 def test_every_requirement_has_a_lower_bound_and_fits_what_is_installed():
@@ -97,7 +98,7 @@ def test_extras_resolve_to_names():
 def test_compiled_part_is_never_packed_from_the_tree():
     patterns = [p for group in PROJECT["tool"]["setuptools"]["package-data"].values() for p in group]
     assert not [
-        p for p in patterns if fnmatch("bt_kernels/_C.so", p) or fnmatch("_C.cpython-311-x86_64-linux-gnu.so", p)
+        p for p in patterns if fnmatch("bt_kernels/libbt_kernels_cpu.so", p) or fnmatch("libbt_kernels_cpu.so", p)
     ]
 
 
@@ -110,6 +111,7 @@ def test_pure_wheel(sources, tmp_path):
     assert not [name for name in names if name.endswith(".so")]
     assert {name.split("/")[0] for name in names} == {"bt_kernels", "bt_adapter", "bt_adapter-0.1.0.dist-info"}
     assert "bt-adapter = bt_adapter.cli:main" in scripts
+    assert wheel.stat().st_size < check_wheels.LARGEST_CORE
     data = {".safetensors", ".json", ".npz", ".txt", ".py"}
     wanted = {
         str(path.relative_to(sources))
@@ -118,6 +120,43 @@ def test_pure_wheel(sources, tmp_path):
         if path.suffix in data or path.name.startswith("LICENSE") or path.name == "py.typed"
     }
     assert wanted <= set(names), f"not packed: {sorted(wanted - set(names))}"
+
+
+def test_weights_of_the_small_stack_are_a_wheel_of_their_own(sources, tmp_path):
+    wheel = build_wheel(sources / "mini", tmp_path)
+    assert check_wheels.check_mini(wheel) == []
+    with zipfile.ZipFile(wheel) as content:
+        names = content.namelist()
+        metadata = content.read("bt_adapter_mini-0.1.0.dist-info/METADATA").decode()
+        assert b"Version 2.0, January 2004" in content.read("bt_adapter_mini-0.1.0.dist-info/licenses/LICENSE")
+    packed = {name for name in names if name.startswith("bt_adapter_mini/")}
+    assert packed == {
+        str(path.relative_to(ROOT / "mini"))
+        for path in (ROOT / "mini" / "bt_adapter_mini").rglob("*")
+        if path.suffix in {".py", ".json", ".safetensors"}
+    }
+    (needed,) = (Requirement(text) for text in EXTRAS["mini"] if text.startswith("bt-adapter-mini"))
+    assert needed.specifier.contains(re.search(r"^Version: (.+)$", metadata, re.M)[1])
+
+
+def test_checks_of_wheels_find_what_is_wrong(tmp_path):
+    """A wheel for one Python, too large, with weights, a symbol of Python and the folder it was built in."""
+    wheel = tmp_path / "bt_adapter-0.1.0-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as content:
+        content.writestr("bt_kernels/_C.so", b"\0PyObject_Call\0" + str(Path.cwd()).encode())
+        content.writestr("bt_adapter/mini/weights/clip/model.safetensors", bytes(check_wheels.LARGEST_CORE))
+    wrong = "\n".join(check_wheels.check_core(wheel))
+    for part in (
+        "py3-none",
+        "bytes, more than",
+        "libbt_kernels_cpu.so) are missing",
+        "belongs into",
+        "PyObject_",
+        "built in",
+    ):
+        assert part in wrong
+    shutil.copy(wheel, tmp_path / "bt_adapter_mini-0.1.0-py3-none-linux_x86_64.whl")
+    assert "py3-none-any" in check_wheels.check_mini(tmp_path / "bt_adapter_mini-0.1.0-py3-none-linux_x86_64.whl")[0]
 
 
 def test_auto_without_a_compiler_installs_and_says_why(sources, tmp_path):
@@ -150,17 +189,19 @@ def test_wrong_switch_is_named(sources, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (shutil.which("c++") and find_spec("pybind11") and find_spec("setuptools")),
-    reason="no C++ compiler or pybind11",
+    not (shutil.which("c++") and find_spec("cmake") and find_spec("setuptools")),
+    reason="no C++ compiler, cmake or setuptools",
 )
 def test_native_wheel(sources, tmp_path):
-    """The wheel runs from where it is unpacked, and its libraries name no folder of the machine they were built on."""
+    """The wheel is one for every Python 3, runs from where it is unpacked, and its library names no folder of the
+    machine it was built on."""
     wheel = build_wheel(sources, tmp_path, BT_NATIVE="1", BT_CUDA="0")
-    assert "none-any" not in wheel.name
+    assert check_wheels.check_core(wheel) == []
     where = tmp_path / "unpacked"
     with zipfile.ZipFile(wheel) as content:
         content.extractall(where)
-    (library,) = (where / "bt_kernels").glob("_C.*.so")
+    (library,) = where.rglob("*.so")
+    assert library.relative_to(where) == Path("bt_kernels", "libbt_kernels_cpu.so")
     assert str(sources).encode() not in library.read_bytes()
     code = (
         f"import sys; sys.path.insert(0, {str(where)!r})\n"

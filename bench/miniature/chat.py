@@ -38,7 +38,7 @@ from miniature import probes  # noqa: E402
 from miniature.chat_questions import TEMPORAL, TYPES, answers, exposures, pairs  # noqa: E402
 from miniature.chat_tuning import Pool, Setting, Stand, Told, ask, tune, warm_start  # noqa: E402
 
-from bt_adapter.mini import BRANCH_FOLDER, language, lora  # noqa: E402
+from bt_adapter.mini import folder_argument, language, lora  # noqa: E402
 from bt_adapter.mini.clip import normalise  # noqa: E402
 from bt_adapter.mini.items import load_items  # noqa: E402
 from bt_adapter.mini.llava import branch_folder, load_chat  # noqa: E402
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument(
         "--settings", nargs="+", choices=(PROBE, *SETTINGS), help=f"default: all but {', '.join(EXTRA)}"
     )
-    parser.add_argument("--branch", type=Path, default=BRANCH_FOLDER, help="folder of a pretrained branch")
+    parser.add_argument("--branch", type=folder_argument, default="mini:branch", help="folder of a pretrained branch")
     parser.add_argument("--data", default=None, help="folder of Fashion-MNIST's files")
     parser.add_argument("--out", type=Path, default=RESULTS)
     run(parser.parse_args())

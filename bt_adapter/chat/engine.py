@@ -52,7 +52,7 @@ class VideoChat:
 
     @staticmethod
     def mini(stage: str = "tuned", device: str = "cpu", dtype: torch.dtype = torch.float32) -> VideoChat:
-        """The small stack that comes with this package. FileNotFoundError, LanguageModelError: a part is missing."""
+        """The small stack that comes with this package. CommandError, LanguageModelError: a part is missing."""
         from bt_adapter.mini.clip import load_clip
         from bt_adapter.mini.llava import branch_folder, load_chat
 

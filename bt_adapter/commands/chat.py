@@ -17,7 +17,7 @@ class ChatModel:
     """Which model answers, and how it sees a video."""
 
     model: str = "mini"
-    """Image chat model: "mini" (comes with this package), a local folder, a hub name, or a folder of a tuning run."""
+    """Image chat model: "mini" (the small one, extra [mini]), a folder, a hub name, or a folder of a tuning run."""
     branch: str | None = None
     """Branch to attach: a folder of save_pretrained, its hub name, or a published checkpoint; mini has its own."""
     other_tower: bool = False

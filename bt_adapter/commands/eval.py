@@ -25,7 +25,7 @@ class Evaluation:
     split: str | None = None
     """Part of the data set, where its layout has parts."""
     clip: str = "mini"
-    """The CLIP: hub name, local folder, or "mini" (the small one of this package)."""
+    """The CLIP: hub name, local folder, or "mini" (the small one, extra [mini])."""
     branch: str | None = None
     """A folder of save_pretrained, or a published checkpoint; mini has its own."""
     no_branch: Annotated[bool, arg(name="no-branch")] = False

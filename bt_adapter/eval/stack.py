@@ -13,7 +13,7 @@ import torch
 from bt_adapter.config import BTAdapterConfig
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.text_tower import published_text
-from bt_adapter.mini import BRANCH_FOLDER
+from bt_adapter.mini import weights_folder
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.published import load_reference_checkpoint, read_tensors
 from bt_adapter.text import TextEncoder, load_clip
@@ -59,7 +59,7 @@ def load_stack(clip: str, branch: str | None, use_branch: bool = True) -> Stack:
     if branch is None and use_branch:
         if clip != "mini":
             raise CommandError(f"--clip {clip} needs --branch, a branch trained beside it, or --no-branch")
-        branch = str(BRANCH_FOLDER)
+        branch = str(weights_folder("branch"))
     if branch is None:
         model = BTAdapterVisionModel.from_clip(found, BTAdapterConfig(depth=1), share=True).eval()
     else:

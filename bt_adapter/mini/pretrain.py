@@ -1,7 +1,7 @@
 """The mini branch: pretrained on captioned moving clips with the three losses of the paper (arXiv 2309.15785, §3.2).
 
 ``python -m bt_adapter.mini.pretrain`` trains it on the mini CLIP (about 12 minutes on two cores) and writes
-weights/branch and bench/results/mini/branch.jsonl; it resumes where it was stopped.
+its weights and bench/results/mini/branch.jsonl; it resumes where it was stopped.
 
 Only the branch learns. With 432 possible captions and a frozen text tower, all captions are encoded once and all of
 them are negatives of every clip (video to text); text to video compares the clips of the batch. VTC and 0.1 MBCA are
@@ -22,7 +22,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_kernels import VisibleTokens
 
-from . import BRANCH_FOLDER, WEIGHTS, training
+from . import training, weights_folder
 from .clip import load_clip, normalise, text_embeds
 from .items import load_items
 from .retrieval import embed, every_label, score
@@ -46,11 +46,11 @@ def load_branch_model(
 ) -> BTAdapterVisionModel:
     """The mini CLIP's tower with a trained branch, float32, evaluation mode.
 
-    stage: "pretrained" (the three losses), the name of another folder under weights/, or a folder.
+    stage: "pretrained" (the three losses), another part of the mini stack's weights, or a folder.
     """
-    folder = BRANCH_FOLDER if stage == "pretrained" else Path(stage)
-    if not folder.exists() and (WEIGHTS / folder).exists():
-        folder = WEIGHTS / folder
+    folder = weights_folder("branch") if stage == "pretrained" else Path(stage)
+    if not folder.exists():
+        folder = weights_folder(folder)
     if not folder.exists():
         raise FileNotFoundError(f"stage {stage!r}: {folder} is no folder; python -m bt_adapter.mini.pretrain makes one")
     clip = load_clip()[0] if clip is None else clip
@@ -150,7 +150,7 @@ def _scores(model: BTAdapterVisionModel, frames: torch.Tensor, texts: torch.Tens
 def main() -> None:
     parser = training.arguments(
         "Pretrain the mini branch.", steps=1400, minutes=12, batch=36, log="bench/results/mini/branch.jsonl",
-        out=BRANCH_FOLDER,
+        out="mini:branch",
     )  # fmt: skip
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--temporal-lr", type=float, default=6e-4)

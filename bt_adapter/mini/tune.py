@@ -30,7 +30,7 @@ from bt_adapter.chat.attach import attach, attached_branch, branch_enabled
 from bt_adapter.dtypes import choose_dtype
 from bt_adapter.model import BTAdapterVisionModel
 
-from . import BRANCH_FOLDER, WEIGHTS, lora, training
+from . import folder_argument, lora, training
 from .answers import ask_all, held_out, visual_tokens
 from .clip import load_clip, normalise
 from .items import ITEMS, Items, load_items
@@ -265,7 +265,7 @@ def main() -> None:
     own = DEFAULTS[stage]
     parser = training.arguments(
         "Train the mini chat model.", steps=own["steps"], minutes=30.0, batch=8,
-        log=f"{LOG}/{own['log']}.jsonl", out=WEIGHTS / stage,
+        log=f"{LOG}/{own['log']}.jsonl", out=f"mini:{stage}",
     )  # fmt: skip
     parser.add_argument("stage", choices=STAGES, nargs="?", default="tuned")
     parser.add_argument("--lr", type=float, default=1e-3, help="of the projector")
@@ -279,10 +279,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8, help="of the adapters; 0: none")
     parser.add_argument("--half", choices=("auto", "yes", "no"), default="auto", help="frozen products in bfloat16")
     parser.add_argument(
-        "--start", type=Path, default=WEIGHTS / "projector", help="stage to start from (tuned, control)"
+        "--start", type=folder_argument, default="mini:projector", help="stage to start from (tuned, control)"
     )
-    parser.add_argument("--branch", type=Path, default=BRANCH_FOLDER, help="pretrained branch (tuned, control)")
-    parser.add_argument("--clip", type=Path, default=WEIGHTS / "clip")
+    parser.add_argument(
+        "--branch", type=folder_argument, default="mini:branch", help="pretrained branch (tuned, control)"
+    )
+    parser.add_argument("--clip", type=folder_argument, default="mini:clip")
     parser.add_argument("--every", type=int, default=10, help="steps between lines of the log")
     parser.add_argument(
         "--evaluate-every", type=int, default=100, help="steps between checks on held-out scenes; 0: none"

@@ -70,7 +70,7 @@ class Recipe(Settings):
     """As --videos, for --validation."""
 
     clip: str = "mini"
-    """The CLIP: hub name, local folder, or "mini" (the small one of this package)."""
+    """The CLIP: hub name, local folder, or "mini" (the small one, extra [mini])."""
     init: str | None = None
     """Branch to start from: a folder of save_pretrained or a published checkpoint; default: a fresh one."""
     depth: int = 4

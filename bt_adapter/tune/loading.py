@@ -26,7 +26,7 @@ def load_base(
     """A chat model with a branch by its name.
 
     Args:
-        name: "mini" or "mini:<stage>" for the small one of this package, else as for ``VideoChat.load``.
+        name: "mini" or "mini:<stage>" for the small one, else as for ``VideoChat.load``.
         branch: None: mini's own, or, where ``name`` is a tuned folder, that one's.
         device, dtype, options: as there.
     """

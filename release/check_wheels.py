@@ -1,0 +1,91 @@
+"""Checks the two wheels that ``make wheel`` made, and tries the kernels of one in another Python and torch.
+
+``python release/check_wheels.py dist`` looks into the wheels of a folder: tags, size, contents, symbols.
+``python release/check_wheels.py dist --python PYTHON`` then unpacks the core wheel into a folder of its own and
+runs ``bt_kernels --check`` by PYTHON, an interpreter with some torch, from 2.11 on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+LARGEST_CORE = 4_000_000  # bytes of the core wheel
+SYMBOLS_OF_PYTHON = re.compile(rb"\0(_?Py[A-Z][A-Za-z]*_|[A-Za-z_]*pybind11)")
+
+
+def check_core(wheel: Path) -> list[str]:
+    """Whatever is wrong with the core wheel: its tag, its size, what it holds."""
+    wrong = []
+    if not re.search(r"-py3-none-[^-]+\.whl$", wheel.name):
+        wrong.append(f"the tag must be py3-none-<platform>, the file is {wheel.name}")
+    if wheel.stat().st_size > LARGEST_CORE:
+        wrong.append(f"{wheel.stat().st_size:,} bytes, more than {LARGEST_CORE:,}")
+    with zipfile.ZipFile(wheel) as content:
+        names = content.namelist()
+        if "bt_kernels/libbt_kernels_cpu.so" not in names:
+            wrong.append("the CPU kernels (bt_kernels/libbt_kernels_cpu.so) are missing")
+        wrong += [f"{name} belongs into bt-adapter-mini" for name in names if name.endswith(".safetensors")]
+        for name in (name for name in names if name.endswith(".so")):
+            library = content.read(name)
+            wrong += [
+                f"{name} asks for {symbol.decode()} of Python" for symbol in SYMBOLS_OF_PYTHON.findall(library)[:1]
+            ]
+            if str(Path.cwd()).encode() in library:
+                wrong.append(f"{name} names the folder it was built in")
+    return wrong
+
+
+def check_mini(wheel: Path) -> list[str]:
+    """Whatever is wrong with the wheel of weights."""
+    wrong = []
+    if not wheel.name.endswith("-py3-none-any.whl"):
+        wrong.append(f"the tag must be py3-none-any, the file is {wheel.name}")
+    with zipfile.ZipFile(wheel) as content:
+        for part in ("clip", "branch", "projector", "tuned", "tuned/branch", "control"):
+            name = f"bt_adapter_mini/weights/{part}/model.safetensors"
+            if name not in content.namelist():
+                wrong.append(f"{name} is missing")
+    return wrong
+
+
+def run_kernels(wheel: Path, python: str) -> int:
+    """Unpack the core wheel where nothing else of it is found and run its kernels by ``python``; the exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(wheel) as content:
+            content.extractall(folder)
+        command = [python, "-P", "-m", "bt_kernels", "--check"]
+        print(f"PYTHONPATH=<{wheel.name}, unpacked>", *command, flush=True)
+        environment = os.environ | {"PYTHONPATH": folder, "BT_NATIVE": "", "BT_KERNELS_BACKEND": ""}
+        return subprocess.run(command, cwd=folder, env=environment).returncode
+
+
+def only(folder: Path, pattern: str) -> Path:
+    """The one file of this pattern. SystemExit where there is none, or more than one."""
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise SystemExit(f"expected one {pattern} in {folder}, found {[path.name for path in found]}: run make wheel")
+    return found[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of the wheels")
+    parser.add_argument("--python", help="run the kernels by this interpreter, which has torch")
+    options = parser.parse_args()
+    core, mini = only(options.folder, "bt_adapter-*.whl"), only(options.folder, "bt_adapter_mini-*.whl")
+    failed = False
+    for wheel, wrong in ((core, check_core(core)), (mini, check_mini(mini))):
+        print(f"{wheel.name}: {wheel.stat().st_size:,} bytes: {'; '.join(wrong) or 'as it should be'}")
+        failed |= bool(wrong)
+    return int(failed or bool(options.python and run_kernels(core, options.python)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
