@@ -2,6 +2,8 @@
 # make test    install into .venv and run the test suite
 # make lint    ruff and mypy
 # make wheel   build the two wheels, of the code and of the small stack's weights, into dist/ and check them
+# make test-matrix  the quick part of the tests under other Pythons, torches and transformers (.matrix/, gigabytes)
+# make docs    build the site of the documentation into site/
 # make clean   remove .venv and everything built
 #
 # Environment: PYTHON; BT_NATIVE, BT_CUDA, BT_CUDA_ARCHS, MAX_JOBS (see setup.py); BT_TRITON=0 leaves Triton out.
@@ -23,7 +25,7 @@ SOURCES := Makefile pyproject.toml mini/pyproject.toml setup.py CMakeLists.txt $
 # One stamp per way of installing: another BT_NATIVE or BT_CUDA installs again.
 STAMP := $(VENV)/.installed-$(or $(BT_NATIVE),auto)-$(or $(BT_CUDA),auto)-$(or $(BT_TRITON),auto)
 
-.PHONY: demo test lint wheel clean install
+.PHONY: demo test test-matrix lint wheel docs clean install
 
 demo: install
 	$(BIN)/bt-adapter demo
@@ -42,8 +44,14 @@ wheel: install
 	$(PIP) wheel --no-deps --no-build-isolation -w dist . ./mini
 	$(BIN)/python release/check_wheels.py dist
 
+test-matrix: install
+	$(BIN)/python release/matrix.py
+
+docs: install
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist mini/build *.egg-info mini/*.egg-info bt_kernels/*.so bt_kernels/_native_build.txt
+	rm -rf $(VENV) build dist site mini/build *.egg-info mini/*.egg-info bt_kernels/*.so bt_kernels/_native_build.txt
 
 install: $(STAMP)
 

@@ -1,8 +1,8 @@
 """Checks the two wheels that ``make wheel`` made, and tries the kernels of one in another Python and torch.
 
 ``python release/check_wheels.py dist`` looks into the wheels of a folder: tags, size, contents, symbols.
-``python release/check_wheels.py dist --python PYTHON`` then unpacks the core wheel into a folder of its own and
-runs ``bt_kernels --check`` by PYTHON, an interpreter with some torch, from 2.11 on.
+``python release/check_wheels.py dist --python PYTHON`` then installs the core wheel by PYTHON's pip into a
+folder of its own and runs ``bt_kernels --check`` there; PYTHON is an interpreter with another torch, from 2.11 on.
 """
 
 from __future__ import annotations
@@ -56,14 +56,31 @@ def check_mini(wheel: Path) -> list[str]:
 
 
 def run_kernels(wheel: Path, python: str) -> int:
-    """Unpack the core wheel where nothing else of it is found and run its kernels by ``python``; the exit code."""
+    """Install the core wheel by the pip of ``python`` into a folder of its own and run its kernels; the exit code.
+
+    The environment of ``python`` stays as it is and gets no requirement; pip checks the wheel's tag against it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(wheel) as content:
-            content.extractall(folder)
-        command = [python, "-P", "-m", "bt_kernels", "--check"]
-        print(f"PYTHONPATH=<{wheel.name}, unpacked>", *command, flush=True)
-        environment = os.environ | {"PYTHONPATH": folder, "BT_NATIVE": "", "BT_KERNELS_BACKEND": ""}
-        return subprocess.run(command, cwd=folder, env=environment).returncode
+        install = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            folder,
+            str(wheel.resolve()),
+        ]
+        check = [python, "-P", "-m", "bt_kernels", "--check"]
+        environment = {"PYTHONPATH": folder, "BT_NATIVE": "", "BT_KERNELS_BACKEND": ""}
+        for command, added in ((install, {}), (check, environment)):
+            print("$", *(f"{name}={value}" for name, value in added.items()), *command, flush=True)
+            done = subprocess.run(command, cwd=folder, env=os.environ | added)
+            if done.returncode:
+                break
+        return done.returncode
 
 
 def only(folder: Path, pattern: str) -> Path:
