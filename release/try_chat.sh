@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs this checkout into an empty environment as the README says, with the extra [chat], and asks about a video there:
-# the small stack, and a LLaVA folder with a processor of transformers, which needs Pillow. The answer must be right.
+# the small stack, and a LLaVA folder with a processor of transformers. The answer must be right.
 #
 #   release/try_chat.sh [FOLDER]     FOLDER: where to work, kept; default: a temporary one
 #
