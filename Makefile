@@ -10,7 +10,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-TORCH ?= torch>=2.11,<2.14
+TORCH ?= torch>=2.11,<2.15
 TORCH_CPU ?= torch==2.13.0+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TRITON ?= triton>=3.6,<3.8

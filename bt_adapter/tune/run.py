@@ -64,7 +64,7 @@ class Run(TrainingRun):
         conversations, unusable = read_conversations(recipe.data, recipe.videos)
         self.listed = len(conversations) + len(unusable)
         self._note(unusable)
-        self.chat = chat or load_chat(recipe, processes.device)
+        self.chat = chat or load_chat(self.recipe, processes.device)
         self._data(conversations)
         self._model()
 
