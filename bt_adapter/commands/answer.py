@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from bt_adapter.commands.chat import ChatModel
 from bt_adapter.errors import CommandError
+from bt_adapter.limits import COUNT, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,7 @@ class Answer(ChatModel):
 def run(command: Answer) -> int:
     """Check what can be checked at once, then answer. Returns the exit code."""
     command.check()
-    if command.batch < 1:
-        raise CommandError(f"--batch must be 1 or more, got {command.batch}")
+    check_numbers(command, {"batch": COUNT})
     if not command.questions.is_file():
         raise CommandError(f"FILE of questions {command.questions}: there is no such file")
     if not command.videos.exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from bt_adapter.errors import CommandError
+from bt_adapter.limits import COUNT, POSITIVE, check_numbers
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,7 @@ class ChatModel:
 
     def check(self) -> None:
         """Raise CommandError for what can be told before anything is loaded."""
-        counts = (("frames", self.frames), ("windows", self.windows), ("max-new-tokens", self.max_new_tokens))
-        for name, value in counts:
-            if value is not None and value < 1:
-                raise CommandError(f"--{name} must be 1 or more, got {value}")
-        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
-            raise CommandError(f"--fps must be a number above 0, got {self.fps}")
+        check_numbers(self, {"frames": COUNT, "windows": COUNT, "max_new_tokens": COUNT, "fps": POSITIVE})
         if self.model == "mini":
             if self.quantize is not None:
                 raise CommandError("--quantize is for models of a folder or the hub; mini is small enough")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bt_adapter.errors import CommandError
+from bt_adapter.limits import COUNT, SEED, check_numbers
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class Demo:
 
 def run(command: Demo) -> int:
     """The demo or its evaluation. Returns the exit code."""
-    for name, value in (("clips", command.clips), ("each", command.each)):
-        if value < 1:
-            raise CommandError(f"--{name} must be 1 or more, got {value}")
+    check_numbers(command, {"clips": COUNT, "each": COUNT, "seed": SEED})
     from bt_adapter.demo import run_demo, run_evaluation
 
     return run_evaluation(command.out, command.each) if command.evaluate else run_demo(command)

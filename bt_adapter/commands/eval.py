@@ -10,6 +10,7 @@ from tyro.conf import arg, subcommand
 
 from bt_adapter.commands.qa import Qa
 from bt_adapter.errors import CommandError
+from bt_adapter.limits import COUNT, NATURAL, POSITIVE, check_numbers
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,9 @@ COMMANDS = Annotated[
 
 def run(command: Evaluation) -> int:
     """Check what can be checked at once, then evaluate. Returns the exit code."""
-    for name in ("frames", "views", "batch"):
-        value = getattr(command, name)
-        if value is not None and value < 1:
-            raise CommandError(f"--{name} must be 1 or more, got {value}")
-    if command.workers < 0:
-        raise CommandError(f"--workers must be 0 or more, got {command.workers}")
-    if isinstance(command, Retrieval) and command.temperature <= 0:
-        raise CommandError(f"--temperature must be above 0, got {command.temperature}")
+    check_numbers(command, {"frames": COUNT, "views": COUNT, "batch": COUNT, "workers": NATURAL})
+    if isinstance(command, Retrieval):
+        check_numbers(command, {"temperature": POSITIVE})
     if not command.data.exists() and not any(mark in str(command.data) for mark in "*?["):
         raise CommandError(f"--data {command.data}: there is no such file or folder")
     if command.videos is not None and not command.videos.is_dir():

@@ -5,22 +5,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.loop import Stopped
 from bt_adapter.pretrain.recipe import Recipe, SettingsT, from_yaml
 
 
 def defaults(argv: list[str], default: SettingsT) -> tuple[SettingsT, list[str]]:
-    """``default`` with what ``--config FILE`` says where one is given, and the arguments without it."""
-    rest, config = [], None
+    """``default`` with what ``--config FILE`` says where one is given, and the arguments without it.
+
+    Raises CommandError: ``--config`` comes twice or without a file, or the file is wrong.
+    """
+    rest, files = [], []
     words = iter(argv)
     for word in words:
         if word == "--config":
-            config = next(words, "")
+            files.append(next(words, ""))
         elif word.startswith("--config="):
-            config = word.removeprefix("--config=")
+            files.append(word.removeprefix("--config="))
         else:
             rest.append(word)
-    return (default if config is None else from_yaml(config, default)), rest
+    if len(files) > 1 or "" in files:
+        raise CommandError(f"--config must be given once, with a file, but the files given are {files}")
+    return (from_yaml(files[0], default) if files else default), rest
 
 
 def run(recipe: Recipe) -> int:

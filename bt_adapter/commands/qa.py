@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +11,7 @@ from tyro.conf import arg
 from bt_adapter.commands.chat import ChatModel
 from bt_adapter.commands.pretrain import until_stopped
 from bt_adapter.errors import CommandError
+from bt_adapter.limits import NATURAL, POSITIVE, check_numbers
 
 Aspect = Literal["match", "correctness", "detail", "context", "temporal", "consistency"]
 
@@ -56,11 +56,8 @@ class Qa(ChatModel):
 def run(command: Qa) -> int:
     """Check what can be checked at once, then evaluate. Returns 0, or 143 where judging was stopped and can go on."""
     command.check()
-    for name in ("batch", "judge_parallel", "judge_tries", "judge_timeout"):
-        if not 0 < getattr(command, name) < math.inf:
-            raise CommandError(f"--{name.replace('_', '-')} must be above 0, got {getattr(command, name)}")
-    if command.judge_temperature is not None and not 0 <= command.judge_temperature < math.inf:
-        raise CommandError(f"--judge-temperature must be 0 or more, or None, got {command.judge_temperature}")
+    names = ("batch", "judge_parallel", "judge_tries", "judge_timeout")
+    check_numbers(command, dict.fromkeys(names, POSITIVE) | {"judge_temperature": NATURAL})
     for label, path in (("data", command.data), ("answers", command.answers)):
         if path is not None and not path.is_file():
             raise CommandError(f"--{label} {path}: there is no such file")

@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from bt_adapter.limits import COUNT, NATURAL, SHARE, check_numbers
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -39,14 +41,8 @@ def run(command: Shards) -> int:
     from bt_adapter.data.shards import write_shards
     from bt_adapter.errors import CommandError
 
-    for name in ("per_shard", "short_side", "frames"):
-        value = getattr(command, name)
-        if value is not None and value < 1:
-            raise CommandError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if command.workers < 0:
-        raise CommandError(f"--workers must be at least 0, got {command.workers}")
-    if not 0 <= command.max_skipped <= 1:
-        raise CommandError(f"--max-skipped must lie in [0, 1], got {command.max_skipped}")
+    limits = {"per_shard": COUNT, "short_side": COUNT, "frames": COUNT, "workers": NATURAL, "max_skipped": SHARE}
+    check_numbers(command, limits)
     clips, skipped = read_clips(command.data, command.videos)
     skipped.check(len(clips) + len(skipped), command.max_skipped)
 

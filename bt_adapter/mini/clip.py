@@ -22,6 +22,8 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from bt_adapter.limits import NATURAL, POSITIVE, SHARE, numeric
+
 from . import training, weights_folder
 from .items import ITEMS, Items, load_items
 from .scenes import COLOURS, MOTIONS, SIZE, TEMPLATES, caption, random_labels, stills, trails
@@ -236,11 +238,16 @@ def main() -> None:
     parser = training.arguments(
         "Train the mini CLIP.", steps=2800, minutes=18, batch=256, log="bench/results/mini/clip.jsonl", out="mini:clip"
     )
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=numeric(float, POSITIVE), default=1.5e-3)
     parser.add_argument(
-        "--unmasked-from", type=float, default=0.85, help="share of the run after which all patches are seen"
+        "--unmasked-from",
+        type=numeric(float, SHARE),
+        default=0.85,
+        help="share of the run after which all patches are seen",
     )
-    parser.add_argument("--text-steps", type=int, default=200, help="steps of the text tower's own finish")
+    parser.add_argument(
+        "--text-steps", type=numeric(int, NATURAL), default=200, help="steps of the text tower's own finish"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the vision tower")
     train(parser.parse_args())
 

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
+from bt_adapter.limits import POSITIVE, SHARE, SHARE_BELOW_1, numeric
 from bt_kernels import VisibleTokens
 
 from . import training, weights_folder
@@ -152,12 +153,15 @@ def main() -> None:
         "Pretrain the mini branch.", steps=1400, minutes=12, batch=36, log="bench/results/mini/branch.jsonl",
         out="mini:branch",
     )  # fmt: skip
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--temporal-lr", type=float, default=6e-4)
-    parser.add_argument("--spatial-lr", type=float, default=2e-4)
-    parser.add_argument("--ratio", type=float, default=0.5, help="share of tubes masked")
+    parser.add_argument("--lr", type=numeric(float, POSITIVE), default=3e-4)
+    parser.add_argument("--temporal-lr", type=numeric(float, POSITIVE), default=6e-4)
+    parser.add_argument("--spatial-lr", type=numeric(float, POSITIVE), default=2e-4)
+    parser.add_argument("--ratio", type=numeric(float, SHARE_BELOW_1), default=0.5, help="share of tubes masked")
     parser.add_argument(
-        "--unmasked-from", type=float, default=0.85, help="share of the run after which nothing is masked"
+        "--unmasked-from",
+        type=numeric(float, SHARE),
+        default=0.85,
+        help="share of the run after which nothing is masked",
     )
     parser.add_argument("--compile", action="store_true", help="compile the layers of tower and branch")
     parser.add_argument("--clip", default=None, help="folder of the CLIP (default: the shipped one)")

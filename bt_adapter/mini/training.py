@@ -17,12 +17,21 @@ import torch
 import transformers
 from torch import nn
 
+from bt_adapter.limits import COUNT, SEED, numeric
+
 from . import folder_argument
 
 
 def arguments(description: str, steps: int, minutes: float, batch: int, log: str, out: str) -> argparse.ArgumentParser:
     """The options every training command has; out: default folder of the weights, as ``folder_argument`` reads it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--steps", type=numeric(int, COUNT), default=steps, help="end after so many steps")
+    parser.add_argument(
+        "--minutes", type=numeric(float, "(0, inf]"), default=minutes, help="or after so many minutes of training"
+    )
+    parser.add_argument("--batch", type=numeric(int, COUNT), default=batch)
+    parser.add_argument("--seed", type=numeric(int, SEED), default=0)
+    parser.add_argument("--out", type=Path, default=out, help="folder of the trained weights")
     parser.add_argument("--steps", type=int, default=steps, help="end after so many steps")
     parser.add_argument("--minutes", type=float, default=minutes, help="or after so many minutes of training")
     parser.add_argument("--batch", type=int, default=batch)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from bt_adapter.chat.attach import attach, attached_branch, branch_enabled
 from bt_adapter.dtypes import choose_dtype
+from bt_adapter.limits import COUNT, NATURAL, POSITIVE, numeric
 from bt_adapter.model import BTAdapterVisionModel
 
 from . import folder_argument, lora, training
@@ -268,15 +269,20 @@ def main() -> None:
         log=f"{LOG}/{own['log']}.jsonl", out=f"mini:{stage}",
     )  # fmt: skip
     parser.add_argument("stage", choices=STAGES, nargs="?", default="tuned")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the projector")
-    parser.add_argument("--lr-lora", type=float, default=5e-4, help="of the adapters")
+    parser.add_argument("--lr", type=numeric(float, POSITIVE), default=1e-3, help="of the projector")
+    parser.add_argument("--lr-lora", type=numeric(float, POSITIVE), default=5e-4, help="of the adapters")
     parser.add_argument(
-        "--lr-branch", type=float, default=3e-4, help="of the branch; its temporal layers take twice as much"
+        "--lr-branch",
+        type=numeric(float, POSITIVE),
+        default=3e-4,
+        help="of the branch; its temporal layers take twice as much",
     )
-    parser.add_argument("--align-steps", type=int, default=own["align_steps"], help="towards word embeddings; 0: none")
-    parser.add_argument("--align-batch", type=int, default=own["align_batch"])
-    parser.add_argument("--weight-decay", type=float, default=0.01)
-    parser.add_argument("--rank", type=int, default=8, help="of the adapters; 0: none")
+    parser.add_argument(
+        "--align-steps", type=numeric(int, NATURAL), default=own["align_steps"], help="towards word embeddings; 0: none"
+    )
+    parser.add_argument("--align-batch", type=numeric(int, COUNT), default=own["align_batch"])
+    parser.add_argument("--weight-decay", type=numeric(float, NATURAL), default=0.01)
+    parser.add_argument("--rank", type=numeric(int, NATURAL), default=8, help="of the adapters; 0: none")
     parser.add_argument("--half", choices=("auto", "yes", "no"), default="auto", help="frozen products in bfloat16")
     parser.add_argument(
         "--start", type=folder_argument, default="mini:projector", help="stage to start from (tuned, control)"
@@ -285,9 +291,12 @@ def main() -> None:
         "--branch", type=folder_argument, default="mini:branch", help="pretrained branch (tuned, control)"
     )
     parser.add_argument("--clip", type=folder_argument, default="mini:clip")
-    parser.add_argument("--every", type=int, default=10, help="steps between lines of the log")
+    parser.add_argument("--every", type=numeric(int, COUNT), default=10, help="steps between lines of the log")
     parser.add_argument(
-        "--evaluate-every", type=int, default=100, help="steps between checks on held-out scenes; 0: none"
+        "--evaluate-every",
+        type=numeric(int, NATURAL),
+        default=100,
+        help="steps between checks on held-out scenes; 0: none",
     )
     train(parser.parse_args())
 

@@ -65,8 +65,17 @@ class Clock:
         return (batch * len(self.steps) / seconds, waited / seconds) if seconds else (0.0, 0.0)
 
 
+def warm_steps(share: float, steps: int) -> int:
+    """Steps of warm-up: a share of all steps, rounded up."""
+    return math.ceil(round(share * steps, 6))  # 0.07 of 100 steps are 7, though their product is 7.000000000000001
+
+
 def rate(step: int, steps: int, warm: int) -> float:
-    """Factor of the learning rate at a step, counted from 1: linear warm-up, then cosine to 0."""
+    """Factor of the learning rate at a step, counted from 1: linear warm-up, then cosine to 0.
+
+    Without warm-up the first step has the full rate.
+    """
+    warm = max(1, warm)
     if step <= warm:
         return step / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

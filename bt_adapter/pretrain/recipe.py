@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from bt_adapter.errors import CommandError
+from bt_adapter.limits import (
+    COUNT,
+    NATURAL,
+    POSITIVE,
+    SEED,
+    SHARE,
+    SHARE_BELOW_1,
+    check_numbers,
+    check_types,
+    converted,
+    fits,
+    option,
+    type_in_words,
+    types_of,
+)
+
+# of the numbers that both recipes have
+LIMITS = {
+    "frames": POSITIVE, "batch": COUNT, "accumulate": COUNT, "epochs": POSITIVE, "steps": COUNT, "seed": SEED,
+    "lr": POSITIVE, "beta1": SHARE_BELOW_1, "beta2": SHARE_BELOW_1, "eps": POSITIVE, "weight_decay": NATURAL,
+    "grad_norm": NATURAL, "warmup": SHARE, "tower_chunk": COUNT, "workers": NATURAL, "prefetch": COUNT,
+    "max_skipped": SHARE, "save_steps": COUNT, "save_minutes": "[0, inf]", "keep_last": COUNT,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -14,7 +37,9 @@ class Settings:
     """What the options of a run can do, whichever run it is; subclasses are dataclasses."""
 
     free: ClassVar[frozenset[str]]
-    """What may change between the two halves of a run that was stopped: nothing that the losses depend on."""
+    """What may change between the two halves of a run that was stopped: its length, and what no loss depends on."""
+    limits: ClassVar[dict[str, str]]
+    """The interval in which each number must lie, as "(0, 1]"."""
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """In what a stored recipe is another run: "name here against there"."""
@@ -24,16 +49,12 @@ class Settings:
             f"{option(name)} {mine[name]} against {other.get(name)}" for name in names if mine[name] != other.get(name)
         ]
 
-    def check_numbers(self, **allowed: str) -> None:
-        """Raise CommandError for the first number outside its interval, as "(0, 1]". None is none, NaN in none."""
-        for name, interval in allowed.items():
-            low, high = map(float, interval[1:-1].split(","))
-            value = getattr(self, name)
-            for number in value if isinstance(value, tuple) else () if value is None else (value,):
-                above = number > low or (interval[0] == "[" and number == low)
-                below = number < high or (interval[-1] == "]" and number == high)
-                if not (above and below):
-                    raise CommandError(f"{option(name)} must lie in {interval}, got {number}")
+    def check_values(self) -> None:
+        """Raise CommandError for the first value of a wrong type, or number outside its interval."""
+        check_types(self)
+        if (warmup := getattr(self, "warmup", 0.0)) > 1:
+            raise CommandError(f"--warmup must lie in {SHARE}, a share of all steps, got {warmup}")
+        check_numbers(self, self.limits)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON and YAML."""
@@ -53,10 +74,15 @@ class Recipe(Settings):
 
     free = frozenset(
         {
-            "workers", "prefetch", "save_steps", "save_minutes", "keep_last", "tensorboard", "device", "sharding",
-            "recompute", "tower_chunk", "tower_compile", "tower_graphs", "max_skipped", "out", "videos",
+            "epochs", "steps", "workers", "prefetch", "save_steps", "save_minutes", "keep_last", "tensorboard",
+            "device", "sharding", "recompute", "tower_chunk", "tower_compile", "tower_graphs", "max_skipped", "out",
+            "videos",
         }
     )  # fmt: skip
+    limits = LIMITS | {
+        "depth": COUNT, "max_frames": COUNT, "temperature": POSITIVE, "mbca": NATURAL, "mbta": NATURAL,
+        "drop_path": SHARE_BELOW_1, "ratio": SHARE_BELOW_1, "ema": SHARE_BELOW_1, "crop": "(0, 1]",
+    }  # fmt: skip
 
     data: str = ""
     """WebVid-like .csv, .jsonl, a folder or pattern of .tar shards, or "synthetic" (no decoding; needs --steps)."""
@@ -89,7 +115,7 @@ class Recipe(Settings):
     accumulate: int = 1
     """Parts a process cuts its clips into, one after the other; the contrastive losses still see all of them."""
     epochs: float = 1.0
-    """Passes over the clips."""
+    """Passes over the clips. A run can be made longer later: the same command with more of them goes on."""
     steps: int | None = None
     """Steps in all, instead of --epochs."""
     mask: Literal["tube", "random"] = "tube"
@@ -112,7 +138,7 @@ class Recipe(Settings):
     grad_norm: float = 5.0
     """Longest gradient; 0: any."""
     warmup: float = 0.5
-    """Epochs of linear warm-up, cosine to 0 after it."""
+    """Share of the steps with linear warm-up, cosine to 0 after it (published: half of its one epoch); 0: none."""
     temperature: float = 0.01
     """Of the contrastive losses."""
     mbca: float = 0.1
@@ -160,14 +186,7 @@ class Recipe(Settings):
 
     def check(self, world: int) -> None:
         """Raise CommandError for the first value that cannot be, with ``world`` processes."""
-        positive, natural, share = "(0, inf)", "[0, inf)", "[0, 1)"
-        self.check_numbers(
-            depth=positive, max_frames=positive, frames=positive, batch=positive, accumulate=positive, steps=positive,
-            epochs=positive, lr=positive, temperature=positive, tower_chunk=positive, prefetch=positive,
-            save_steps=positive, keep_last=positive, workers=natural, eps=natural, weight_decay=natural,
-            grad_norm=natural, warmup=natural, mbca=natural, mbta=natural, save_minutes="[0, inf]", drop_path=share,
-            ratio=share, ema=share, beta1=share, beta2=share, crop="(0, 1]", max_skipped="[0, 1]",
-        )  # fmt: skip
+        self.check_values()
         if self.crop[0] > self.crop[1]:
             raise CommandError(f"--crop must be least and greatest share, got {self.crop[0]} and {self.crop[1]}")
         if not self.data:
@@ -192,7 +211,8 @@ def from_yaml(path: str | Path, default: SettingsT) -> SettingsT:
     """``default``, with what a YAML file of its fields says.
 
     Raises:
-        CommandError: the file is missing, no YAML mapping, or holds a field that a recipe lacks.
+        CommandError: the file is missing, no YAML mapping, or holds a field that a recipe lacks, that is there twice or
+            whose value is of another type.
     """
     import yaml
 
@@ -202,43 +222,14 @@ def from_yaml(path: str | Path, default: SettingsT) -> SettingsT:
         raise CommandError(f"--config {path}: {error}") from error
     if not isinstance(values, dict):
         raise CommandError(f"--config {path} must hold fields and values, but holds a {type(values).__name__}")
-    known = {field.name: field for field in fields(default)}
-    values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    if unknown := sorted(set(values) - set(known)):
-        raise CommandError(f"--config {path}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    cast = {n: _cast(path, n, value, getattr(default, n), str(known[n].type)) for n, value in values.items()}
-    return replace(default, **cast)
-
-
-def _cast(path: str | Path, name: str, value: Any, default: Any, kind: str) -> Any:
-    """``value`` as the field's type: YAML reads 2e-6 as a string and knows no paths or tuples."""
-    try:
-        if value is None and "None" in kind:
-            return None
-        if "Path" in kind:
-            return Path(value)
-        if isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise ValueError("true or false")
-            return value
-        if kind.startswith("int"):
-            if isinstance(value, bool) or int(value) != float(value):
-                raise ValueError("a whole number")
-            return int(value)
-        if kind.startswith("float"):
-            return float(value)
-        if kind.startswith("tuple[float"):
-            low, high = value
-            return float(low), float(high)
-        if kind.startswith("tuple"):
-            return tuple(str(part) for part in ([value] if isinstance(value, str) else value))
-        if kind.startswith("Literal") and repr(value).replace("'", '"') not in kind:
-            raise ValueError(kind.removeprefix("Literal"))
-        return str(value)
-    except (TypeError, ValueError) as error:
-        raise CommandError(f"--config {path}: {name} is {value!r}, expected {kind} ({error})") from error
-
-
-def option(name: str) -> str:
-    """A field's name on the command line."""
-    return "--" + name.replace("_", "-")
+    kinds, given = types_of(default), {}
+    for written, value in values.items():
+        name = str(written).replace("-", "_")
+        if name not in kinds:
+            raise CommandError(f"--config {path}: unknown {written}; known: {', '.join(kinds)}")
+        if name in given:
+            raise CommandError(f"--config {path}: {name} is there twice")
+        given[name] = converted(value, kinds[name])
+        if not fits(given[name], kinds[name]):
+            raise CommandError(f"--config {path}: {name} is {value!r}, expected {type_in_words(kinds[name])}")
+    return replace(default, **given)

@@ -25,9 +25,10 @@ from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
+from bt_adapter.limits import option
 from bt_adapter.pretrain.checkpoint import load_averages, load_moments, whole
 from bt_adapter.pretrain.loop import Clock, Stopped, rate
-from bt_adapter.pretrain.recipe import Recipe, option
+from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.pretrain.step import Pretraining, backward, draw_visible, mix
 from bt_adapter.pretrain.training_run import TrainingRun
 from bt_adapter.published import load_reference_checkpoint, read_tensors
@@ -63,7 +64,6 @@ class Run(TrainingRun):
         super().__init__(recipe, processes)
         self._data()
         self._model()
-        self.warm_steps = max(1, round(recipe.warmup * self.steps_per_epoch))
 
     def _data(self) -> None:
         recipe = self.recipe
@@ -76,7 +76,8 @@ class Run(TrainingRun):
         if recipe.data == "synthetic":
             self.total = None
             self.clips: Any = SyntheticClips(recipe.frames, size, recipe.seed)
-            self.steps_per_epoch = self.steps = recipe.steps or 1
+            self.steps_per_epoch = recipe.steps or 1
+            self._plan(self.steps_per_epoch)
         else:
             clips, unusable = read_clips(recipe.data, recipe.videos)
             self.skipped.merge(unusable)
@@ -91,7 +92,7 @@ class Run(TrainingRun):
             transform = TrainTransform(size, scale=recipe.crop)
             self.clips = TrainingClips(clips, recipe.frames, transform, recipe.seed)
             self.steps_per_epoch = len(clips) // recipe.batch
-            self.steps = recipe.steps or max(1, round(recipe.epochs * self.steps_per_epoch))
+            self._plan(recipe.steps or max(1, round(recipe.epochs * self.steps_per_epoch)))
         self.validation: list[Clip] = []
         self.damaged = Damaged()
         if self.state.get("damaged"):

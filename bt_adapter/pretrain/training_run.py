@@ -11,9 +11,10 @@ from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
 from bt_adapter.dtypes import ChosenDtype, choose_dtype
 from bt_adapter.errors import CommandError
+from bt_adapter.files import write_whole
 from bt_adapter.pretrain.checkpoint import Checkpoints
 from bt_adapter.pretrain.log import Log
-from bt_adapter.pretrain.loop import Clock, signals
+from bt_adapter.pretrain.loop import Clock, rate, signals, warm_steps
 
 
 class TrainingRun:
@@ -55,6 +56,24 @@ class TrainingRun:
             return ChosenDtype(before, "as the run in --out began")
         return self.processes.gather(choose_dtype(asked, self.processes.device))[0]
 
+    def _plan(self, steps: int) -> None:
+        """Set the length of the run. One that is gone on with may be longer than it was, not shorter.
+
+        Its warm-up stays as long as it was; from here on the rate follows the cosine of the new length.
+
+        Raises:
+            CommandError: it would be shorter.
+        """
+        before = self.state.get("steps", steps)
+        if steps < before:
+            raise CommandError(
+                f"--out {self.recipe.out} holds a run of {before} steps, but --epochs or --steps ask for {steps}: ask "
+                "for as many, or for more to make it longer"
+            )
+        self.steps, self.before = steps, before
+        self.warm_steps = self.state.setdefault("warm_steps", warm_steps(self.recipe.warmup, steps))
+        self.state["steps"] = steps
+
     def began_with(self, what: str, count: int, digest: str) -> None:
         """Note how many of ``what`` --data holds, and which. Every process calls it.
 
@@ -80,6 +99,16 @@ class TrainingRun:
         first = self.processes.first
         self.log = Log(self.recipe.out, done, self.steps, self.recipe.tensorboard) if first else None
         self._say(str(self.precision))
+        if self.steps > self.before:
+            lengths = (self.before, self.steps)
+            rates = [rate(done + 1, steps, self.warm_steps) if done < steps else 0.0 for steps in lengths]
+            self._say(
+                f"the run is made longer, from {self.before} to {self.steps} steps: after step {done} the rate follows "
+                f"the cosine of {self.steps} steps, so that the next step has {rates[1]:.3g} of the peak, not "
+                f"{rates[0]:.3g}"
+            )
+        if first:
+            self._write_recipe()
         for damaged in self.checkpoints.damaged:
             self._say(f"{damaged}; the one before is gone on with")
         try:
@@ -88,6 +117,13 @@ class TrainingRun:
         finally:
             if self.log is not None:
                 self.log.close()
+
+    def _write_recipe(self) -> None:
+        """All options as they are, for --config, before the first step."""
+        import yaml
+
+        text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+        write_whole(self.recipe.out / "recipe.yaml", text)
 
     def _run(self, done: int) -> Path:
         """The steps after the first ``done``, and the end."""

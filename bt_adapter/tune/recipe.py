@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from bt_adapter.errors import CommandError
-from bt_adapter.pretrain.recipe import Settings, option
+from bt_adapter.limits import COUNT, POSITIVE, SHARE_BELOW_1
+from bt_adapter.pretrain.recipe import LIMITS, Settings
 from bt_adapter.tune import is_tuned
 
 Part = Literal["projector", "branch", "lora"]
@@ -24,11 +25,15 @@ class TuneRecipe(Settings):
 
     free = frozenset(
         {
-            "videos", "out", "features", "workers", "prefetch", "save_steps", "save_minutes", "keep_last",
-            "tensorboard", "device", "accumulate", "packing", "gradient_checkpointing", "recompute", "tower_chunk",
-            "head_chunk", "max_skipped", "other_tower",
+            "epochs", "steps", "videos", "out", "features", "workers", "prefetch", "save_steps", "save_minutes",
+            "keep_last", "tensorboard", "device", "accumulate", "packing", "gradient_checkpointing", "recompute",
+            "tower_chunk", "head_chunk", "max_skipped", "other_tower",
         }
     )  # fmt: skip
+    limits = LIMITS | {
+        "rank": COUNT, "alpha": POSITIVE, "lora_dropout": SHARE_BELOW_1, "context": COUNT, "lr_projector": POSITIVE,
+        "lr_branch": POSITIVE, "lr_lora": POSITIVE, "head_chunk": COUNT,
+    }  # fmt: skip
 
     data: str = ""
     """VideoInstruct-like .json ("q", "a", "video_id"), LLaVA's conversations, or .jsonl of either."""
@@ -63,7 +68,7 @@ class TuneRecipe(Settings):
     packing: bool = False
     """Put the conversations of a part into one row instead of padding them to one length; the loss is the same."""
     epochs: float = 3.0
-    """Passes over the conversations."""
+    """Passes over the conversations. A run can be made longer later: the same command with more of them goes on."""
     steps: int | None = None
     """Steps in all, instead of --epochs."""
     context: int | None = None
@@ -92,7 +97,7 @@ class TuneRecipe(Settings):
     grad_norm: float = 1.0
     """Longest gradient; 0: any."""
     warmup: float = 0.03
-    """Share of the steps with linear warm-up, cosine to 0 after it."""
+    """Share of the steps with linear warm-up, cosine to 0 after it; 0: none."""
 
     features: Path | None = None
     """Folder of tower features: written once per video, then read instead of decoding. The size is told before."""
@@ -135,16 +140,7 @@ class TuneRecipe(Settings):
 
     def check(self, world: int) -> None:
         """Raise CommandError for the first value that cannot be, with ``world`` processes."""
-        for name in (
-            "rank", "alpha", "frames", "batch", "accumulate", "epochs", "steps", "context", "lr", "lr_projector",
-            "lr_branch", "lr_lora", "tower_chunk", "head_chunk", "keep_last",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise CommandError(f"{option(name)} must be above 0, got {value}")
-        for name in ("warmup", "lora_dropout", "max_skipped"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise CommandError(f"{option(name)} must lie in [0, 1], got {getattr(self, name)}")
+        self.check_values()
         if not self.data:
             raise CommandError("--data is missing: a .json or .jsonl of questions and answers about videos")
         if not self.learn or set(self.learn) - set(PARTS) or len(set(self.learn)) < len(self.learn):

@@ -83,8 +83,7 @@ class Run(TrainingRun):
         self.began_with("conversations", len(examples), digest(examples))
         self.examples = examples
         self.order = Order([example.length for example in examples], recipe.batch, recipe.seed)
-        self.steps = recipe.steps or max(1, round(recipe.epochs * self.order.steps_per_epoch))
-        self.warm_steps = math.ceil(recipe.warmup * self.steps)
+        self._plan(recipe.steps or max(1, round(recipe.epochs * self.order.steps_per_epoch)))
         if self.state.get("skipped"):
             self.skipped.load_state_dict(self.state["skipped"])
 
