@@ -38,7 +38,7 @@ class Retrieval(Places):
 
     queries: int
     tied: int
-    tie_corrected: Places
+    tie_corrected: Places | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
