@@ -26,16 +26,9 @@ def arguments(description: str, steps: int, minutes: float, batch: int, log: str
     """The options every training command has; out: default folder of the weights, as ``folder_argument`` reads it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=numeric(int, COUNT), default=steps, help="end after so many steps")
-    parser.add_argument(
-        "--minutes", type=numeric(float, "(0, inf]"), default=minutes, help="or after so many minutes of training"
-    )
+    parser.add_argument("--minutes", type=numeric(float, "(0, inf]"), default=minutes, help="or after so many minutes")
     parser.add_argument("--batch", type=numeric(int, COUNT), default=batch)
     parser.add_argument("--seed", type=numeric(int, SEED), default=0)
-    parser.add_argument("--out", type=Path, default=out, help="folder of the trained weights")
-    parser.add_argument("--steps", type=int, default=steps, help="end after so many steps")
-    parser.add_argument("--minutes", type=float, default=minutes, help="or after so many minutes of training")
-    parser.add_argument("--batch", type=int, default=batch)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=folder_argument, default=out, help="folder of the trained weights")
     parser.add_argument("--log", type=Path, default=Path(log), help="JSON lines, appended to")
     parser.add_argument("--checkpoint", type=Path, default=None, help="file to resume from (default: OUT.ckpt)")
