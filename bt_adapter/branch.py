@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bt_adapter import fused
 from bt_adapter.config import BTAdapterConfig, TowerConfig
+from bt_adapter.time_steps import TimeSteps, time_rows
 from bt_adapter.tower import EvaAttention, LayerWeights, PackedAttention, branch_attention
 from bt_kernels import VisibleTokens, gather_embed, gather_merge, spatial_attention, temporal_attention
 from bt_kernels.nn.stochastic_depth import frame_weight_and_row_scale, sequence_row_scale
@@ -129,6 +129,7 @@ class Branch(nn.Module):
         visible: VisibleTokens,
         draws: Iterator[Tensor] | None = None,
         after: Callable[[int, Tensor], object] | None = None,
+        plan: TimeSteps | None = None,
     ) -> Tensor:
         """Run one branch layer for each of the tower's states, as they come.
 
@@ -139,6 +140,7 @@ class Branch(nn.Module):
             visible: which tokens the branch sees.
             draws: of stochastic depth, as in the model's forward.
             after: told the number of each layer and z after it.
+            plan: whose rows of the time table are added; None: the table's own.
 
         Returns:
             z after the last of these layers, ``[B, 1+N, D]``, CLS first.
@@ -149,7 +151,7 @@ class Branch(nn.Module):
         self._check_whole()
         z: Any = None
         for layer, tokens in enumerate(states):
-            z = self.embed(tokens, position, visible) if z is None else self.merge(tokens, z, visible)
+            z = self.embed(tokens, position, visible, plan) if z is None else self.merge(tokens, z, visible)
             z = self.run_layer(layer, z, visible, draws)
             if after is not None:
                 after(layer, z)
@@ -162,17 +164,10 @@ class Branch(nn.Module):
                 "itself, or its unshard() before"
             )
 
-    def embed(self, tokens: Tensor, position: Tensor, visible: VisibleTokens) -> Tensor:
-        """The first layer's input from X and the tower's position table: ``[B, 1+N, D]``.
-
-        ``visible`` of more frames than the time table has rows: the table is interpolated to so many.
-        """
-        dtype, time = self.time.dtype, self.time
-        if visible.frames > len(time):
-            rows = time.T[None].float()  # [1, D, rows]
-            wide = F.interpolate(rows, visible.frames, mode="linear", align_corners=True)
-            time = wide[0].T.to(dtype).contiguous()
-        return gather_embed(tokens.to(dtype), self.cls_token, position.to(dtype), time, visible)
+    def embed(self, tokens: Tensor, position: Tensor, visible: VisibleTokens, plan: TimeSteps | None = None) -> Tensor:
+        """The first layer's input from X and the tower's position table: ``[B, 1+N, D]``; ``plan`` as in `forward`."""
+        time = self.time if plan is None else time_rows(self.time, plan)
+        return gather_embed(tokens.to(time.dtype), self.cls_token, position.to(time.dtype), time, visible)
 
     def merge(self, tokens: Tensor, z: Tensor, visible: VisibleTokens) -> Tensor:
         """A later layer's input: X mixed into the branch through the merge gate."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.names import pack_qkv, to_own
+from bt_adapter.time_steps import read_branch_config
 
 _FORMAT = 1
 
@@ -137,9 +138,8 @@ def load_model(
         if found.projection_dim is None:
             config = replace(config, projection_dim=None)
             state = {n: t for n, t in state.items() if not n.startswith("branch.alignment_head.")}
-    model = BTAdapterVisionModel(
-        config, BTAdapterConfig(**settings["branch"]), settings["stored_features"], settings.get("chat_only", False)
-    )
+    adapter_config = read_branch_config(settings["branch"], folder)
+    model = BTAdapterVisionModel(config, adapter_config, settings["stored_features"], settings.get("chat_only", False))
     model.tower_name = name
     if tensors is not None:
         _load_tower(model, tensors, share)

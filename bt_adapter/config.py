@@ -108,7 +108,9 @@ class BTAdapterConfig:
         drop_path: stochastic depth of the last branch layer; rates grow linearly from 0 at the first.
         merge_gate_slope: slope of the gate that mixes the tower into the branch; None: no gate, plain sum.
         output_gate_slope: slope of the gate that mixes the branch's CLS and the tower's; None: no gate, plain sum.
-        max_frames: rows of the time table; longer videos average neighbouring frames (``video_tokens``).
+        max_frames: rows of the time table.
+        trained_steps: how many of them have been trained: the time steps of the training videos. Videos of more frames
+            are averaged down to as many steps (``bt_adapter.time_steps``). None: not known; all rows are read.
         alignment_head: whether there is a head for masked branch token alignment.
         drop_block: EVA's reference also draws stochastic depth on a spatial layer's whole result, residual
             included; kept for parity, off by default.
@@ -128,12 +130,16 @@ class BTAdapterConfig:
     drop_block: bool = False
     recompute: str = "none"
     fused: bool = True
+    trained_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("depth", "max_frames"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive int, but is {value!r}")
+        steps = self.trained_steps
+        if steps is not None and not (isinstance(steps, int) and 1 <= steps <= self.max_frames):
+            raise ValueError(f"trained_steps must be None or in [1, {self.max_frames}] (max_frames), but is {steps!r}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must lie in [0, 1), but is {self.drop_path!r}")
         if self.recompute not in ("none", "mlp", "layer"):

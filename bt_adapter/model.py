@@ -20,6 +20,7 @@ from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.losses import called_alignment, contrastive_loss
 from bt_adapter.names import pack_qkv
 from bt_adapter.progress import Progress, counter, nothing
+from bt_adapter.time_steps import Long, TimeSteps, average_frames, check_trained, plan_steps
 from bt_adapter.tower import PLAIN_PARTS, PackedAttention, Tower
 from bt_kernels import VisibleTokens, alignment_loss, pool_video_tokens
 from bt_kernels.plain import is_plain, why_not_all_plain
@@ -34,7 +35,8 @@ class BTAdapterOutput:
         branch_tokens: the branch's last state, ``[B, 1+N, D]``, CLS first.
         frame_embeds: ``[B, T, F]``, not normalised.
         video_embeds: ``[B, F]``, their mean over the real frames.
-        visible: the tokens the branch saw.
+        visible: the tokens the branch saw; its frames are the branch's time steps, fewer than T where neighbouring
+            frames were averaged.
     """
 
     backbone_tokens: Tensor
@@ -102,6 +104,15 @@ class BTAdapterVisionModel(nn.Module):
         self.branch.config = replace(self.branch.config, recompute=policy)
 
     @property
+    def trained_steps(self) -> int | None:
+        """Time steps the branch was trained with: see :class:`BTAdapterConfig`. May be set at any time."""
+        return self.branch.config.trained_steps
+
+    @trained_steps.setter
+    def trained_steps(self, steps: int | None) -> None:
+        self.branch.config = replace(self.branch.config, trained_steps=steps)
+
+    @property
     def vision_config(self) -> TowerConfig:
         """Configuration of the tower."""
         return self.tower.config
@@ -111,16 +122,22 @@ class BTAdapterVisionModel(nn.Module):
         pixel_values: Tensor,
         visible: VisibleTokens | None = None,
         draws: Iterable[Tensor] | None = None,
+        long: Long = "average",
     ) -> BTAdapterOutput:
         """Tower on every token, branch on the visible ones.
 
+        Videos of more frames than the branch was trained with: the branch reads the means of neighbouring frames (see
+        ``long``), one for each of its time steps. The tower's CLS still counts frame by frame: ``frame_embeds`` has
+        one row for each of the T frames, and ``video_embeds`` is their mean.
+
         Args:
-            pixel_values: normalised frames ``[B, T, 3, h, w]``, T ≤ ``max_frames``. Where they ask for a gradient
-                they get one, and the tower keeps its activations.
-            visible: what the branch sees; None: every token.
+            pixel_values: normalised frames ``[B, T, 3, h, w]``. Where they ask for a gradient they get one, and the
+                tower keeps its activations.
+            visible: what the branch sees; None: every token. With it, T must not exceed the trained time steps.
             draws: recorded draws of stochastic depth (0 = dropped, 1 = kept) in the order they are used: for each
                 branch layer of non-zero rate the temporal ``[B·K]`` and the spatial ``[B·T]`` one (and ``[B]`` with
                 ``drop_block``). None: drawn anew in training mode, none in evaluation mode.
+            long: how frames become time steps where ``visible`` is None: see ``bt_adapter.time_steps.plan_steps``.
 
         Raises:
             ValueError, TypeError: an argument has the wrong shape, dtype or device; the message names it.
@@ -129,8 +146,13 @@ class BTAdapterVisionModel(nn.Module):
             raise ValueError("this model holds what chat needs, not the last branch layer: only video_tokens works")
         self._check_pixels(pixel_values)
         batch, frames = pixel_values.shape[:2]
-        visible = self._check_visible(visible, batch, frames, pixel_values.device)
-        tokens, z = self._run(self._embed(pixel_values), visible, self.config.depth, draws)
+        plan = None
+        if visible is None:
+            plan = plan_steps(self.config, frames, long)
+            visible = VisibleTokens.all(batch, self.vision_config.patches, plan.steps, pixel_values.device)
+        else:
+            self._check_visible(visible, batch, frames)
+        tokens, z = self._run(self._embed(pixel_values), visible, self.config.depth, draws, plan)
         cls = self.branch.mix_output(z[:, 0], tokens[:, :, 0].to(z.dtype))
         frame_embeds = self._project(self._final_norm(cls))
         if visible.frame_counts is None:
@@ -154,23 +176,26 @@ class BTAdapterVisionModel(nn.Module):
         start_layer: int | None = None,
         draws: Iterable[Tensor] | None = None,
         progress: Progress | None = None,
+        long: Long = "average",
     ) -> Tensor:
         """Tokens of each video for a language model's projector: one set of P+1 whatever T is, CLS last.
 
         With X the output of tower layer L-2 and z the branch after its layer d-2: half the mean of X over time, half
-        the mean of z. Neither's last layer runs. More than ``max_frames`` frames: neighbouring frames of X are
-        averaged before the branch, two by two up to 128 frames (the published 100 become 50), as many as needed
-        beyond. Source: arXiv 2309.15785 section 3.3.
+        the mean of z. Neither's last layer runs. Videos of more frames than the branch was trained with: see ``long``;
+        the mean of X still runs over all T frames. Source: arXiv 2309.15785 section 3.3.
 
         Args:
             pixel_values: normalised frames ``[B, T, 3, h, w]``, or None where ``features`` are given.
             windows: "full" attends over all frames; "reference" takes the rows as the published code does, T // 2
-                slots wide (for published scores; it needs T ≥ 2, at most 2·``max_frames``, and T // 2 to divide P·T).
+                slots wide (for published scores; it needs T ≥ 2, at most 2·``max_frames``, and T // 2 to divide P·T),
+                and the time table as with ``long="published"``.
             features: stored input of tower layer ``start_layer``, ``[B, T, 1+P, D]``.
             start_layer: 0-based; None: L-d, the first layer with a branch layer beside it (20 for ViT-L/14).
             draws: as in :meth:`forward`.
             progress: called with what is done and how much there is, as each chunk of frames leaves a tower layer and
                 as each branch layer ends.
+            long: how frames become time steps: by default neighbouring frames of X are averaged down to the trained
+                steps; see ``bt_adapter.time_steps.plan_steps``.
 
         Returns:
             ``[B, P+1, D]``.
@@ -180,6 +205,8 @@ class BTAdapterVisionModel(nn.Module):
         """
         if windows not in ("full", "reference"):
             raise ValueError(f"windows must be 'full' or 'reference', but is {windows!r}")
+        if windows == "reference" and long == "interpolate":
+            raise ValueError("long must be 'published' or left out where windows is 'reference', but is 'interpolate'")
         if (pixel_values is None) == (features is None):
             raise ValueError("exactly one of pixel_values and features must be given")
         if self.config.depth < 2:
@@ -198,16 +225,16 @@ class BTAdapterVisionModel(nn.Module):
             for layer in range(start, self.first_branch_layer):
                 tokens = self._run_tower_layer(layer, tokens, done)
         batch, frames, places = tokens.shape[:3]
-        merged = -(-frames // self.config.max_frames)
-        steps = -(-frames // merged)
-        slots = steps if windows == "full" else frames // 2
-        if slots < 1 or (places - 1) * steps % slots or (windows == "reference" and merged > 2):
+        plan = plan_steps(self.config, frames, "published" if windows == "reference" else long)
+        slots = plan.steps if windows == "full" else frames // 2
+        too_long = windows == "reference" and frames > 2 * self.config.max_frames
+        if slots < 1 or (places - 1) * plan.steps % slots or too_long:
             raise ValueError(
                 f"windows='reference' cannot take {places - 1} patches of {frames} frames in {frames // 2} slots (the "
                 f"published code fails there too, or takes at most {2 * self.config.max_frames}); use windows='full'"
             )
-        visible = VisibleTokens.all(batch, places - 1, steps, tokens.device, slots)
-        tokens, z = self._run(tokens, visible, self.config.depth - 1, draws, merged, done)
+        visible = VisibleTokens.all(batch, places - 1, plan.steps, tokens.device, slots)
+        tokens, z = self._run(tokens, visible, self.config.depth - 1, draws, plan, done)
         return pool_video_tokens(tokens.to(z.dtype), z, visible)
 
     def frame_mean_tokens(self, pixel_values: Tensor, progress: Progress | None = None) -> Tensor:
@@ -387,24 +414,27 @@ class BTAdapterVisionModel(nn.Module):
         visible: VisibleTokens,
         layers: int,
         draws: Iterable[Tensor] | None,
-        merged: int = 1,
+        plan: TimeSteps | None = None,
         done: Callable[[], None] = nothing,
     ) -> tuple[Tensor, Tensor]:
-        """Tower and branch side by side over the first ``layers`` branch layers: last X and last z."""
+        """Tower and branch side by side over the first ``layers`` branch layers: last X and last z.
+
+        plan: how the frames of ``tokens`` become the branch's time steps; None: one by one.
+        """
 
         def states() -> Iterator[Tensor]:
             nonlocal tokens
             for layer in range(layers):
                 tokens = self._run_tower_layer(self.first_branch_layer + layer, tokens, done)
-                yield self._seen(tokens, merged)
+                yield self._seen(tokens, visible)
                 done()
 
-        z = self._call_branch(states(), visible, None if draws is None else iter(draws))
+        z = self._call_branch(states(), visible, None if draws is None else iter(draws), plan=plan)
         return tokens, z
 
-    def _seen(self, tokens: Tensor, merged: int) -> Tensor:
-        """What the branch reads of a tower layer's tokens: means of ``merged`` neighbouring frames."""
-        seen = average_frames(tokens, merged)
+    def _seen(self, tokens: Tensor, visible: VisibleTokens) -> Tensor:
+        """A tower layer's tokens as the branch reads them: means of neighbouring frames where it has fewer steps."""
+        seen = average_frames(tokens, visible.frames)
         if seen is tokens and not self.config.fused and not tokens.requires_grad:
             return tokens.clone()  # the plain layers keep it for backward, and the tower writes over its own
         return seen
@@ -415,10 +445,11 @@ class BTAdapterVisionModel(nn.Module):
         visible: VisibleTokens,
         draws: Iterator[Tensor] | None = None,
         after: Callable[[int, Tensor], object] | None = None,
+        plan: TimeSteps | None = None,
     ) -> Tensor:
         """The branch called as a module, so that whatever wraps it takes part; see ``Branch.forward``."""
         called = self.branch if self.branch_wrapper is None else self.branch_wrapper[0]
-        return called(states, self.tower.position, visible, draws, after)
+        return called(states, self.tower.position, visible, draws, after, plan)
 
     def _final_norm(self, tokens: Tensor) -> Tensor:
         return self.tower.final_norm(tokens.to(self.tower.dtype))
@@ -444,17 +475,8 @@ class BTAdapterVisionModel(nn.Module):
                 f"pixel_values must be on the model's {self.tower.device}, but is on {pixel_values.device}"
             )
 
-    def _check_visible(
-        self, visible: VisibleTokens | None, batch: int, frames: int, device: torch.device
-    ) -> VisibleTokens:
+    def _check_visible(self, visible: VisibleTokens, batch: int, frames: int) -> None:
         patches = self.vision_config.patches
-        if frames > self.config.max_frames:
-            raise ValueError(
-                f"pixel_values has {frames} frames, but the branch's time table has {self.config.max_frames} rows "
-                "(only video_tokens averages neighbouring frames)"
-            )
-        if visible is None:
-            return VisibleTokens.all(batch, patches, frames, device)
         if not isinstance(visible, VisibleTokens):
             raise TypeError(f"visible must be a VisibleTokens, but is {_describe(visible)}")
         if (visible.batch, visible.patches, visible.frames) != (batch, patches, frames):
@@ -462,18 +484,7 @@ class BTAdapterVisionModel(nn.Module):
                 f"visible is for {visible.batch} videos of {visible.frames} frames and {visible.patches} patches, but "
                 f"pixel_values holds {batch} of {frames} and {patches}"
             )
-        return visible
-
-
-def average_frames(tokens: Tensor, count: int) -> Tensor:
-    """``[B, T, 1+P, D]`` to ``[B, ⌈T/count⌉, 1+P, D]``: means of ``count`` neighbours, the last perhaps of fewer."""
-    if count == 1:
-        return tokens
-    whole = tokens.shape[1] // count * count
-    means = [tokens[:, :whole].unflatten(1, (-1, count)).mean(2)]
-    if whole < tokens.shape[1]:
-        means.append(tokens[:, whole:].mean(1, keepdim=True))
-    return torch.cat(means, 1)
+        check_trained(self.config, visible)
 
 
 def _is_plain_head(head: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from bt_adapter.names import (
     to_own,
     unpack_qkv,
 )
+from bt_adapter.time_steps import published_trained_steps
 from bt_adapter.tower import Tower
 
 _HEAD_WIDTH = 64  # of CLIP's towers; EVA-CLIP-g has 88
@@ -37,6 +38,7 @@ def load_reference_checkpoint(
     path_or_state_dict: str | os.PathLike | Mapping[str, Tensor],
     vision_config: TowerConfig | Mapping[str, Any] | Any | None = None,
     clip: nn.Module | str | os.PathLike | None = None,
+    trained_frames: int | None = None,
     **overrides: Any,
 ) -> BTAdapterVisionModel:
     """A model from a published BT-Adapter checkpoint: pretraining, chat, stored-features or instruction-tuning file.
@@ -52,6 +54,10 @@ def load_reference_checkpoint(
         clip: the CLIP (see ``BTAdapterVisionModel.from_clip``) of a file that holds the branch alone, as files of
             instruction tuning do. Such a file of three layers is taken for a branch of depth 4 without its last
             layer, which chat does not run, unless ``depth`` says otherwise.
+        trained_frames: of the videos the file was trained with: videos of more frames are averaged down to as many
+            time steps (more than the time table has rows: in twos, 100 to 50). None: told from the kind of file, 8 for
+            pretraining and 100 for instruction tuning. Files for chat and of stored features may come from either: all
+            rows of the time table are then taken as trained, with a warning.
         **overrides: fields of :class:`BTAdapterConfig`, for example ``drop_path``, ``merge_gate_slope``.
 
     Returns:
@@ -62,7 +68,8 @@ def load_reference_checkpoint(
             no ``clip`` is given, or has names or shapes that do not fit; the message lists them.
         FileNotFoundError: there is no such file.
     """
-    state = _strip_prefixes(read_tensors(path_or_state_dict))
+    tensors = read_tensors(path_or_state_dict)
+    state = _strip_prefixes(tensors)
     eva = any(name.startswith(("btadapter_S.", "blocks.")) for name in state)
     stacks = STACKS_EVA if eva else STACKS_CLIP
     branch_layers, tower_layers = _count(state, stacks[1]), _count(state, stacks[0])
@@ -84,6 +91,10 @@ def load_reference_checkpoint(
     if eva:
         fields.update(merge_gate_slope=None, output_gate_slope=None)
     fields.update(overrides)
+    if "trained_steps" not in overrides:
+        fields["trained_steps"] = published_trained_steps(tensors, not tower_layers, time.shape[0], trained_frames)
+    elif trained_frames is not None:
+        raise ValueError("trained_frames and trained_steps say the same thing: give one of them")
     model = BTAdapterVisionModel(config, BTAdapterConfig(**fields), stored, chat_only)
     own = {} if tower_layers else {f"tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     for name, tensor in state.items():

@@ -8,7 +8,6 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithP
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, TowerConfig
 from bt_adapter.losses import contrastive_loss
-from bt_adapter.model import average_frames
 from bt_adapter.names import pack_qkv
 from bt_kernels import VisibleTokens
 
@@ -188,12 +187,6 @@ def test_stored_features_equal_pixels():
     torch.testing.assert_close(model.video_tokens(features=stored), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_average_frames():
-    x = torch.arange(5.0).view(1, 5, 1, 1)
-    assert average_frames(x, 2).flatten().tolist() == [0.5, 2.5, 4.0]
-    assert average_frames(x, 1) is x
-
-
 def test_frame_order_matters_once_trained():
     model = shake(make())
     pixels = video(8)
@@ -257,7 +250,7 @@ def test_bfloat16_model_runs():
         (lambda m: m(torch.randn(2, 0, 3, 16, 16)), "at least one frame"),
         (lambda m: m(torch.randn(2, 4, 3, 16, 16, device="meta")), "must be on the model's cpu"),
         (lambda m: m("file.mp4"), "is str"),
-        (lambda m: m(video(9)), "9 frames.*8 rows"),
+        (lambda m: m(video(9), VisibleTokens.tube(2, PATCHES, 9, 0.5)), "9 frames.*time table for 8 time steps"),
         (lambda m: m(video(), VisibleTokens.all(3, 16, 4)), "visible is for 3 videos"),
         (lambda m: m(video(), torch.ones(2, 64, dtype=torch.bool)), "visible must be a VisibleTokens"),
         (lambda m: m.video_tokens(video(20), windows="reference"), "at most 16"),

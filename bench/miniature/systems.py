@@ -63,7 +63,10 @@ def make_model(clip: nn.Module, system: System, seed: int) -> BTAdapterVisionMod
     """A fresh branch beside the mini CLIP; the same seed starts all systems of a depth with the same weights."""
     torch.manual_seed(seed)
     gates = {} if system.gates else {"merge_gate_slope": None, "output_gate_slope": None}
-    config = BTAdapterConfig(depth=system.depth, drop_path=0.0, max_frames=64, alignment_head=system.mbta > 0, **gates)  # type: ignore[arg-type]
+    config = BTAdapterConfig(
+        depth=system.depth, drop_path=0.0, max_frames=64, alignment_head=system.mbta > 0, trained_steps=FRAMES,
+        **gates,  # type: ignore[arg-type]
+    )  # fmt: skip
     model = BTAdapterVisionModel.from_clip(clip, config)
     nn.init.normal_(model.branch.time, std=TIME_STD, generator=torch.Generator().manual_seed(seed))
     return model

@@ -17,6 +17,7 @@ from bt_adapter.chat.families import Family, Visuals, family_of
 from bt_adapter.chat.pairing import beside, check_shapes, check_values, is_shared, share_tower
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.progress import Progress
+from bt_adapter.time_steps import Long
 
 
 def attach(
@@ -115,13 +116,15 @@ def branch_enabled(image_chat_model: Any, enabled: bool = True) -> Iterator[None
         attached.enabled = before
 
 
-def video_tokens(image_chat_model: Any, pixel_values: Tensor, progress: Progress | None = None) -> Tensor:
+def video_tokens(
+    image_chat_model: Any, pixel_values: Tensor, progress: Progress | None = None, long: Long = "average"
+) -> Tensor:
     """Tokens of videos ``[B, T, 3, h, w]`` before the projector or Q-Former, ``[B, P+1, D]``, CLS last.
 
     ``family_of(model).project`` makes the language model's embeddings of them. Heeds `branch_enabled`. ViP-LLaVA: the
-    tokens of its tower layers side by side. progress: as for ``BTAdapterVisionModel.video_tokens``.
+    tokens of its tower layers side by side. progress, long: as for ``BTAdapterVisionModel.video_tokens``.
     """
-    return _attached(image_chat_model).encode(pixel_values, progress)
+    return _attached(image_chat_model).encode(pixel_values, progress, long)
 
 
 class _Visuals:
@@ -151,11 +154,11 @@ class _Visuals:
             raise TypeError(f"pixel_values must be a tensor or Visuals, but is {type(pixel_values).__name__}")
         return output if kwargs.get("return_dict", True) else output.to_tuple()
 
-    def encode(self, pixel_values: Tensor, progress: Progress | None = None) -> Tensor:
+    def encode(self, pixel_values: Tensor, progress: Progress | None = None, long: Long = "average") -> Tensor:
         """Videos ``[B, T, 3, h, w]`` to the tokens the projector or Q-Former reads."""
         if not is_shared(self.branch.tower, self.family):
             share_tower(self.branch.tower, self.family)
-        return self.family.video_tokens(self.branch, pixel_values, branch=self.enabled, progress=progress)
+        return self.family.video_tokens(self.branch, pixel_values, branch=self.enabled, progress=progress, long=long)
 
     def _sort(self, visuals: Visuals, kwargs: dict[str, Any]) -> list[Tensor]:
         """Features of each in order; stills in one batch, videos of one length in one."""

@@ -14,10 +14,11 @@ from torch import nn
 from bt_adapter.chat.families import Family
 from bt_adapter.chat.pairing import beside, check_shapes, in_whole_tower, mismatch
 from bt_adapter.checkpoint import load_exactly, read_safetensors, read_settings
-from bt_adapter.config import BTAdapterConfig, TowerConfig
+from bt_adapter.config import TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.names import pack_qkv
 from bt_adapter.published import load_reference_checkpoint
+from bt_adapter.time_steps import read_branch_config
 
 
 def load_branch(source: str | os.PathLike[str], family: Family, require_same_tower: bool) -> BTAdapterVisionModel:
@@ -45,7 +46,7 @@ def load_branch(source: str | os.PathLike[str], family: Family, require_same_tow
 
 def _alone(path: Path, settings: dict[str, Any], family: Family, require_same_tower: bool) -> BTAdapterVisionModel:
     """A branch saved without its tower, beside the chat model's."""
-    config, adapter = TowerConfig(**settings["tower"]), BTAdapterConfig(**settings["branch"])
+    config, adapter = TowerConfig(**settings["tower"]), read_branch_config(settings["branch"], path)
     check_shapes(config, adapter.depth, family)
     _check_fingerprint(path, settings, config, family, require_same_tower)
     chat_only = settings["stored_features"] or settings.get("chat_only", False)

@@ -11,15 +11,14 @@ Legend: T frames, P patches, D width, L tower layers, d branch layers; a step is
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.time_steps import Long, TimeSteps, check_long, plan_steps
 from bt_kernels import VisibleTokens, pool_video_tokens
 
-Long = Literal["average", "interpolate"]
 # One set of tokens stands for at most so many times the rows of the time table, unless it is told otherwise. Twice is
 # what the published procedure does to 100 frames.
 WINDOW_ROWS = 2
@@ -57,9 +56,9 @@ def video_tokens_streamed(
         frames: T, how many will come. Where fewer come, the video ends there.
         windows: sets of tokens, see :func:`plan_windows`; each window is a video of its own to the branch.
         sets: at most so many sets: beyond, those of neighbouring windows are averaged.
-        long: of windows with more frames than the time table has rows: "average" neighbouring frames, two by two up to
-            twice the rows and as many as needed beyond; "interpolate" the table to as many rows as there are frames,
-            up to twice its length (beyond, frames are averaged down to that first).
+        long: of windows with more frames than the branch was trained with: "average" neighbouring frames down to the
+            trained time steps, "interpolate" the trained rows of the time table, or the "published" steps, trained or
+            not; see ``bt_adapter.time_steps.plan_steps``.
         branch: False: each set is the mean over its frames of tower layer L-2's tokens (``frame_mean_tokens``).
 
     Returns:
@@ -68,8 +67,7 @@ def video_tokens_streamed(
     Raises:
         ValueError: an argument is outside its range, or no frame comes.
     """
-    if long not in get_args(Long):
-        raise ValueError(f"long must be 'average' or 'interpolate', but is {long!r}")
+    check_long(long)
     if branch and model.config.depth < 2:
         raise ValueError(f"video tokens need a branch of depth 2 or more, but depth is {model.config.depth}")
     lengths = plan_windows(frames, model.config.max_frames, windows)
@@ -131,12 +129,12 @@ class _Window:
     """What one window's tokens need, gathered chunk by chunk."""
 
     def __init__(self, model: BTAdapterVisionModel, frames: int, long: Long, branch: bool) -> None:
-        rows = model.config.max_frames
         self.model, self.frames = model, 0
-        self.most = rows if long == "average" else WINDOW_ROWS * rows
-        self.merged = -(-frames // self.most)
         layers = model.config.depth - 1 if branch else 0
-        # of each branch layer's input, the means over `merged` neighbours, in the order of time
+        self.plan = plan_steps(model.config, frames, long) if branch else TimeSteps(frames, 1, 1)
+        edges = self.plan.edges
+        self.sizes = [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
+        # of each branch layer's input, the means over the frames of each time step, in the order of time
         self.steps: list[list[_Mean]] = [[] for _ in range(layers)]
         self.whole = _Mean()
 
@@ -159,7 +157,7 @@ class _Window:
             return torch.cat([whole[0, 1:], whole[0, :1]])
         count = len(self.steps[0])
         visible = VisibleTokens.all(1, self.model.vision_config.patches, count, whole.device)
-        z = self.model._call_branch(self._states(), visible)
+        z = self.model._call_branch(self._states(), visible, plan=self.plan)
         return pool_video_tokens(whole[None].to(z.dtype), z, visible)[0]
 
     def _states(self) -> Iterator[Tensor]:
@@ -173,8 +171,8 @@ class _Window:
         """Add frames ``[t, 1+P, D]`` to the steps they belong to."""
         start = 0
         while start < len(x):
-            if not means or means[-1].count == self.merged:
+            if not means or means[-1].count == self.sizes[len(means) - 1]:
                 means.append(_Mean())
-            rows = x[start : start + self.merged - means[-1].count]
+            rows = x[start : start + self.sizes[len(means) - 1] - means[-1].count]
             means[-1].add(rows)
             start += len(rows)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from bt_adapter.chat.attach import branch_enabled, video_tokens
 from bt_adapter.chat.conversation import Visual, context, video_room
-from bt_adapter.chat.streaming import Long, video_tokens_streamed
+from bt_adapter.chat.streaming import WINDOW_ROWS, video_tokens_streamed
 from bt_adapter.data import read_image
 from bt_adapter.data.stream import FrameStream
 from bt_adapter.progress import Progress
+from bt_adapter.time_steps import Long
 
 if TYPE_CHECKING:
     from bt_adapter.chat.engine import VideoChat
@@ -124,11 +125,11 @@ def look(chat: VideoChat, path: str | Path) -> Watched:
 
 def _whole(chat: VideoChat, pieces: Iterator[Tensor], stream: FrameStream, sampling: Sampling) -> Tensor:
     """Tokens ``[1, P+1, …]`` of a model that reads several tower layers: its frames run at once."""
-    most = 2 * chat.branch.config.max_frames
-    if len(stream) > most or sampling.windows not in (None, 1) or sampling.long != "average":
+    most = WINDOW_ROWS * chat.branch.config.max_frames
+    if len(stream) > most or sampling.windows not in (None, 1):
         raise ValueError(
             f"{stream.path}: this model reads several layers of its tower, so that a video is one window of at most "
-            f"{most} frames, averaged; {len(stream)} frames in {sampling.windows or 'automatic'} windows were asked for"
+            f"{most} frames; {len(stream)} frames in {sampling.windows or 'automatic'} windows were asked for"
         )
     with branch_enabled(chat.model, sampling.branch):
-        return video_tokens(chat.model, torch.cat(list(pieces))[None])
+        return video_tokens(chat.model, torch.cat(list(pieces))[None], long=sampling.long)

@@ -33,6 +33,9 @@ class Evaluation:
     """The baseline: the frozen CLIP's embeddings, averaged over the frames."""
     frames: int | None = None
     """Frames of a view; default: 12 for MSR-VTT, 64 for DiDeMo, LSMDC, ActivityNet, 16 for recognition, else 8."""
+    long: Literal["average", "interpolate", "published"] = "average"
+    """Where they are more than the branch was trained with: average neighbouring frames down to its time steps,
+    interpolate the trained rows of its time table, or read all its rows as stored, trained or not (as published)."""
     sampling: Literal["middle", "reference"] = "middle"
     """Which frames: the middle of equal parts, or those of the published scores (within two frames of it)."""
     views: int = 1

@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -94,12 +94,14 @@ class TrainingClips:
 
     Args:
         clips: with a caption each. They are kept as one block of bytes, which worker processes share.
-        frames: T; a shorter clip repeats frames.
+        frames: T, or T of each step by its number; a shorter clip repeats frames.
         transform: whose :meth:`~TrainTransform.crop` is taken.
         seed: of all draws.
     """
 
-    def __init__(self, clips: Sequence[Clip], frames: int, transform: TrainTransform, seed: int) -> None:
+    def __init__(
+        self, clips: Sequence[Clip], frames: int | Callable[[int], int], transform: TrainTransform, seed: int
+    ) -> None:
         self.frames, self.transform, self.seed = frames, transform, seed
         self._packed = PackedClips(clips)
         self._known: dict[int, tuple[str, str]] = {}  # clips this process found that cannot be read
@@ -125,11 +127,12 @@ class TrainingClips:
         epoch, within = divmod(step, count // batch)
         position = within * batch + place
         stride = next(s for s in range(batch, batch + count + 1) if math.gcd(s, count) == 1)  # passes through all
+        frames = self.frames if isinstance(self.frames, int) else self.frames(step)
         failed: list[tuple[str, str]] = []
         for attempt in range(min(ATTEMPTS, count)):
             number = shuffled((position + attempt * stride) % count, count, self.seed, epoch)
             try:
-                drawn = self._read(number, numbers_seed(self.seed, epoch, position, attempt))
+                drawn = self._read(number, frames, numbers_seed(self.seed, epoch, position, attempt))
             except _Unreadable as error:
                 failed.append(error.named)
             else:
@@ -137,33 +140,34 @@ class TrainingClips:
         named = "; ".join(f"{key}: {reason}" for key, reason in failed[:3])
         raise CommandError(f"none of {len(failed)} clips that were tried for one place can be read: {named}")
 
-    def _read(self, number: int, seed: int) -> Drawn:
+    def _read(self, number: int, frames: int, seed: int) -> Drawn:
         if number in self._known:
             raise _Unreadable(self._known[number])
         clip = self._packed[number]
         try:
-            return read_patiently(clip.path, self._draw, clip, seed)
+            return read_patiently(clip.path, self._draw, clip, frames, seed)
         except VideoError as error:
             self._known[number] = clip.key, str(error)
             raise _Unreadable(self._known[number]) from error
 
-    def _draw(self, clip: Clip, seed: int) -> Drawn:
+    def _draw(self, clip: Clip, frames: int, seed: int) -> Drawn:
         generator = torch.Generator().manual_seed(seed)  # anew for each attempt to read: all draw the same
         caption = clip.captions[int(torch.randint(len(clip.captions), (), generator=generator))]
-        video = clip.read(self.frames, sampling="random", generator=generator, repeat=True, threads=1)
-        frames = self.transform.crop(video.frames, generator)
-        return Drawn(frames, caption, damaged=clip.key if video.truncated else None)
+        video = clip.read(frames, sampling="random", generator=generator, repeat=True, threads=1)
+        cropped = self.transform.crop(video.frames, generator)
+        return Drawn(cropped, caption, damaged=clip.key if video.truncated else None)
 
 
 class SyntheticClips:
     """Noise with captions, without end: what a run costs without reading any data.
 
     Args:
-        frames: T. size: S. seed: of all draws.
+        frames: T, or the most there are. size: S. seed: of all draws.
+        frames_of: T of each step by its number; None: all have ``frames``.
     """
 
-    def __init__(self, frames: int, size: int, seed: int) -> None:
-        self.shape, self.seed = (frames, 3, size, size), seed
+    def __init__(self, frames: int, size: int, seed: int, frames_of: Callable[[int], int] | None = None) -> None:
+        self.shape, self.seed, self.frames_of = (frames, 3, size, size), seed, frames_of
         generator = torch.Generator().manual_seed(seed)
         # A clip is a window of it, elsewhere for each: to draw every pixel costs more than a decoder takes.
         self._noise = torch.randint(256, (math.prod(self.shape) + _NOISE,), dtype=torch.uint8, generator=generator)
@@ -175,7 +179,8 @@ class SyntheticClips:
         """Clip ``place`` of step ``step``."""
         number = step * batch + place
         start = numbers_seed(self.seed, number) % _NOISE
-        return Drawn(self._noise[start : start + math.prod(self.shape)].view(self.shape), f"clip number {number}")
+        frames = self._noise[start : start + math.prod(self.shape)].view(self.shape)
+        return Drawn(frames if self.frames_of is None else frames[: self.frames_of(step)], f"clip number {number}")
 
 
 def batches(

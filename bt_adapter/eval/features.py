@@ -21,6 +21,7 @@ from bt_adapter.errors import CommandError
 from bt_adapter.eval.cache import Feature, FeatureCache, identity
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.progress import Progress
+from bt_adapter.time_steps import Long
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,14 @@ class Look:
         sampling: "middle" or "reference", see ``bt_adapter.data.sample_indices``.
         views: how often the model looks: frames·views frames are sampled, and view v takes every views-th of them from
             v on, so that each view spreads over the whole clip. The scores of the views are averaged.
+        long: how more frames than the branch was trained with become its time steps, see
+            ``bt_adapter.time_steps.plan_steps``.
     """
 
     frames: int
     sampling: str = "middle"
     views: int = 1
+    long: Long = "average"
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,6 @@ class Features:
     failed: dict[int, str]
     truncated: list[int]
     computed: int
-
-
-def check_frames(model: BTAdapterVisionModel, look: Look, branch: bool = True) -> None:
-    """Raise CommandError where a view has more frames than the branch has time steps."""
-    if branch and look.frames > model.config.max_frames:
-        raise CommandError(
-            f"--frames must be at most {model.config.max_frames}, the steps of the branch's time table, but is "
-            f"{look.frames}"
-        )
 
 
 def extract(
@@ -89,10 +84,9 @@ def extract(
         progress: called with the clips done and all clips of this process.
 
     Raises:
-        CommandError: ``look`` has more frames than the branch has time steps, the processes have different clips, no
-            clip can be used, a feature is not a finite number, or a decoding process died.
+        CommandError: the processes have different clips, no clip can be used, a feature is not a finite number, or a
+            decoding process died.
     """
-    check_frames(model, look, branch)
     processes = processes or Processes(str(model.tower.position.device))
     # by source: a video that stands there twice is embedded once, and its two vectors do not differ by rounding
     videos = list(dict.fromkeys((clip.source, clip.start, clip.end) for clip in clips))
@@ -193,7 +187,7 @@ class _Part:
 
     def _add(self, numbers: list[int], decoded: Decoded) -> None:
         assert decoded.frames is not None
-        views = embed(self.model, decoded.frames.flatten(0, 1), self.branch)
+        views = embed(self.model, decoded.frames.flatten(0, 1), self.branch, self.look.long)
         if not views.isfinite().all():
             raise CommandError(
                 f"features of {self.model.tower.dtype} are not finite numbers; use --precision float32 or bfloat16"
@@ -207,14 +201,14 @@ class _Part:
 
 
 @torch.no_grad()
-def embed(model: BTAdapterVisionModel, frames: Tensor, branch: bool = True) -> Tensor:
+def embed(model: BTAdapterVisionModel, frames: Tensor, branch: bool = True, long: Long = "average") -> Tensor:
     """Unit vectors float32 ``[n, F]`` of clips, uint8 ``[n, T, 3, S, S]``; without the branch: of the frames' mean."""
     device, dtype = model.tower.position.device, model.tower.dtype
     frames = frames.to(device, non_blocking=True)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         pixels = normalise(frames.flatten(0, 1), dtype=dtype)
         if branch:
-            vectors = model(pixels.unflatten(0, frames.shape[:2])).video_embeds
+            vectors = model(pixels.unflatten(0, frames.shape[:2]), long=long).video_embeds
         else:
             vectors = model.image_embeds(pixels).float().unflatten(0, frames.shape[:2]).mean(1)
     return F.normalize(vectors.float(), dim=-1)

@@ -21,7 +21,7 @@ from bt_adapter.distributed import Processes
 from bt_adapter.dtypes import choose_dtype
 from bt_adapter.eval import recognition, retrieval
 from bt_adapter.eval.cache import FeatureCache
-from bt_adapter.eval.features import Features, Look, check_frames, extract
+from bt_adapter.eval.features import Features, Look, extract
 from bt_adapter.eval.report import device_name, print_table, versions, write_json
 from bt_adapter.eval.stack import Stack, load_stack
 from bt_adapter.progress import Progress
@@ -50,8 +50,8 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     clips, skipped = read_annotations(command.layout, command.data, command.videos, command.split)
     stack = load_stack(command.clip, command.branch, not command.no_branch)
     stack.model.to(processes.device)
-    look = Look(command.frames or FRAMES.get(command.layout, _OTHER_FRAMES), command.sampling, command.views)
-    check_frames(stack.model, look, stack.branch)
+    frames = command.frames or FRAMES.get(command.layout, _OTHER_FRAMES)
+    look = Look(frames, command.sampling, command.views, command.long)
     precision = processes.gather(choose_dtype(command.precision, processes.device))[0]
     if processes.first:
         notes.print(str(precision), markup=False)
@@ -88,6 +88,8 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
         "frames": look.frames,
         "sampling": look.sampling,
         "views": look.views,
+        "long": look.long,
+        "trained_steps": stack.model.trained_steps if stack.branch else None,
         "clips": len(features.kept),
         **figures,
         "skipped": skipped.reasons,
@@ -112,6 +114,7 @@ def _about(stack: Stack, look: Look, precision: str) -> dict[str, Any]:
         "frames": look.frames,
         "sampling": look.sampling,
         "views": look.views,
+        "long": look.long,
         "transform": f"short side and centre {stack.model.vision_config.image_size}, bicubic",
     }
 

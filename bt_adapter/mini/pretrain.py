@@ -37,7 +37,8 @@ TIME_STD = 0.7  # of the time table at the start: of the size of the tokens it i
 
 def make_branch_model(clip: CLIPModel) -> BTAdapterVisionModel:
     """A fresh branch of depth 3 beside the mini CLIP."""
-    model = BTAdapterVisionModel.from_clip(clip, BTAdapterConfig(depth=DEPTH, drop_path=0.0, max_frames=64))
+    config = BTAdapterConfig(depth=DEPTH, drop_path=0.0, max_frames=64, trained_steps=FRAMES)
+    model = BTAdapterVisionModel.from_clip(clip, config)
     nn.init.normal_(model.branch.time, std=TIME_STD)
     return model
 

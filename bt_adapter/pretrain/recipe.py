@@ -22,10 +22,11 @@ from bt_adapter.limits import (
     type_in_words,
     types_of,
 )
+from bt_adapter.pretrain.frames import FrameRange
 
 # of the numbers that both recipes have
 LIMITS = {
-    "frames": POSITIVE, "batch": COUNT, "accumulate": COUNT, "epochs": POSITIVE, "steps": COUNT, "seed": SEED,
+    "batch": COUNT, "accumulate": COUNT, "epochs": POSITIVE, "steps": COUNT, "seed": SEED,
     "lr": POSITIVE, "beta1": SHARE_BELOW_1, "beta2": SHARE_BELOW_1, "eps": POSITIVE, "weight_decay": NATURAL,
     "grad_norm": NATURAL, "warmup": SHARE, "tower_chunk": COUNT, "workers": NATURAL, "prefetch": COUNT,
     "max_skipped": SHARE, "save_steps": COUNT, "save_minutes": "[0, inf]", "keep_last": COUNT,
@@ -108,8 +109,8 @@ class Recipe(Settings):
     max_frames: int = 64
     """Rows of the branch's time table."""
 
-    frames: int = 8
-    """T: frames of a clip."""
+    frames: int | str = 8
+    """T: frames of a clip. A range as 8..16: each step draws T from it, so that 16 rows of the time table learn."""
     batch: int = 416
     """Clips of a step over all processes (published: 8 times 52)."""
     accumulate: int = 1
@@ -184,9 +185,19 @@ class Recipe(Settings):
     tensorboard: bool = False
     """Write TensorBoard events to OUT/tensorboard."""
 
+    @property
+    def frame_range(self) -> FrameRange:
+        """Of ``frames``. Raises CommandError where it is no number or range of numbers."""
+        return FrameRange.of(self.frames)
+
+    def frames_of(self, step: int) -> int:
+        """T of a step, counted from 0."""
+        return self.frame_range.draw(self.seed, step)
+
     def check(self, world: int) -> None:
         """Raise CommandError for the first value that cannot be, with ``world`` processes."""
         self.check_values()
+        most = self.frame_range.most
         if self.crop[0] > self.crop[1]:
             raise CommandError(f"--crop must be least and greatest share, got {self.crop[0]} and {self.crop[1]}")
         if not self.data:
@@ -200,7 +211,7 @@ class Recipe(Settings):
             )
         if self.batch == 1:
             raise CommandError("--batch must be at least 2: the other clips of a step are what a clip is told from")
-        if self.frames > self.max_frames:
+        if most > self.max_frames:
             raise CommandError(f"--frames must be at most --max-frames {self.max_frames}, got {self.frames}")
 
 

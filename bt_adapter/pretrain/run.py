@@ -75,7 +75,7 @@ class Run(TrainingRun):
         size = self.clip.config.vision_config.image_size
         if recipe.data == "synthetic":
             self.total = None
-            self.clips: Any = SyntheticClips(recipe.frames, size, recipe.seed)
+            self.clips: Any = SyntheticClips(recipe.frame_range.most, size, recipe.seed, recipe.frames_of)
             self.steps_per_epoch = recipe.steps or 1
             self._plan(self.steps_per_epoch)
         else:
@@ -90,7 +90,7 @@ class Run(TrainingRun):
             unusable.check(len(clips) + len(unusable), recipe.max_skipped)
             self.total = len(clips)
             transform = TrainTransform(size, scale=recipe.crop)
-            self.clips = TrainingClips(clips, recipe.frames, transform, recipe.seed)
+            self.clips = TrainingClips(clips, recipe.frames_of, transform, recipe.seed)
             self.steps_per_epoch = len(clips) // recipe.batch
             self._plan(recipe.steps or max(1, round(recipe.epochs * self.steps_per_epoch)))
         self.validation: list[Clip] = []
@@ -111,6 +111,7 @@ class Run(TrainingRun):
         recipe, device, folder = self.recipe, self.processes.device, self.folder
         torch.manual_seed(recipe.seed)
         self.model = start_model(recipe, self.clip, folder)
+        self.model.trained_steps = recipe.frame_range.most
         self.text.to(device)
         self.model.to(device).train()
         self.model.recompute = recipe.recompute
@@ -274,8 +275,9 @@ class Run(TrainingRun):
         recipe = self.recipe
         self.model.eval()
         with gathered(self.module):
-            clips_at_once = max(1, recipe.tower_chunk // recipe.frames)
-            found = quick(self.model, self.text, self.validation, recipe.frames, clips_at_once, recipe.workers)
+            frames = recipe.frame_range.most
+            clips_at_once = max(1, recipe.tower_chunk // frames)
+            found = quick(self.model, self.text, self.validation, frames, clips_at_once, recipe.workers)
         self.model.train()
         for key, reason in found.failed.items():
             self.left_out.add(key, reason)
@@ -328,7 +330,7 @@ def _start_of(recipe: Recipe, init: str, clip: Any) -> BTAdapterVisionModel:
     for name, theirs in given.items():
         if (mine := getattr(recipe, name)) not in (theirs, getattr(Recipe, name)):
             raise CommandError(f"{option(name)} is {mine}, but --init {init} has {theirs}: leave it out")
-    if recipe.frames > config.max_frames:
+    if recipe.frame_range.most > config.max_frames:
         raise CommandError(
             f"--frames must be at most {config.max_frames}, as --init {init} has it, got {recipe.frames}"
         )

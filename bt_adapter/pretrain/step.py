@@ -39,10 +39,10 @@ class Pretraining(nn.Module):
 
 
 def draw_visible(recipe: Recipe, patches: int, step: int, rank: int, world: int, device: torch.device) -> VisibleTokens:
-    """What this process's clips show the branch: its part of the draws for the whole batch."""
+    """What this process's clips show the branch in a step (from 1): its part of the draws for the whole batch."""
     generator = torch.Generator().manual_seed(mix(recipe.seed, step))
     draw = VisibleTokens.tube if recipe.mask == "tube" else VisibleTokens.random
-    whole = draw(recipe.batch, patches, recipe.frames, recipe.ratio, generator)
+    whole = draw(recipe.batch, patches, recipe.frames_of(step - 1), recipe.ratio, generator)
     return part_of(whole, rank, world, device)
 
 

@@ -31,8 +31,8 @@ class TuneRecipe(Settings):
         }
     )  # fmt: skip
     limits = LIMITS | {
-        "rank": COUNT, "alpha": POSITIVE, "lora_dropout": SHARE_BELOW_1, "context": COUNT, "lr_projector": POSITIVE,
-        "lr_branch": POSITIVE, "lr_lora": POSITIVE, "head_chunk": COUNT,
+        "frames": COUNT, "rank": COUNT, "alpha": POSITIVE, "lora_dropout": SHARE_BELOW_1, "context": COUNT,
+        "lr_projector": POSITIVE, "lr_branch": POSITIVE, "lr_lora": POSITIVE, "head_chunk": COUNT,
     }  # fmt: skip
 
     data: str = ""
@@ -61,6 +61,9 @@ class TuneRecipe(Settings):
 
     frames: int = 100
     """T: frames of a video; a shorter one repeats some."""
+    long: Literal["average", "interpolate", "published"] = "average"
+    """Where T exceeds the time steps the branch was trained with: average neighbouring frames down to them, interpolate
+    the trained rows of its time table, or train as many rows as the published procedure reads (100 frames: 50)."""
     batch: int = 32
     """Conversations of a step over all processes."""
     accumulate: int = 1

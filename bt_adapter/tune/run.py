@@ -24,6 +24,7 @@ from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.checkpoint import load_moments, moments_of, save_moments
 from bt_adapter.pretrain.loop import Clock, Stopped, rate
 from bt_adapter.pretrain.training_run import TrainingRun
+from bt_adapter.time_steps import plan_steps
 from bt_adapter.tune.batches import Order, Step, Steps, VisualReader
 from bt_adapter.tune.conversations import read_conversations
 from bt_adapter.tune.features import FeatureStore, store_features
@@ -93,6 +94,9 @@ class Run(TrainingRun):
         self.learned = Learned(self.chat.model, recipe)
         model = attached_branch(self.chat.model)
         model.recompute, model.tower.chunk = recipe.recompute, recipe.tower_chunk
+        if "branch" in self.learned:
+            plan = plan_steps(model.config, recipe.frames, recipe.long)
+            model.trained_steps = min(plan.steps, plan.rows)
         self.tuning = Tuning(self.chat, recipe)
         self.optimizer = torch.optim.AdamW(
             self.learned.groups(recipe), betas=(recipe.beta1, recipe.beta2), eps=recipe.eps,

@@ -114,12 +114,14 @@ class Tuning:
 
     def _encode(self, batch: Tensor) -> list[Tensor]:
         if batch.is_floating_point():  # stored features [B, T, 1+P, D]
-            return list(self.family.project(self.family.video_tokens(self.model, features=batch)))
+            return list(
+                self.family.project(self.family.video_tokens(self.model, features=batch, long=self.recipe.long))
+            )
         frames = batch.flatten(0, -4)  # [n, 3, S, S]
         pixels = normalise(frames, self.chat.mean, self.chat.std, self.model.tower.dtype)
         if batch.ndim == 5:
             videos = pixels.unflatten(0, batch.shape[:2])
-            return list(self.family.project(self.family.video_tokens(self.model, videos)))
+            return list(self.family.project(self.family.video_tokens(self.model, videos, long=self.recipe.long)))
         owner, method = self.family.hook
         if method != "get_image_features":  # a Q-Former reads the tower's tokens: those of a video of one frame
             return list(self.family.project(self.model.frame_mean_tokens(pixels[:, None])))

@@ -17,6 +17,7 @@ from bt_adapter.config import TowerConfig
 from bt_adapter.data import CLIP_MEAN, CLIP_STD
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.progress import Progress
+from bt_adapter.time_steps import Long
 
 
 class Family(ABC):
@@ -125,6 +126,7 @@ class Family(ABC):
         start_layer: int | None = None,
         branch: bool = True,
         progress: Progress | None = None,
+        long: Long = "average",
     ) -> Tensor:
         """The visual tokens of videos before the projector or Q-Former, ``[B, P+1, D]`` (several layers: a multiple).
 
@@ -133,13 +135,15 @@ class Family(ABC):
             pixel_values: normalised frames ``[B, T, 3, h, w]``, or None where ``features`` are given, stored for
                 ``start_layer``, ``[B, T, 1+P, D]``: see ``BTAdapterVisionModel.video_tokens``.
             branch: False: the mean over the frames of the tower's tokens, without the branch (pixels alone).
-            progress: as there.
+            progress, long: as there.
 
         Raises:
             ValueError, TypeError: an argument has the wrong shape or value; the message names it.
         """
         if branch:
-            return model.video_tokens(pixel_values, features=features, start_layer=start_layer, progress=progress)
+            return model.video_tokens(
+                pixel_values, features=features, start_layer=start_layer, progress=progress, long=long
+            )
         if pixel_values is None:
             raise ValueError("pixel_values must be given where branch is False")
         return model.frame_mean_tokens(pixel_values, progress)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.progress import Progress, counter
+from bt_adapter.time_steps import Long, TimeSteps, plan_steps
 from bt_kernels import VisibleTokens, pool_video_tokens
 
 
@@ -21,6 +22,7 @@ def video_tokens_of_layers(
     layers: Sequence[int],
     branch: bool = True,
     progress: Progress | None = None,
+    long: Long = "average",
 ) -> Tensor:
     """Video tokens of several tower layers side by side in the channels, ``[B, P+1, D · len(layers)]``, CLS last.
 
@@ -33,7 +35,7 @@ def video_tokens_of_layers(
         pixel_values: normalised frames ``[B, T, 3, h, w]``.
         layers: after how many tower layers to read, each in [0, L-1].
         branch: False: the mean of X over time everywhere.
-        progress: as in ``BTAdapterVisionModel.video_tokens``.
+        progress, long: as in ``BTAdapterVisionModel.video_tokens``.
 
     Raises:
         ValueError: a layer lies outside that range.
@@ -43,7 +45,6 @@ def video_tokens_of_layers(
         raise ValueError(f"layers must lie in [0, {stop}], but are {list(layers)}")
     model._check_pixels(pixel_values)
     batch, frames = pixel_values.shape[:2]
-    merged = -(-frames // model.config.max_frames)
     tower, first = model.tower, model.first_branch_layer
     chunks = tower.chunks(batch * frames)
     last = max(layers)
@@ -51,7 +52,8 @@ def video_tokens_of_layers(
 
     begin = min(*layers, first)
     x = tower.run(pixel_values.flatten(0, 1), begin, done).unflatten(0, (batch, frames))
-    visible = VisibleTokens.all(batch, model.vision_config.patches, -(-frames // merged), x.device)
+    plan = plan_steps(model.config, frames, long) if branch else TimeSteps(frames, 1, 1)
+    visible = VisibleTokens.all(batch, model.vision_config.patches, plan.steps, x.device)
     read: dict[int, Tensor] = {}
 
     def climb(to: int) -> Iterator[int]:
@@ -66,7 +68,7 @@ def video_tokens_of_layers(
         nonlocal x
         for layer in range(first, last):
             x = model._run_tower_layer(layer, x, done)
-            yield model._seen(x, merged)
+            yield model._seen(x, visible)
             done()
 
     def read_both(number: int, z: Tensor) -> None:
@@ -77,7 +79,7 @@ def video_tokens_of_layers(
         if layer in layers:
             read[layer] = _mean(x)
     if branch and last > first:
-        model._call_branch(beside_branch(), visible, after=read_both)
+        model._call_branch(beside_branch(), visible, after=read_both, plan=plan)
     return torch.cat([read[layer].to(read[last].dtype) for layer in layers], -1)
 
 

@@ -22,6 +22,7 @@ from bt_adapter.config import TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.names import to_own
 from bt_adapter.progress import Progress
+from bt_adapter.time_steps import Long
 
 
 class Llava(Family):
@@ -69,15 +70,16 @@ class Llava(Family):
         start_layer: int | None = None,
         branch: bool = True,
         progress: Progress | None = None,
+        long: Long = "average",
     ) -> Tensor:
         layers = self.feature_layers
         if len(layers) == 1:
-            return super().video_tokens(model, pixel_values, features, start_layer, branch, progress)
+            return super().video_tokens(model, pixel_values, features, start_layer, branch, progress, long)
         if pixel_values is None:
             raise ValueError(
                 f"this model reads its tower after layers {layers}: it needs pixel_values, stored features hold one"
             )
-        return video_tokens_of_layers(model, pixel_values, layers, branch, progress)
+        return video_tokens_of_layers(model, pixel_values, layers, branch, progress, long)
 
     def stills(
         self, own: Callable[..., Any], pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]
