@@ -236,7 +236,6 @@ def _camel(name: str) -> str:
     [
         (("--data", "nowhere.csv"), "there is no such file or folder"),
         (("--frames", "0"), "--frames must be 1 or more"),
-        (("--frames", "65"), "--frames must be at most 64"),
         (("--views", "-1"), "--views must be 1 or more"),
         (("--workers", "-1"), "--workers must be 0 or more"),
         (("--temperature", "0"), "--temperature must be above 0"),
