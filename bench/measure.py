@@ -120,5 +120,5 @@ def write(rows: list, path: Path) -> None:
     """Write the rows aside and rename, so that a run killed at any moment leaves the last whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    aside.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     os.replace(aside, path)

@@ -23,15 +23,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import bt_adapter
 from bt_adapter.chat.engine import VideoChat, peak_memory, read
-from bt_adapter.chat.session import progress_bar
 from bt_adapter.data import write_video
 from bt_adapter.mini.items import ITEMS, load_items
 from bt_adapter.mini.scenes import COLOURS, MOTIONS, Label, caption, clips, to_labels
+from bt_adapter.terminal import make_console, make_progress, progress_bar, say
 
 if TYPE_CHECKING:
     from bt_adapter.commands.demo import Demo
@@ -46,7 +45,7 @@ ENLARGED = 4  # 48 px scenes are written at 192 px: a size players show and code
 
 def run_demo(command: Demo) -> int:
     """The whole demo. Returns the exit code."""
-    console = Console(highlight=False)
+    console = make_console()
     console.rule("a video file, a question, an answer", align="left")
     with console.status("loading the small stack"):
         chat, loading = _timed(VideoChat.mini)
@@ -74,7 +73,7 @@ def run_demo(command: Demo) -> int:
     if STORED.is_file():
         show_results(json.loads(STORED.read_text(encoding="utf-8")), console)
     else:
-        console.print(f"no stored result at {STORED}: bt-adapter demo --evaluate makes it")
+        say(console, f"no stored result at {STORED}: bt-adapter demo --evaluate makes it")
     return 0
 
 
@@ -108,13 +107,12 @@ def run_evaluation(out: Path | None, each: int) -> int:
     """Retrieval and answers on held-out clips; stores and prints the result. Returns the exit code."""
     from bt_adapter.mini import answers, clip, pretrain, retrieval
 
-    console = Console(highlight=False)
+    console = make_console()
     begin = time.perf_counter()
     with console.status("retrieval of motion captions"):
         model, tokenizer = clip.load_clip()
         found = retrieval.evaluate(model, tokenizer, pretrain.load_branch_model(clip=model).eval())
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with make_progress(console) as bar:
         tasks = {name: bar.add_task(name, total=each * len(MOTIONS)) for name in answers.SYSTEMS}
         told = answers.evaluate(each, progress=lambda name, n: bar.advance(tasks[name], n))
     result = {
@@ -135,7 +133,7 @@ def run_evaluation(out: Path | None, each: int) -> int:
     temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, out)
     show_results(result, console)
-    console.print(f"stored in {out}", style="dim")
+    say(console, f"stored in {out}", "dim")
     return 0
 
 

@@ -16,11 +16,12 @@ from rich.console import Console
 from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, check_context, context, video_room
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.rows import Rows
-from bt_adapter.chat.session import chosen_dtype, load, progress_bar, sampling_of
+from bt_adapter.chat.session import chosen_dtype, load, sampling_of
 from bt_adapter.chat.watch import Sampling, watch
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 from bt_adapter.progress import Progress
+from bt_adapter.terminal import make_console, progress_bar, say
 
 if TYPE_CHECKING:
     from bt_adapter.chat.engine import VideoChat
@@ -53,7 +54,7 @@ class Question:
 
 def run_answer(command: Answer) -> int:
     """Answer what has no answer yet. Returns the exit code."""
-    notes = Console(stderr=True, highlight=False)
+    notes = make_console(stderr=True)
     questions = read_questions(command.questions, command.videos)
     with Rows(command.out, about(command)) as rows:
         skipped = answer_with(command, questions, rows, command.batch, notes)
@@ -74,10 +75,10 @@ def answer_with(command: Answer | Qa, questions: Sequence[Question], rows: Rows,
             )
     pending = [question for question in questions if question.id not in rows.done]
     if len(pending) < len(questions):
-        notes.print(f"{rows.path}: going on after {len(questions) - len(pending)} of {len(questions)} answers")
+        say(notes, f"{rows.path}: going on after {len(questions) - len(pending)} of {len(questions)} answers")
     if not pending:
         return Skipped()
-    notes.print(str(chosen_dtype(command)), markup=False, style="dim")
+    say(notes, str(chosen_dtype(command)), "dim")
     with notes.status("loading the model"):
         chat = load(command)
     with progress_bar(notes, "answering") as progress:
@@ -87,10 +88,10 @@ def answer_with(command: Answer | Qa, questions: Sequence[Question], rows: Rows,
 def report(notes: Console, out: Path, asked: int, skipped: Skipped) -> int:
     """Say what was answered and what not. CommandError where nothing was."""
     if skipped:
-        notes.print(skipped.report(), markup=False, style="yellow")
+        say(notes, skipped.report(), "yellow")
     if len(skipped) == asked:
         raise CommandError(f"none of the {asked} questions could be answered")
-    notes.print(f"{asked - len(skipped)} of {asked} questions answered: {out}", markup=False)
+    say(notes, f"{asked - len(skipped)} of {asked} questions answered: {out}")
     return 0
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bt_adapter.chat.conversation import ContextError, Conversation, Reply
 from bt_adapter.chat.engine import VideoChat, peak_memory
@@ -22,6 +20,7 @@ from bt_adapter.data import VideoError
 from bt_adapter.data.stream import FrameStream
 from bt_adapter.dtypes import ChosenDtype, choose_dtype
 from bt_adapter.errors import CommandError
+from bt_adapter.terminal import make_console, progress_bar, say
 
 if TYPE_CHECKING:
     from bt_adapter.commands.chat import Chat, ChatModel
@@ -34,11 +33,11 @@ a line is a question; <video> and <image> in it stand for the files that come wi
 
 def run_chat(command: Chat) -> int:
     """Load, watch, answer. Answers go to stdout, all else to stderr. Returns the exit code."""
-    notes = Console(stderr=True, highlight=False)
+    notes = make_console(stderr=True)
     sampling = sampling_of(command)
     streams = [sampling.open(path) for path in command.video]  # a bad file is told before a model is loaded
     begin = time.perf_counter()
-    notes.print(str(chosen_dtype(command)), markup=False, style="dim")
+    say(notes, str(chosen_dtype(command)), "dim")
     with notes.status("loading the model"):
         chat = load(command)
     loaded = time.perf_counter() - begin
@@ -98,9 +97,8 @@ class Session:
             except ValueError as error:
                 raise CommandError(str(error)) from error
         if seen.truncated:
-            self.notes.print(
-                f"[yellow]{stream.path}: damaged or cut short; going on with the {seen.total} frames that are there"
-            )
+            note = f"damaged or cut short; going on with the {seen.total} frames that are there"
+            say(self.notes, f"{stream.path}: {note}", "yellow")
         return seen
 
     def _look(self, path: Path) -> Watched:
@@ -116,7 +114,7 @@ class Session:
         reply = self.conversation.ask(question, self.max_new_tokens, _show)
         _show("\n")
         self._seconds |= reply.seconds
-        self.notes.print(summary(self._seen, self._seconds, reply, peak_memory(self.chat.device)), style="dim")
+        say(self.notes, summary(self._seen, self._seconds, reply, peak_memory(self.chat.device)), "dim")
         self._seconds, self._seen = {}, []
 
     def converse(self) -> None:
@@ -125,11 +123,11 @@ class Session:
             "/video": lambda name: self.show([self.sampling.open(name)], ()),
             "/image": lambda name: self.show((), [Path(name)]),
             "/reset": lambda _: self._reset(),
-            "/help": lambda _: self.notes.print(HELP, markup=False),
+            "/help": lambda _: say(self.notes, HELP),
         }
         typed = sys.stdin.isatty()
         if typed:
-            self.notes.print(HELP, markup=False, style="dim")
+            say(self.notes, HELP, "dim")
         number = 0
         while True:
             if typed:
@@ -150,13 +148,13 @@ class Session:
                 elif word in commands:
                     commands[word](rest.strip())
                 else:
-                    self.notes.print(f"no command {word}; /help lists them", markup=False)
+                    say(self.notes, f"no command {word}; /help lists them")
             except (VideoError, CommandError, PromptError, ContextError) as error:
-                self.notes.print(str(error), markup=False, style="yellow")
+                say(self.notes, str(error), "yellow")
             except KeyboardInterrupt:
                 if not typed:
                     raise
-                self.notes.print("interrupted", style="yellow")
+                say(self.notes, "interrupted", "yellow")
 
     def _add(self, seen: Watched) -> None:
         self.conversation.add(seen)
@@ -235,15 +233,6 @@ def summary(seen: list[Watched], seconds: dict[str, float], reply: Reply, memory
     parts.append(f"{reply.fed} of {reply.prompt} prompt tokens run")
     speed = f", {reply.tokens_per_second:.1f} tokens/s" if reply.tokens > 1 else ""
     return " · ".join([*parts, f"{reply.tokens} tokens{speed}", f"peak memory {memory / 1e9:.2f} GB"])
-
-
-@contextmanager
-def progress_bar(console: Console, what: str) -> Iterator:
-    """A callback (done, in all) that moves a bar; the bar goes when it is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _show(text: str) -> None:

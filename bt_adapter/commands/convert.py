@@ -37,17 +37,15 @@ def run(command: Convert) -> int:
             label = "FOLDER" if name == "model" else f"--{name}"
             kind = "file" if name in ("projector", "branch") else "folder"
             raise CommandError(f"{label} {path}: there is no such {kind}")
-    from rich.console import Console
-
     from bt_adapter.chat.convert import Sources, convert
-    from bt_adapter.chat.session import progress_bar
+    from bt_adapter.terminal import make_console, progress_bar, say
 
-    notes = Console(stderr=True, highlight=False)
+    notes = make_console(stderr=True)
     sources = Sources(command.model, command.clip, command.base, command.projector, command.branch)
     with progress_bar(notes, "converting") as progress:
         out = convert(sources, command.out, progress)
     for path in sorted(out.iterdir()):
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         size = sum(file.stat().st_size for file in files)
-        notes.print(f"{size / 1e6:10.1f} MB  {path.name}{'' if path.is_file() else '/'}")
+        say(notes, f"{size / 1e6:10.1f} MB  {path.name}{'' if path.is_file() else '/'}")
     return 0

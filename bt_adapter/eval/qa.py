@@ -20,11 +20,12 @@ from rich.console import Console
 
 from bt_adapter.chat.answer import Question, about, answer_with, find_video, read_text
 from bt_adapter.chat.rows import Rows
-from bt_adapter.chat.session import chosen_dtype, progress_bar
+from bt_adapter.chat.session import chosen_dtype
 from bt_adapter.commands.qa import Qa
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.judge import ASPECTS, PROMPTS, Case, Judge, judge_all, summary
-from bt_adapter.eval.report import print_table, versions, write_json
+from bt_adapter.eval.report import versions, write_json
+from bt_adapter.terminal import make_console, print_table, progress_bar, say
 
 _ARTICLES = {"a", "an", "the"}
 _APOSTROPHES = re.compile("['\u2018\u2019\u02bc`]")
@@ -51,7 +52,7 @@ def evaluate_qa(command: Qa) -> int:
 
     scores.json holds what the verdicts that are stored say, whatever judge they are of and however this run ends.
     """
-    notes = Console(stderr=True, highlight=False)
+    notes = make_console(stderr=True)
     items = read_items(command.data, command.answers)
     asked = [question for item in items for question in _questions(item, command.videos)]
     command.out.mkdir(parents=True, exist_ok=True)
@@ -59,7 +60,7 @@ def evaluate_qa(command: Qa) -> int:
         skipped = answer_with(command, asked, rows, command.batch, notes)
         given = {key: row["prediction"] for key, row in rows.done.items()}
     if skipped:
-        notes.print(skipped.report(), markup=False, style="yellow")
+        say(notes, skipped.report(), "yellow")
     answered = [item for item in items if all(key in given for key in _keys(item))]
     if not answered:
         raise CommandError(f"none of the {len(items)} records of --data {command.data} could be answered")
@@ -192,9 +193,9 @@ def _judge(command: Qa, cases: Sequence[Case], aspects: Sequence[str], notes: Co
                 skipped = judge_all(judge, cases, aspect, rows, progress)
             refused = summary(cases, aspect, rows)["refused"]
         if skipped:
-            notes.print(f"no verdict on {aspect}: {skipped.report(10)}", markup=False, style="yellow")
+            say(notes, f"no verdict on {aspect}: {skipped.report(10)}", "yellow")
         if refused:
-            notes.print(f"{refused} of them are refused; the next run asks again", markup=False, style="yellow")
+            say(notes, f"{refused} of them are refused; the next run asks again", "yellow")
 
 
 def _verdicts(folder: Path, aspect: str) -> Path:

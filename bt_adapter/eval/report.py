@@ -1,4 +1,4 @@
-"""Figures to a file and to the terminal."""
+"""Results as files, with what made them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 import bt_adapter
 
@@ -32,16 +29,6 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".writing")
     temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """To the standard output; shares are in percent."""
-    table = Table(box=SIMPLE)
-    for number, title in enumerate(head):
-        table.add_column(title, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
 
 
 def _commit() -> str | None:

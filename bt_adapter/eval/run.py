@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from bt_adapter.commands.eval import Evaluation, Recognition, Retrieval
 from bt_adapter.data.annotations import class_names, read_annotations
@@ -22,9 +20,10 @@ from bt_adapter.dtypes import choose_dtype
 from bt_adapter.eval import recognition, retrieval
 from bt_adapter.eval.cache import FeatureCache
 from bt_adapter.eval.features import Features, Look, extract
-from bt_adapter.eval.report import device_name, print_table, versions, write_json
+from bt_adapter.eval.report import device_name, versions, write_json
 from bt_adapter.eval.stack import Stack, load_stack
 from bt_adapter.progress import Progress
+from bt_adapter.terminal import make_console, print_table, progress_bar, say
 
 FRAMES = {"msrvtt": 12, "didemo": 64, "lsmdc": 64, "activitynet": 64, "hmdb51": 16, "ucf101": 16, "kinetics400": 16}
 _OTHER_FRAMES = 8
@@ -45,7 +44,7 @@ def evaluate(command: Evaluation) -> int:
 
 
 def _evaluate(command: Evaluation, processes: Processes) -> int:
-    notes = Console(stderr=True, highlight=False)
+    notes = make_console(stderr=True)
     assert isinstance(command, Retrieval | Recognition)
     clips, skipped = read_annotations(command.layout, command.data, command.videos, command.split)
     stack = load_stack(command.clip, command.branch, not command.no_branch)
@@ -54,7 +53,7 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     look = Look(frames, command.sampling, command.views, command.long)
     precision = processes.gather(choose_dtype(command.precision, processes.device))[0]
     if processes.first:
-        notes.print(str(precision), markup=False)
+        say(notes, str(precision))
     if precision.dtype != torch.float32:
         stack.model.tower.optimize(precision.dtype)
     about = _about(stack, look, precision.name)
@@ -144,16 +143,14 @@ def _tell(notes: Console, command: Evaluation, result: dict[str, Any], skipped: 
     lines.extend(f"{path} is damaged and was not used; it can be deleted" for path in damaged)
     if len(skipped):
         lines.append(skipped.report())
-    notes.print("\n".join(lines), markup=False, soft_wrap=True)
+    say(notes, "\n".join(lines))
 
 
 @contextmanager
 def _bar(notes: Console, first: bool) -> Iterator[Progress | None]:
-    """Moved by the first process, on a terminal."""
-    if not first or not notes.is_terminal:
+    """A bar that the first process moves."""
+    if not first:
         yield None
         return
-    columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=notes, transient=True) as bar:
-        task = bar.add_task("features", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with progress_bar(notes, "features", remaining=True) as progress:
+        yield progress

@@ -70,7 +70,7 @@ def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: str 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config.to_dict() | {"architectures": ["CLIPModel"], "dtype": "float16"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     temporary = folder / "model.safetensors.tmp"
     save_file(training.export_half(model), temporary, metadata={"format": "pt"})
     temporary.chmod(0o644)

@@ -109,7 +109,7 @@ def save_stage(folder: str | os.PathLike[str], projector: nn.Module, language_mo
     save_file({name: value.half().contiguous() for name, value in state.items()}, temporary, metadata={"format": "pt"})
     os.replace(temporary, folder / FILE)
     temporary = folder / "about.json.tmp"
-    temporary.write_text(json.dumps(about, indent=2) + "\n")
+    temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, folder / "about.json")
 
 

@@ -132,7 +132,7 @@ def main() -> None:
     print(text)
     if options.out:
         temporary = options.out.with_suffix(".tmp")
-        temporary.write_text(text + "\n")
+        temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, options.out)
 
 

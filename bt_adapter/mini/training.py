@@ -93,7 +93,7 @@ class Run:
 
     def log(self, **values: Any) -> None:
         line = json.dumps({"step": self.step, "seconds": round(self.spent, 1)} | values)
-        with self.options.log.open("a") as stream:
+        with self.options.log.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
         print(line, flush=True)
 

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
+
+from bt_adapter.terminal import make_console, make_progress, say
 
 SECONDS = 10.0  # between lines where no bar can be drawn
 
@@ -23,11 +24,10 @@ class Log:
         _cut(self.path, step)
         _cut(out / "validation.jsonl", step)
         self.file = self.path.open("a", encoding="utf-8")
-        self.total, self.console, self.told = total, Console(stderr=True, highlight=False), 0.0
+        self.total, self.console, self.told = total, make_console(stderr=True), 0.0
         self.bar: Progress | None = None
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console)
+            self.bar = make_progress(self.console, remaining=True, transient=False)
             self.task = self.bar.add_task("training", total=total, completed=step)
             self.bar.start()
         self.events: Any = None
@@ -51,7 +51,7 @@ class Log:
             self.bar.update(self.task, completed=values["step"], description=text)
         elif time.monotonic() - self.told > SECONDS:
             self.told = time.monotonic()
-            self.console.print(f"step {values['step']} of {self.total}: {text}")
+            self.say(f"step {values['step']} of {self.total}: {text}")
 
     def validation(self, values: dict[str, Any]) -> None:
         """Retrieval on the validation clips, a line in validation.jsonl."""
@@ -66,7 +66,7 @@ class Log:
 
     def say(self, text: str) -> None:
         """A line for who watches."""
-        self.console.print(text)
+        say(self.console, text)
 
     def close(self) -> None:
         """Let go of the terminal and the files."""
