@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bt_adapter.config import BTAdapterConfig, TowerConfig
+from bt_adapter.errors import CheckpointError as CheckpointError
+from bt_adapter.hugging_face import load_clip_model
+from bt_adapter.image_settings import ImageSettings, read_image_settings
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.names import pack_qkv, to_own
 from bt_adapter.time_steps import read_branch_config
 
 _FORMAT = 1
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; the message says what does not fit."""
 
 
 def model_from_clip(
@@ -41,9 +42,10 @@ def model_from_clip(
         TypeError: ``clip`` is no CLIP vision tower.
     """
     name, state, config = clip_tensors(clip)
-    model = BTAdapterVisionModel(config, adapter_config)
+    with float32_by_default():
+        model = BTAdapterVisionModel(config, adapter_config)
     _load_tower(model, state, share)
-    model.tower_name = name
+    model.tower_name, model.images = name, image_settings_of(clip, config)
     model.reset_spatial_layers()
     return model
 
@@ -82,6 +84,7 @@ def save_model(
         "chat_only": len(model.branch.temporal) < model.config.depth,
         "tower_fingerprint": model.tower.fingerprint(),
         "tower": model.vision_config.to_dict(),
+        "images": model.images.at(model.vision_config.image_size).to_dict(),
         "branch": model.config.to_dict(),
     }
     weights, settings = folder / "model.safetensors", folder / "config.json"
@@ -92,6 +95,42 @@ def save_model(
     os.replace(f"{weights}.writing", weights)
     os.replace(f"{settings}.writing", settings)
     to_disk(folder)
+
+
+def image_settings_of(clip: nn.Module | str | os.PathLike, config: TowerConfig) -> ImageSettings:
+    """How a CLIP's own image processor prepares its pictures; of a module, where the place it came from is at hand."""
+    if isinstance(clip, (str, os.PathLike)):
+        return read_image_settings(clip, config.image_size)
+    if isinstance(found := getattr(clip, "image_settings", None), ImageSettings):  # of bt_adapter.text.load_clip
+        return found
+    place = getattr(clip, "name_or_path", None)
+    return read_image_settings(place, config.image_size, local=True) if place else ImageSettings(config.image_size)
+
+
+def _stored_images(folder: Path, settings: Mapping[str, Any], clip: Any, config: TowerConfig) -> ImageSettings:
+    """As the branch was trained; of folders that do not say it, as its CLIP's image processor has them."""
+    theirs = None if clip is None else image_settings_of(clip, config)
+    if (stored := settings.get("images")) is None:
+        return theirs or ImageSettings(config.image_size)
+    mine = ImageSettings.of_dict(stored).at(config.image_size)
+    if theirs is not None and theirs != mine:
+        warnings.warn(
+            f"the branch in {folder} was trained on pictures prepared by {mine}, but its CLIP's image processor says "
+            f"{theirs}; the branch's are used",
+            stacklevel=3,
+        )
+    return mine
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Modules made within the context are float32, whatever dtype the program around it has as its default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def to_disk(*paths: str | os.PathLike) -> None:
@@ -139,8 +178,11 @@ def load_model(
             config = replace(config, projection_dim=None)
             state = {n: t for n, t in state.items() if not n.startswith("branch.alignment_head.")}
     adapter_config = read_branch_config(settings["branch"], folder)
-    model = BTAdapterVisionModel(config, adapter_config, settings["stored_features"], settings.get("chat_only", False))
+    chat_only = settings.get("chat_only", False)
+    with float32_by_default():
+        model = BTAdapterVisionModel(config, adapter_config, settings["stored_features"], chat_only)
     model.tower_name = name
+    model.images = _stored_images(folder, settings, clip, config)
     if tensors is not None:
         _load_tower(model, tensors, share)
         check_fingerprint(model, settings.get("tower_fingerprint"), folder)
@@ -212,9 +254,7 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> No
 def clip_tensors(clip: Any) -> tuple[str | None, dict[str, Tensor], TowerConfig]:
     """Name, tensors under their published names, and configuration of a Hugging Face CLIP's vision tower."""
     if isinstance(clip, (str, os.PathLike)):
-        from transformers import CLIPVisionModelWithProjection
-
-        clip = CLIPVisionModelWithProjection.from_pretrained(os.fspath(clip))
+        clip = _load_clip(os.fspath(clip))
     config: Any = getattr(clip.config, "vision_config", clip.config)
     if getattr(config, "model_type", None) != "clip_vision_model":
         raise TypeError(
@@ -233,6 +273,17 @@ def clip_tensors(clip: Any) -> tuple[str | None, dict[str, Tensor], TowerConfig]
     values["projection_dim"] = None if projection is None else projection.shape[0]
     values["model_type"] = "clip_vision_model"
     return getattr(clip, "name_or_path", "") or None, state, TowerConfig.of(values)
+
+
+def _load_clip(name: str) -> nn.Module:
+    """The CLIP of a folder, hub name or "mini", float32: its vision tower with the projection."""
+    if name == "mini":
+        from bt_adapter.mini.clip import load_clip as load_mini
+
+        return load_mini()[0]
+    from transformers import CLIPVisionModelWithProjection
+
+    return load_clip_model(CLIPVisionModelWithProjection, name)
 
 
 def _load_tower(model: BTAdapterVisionModel, state: Mapping[str, Tensor], share: bool) -> None:

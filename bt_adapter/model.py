@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from bt_adapter.branch import Branch, SpatialLayer
 from bt_adapter.config import BTAdapterConfig, TowerConfig
+from bt_adapter.image_settings import ImageSettings
 from bt_adapter.losses import called_alignment, contrastive_loss
 from bt_adapter.names import pack_qkv
 from bt_adapter.progress import Progress, counter, nothing
@@ -82,6 +83,7 @@ class BTAdapterVisionModel(nn.Module):
         self.tower_name: str | None = None
         # Where a wrapper (PEFT's, for one) stands in the branch's place, in a list, as it is no part of this module.
         self.branch_wrapper: list[nn.Module] | None = None
+        self.images = ImageSettings(config.image_size)  # how frames are prepared for the tower
 
     def requires_grad_(self, requires_grad: bool = True) -> BTAdapterVisionModel:
         """Of the branch; the tower stays frozen."""

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bt_adapter.checkpoint import CheckpointError, load_exactly, model_from_clip, read_safetensors
+from bt_adapter.checkpoint import (
+    CheckpointError,
+    float32_by_default,
+    image_settings_of,
+    load_exactly,
+    model_from_clip,
+    read_safetensors,
+)
 from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.names import (
@@ -95,7 +102,8 @@ def load_reference_checkpoint(
         fields["trained_steps"] = published_trained_steps(tensors, not tower_layers, time.shape[0], trained_frames)
     elif trained_frames is not None:
         raise ValueError("trained_frames and trained_steps say the same thing: give one of them")
-    model = BTAdapterVisionModel(config, BTAdapterConfig(**fields), stored, chat_only)
+    with float32_by_default():
+        model = BTAdapterVisionModel(config, BTAdapterConfig(**fields), stored, chat_only)
     own = {} if tower_layers else {f"tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     for name, tensor in state.items():
         if name in RESHAPED:
@@ -105,6 +113,8 @@ def load_reference_checkpoint(
         own[to_own(name, eva) or name] = tensor
     _add_gates(own, model)
     load_exactly(model, pack_qkv(own), "the checkpoint")
+    if clip is not None and not eva:
+        model.images = image_settings_of(clip, config)
     return model.eval()
 
 

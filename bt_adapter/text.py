@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bt_adapter.hugging_face import load_clip_model
+from bt_adapter.image_settings import read_image_settings
+
 
 class TextEncoder(nn.Module):
     """A CLIP's text tower and tokenizer, frozen, in evaluation mode.
@@ -52,7 +55,7 @@ def load_clip(name: str | os.PathLike[str]) -> tuple[nn.Module, TextEncoder]:
         name: "mini" (the small CLIP of this package), a local folder, or a hub name.
 
     Raises:
-        OSError: it is not there, or holds no CLIP.
+        OSError: it is not there. CheckpointError: it holds no CLIP, or one that lacks weights.
     """
     if os.fspath(name) == "mini":
         from bt_adapter.mini.clip import load_clip as load_mini
@@ -61,6 +64,7 @@ def load_clip(name: str | os.PathLike[str]) -> tuple[nn.Module, TextEncoder]:
     else:
         from transformers import AutoTokenizer, CLIPModel
 
-        clip: Any = CLIPModel.from_pretrained(os.fspath(name)).eval()  # type: ignore[no-redef]
+        clip: Any = load_clip_model(CLIPModel, name)  # type: ignore[no-redef]
+        clip.image_settings = read_image_settings(name, clip.config.vision_config.image_size)
         tokenizer = AutoTokenizer.from_pretrained(os.fspath(name))
     return clip, TextEncoder(clip, tokenizer)

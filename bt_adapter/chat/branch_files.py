@@ -58,7 +58,7 @@ def _alone(path: Path, settings: dict[str, Any], family: Family, require_same_to
         for name, tensor in state.items()
         if not name.startswith("branch.alignment_head.")  # it needs the shared space, which chat models lack
     }
-    saved.branch.to_empty(device="cpu")
+    saved.branch.to_empty(device="cpu").float()
     load_exactly(saved.branch, wanted, str(path))
     return beside(family, saved.branch, settings["tower_name"]).eval()
 

@@ -46,16 +46,27 @@ def preprocess(
     return normalise(resize_and_crop(frames, size), mean, std, dtype)
 
 
-def resize_and_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
-    """`preprocess` before its normalisation: uint8 `[T, 3, H, W]` to uint8 `[T, 3, size, size]`."""
+def resize_and_crop(
+    frames: torch.Tensor, size: int, resize: int | tuple[int, int] | None = None, resample: str = "bicubic"
+) -> torch.Tensor:
+    """`preprocess` before its normalisation: uint8 `[T, 3, H, W]` to uint8 `[T, 3, size, size]`.
+
+    Args:
+        resize: pixels of the short side before the centre is cropped, at least `size` (None: `size`), or (height,
+            width), which stretches.
+        resample: "bicubic", "bilinear" or "nearest-exact".
+    """
     check_frames(frames)
     _check_size(size)
     height, width = frames.shape[-2:]
-    if height <= width:
-        target = (size, max(size, int(size * width / height)))
+    short = size if resize is None else resize
+    if not isinstance(short, int):
+        target = short
+    elif height <= width:
+        target = (short, max(short, int(short * width / height)))
     else:
-        target = (max(size, int(size * height / width)), size)
-    frames = _resize(frames, target)
+        target = (max(short, int(short * height / width)), short)
+    frames = _resize(frames, target, resample)
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
     return frames[:, :, top : top + size, left : left + size]
 
@@ -74,6 +85,7 @@ class TrainTransform:
         ratio: least and greatest aspect ratio, above 0.
         flip: probability of a horizontal flip of the whole clip.
         mean, std, dtype: as for `preprocess`.
+        resample: "bicubic", "bilinear" or "nearest-exact".
 
     Raises:
         TypeError, ValueError: as `preprocess`, or ranges outside those above.
@@ -88,6 +100,7 @@ class TrainTransform:
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
         dtype: torch.dtype = torch.float32,
+        resample: str = "bicubic",
     ) -> None:
         _check_size(size)
         if not 0 < scale[0] <= scale[1] <= 1:
@@ -97,7 +110,7 @@ class TrainTransform:
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability, got {flip}")
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
-        self.mean, self.std, self.dtype = mean, std, dtype
+        self.mean, self.std, self.dtype, self.resample = mean, std, dtype, resample
 
     def box(self, height: int, width: int, generator: torch.Generator | None = None) -> tuple[int, int, int, int]:
         """Draw a crop `(top, left, height, width)` in pixels inside a frame of `height × width`."""
@@ -123,7 +136,7 @@ class TrainTransform:
         """The same without the normalisation, still uint8: a fourth of the bytes to carry to a device."""
         check_frames(frames)
         top, left, h, w = self.box(frames.shape[-2], frames.shape[-1], generator)
-        frames = _resize(frames[:, :, top : top + h, left : left + w], (self.size, self.size))
+        frames = _resize(frames[:, :, top : top + h, left : left + w], (self.size, self.size), self.resample)
         if self._uniform(0, 1, generator) < self.flip:
             frames = frames.flip(-1)
         return frames
@@ -151,21 +164,23 @@ def normalise(
     return frames.float().sub_(shift).div_(scale).to(dtype).contiguous()
 
 
-def _resize(frames: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
+def _resize(frames: torch.Tensor, target: tuple[int, int], resample: str = "bicubic") -> torch.Tensor:
     if tuple(frames.shape[-2:]) == target:
         return frames
+    if resample == "nearest-exact":
+        return F.interpolate(frames, size=target, mode=resample)
     if frames.device.type == "cpu" and target != (1, 1):  # torch 2.13's uint8 kernel fails for one pixel
         # torch resizes uint8 on the CPU in fixed point, as Pillow does, and an order of magnitude faster than
         # float32.
-        return F.interpolate(frames, size=target, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([_resize_float(chunk, target) for chunk in frames.split(_CHUNK)])
+        return F.interpolate(frames, size=target, mode=resample, antialias=True, align_corners=False)
+    return torch.cat([_resize_float(chunk, target, resample) for chunk in frames.split(_CHUNK)])
 
 
-def _resize_float(frames: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
+def _resize_float(frames: torch.Tensor, target: tuple[int, int], resample: str = "bicubic") -> torch.Tensor:
     # Width first, then height, rounded and clamped after each, as Pillow does: without the clamp in between
     # bicubic overshoot at hard edges comes out up to tens of levels differently.
     for size in ((frames.shape[-2], target[1]), target):
-        wide = F.interpolate(frames.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
+        wide = F.interpolate(frames.float(), size=size, mode=resample, antialias=True, align_corners=False)
         frames = wide.round_().clamp_(0, 255).to(torch.uint8)
     return frames
 

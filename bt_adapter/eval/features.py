@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bt_adapter.data import VideoError, normalise
+from bt_adapter.data import VideoError
 from bt_adapter.data.clips import Clip, digest
 from bt_adapter.data.loading import in_order
 from bt_adapter.data.patience import read_patiently
-from bt_adapter.data.transforms import resize_and_crop
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.cache import Feature, FeatureCache, identity
+from bt_adapter.image_settings import ImageSettings
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.progress import Progress
 from bt_adapter.time_steps import Long
@@ -158,8 +158,7 @@ class _Part:
         missing = [number for number in range(len(self.clips)) if not self._known(number)]
         done = len(self.clips) - len(missing)
         cuda = self.model.tower.position.is_cuda
-        size = self.model.vision_config.image_size
-        frames = ClipFrames([self.clips[number] for number in missing], self.look, size, batch)
+        frames = ClipFrames([self.clips[number] for number in missing], self.look, self.model.images, batch)
         for decoded in in_order(frames, 0, len(frames), min(workers, len(frames)), pin_memory=cuda):
             for place, reason in decoded.failed:
                 self.results[missing[place]] = reason
@@ -206,7 +205,7 @@ def embed(model: BTAdapterVisionModel, frames: Tensor, branch: bool = True, long
     device, dtype = model.tower.position.device, model.tower.dtype
     frames = frames.to(device, non_blocking=True)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        pixels = normalise(frames.flatten(0, 1), dtype=dtype)
+        pixels = model.images.normalise(frames.flatten(0, 1), dtype)
         if branch:
             vectors = model(pixels.unflatten(0, frames.shape[:2]), long=long).video_embeds
         else:
@@ -226,8 +225,8 @@ class Decoded(NamedTuple):
 class ClipFrames(Dataset):
     """Batches of clips, decoded, resized and cropped."""
 
-    def __init__(self, clips: Sequence[Clip], look: Look, size: int, batch: int) -> None:
-        self.clips, self.look, self.size, self.batch = clips, look, size, batch
+    def __init__(self, clips: Sequence[Clip], look: Look, images: ImageSettings, batch: int) -> None:
+        self.clips, self.look, self.images, self.batch = clips, look, images, batch
 
     def __len__(self) -> int:
         return -(-len(self.clips) // self.batch)
@@ -251,5 +250,5 @@ class ClipFrames(Dataset):
         """Views uint8 ``[views, T, 3, S, S]``, and whether the file is damaged or cut short."""
         count = self.look.frames * self.look.views
         video = clip.read(count, sampling=self.look.sampling, repeat=True)
-        frames = resize_and_crop(video.frames, self.size)  # [T·views, 3, S, S]
+        frames = self.images.crop(video.frames)  # [T·views, 3, S, S]
         return frames.unflatten(0, (self.look.frames, self.look.views)).transpose(0, 1), video.truncated

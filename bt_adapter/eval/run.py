@@ -22,6 +22,7 @@ from bt_adapter.eval.cache import FeatureCache
 from bt_adapter.eval.features import Features, Look, extract
 from bt_adapter.eval.report import device_name, versions, write_json
 from bt_adapter.eval.stack import Stack, load_stack
+from bt_adapter.image_settings import ImageSettings
 from bt_adapter.progress import Progress
 from bt_adapter.terminal import make_console, print_table, progress_bar, say
 
@@ -84,6 +85,7 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
         "processes": processes.world,
         "precision": precision.name,
         "precision_chosen": precision.why,
+        "images": stack.model.images.to_dict(),
         "frames": look.frames,
         "sampling": look.sampling,
         "views": look.views,
@@ -114,8 +116,14 @@ def _about(stack: Stack, look: Look, precision: str) -> dict[str, Any]:
         "sampling": look.sampling,
         "views": look.views,
         "long": look.long,
-        "transform": f"short side and centre {stack.model.vision_config.image_size}, bicubic",
+        "transform": _transform(stack.model.images),
     }
+
+
+def _transform(images: ImageSettings) -> str | dict[str, Any]:
+    """CLIP's own preprocessing by the words under which features of it are stored, else all its settings."""
+    usual = images == ImageSettings(images.size)
+    return f"short side and centre {images.size}, bicubic" if usual else images.to_dict()
 
 
 def _figures(command: Evaluation, features: Features, clips: list[Clip], stack: Stack) -> tuple[dict[str, Any], Any]:

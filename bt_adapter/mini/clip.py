@@ -60,8 +60,9 @@ def load_clip(folder: str | os.PathLike[str] | None = None) -> tuple[CLIPModel, 
     folder = weights_folder("clip") if folder is None else Path(folder)
     if not (folder / "model.safetensors").exists():
         raise FileNotFoundError(f"{folder} holds no model.safetensors: train it with python -m bt_adapter.mini.clip")
-    model = CLIPModel(CLIPConfig.from_pretrained(folder))
+    model = CLIPModel(CLIPConfig.from_pretrained(folder)).float()
     model.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
+    model.name_or_path = "mini" if folder == CLIP_FOLDER else str(folder)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
 

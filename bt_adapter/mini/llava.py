@@ -63,7 +63,7 @@ def make_llava(
     )
     with torch.device("meta"):  # every part is put in below, so none needs to be drawn
         model = LlavaForConditionalGeneration(config)
-    projector = type(model.model.multi_modal_projector)(config)
+    projector = type(model.model.multi_modal_projector)(config).float()
     for layer in (projector.linear_1, projector.linear_2):
         nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         nn.init.zeros_(layer.bias)

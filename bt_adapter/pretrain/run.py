@@ -17,7 +17,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
-from bt_adapter.checkpoint import CheckpointError, check_fingerprint, save_model
+from bt_adapter.checkpoint import CheckpointError, check_fingerprint, image_settings_of, save_model
+from bt_adapter.config import TowerConfig
 from bt_adapter.data import TrainTransform
 from bt_adapter.data.clips import Clip, digest
 from bt_adapter.data.loading import Damaged, SyntheticClips, TrainingClips, batches
@@ -72,7 +73,8 @@ class Run(TrainingRun):
             self.clip, self.text = load_clip(recipe.clip)
         except (OSError, ValueError) as error:
             raise CommandError(f"--clip {recipe.clip}: {error}") from error
-        size = self.clip.config.vision_config.image_size
+        vision = TowerConfig.of(self.clip.config.vision_config)
+        size = vision.image_size
         if recipe.data == "synthetic":
             self.total = None
             self.clips: Any = SyntheticClips(recipe.frame_range.most, size, recipe.seed, recipe.frames_of)
@@ -89,7 +91,7 @@ class Run(TrainingRun):
                 )
             unusable.check(len(clips) + len(unusable), recipe.max_skipped)
             self.total = len(clips)
-            transform = TrainTransform(size, scale=recipe.crop)
+            transform = TrainTransform(size, scale=recipe.crop, resample=image_settings_of(self.clip, vision).resample)
             self.clips = TrainingClips(clips, recipe.frames_of, transform, recipe.seed)
             self.steps_per_epoch = len(clips) // recipe.batch
             self._plan(recipe.steps or max(1, round(recipe.epochs * self.steps_per_epoch)))

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bt_adapter.data import normalise
 from bt_adapter.dtypes import autocast
 from bt_adapter.losses import contrastive_loss
 from bt_adapter.model import BTAdapterVisionModel
@@ -30,7 +29,7 @@ class Pretraining(nn.Module):
 
         ``align=False`` leaves MBTA out: 0.
         """
-        pixels = normalise(frames.flatten(0, 1), dtype=self.model.tower.dtype).unflatten(0, frames.shape[:2])
+        pixels = self.model.images.normalise(frames.flatten(0, 1), self.model.tower.dtype).unflatten(0, frames.shape[:2])
         output = self.model(pixels, visible)
         loss = output.video_embeds.new_zeros((), dtype=torch.float32)
         if align and self.model.branch.alignment_head is not None:

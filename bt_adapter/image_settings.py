@@ -1,0 +1,157 @@
+"""How an image model wants its pictures: resized, cropped and normalised as its own image processor does it."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bt_adapter.data.transforms import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
+from bt_adapter.errors import CheckpointError
+
+# Numbers of PIL, under which image processors store the interpolation.
+_RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
+_FILE = "preprocessor_config.json (or processor_config.json)"
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """The preprocessing of frames, as a CLIP's ``preprocessor_config.json`` has it.
+
+    Attributes:
+        size: S, height and width of the result in pixels: the tower's.
+        resize: what a picture is resized to before the centre S x S is cropped: its short side, in pixels, or
+            (height, width), which may stretch it. None: the short side to S.
+        resample: interpolation: "bicubic", "bilinear" or "nearest-exact".
+        mean, std: per channel, of pixels on the scale [0, 1].
+    """
+
+    size: int
+    resize: int | tuple[int, int] | None = None
+    resample: str = "bicubic"
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def crop(self, frames: Tensor) -> Tensor:
+        """uint8 ``[T, 3, H, W]`` to uint8 ``[T, 3, S, S]``: resized and cropped, not normalised."""
+        return resize_and_crop(frames, self.size, self.resize, self.resample)
+
+    def normalise(self, frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 ``[T, 3, H, W]`` to ``(frames / 255 - mean) / std`` in ``dtype``."""
+        return normalise(frames, self.mean, self.std, dtype)
+
+    def prepare(self, frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 ``[T, 3, H, W]`` to what the tower takes, ``[T, 3, S, S]``."""
+        return self.normalise(self.crop(frames), dtype)
+
+    def at(self, size: int) -> ImageSettings:
+        """The same for a tower of another image size."""
+        return self if size == self.size else replace(self, size=size, resize=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def of_dict(values: Mapping[str, Any]) -> ImageSettings:
+        """The way back from :meth:`to_dict` and JSON."""
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, (list, tuple))}
+        return ImageSettings(**{**values, **lists})
+
+
+def read_image_settings(name: str | os.PathLike[str], size: int, local: bool = False) -> ImageSettings:
+    """The settings in the folder or hub repository of a CLIP whose tower takes ``size`` pixels.
+
+    Where it has no file of them they are CLIP's own: bicubic, CLIP's mean and standard deviation.
+
+    Args:
+        local: look into folders and what was downloaded before alone.
+
+    Raises:
+        CheckpointError: the file asks for what is not done here, or its pictures do not fit the tower.
+    """
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    name = os.fspath(name)
+    if name == "mini":
+        return ImageSettings(size)
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(name, local_files_only=local)
+    except OSError as error:
+        files = ("preprocessor_config.json", "processor_config.json")
+        if any((Path(name) / file).exists() for file in files):
+            raise CheckpointError(f"{name}: its {_FILE} cannot be read: {error}") from error
+        if not local and not Path(name).is_dir():
+            warnings.warn(f"{name} has no {_FILE} that can be read: CLIP's own normalisation is used", stacklevel=2)
+        return ImageSettings(size)
+    return _of_processor(name, values, size)
+
+
+def settings_of_processor(processor: Any, size: int) -> ImageSettings | None:
+    """The settings of a loaded image processor of transformers; None where it is none (a stand-in without them)."""
+    if processor is None or not hasattr(processor, "to_dict"):
+        return None
+    return _of_processor(type(processor).__name__, processor.to_dict(), size)
+
+
+def _of_processor(name: str, values: Mapping[str, Any], size: int) -> ImageSettings:
+    resize = _resize(name, values, size)
+    resample = values.get("resample", 3)
+    if resize is not None and resample not in _RESAMPLING:
+        raise CheckpointError(
+            f"{name}: resample is {resample!r}, expected one of {sorted(_RESAMPLING)} (PIL's nearest, bilinear, bicubic)"
+        )
+    mean, std = _normalisation(name, values)
+    return ImageSettings(
+        size, None if resize == size else resize, _RESAMPLING.get(resample, "bicubic"), mean, std
+    )
+
+
+def _normalisation(name: str, values: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pixels on the scale [0, 1], whatever the file's own scale is."""
+    mean, std = [0.0] * 3, [1.0] * 3
+    if values.get("do_normalize", True):
+        mean, std = (
+            list(default if values.get(key) is None else values[key])
+            for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
+        )
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
+            raise CheckpointError(f"{name}: image_mean and image_std must be 3 numbers each, got {mean} and {std}")
+    factor = values.get("rescale_factor") or 1 / 255
+    scale = 1.0 if not values.get("do_rescale", True) else factor
+    if abs(scale * 255 - 1) < 1e-6:
+        return tuple(map(float, mean)), tuple(map(float, std))
+    return tuple(value / (255 * scale) for value in mean), tuple(value / (255 * scale) for value in std)
+
+
+def _resize(name: str, values: Mapping[str, Any], size: int) -> int | tuple[int, int] | None:
+    """What a picture is resized to so that a crop, or nothing, gives the tower's size."""
+    target: Any = values.get("size")
+    if isinstance(target, Mapping):
+        target = target.get("shortest_edge") or (target.get("height"), target.get("width"))
+    crop: Any = values.get("crop_size")
+    if isinstance(crop, Mapping):
+        crop = (crop.get("height") or crop.get("shortest_edge"), crop.get("width") or crop.get("shortest_edge"))
+    crop = (crop, crop) if isinstance(crop, int) else crop
+    cropped = bool(values.get("do_center_crop", crop is not None)) and crop is not None
+    if not values.get("do_resize", True):
+        raise CheckpointError(f"{name}: do_resize is false, but frames of any size must be brought to {size} pixels")
+    if target is None or isinstance(target, (tuple, list)) and None in target:
+        target = size
+    if cropped and tuple(crop) != (size, size):
+        raise CheckpointError(f"{name}: crop_size is {list(crop)}, but the tower takes {size} x {size} pixels")
+    if isinstance(target, (tuple, list)):
+        target = (int(target[0]), int(target[1]))
+        if target == (size, size) or cropped and min(target) >= size:
+            return target
+        raise CheckpointError(f"{name}: size is {list(target)}, but the tower takes {size} x {size} pixels")
+    if target < size or target > size and not cropped:
+        raise CheckpointError(f"{name}: size is {target}, but the tower takes {size} x {size} pixels")
+    return int(target)
