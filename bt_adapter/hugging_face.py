@@ -54,9 +54,7 @@ def load_pretrained(
     if report["error_msgs"]:
         wrong.append("; ".join(report["error_msgs"]))
     if wrong:
-        raise CheckpointError(
-            f"the weights of {name} do not make a whole {model_class.__name__}; {'; '.join(wrong)}"
-        )
+        raise CheckpointError(f"the weights of {name} do not make a whole {model_class.__name__}; {'; '.join(wrong)}")
     return model.eval()
 
 

@@ -109,9 +109,7 @@ def _of_processor(name: str, values: Mapping[str, Any], size: int) -> ImageSetti
             f"{name}: resample is {resample!r}, expected one of {sorted(_RESAMPLING)} (PIL's nearest, bilinear, bicubic)"
         )
     mean, std = _normalisation(name, values)
-    return ImageSettings(
-        size, None if resize == size else resize, _RESAMPLING.get(resample, "bicubic"), mean, std
-    )
+    return ImageSettings(size, None if resize == size else resize, _RESAMPLING.get(resample, "bicubic"), mean, std)
 
 
 def _normalisation(name: str, values: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
