@@ -32,7 +32,7 @@ class Pretraining(nn.Module):
         pixels = self.model.images.normalise(frames.flatten(0, 1), self.model.tower.dtype).unflatten(
             0, frames.shape[:2]
         )
-        output = self.model(pixels, visible)
+        output = self.model(pixels.unflatten(0, frames.shape[:2]), visible)
         loss = output.video_embeds.new_zeros((), dtype=torch.float32)
         if align and self.model.branch.alignment_head is not None:
             loss = self.recipe.mbta * self.model.token_alignment(output)
