@@ -68,6 +68,8 @@ def load_clip_model(model_class: Any, name: str | os.PathLike[str], dtype: torch
     from transformers import PreTrainedConfig
 
     name = check_place(name)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json found in directory {name}")
     kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise CheckpointError(f"{name} is a model of type {kind!r}, expected a CLIP ('clip' or 'clip_vision_model')")

@@ -106,7 +106,7 @@ def _of_processor(name: str, values: Mapping[str, Any], size: int) -> ImageSetti
     resample = values.get("resample", 3)
     if resize is not None and resample not in _RESAMPLING:
         raise CheckpointError(
-            f"{name}: resample is {resample!r}, expected one of {sorted(_RESAMPLING)}, PIL's nearest, bilinear and bicubic"
+            f"{name}: resample is {resample!r}, expected one of {sorted(_RESAMPLING)}, as PIL numbers them"
         )
     mean, std = _normalisation(name, values)
     return ImageSettings(size, None if resize == size else resize, _RESAMPLING.get(resample, "bicubic"), mean, std)
