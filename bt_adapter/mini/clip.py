@@ -57,12 +57,12 @@ def load_clip(folder: str | os.PathLike[str] | None = None) -> tuple[CLIPModel, 
 
     folder: where it was saved; None: the mini stack's weights (CommandError where they are not installed).
     """
-    folder = weights_folder("clip") if folder is None else Path(folder)
+    name, folder = ("mini", weights_folder("clip")) if folder is None else (str(folder), Path(folder))
     if not (folder / "model.safetensors").exists():
         raise FileNotFoundError(f"{folder} holds no model.safetensors: train it with python -m bt_adapter.mini.clip")
     model = CLIPModel(CLIPConfig.from_pretrained(folder)).float()
     model.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
-    model.name_or_path = "mini" if folder == CLIP_FOLDER else str(folder)
+    model.name_or_path = name
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
 
