@@ -18,6 +18,7 @@ from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.session import chosen_dtype, load, sampling_of
 from bt_adapter.chat.watch import Sampling, watch
+from bt_adapter.data.finding import VideoFolder, find_video
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 from bt_adapter.progress import Progress
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from bt_adapter.commands.answer import Answer
     from bt_adapter.commands.qa import Qa
 
-SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -169,6 +169,7 @@ def read_questions(path: Path, videos: Path) -> list[Question]:
     Raises CommandError naming the line: not UTF-8, not JSON, a field missing, an empty question, an id twice.
     """
     questions: dict[str, Question] = {}
+    folder = VideoFolder(videos)
     for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON may hold U+2028 and the like as they are
         if not line.strip():
             continue
@@ -186,7 +187,7 @@ def read_questions(path: Path, videos: Path) -> list[Question]:
         if key in questions:
             raise CommandError(f"{where}: id {key!r} is there twice")
         given = None if videos.is_file() else row["video"]
-        video = videos if given is None else find_video(videos, given)
+        video = videos if given is None else find_video(folder, given)
         questions[key] = Question(key, video, row["question"], {k: row[k] for k in ("answer",) if k in row}, given)
     if not questions:
         raise CommandError(f"{path}: holds no question")
@@ -200,14 +201,6 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise CommandError(f"{path}, line {line}: not UTF-8 ({error.reason} at byte {error.start})") from error
-
-
-def find_video(folder: Path, name: str) -> Path:
-    """A video of a folder by its name, with or without a suffix; where there is none, the name as it stands."""
-    path = folder / name
-    if path.is_file():
-        return path
-    return next((found for s in SUFFIXES if (found := path.with_name(path.name + s)).is_file()), path)
 
 
 def _prompt(chat: VideoChat, visual: Visual, question: str, max_new_tokens: int) -> tuple[list[int], list[Visual]]:

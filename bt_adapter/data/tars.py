@@ -8,9 +8,10 @@ import tarfile
 from typing import Any, BinaryIO
 
 from bt_adapter.data.clips import Member
+from bt_adapter.data.finding import SUFFIXES
 from bt_adapter.data.gathering import Gathered, captions_of, seconds
 
-VIDEOS = frozenset({"mp4", "webm", "mkv", "avi", "mov", "m4v", "mpg", "mpeg", "flv", "wmv", "gif", "ts", "3gp"})
+VIDEOS = frozenset(suffix[1:] for suffix in SUFFIXES)
 
 
 def read_tar(path: str, gathered: Gathered) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 
 from rich.console import Console
 
-from bt_adapter.chat.answer import Question, about, answer_with, find_video, read_text
+from bt_adapter.chat.answer import Question, about, answer_with, read_text
 from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.session import chosen_dtype
 from bt_adapter.commands.qa import Qa
+from bt_adapter.data.finding import VideoFolder, find_video
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.judge import ASPECTS, PROMPTS, Case, Judge, judge_all, summary
 from bt_adapter.eval.report import versions, write_json
@@ -54,7 +55,8 @@ def evaluate_qa(command: Qa) -> int:
     """
     notes = make_console(stderr=True)
     items = read_items(command.data, command.answers)
-    asked = [question for item in items for question in _questions(item, command.videos)]
+    folder = VideoFolder(command.videos)
+    asked = [question for item in items for question in _questions(item, folder)]
     command.out.mkdir(parents=True, exist_ok=True)
     with Rows(command.out / "answers.jsonl", {**about(command), "data": command.data.name}) as rows:
         skipped = answer_with(command, asked, rows, command.batch, notes)
@@ -216,7 +218,7 @@ def _stored(folder: Path, cases: Sequence[Case]) -> dict[str, Any]:
     return {"judge": {"aspects": found}} if found else {}
 
 
-def _questions(item: Item, folder: Path) -> list[Question]:
+def _questions(item: Item, folder: VideoFolder) -> list[Question]:
     video = _find(folder, item.video)
     return [
         Question(key, video, text, {"answer": item.answer}, item.video)
@@ -228,13 +230,9 @@ def _keys(item: Item) -> list[str]:
     return [item.id] if len(item.questions) == 1 else [f"{item.id}/{i}" for i in range(1, len(item.questions) + 1)]
 
 
-def _find(folder: Path, name: str) -> Path:
+def _find(folder: VideoFolder | Path, name: str) -> Path:
     """The file of a benchmark's video: ActivityNet's are named v_…, MSRVTT-QA's video7, MSVD-QA's vid7."""
-    for front in ("", "v_", "video", "vid"):
-        path = find_video(folder, front + name)
-        if path.is_file():
-            return path
-    return folder / name
+    return find_video(folder, name, ("", "v_", "video", "vid"))
 
 
 def _records(option: str, path: Path) -> list[Any]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bt_adapter.data.finding import VideoFolder
 from bt_adapter.data.skipped import Skipped
+from bt_adapter.data.video import VideoError
 from bt_adapter.errors import CommandError
 
 PLACE = re.compile(r"<(video|image)>")
@@ -66,7 +68,8 @@ def read_conversations(
             "answer"}, …]}``; "video" and "image" may be lists, with as many places ``<video>`` or ``<image>`` (either
             word serves where only one kind comes), which stay where they are in the question. Records without any of
             both are text alone.
-        folder: of the videos and stills; None: that of ``path``. A ``video_id`` may lack its suffix.
+        folder: of the videos and stills; None: that of ``path``. A video may lack its suffix and its sub-folder: see
+            ``VideoFolder``.
 
     Raises:
         CommandError: the file is missing, is neither kind of JSON, or holds no usable record.
@@ -121,7 +124,7 @@ def _conversation(name: str, record: Any, files: _Files) -> TrainingConversation
         raise RecordError(f"has neither conversations nor {', '.join(missing)}")
     _in_order(PLACE.findall(record["q"]) or ["video"], {"video": [record["video_id"]]})
     exchange = Exchange(_placed(record["q"], iter(["video"])), 1, _text(record["a"], "answer"))
-    return TrainingConversation(_key(name, record), (exchange,), (files.video(record["video_id"]),))
+    return TrainingConversation(_key(name, record), (exchange,), (files.source(record["video_id"], "video"),))
 
 
 def _of_llava(key: str, record: dict[str, Any], files: _Files) -> TrainingConversation:
@@ -185,24 +188,22 @@ def _names(value: Any, kind: str) -> list[str]:
 
 
 class _Files:
-    """What is there; each name is looked up once."""
+    """The videos and stills that records name."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.known: dict[str, bool] = {}
-        self.stems: dict[str, str] | None = None
+        self.folder, self.videos = folder, VideoFolder(folder)
+        self.stills: dict[str, bool] = {}  # each is looked up once
 
     def source(self, name: str, kind: str) -> Source:
+        """A video, by its name with or without the suffix, or a still by its name."""
+        if kind == "video":
+            try:
+                return Source(self.videos.find(name), kind)
+            except VideoError as error:
+                raise RecordError(str(error)) from error
         path = os.path.join(self.folder, name)
-        if path not in self.known:
-            self.known[path] = os.path.isfile(path)
-        if not self.known[path]:
+        if path not in self.stills:
+            self.stills[path] = os.path.isfile(path)
+        if not self.stills[path]:
             raise RecordError(f"there is no {path}")
         return Source(path, kind)
-
-    def video(self, name: str) -> Source:
-        """A video by its name, with or without the suffix."""
-        if self.stems is None:
-            files = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_file())
-            self.stems = {os.path.splitext(file)[0]: file for file in files} | {file: file for file in files}
-        return self.source(self.stems.get(name, name), "video")

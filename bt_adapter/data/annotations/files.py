@@ -12,8 +12,6 @@ from typing import Any
 from bt_adapter.data.manifests import open_text
 from bt_adapter.errors import CommandError
 
-SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".flv", ".wmv")
-
 
 def table(path: Path, needed: Iterable[str]) -> Iterator[dict[str, str]]:
     """Rows of a CSV with a header; missing cells are empty. Raises OSError, CommandError."""
@@ -53,11 +51,6 @@ def records(path: Path, data: dict[str, Any], name: str) -> list[dict[str, Any]]
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise CommandError(f"{path}: has no list {name!r} of objects")
     return found
-
-
-def files(stem: str) -> list[str]:
-    """What a video of this name may be called."""
-    return [stem + suffix for suffix in SUFFIXES]
 
 
 def words(name: str) -> str:

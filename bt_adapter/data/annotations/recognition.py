@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bt_adapter.data.annotations.files import files, lines, one_split, table, words
+from bt_adapter.data.annotations.files import lines, one_split, table, words
+from bt_adapter.data.finding import named_with_suffixes
 from bt_adapter.data.gathering import Row
 from bt_adapter.data.manifests import open_text
 from bt_adapter.data.skipped import Skipped
@@ -80,7 +81,11 @@ def kinetics400(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row
         stem = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
         folders = ("", f"{row['label']}/", f"{row['label'].replace(' ', '_')}/", f"{part}/", f"{part}/{row['label']}/")
         yield Row(
-            where, stem, [place for folder in folders for place in files(folder + stem)], names[label], label=label
+            where,
+            stem,
+            [place for folder in folders for place in named_with_suffixes(folder + stem)],
+            names[label],
+            label=label,
         )
     if split is not None and split not in parts:
         raise CommandError(f"{path}: no split {split!r}; it has {', '.join(sorted(parts))}")

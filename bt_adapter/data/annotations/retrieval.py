@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bt_adapter.data.annotations.files import files, lines, one_split, read_json, records, table
+from bt_adapter.data.annotations.files import lines, one_split, read_json, records, table
+from bt_adapter.data.finding import named_with_suffixes
 from bt_adapter.data.gathering import Row
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
@@ -23,7 +24,9 @@ def msrvtt(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
         rows = list(table(path, ("video_id",)))
         if rows and "sentence" in rows[0]:
             for number, row in enumerate(rows, 2):
-                yield Row(f"{path} line {number}", row["video_id"], files(row["video_id"]), row["sentence"])
+                yield Row(
+                    f"{path} line {number}", row["video_id"], named_with_suffixes(row["video_id"]), row["sentence"]
+                )
             return
         chosen, path = {row["video_id"]: None for row in rows}, path.with_name("MSRVTT_data.json")
     data = read_json(path, dict)
@@ -39,7 +42,7 @@ def msrvtt(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
         if (name := str(sentence.get("video_id"))) in captions:
             captions[name].append(sentence.get("caption"))
     for name, found in captions.items():
-        yield Row(str(path), name, files(name), found)
+        yield Row(str(path), name, named_with_suffixes(name), found)
 
 
 def didemo(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
@@ -53,7 +56,7 @@ def didemo(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
             skipped.add(f"{path} entry {number}", "names no video")
     for name, sentences in paragraphs.items():
         stem = os.path.splitext(name)[0]
-        places = [name, *files(stem), f"{name}.mp4"]
+        places = [name, *named_with_suffixes(stem), f"{name}.mp4"]
         yield Row(str(path), name, places, _paragraph(name, sentences, skipped), end=DIDEMO_SECONDS)
 
 
@@ -68,7 +71,7 @@ def lsmdc(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
             skipped.add(where, f"{len(cells)} columns, between tabs, instead of 6")
             continue
         name, movie = cells[0], cells[0].rpartition("_")[0]  # movie_begin-end
-        yield Row(where, name, [*files(f"{movie}/{name}"), *files(name)], cells[5])
+        yield Row(where, name, [*named_with_suffixes(f"{movie}/{name}"), *named_with_suffixes(name)], cells[5])
 
 
 def activitynet(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
@@ -79,7 +82,7 @@ def activitynet(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row
         if not isinstance(sentences, list):
             skipped.add(name, "has no list of sentences")
             continue
-        yield Row(str(path), name, files(name), _paragraph(name, sentences, skipped))
+        yield Row(str(path), name, named_with_suffixes(name), _paragraph(name, sentences, skipped))
 
 
 def _paragraph(name: str, sentences: list[Any], skipped: Skipped) -> str | None:
