@@ -13,7 +13,7 @@ from pathlib import Path
 
 from miniature import chat_report
 from miniature import pretraining_report as miniature
-from summaries import ON_BFLOAT16, decode, highlights, mini_short, pretrain
+from summaries import ON_BFLOAT16, decode, highlights, long_videos, mini_short, pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -240,6 +240,7 @@ def chat() -> str:
 TABLES = {
     "mini": mini,
     "mini-short": mini_short,
+    "long-videos": long_videos,
     "highlights": highlights,
     "decode": decode,
     "pretrain": pretrain,

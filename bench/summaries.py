@@ -75,6 +75,36 @@ def mini_short() -> str:
     )
 
 
+def long_videos() -> str:
+    """More frames than in training, from ``bench/long_videos.py``: clips that are right, and p against 8 frames."""
+    result = load("long-videos-cpu.json")
+    found = {
+        tuple(row[key] for key in ("rows_std", "task", "long", "windows", "frames")): row for row in result["rows"]
+    }
+    frames = list(dict.fromkeys(row["frames"] for row in result["rows"]))
+    lines = [f"| untrained rows | | long videos | {' | '.join(f'{count} frames' for count in frames)} |"]
+    lines.append("| --- " * (3 + len(frames)) + "|")
+    for std, task, long, windows in dict.fromkeys(key[:4] for key in found):
+        cells = []
+        for count in frames:
+            row = found.get(
+                (std, task, "average" if count == frames[0] else long, 1 if count == frames[0] else windows, count)
+            )
+            cells.append(
+                ""
+                if row is None
+                else f"{row['right']} of {row['n']}" + (f" (p = {row['p']:.1g})" if row["p"] < 0.05 else "")
+            )
+        name = long + (f", {windows} windows" if windows > 1 else "")
+        lines.append(f"| {std} | {task} | {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"p of the paired sign test against 8 frames where it is below 0.05; printed by `{result['command']}` "
+        f"({result['seconds']} s on {result['threads']} CPU thread of an {result['device']}, torch {result['torch']}).",
+    ]
+    return "\n".join(lines)
+
+
 def decode() -> str:
     """Decoding on one core, from ``bench/decode.py``."""
     rows = load("decode-cpu.json")

@@ -30,8 +30,9 @@ class ChatModel:
     """Repeat frames where the video has fewer than --frames."""
     windows: int | None = None
     """Cut the video into so many windows, each of which becomes one set of tokens; default: one for each 128 frames
-    (twice the rows of the branch's time table), and no more sets than fit into the model's context beside the answer,
-    shared by the videos given together: the sets of neighbouring windows are averaged beyond that."""
+    (twice the rows of the branch's time table, however many of them are trained), and no more sets than fit into the
+    model's context beside the answer, shared by the videos given together: the sets of neighbouring windows are
+    averaged beyond that."""
     long: Literal["average", "interpolate", "published"] = "average"
     """In windows of more frames than the branch was trained with: average neighbouring frames down to its time steps,
     interpolate the trained rows of its time table, or read all its rows as stored, trained or not (as published)."""
