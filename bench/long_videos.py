@@ -108,7 +108,8 @@ def redraw(model: BTAdapterVisionModel, std: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--each", type=int, default=4, help="clips of each of the nine motions")
+    parser.add_argument("--asked", type=int, default=4, help="clips of each of nine motions that are asked about")
+    parser.add_argument("--found", type=int, default=12, help="clips of each of nine motions that are to be found")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     about, began = facts("cpu"), time.perf_counter()
@@ -121,7 +122,7 @@ def main() -> None:
             redraw(model, std)
         base: dict[str, Tensor] = {}
         for frames in FRAMES:
-            shown, labels = held_out(frames, options.each)
+            shown = {"answers": held_out(frames, options.asked), "retrieval": held_out(frames, options.found)}
             cases = [
                 (task, long, 1) for task in ("answers", "retrieval") for long in ("average", "interpolate", "published")
             ]
@@ -130,15 +131,15 @@ def main() -> None:
                 if frames == 8 and long != "average":
                     continue
                 if task == "answers":
-                    hits = answered(chat, prompts, shown, labels, long, windows)
+                    hits = answered(chat, prompts, *shown[task], long, windows)
                 else:
-                    hits = retrieved(model, texts, shown, labels, long)
+                    hits = retrieved(model, texts, *shown[task], long)
                 at_8 = base.setdefault(task, hits)
                 only_at_8, only_here = int((at_8 & ~hits).sum()), int((hits & ~at_8).sum())
                 rows.append(
                     Row(
                         task, std, long, frames, windows, int(hits.sum()), len(hits), only_at_8, only_here,
-                        round(mcnemar(at_8, hits), 4),
+                        mcnemar(at_8, hits),
                     )
                 )  # fmt: skip
                 print(rows[-1], flush=True)

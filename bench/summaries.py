@@ -93,7 +93,7 @@ def long_videos() -> str:
             cells.append(
                 ""
                 if row is None
-                else f"{row['right']} of {row['n']}" + (f" (p = {row['p']:.1g})" if row["p"] < 0.05 else "")
+                else f"{row['right']} of {row['n']}" + (f" (p = {row['p']:.0e})" if row["p"] < 0.05 else "")
             )
         name = long + (f", {windows} windows" if windows > 1 else "")
         lines.append(f"| {std} | {task} | {name} | {' | '.join(cells)} |")
