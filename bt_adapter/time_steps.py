@@ -179,7 +179,7 @@ def published_trained_steps(
             warnings.warn(
                 "the checkpoint does not say how many frames it was trained with, as files for chat do not: all "
                 f"{rows} rows of its time table are taken as trained. Give trained_frames= (published pretraining: "
-                f"{PRETRAINED_STEPS}, published tuning: {TUNED_FRAMES})",
+                f"{PRETRAINED_STEPS}, published tuning: {TUNED_FRAMES}), and save_pretrained records it",
                 stacklevel=3,
             )
             return None

@@ -276,6 +276,7 @@ def test_tuned_projector_and_branch(tmp_path, clip):
     expected = F.linear(x, tuned["model.mm_projector.weight"], tuned["model.mm_projector.bias"])
     torch.testing.assert_close(projector(x), expected)
     attach(model, out / "branch")
+    assert attached_branch(model).trained_steps == 50  # a file of the branch alone: tuned at 100 frames
     pixels = torch.randn(1, 4, 3, 24, 24)
     torch.testing.assert_close(attached_branch(model).video_tokens(pixels), branch.video_tokens(pixels))
 
@@ -287,6 +288,8 @@ def test_command(tmp_path, clip, capsys):
     load_converted(tmp_path / "out")
     assert main(["convert", str(source), str(tmp_path / "out")]) == 2
     assert "already there" in capsys.readouterr().err
+    assert main(["convert", str(source), str(tmp_path / "new"), "--trained-frames", "8"]) == 2
+    assert "--trained-frames must be above 0 and goes with --branch" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 2
     assert "nowhere: there is no such folder" in capsys.readouterr().err
     for name in ("base", "projector", "branch"):

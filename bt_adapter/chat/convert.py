@@ -45,6 +45,7 @@ class Sources:
         base: folder of the LLaMA that ``model`` is a difference to; None: it is whole.
         projector: a file of instruction tuning (``mm_projector.bin``), whose tensors replace ``model``'s.
         branch: a file of BT-Adapter's branch (``btadapter_weight.bin``, or of pretraining).
+        trained_frames: of the videos ``branch`` was trained with; see `load_reference_checkpoint`.
     """
 
     model: Path
@@ -52,6 +53,7 @@ class Sources:
     base: Path | None = None
     projector: Path | None = None
     branch: Path | None = None
+    trained_frames: int | None = None
 
 
 def hugging_face_name(name: str) -> str | None:
@@ -129,7 +131,8 @@ def convert(sources: Sources, out: Path, progress: Progress | None = None) -> Pa
     _write_text(aside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     save_settings(aside, config, tokenizer, clip)
     if sources.branch is not None:
-        load_reference_checkpoint(sources.branch, clip.config, clip).save_pretrained(aside / "branch")
+        branch = load_reference_checkpoint(sources.branch, clip.config, clip, trained_frames=sources.trained_frames)
+        branch.save_pretrained(aside / "branch")
     os.replace(aside, out)
     (out / _RECORD).unlink()
     return out

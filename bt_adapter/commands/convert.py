@@ -27,10 +27,15 @@ class Convert:
     """File of instruction tuning with the projector (mm_projector.bin); its tensors replace the model's."""
     branch: Path | None = None
     """File of the branch (btadapter_weight.bin, or of pretraining); goes to OUT/branch, for chat --branch."""
+    trained_frames: int | None = None
+    """Frames of the videos the branch was trained with; default: 8 for a file of pretraining, 100 for one of the
+    branch alone."""
 
 
 def run(command: Convert) -> int:
     """Check what can be checked at once, then convert. Returns the exit code."""
+    if command.trained_frames is not None and (command.trained_frames < 1 or command.branch is None):
+        raise CommandError(f"--trained-frames must be above 0 and goes with --branch, got {command.trained_frames}")
     for name in ("model", "base", "projector", "branch"):
         path = getattr(command, name)
         if path is not None and not path.exists():
@@ -41,7 +46,9 @@ def run(command: Convert) -> int:
     from bt_adapter.terminal import make_console, progress_bar, say
 
     notes = make_console(stderr=True)
-    sources = Sources(command.model, command.clip, command.base, command.projector, command.branch)
+    sources = Sources(
+        command.model, command.clip, command.base, command.projector, command.branch, command.trained_frames
+    )
     with progress_bar(notes, "converting") as progress:
         out = convert(sources, command.out, progress)
     for path in sorted(out.iterdir()):
