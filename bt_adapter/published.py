@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bt_adapter.checkpoint import (
@@ -17,9 +14,9 @@ from bt_adapter.checkpoint import (
     image_settings_of,
     load_exactly,
     model_from_clip,
-    read_safetensors,
 )
 from bt_adapter.config import BTAdapterConfig, TowerConfig
+from bt_adapter.gates import fill_gates, find_gates
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.names import (
     HEAD,
@@ -34,6 +31,7 @@ from bt_adapter.names import (
     to_own,
     unpack_qkv,
 )
+from bt_adapter.published_files import read_tensors, strip_prefixes
 from bt_adapter.time_steps import published_trained_steps
 from bt_adapter.tower import Tower
 
@@ -46,6 +44,7 @@ def load_reference_checkpoint(
     vision_config: TowerConfig | Mapping[str, Any] | Any | None = None,
     clip: nn.Module | str | os.PathLike | None = None,
     trained_frames: int | None = None,
+    gates_from: str | os.PathLike | Mapping[str, Tensor] | None = None,
     **overrides: Any,
 ) -> BTAdapterVisionModel:
     """A model from a published BT-Adapter checkpoint: pretraining, chat, stored-features or instruction-tuning file.
@@ -65,18 +64,24 @@ def load_reference_checkpoint(
             time steps (more than the time table has rows: in twos, 100 to 50). None: told from the kind of file, 8 for
             pretraining and 100 for instruction tuning. Files for chat and of stored features may come from either: all
             rows of the time table are then taken as trained, with a warning.
-        **overrides: fields of :class:`BTAdapterConfig`, for example ``drop_path``, ``merge_gate_slope``.
+        gates_from: the pretraining file (or a folder of ``save_pretrained``) from which a file of the branch alone was
+            tuned: tuning neither trains nor stores gates, so they are taken from there.
+        **overrides: fields of :class:`BTAdapterConfig`, for example ``drop_path``. ``merge_gate_slope`` and
+            ``output_gate_slope`` are of gates that the file has; None leaves a gate out.
 
     Returns:
-        The model, in evaluation mode. A file without gates gets half-open ones, with a warning.
+        The model, in evaluation mode. Each of the two gates is read off the tensors for itself. A file that holds the
+        tower and lacks a gate was trained with a plain sum in its place, and so is computed. A file of the branch
+        alone without gates, and without ``gates_from``, gets half-open ones, with a warning.
 
     Raises:
+        ValueError: ``gates_from`` is given for a file that says itself which gates it has.
         CheckpointError: the file is no such checkpoint, is damaged or an unsafe pickle, holds the branch alone and
             no ``clip`` is given, or has names or shapes that do not fit; the message lists them.
         FileNotFoundError: there is no such file.
     """
     tensors = read_tensors(path_or_state_dict)
-    state = _strip_prefixes(tensors)
+    state = strip_prefixes(tensors)
     eva = any(name.startswith(("btadapter_S.", "blocks.")) for name in state)
     stacks = STACKS_EVA if eva else STACKS_CLIP
     branch_layers, tower_layers = _count(state, stacks[1]), _count(state, stacks[0])
@@ -98,6 +103,8 @@ def load_reference_checkpoint(
     if eva:
         fields.update(merge_gate_slope=None, output_gate_slope=None)
     fields.update(overrides)
+    state, missing = find_gates(state, bool(tower_layers), eva, gates_from)
+    fields.update(dict.fromkeys(missing))
     if "trained_steps" not in overrides:
         fields["trained_steps"] = published_trained_steps(tensors, not tower_layers, time.shape[0], trained_frames)
     elif trained_frames is not None:
@@ -111,7 +118,7 @@ def load_reference_checkpoint(
         elif name == "pos_embed":
             tensor = tensor[0]
         own[to_own(name, eva) or name] = tensor
-    _add_gates(own, model)
+    fill_gates(own, model)
     load_exactly(model, pack_qkv(own), "the checkpoint")
     if clip is not None and not eva:
         model.images = image_settings_of(clip, config)
@@ -145,62 +152,10 @@ def to_reference_state_dict(model: BTAdapterVisionModel) -> dict[str, Tensor]:
     return result
 
 
-def read_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """All tensors of a published checkpoint under the names it has for them; errors as above."""
-    state: Any = source
-    if not isinstance(source, Mapping):
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"no checkpoint at {path}")
-        if path.suffix == ".safetensors":
-            state = read_safetensors(path)
-        else:
-            state = _read_pickle(path)
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        name = "the checkpoint" if isinstance(source, Mapping) else source
-        raise CheckpointError(f"{name} must hold a dict of tensors, or one under 'state_dict'")
-    return state
-
-
-def _read_pickle(path: Path) -> Any:
-    """What a pickle holds, its tensors mapped from the file where that can be done."""
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files from before torch 1.6 cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for bad files
-        raise CheckpointError(
-            f"{path} cannot be read with weights_only=True (it would run code, or is damaged): {error}"
-        ) from error
-
-
-def _strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    result = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("model.vision_tower.").removeprefix("backbone.").replace("timesFPN", "btadapter")
-        if not name.startswith("text_backbone."):
-            result[name] = tensor
-    return result
-
-
 def _tensor(state: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in state:
         raise CheckpointError(f"the checkpoint does not fit the model; missing: {name}")
     return state[name]
-
-
-def _add_gates(own: dict[str, Tensor], model: BTAdapterVisionModel) -> None:
-    """Half-open gates where the file has none but the model does; the file's left out where the model has none."""
-    expected = model.state_dict()
-    for gate in ("branch.merge_gate", "branch.output_gate"):
-        if gate in own and gate not in expected:
-            del own[gate]
-        elif gate in expected and gate not in own:
-            warnings.warn(f"the checkpoint has no gates (balance1, balance2): {gate} starts half open", stacklevel=3)
-            own[gate] = expected[gate]
 
 
 def _tower_of_clip(clip: nn.Module | str | os.PathLike | None, eva: bool) -> tuple[TowerConfig, Tower]:

@@ -186,12 +186,68 @@ def test_instruction_tuning_file_holds_the_branch_alone(clip, layers):
             again(video())
 
 
-def test_missing_gates_warn_and_start_half_open():
+GATES = {"balance1": "output_gate_slope", "balance2": "merge_gate_slope"}
+
+
+@pytest.mark.parametrize("lacking", [("balance1",), ("balance2",), ("balance1", "balance2")])
+def test_file_with_the_tower_was_trained_without_the_gates_it_lacks(lacking, recwarn):
+    """Each gate is read off the tensors for itself; where it is missing, the branch computes a plain sum."""
     case = load(CASE)
-    weights = {k: v for k, v in case.weights.items() if "balance" not in k}
-    with pytest.warns(UserWarning, match="no gates"):
-        model = load_reference_checkpoint(weights, case.vision_config)
-    assert not model.branch.merge_gate.any() and not model.branch.output_gate.any()
+    weights = {k: v for k, v in case.weights.items() if not k.endswith(lacking)}
+    slopes = {GATES[name]: None for name in lacking}
+    expected = load_reference_checkpoint(case.weights, case.vision_config, **slopes)  # the gates left out by name
+    for given in ({}, {"merge_gate_slope": 100.0, "output_gate_slope": 1e4}):
+        model = load_reference_checkpoint(weights, case.vision_config, **given)
+        assert {field: getattr(model.config, field) is None for field in GATES.values()} == {
+            field: name in lacking for name, field in GATES.items()
+        }
+        assert torch.equal(model(case.pixels()).video_embeds, expected(case.pixels()).video_embeds)
+    assert not [warning for warning in recwarn if "gate" in str(warning.message)]
+
+
+def test_published_file_without_gates_has_the_published_numbers():
+    case = load("clip_pretrain_unmasked_nonorm")
+    told, read = case.model(), load_reference_checkpoint(case.weights, case.vision_config)
+    assert read.config.merge_gate_slope is read.config.output_gate_slope is None
+    assert torch.equal(read(case.pixels()).video_embeds, told(case.pixels()).video_embeds)
+
+
+def _alone(model) -> dict:
+    return {k: v for k, v in to_reference_state_dict(model).items() if "btadapter" in k}
+
+
+@pytest.mark.parametrize("kept", [("balance1", "balance2"), ("balance1",), ("balance2",), ()])
+@pytest.mark.parametrize("place", ["dict", "pth", "safetensors"])
+def test_gates_of_a_tuned_branch_come_from_the_pretraining_file(clip, tmp_path, kept, place):
+    slopes = {field: None for name, field in GATES.items() if name not in kept}
+    model = shake(BTAdapterVisionModel.from_clip(clip, BTAdapterConfig(depth=2, **slopes))).eval()
+    state = {f"backbone.{name}": tensor.clone() for name, tensor in to_reference_state_dict(model).items()}
+    source: object = state
+    if place == "pth":
+        torch.save({"state_dict": state}, source := tmp_path / "pretrained.pth")
+    elif place == "safetensors":
+        save_file(state, source := tmp_path / "pretrained.safetensors")
+    again = load_reference_checkpoint(_alone(model), clip=clip, gates_from=source)
+    assert again.config.merge_gate_slope == model.config.merge_gate_slope
+    assert again.config.output_gate_slope == model.config.output_gate_slope
+    torch.testing.assert_close(again(video()).video_embeds, model(video()).video_embeds)
+    if kept and place == "dict":
+        with pytest.warns(UserWarning, match="half open.*gates_from"):
+            half = load_reference_checkpoint(_alone(model), clip=clip)
+        assert (half(video()).video_embeds - model(video()).video_embeds).abs().max() > 1e-4
+
+
+def test_gates_from_a_saved_folder_and_what_is_no_source_of_gates(clip, tmp_path):
+    model = shake(BTAdapterVisionModel.from_clip(clip, BTAdapterConfig(depth=2))).eval()
+    model.save_pretrained(tmp_path / "pretrained")
+    again = load_reference_checkpoint(_alone(model), clip=clip, gates_from=tmp_path / "pretrained")
+    assert torch.equal(again.branch.merge_gate, model.branch.merge_gate)
+    with pytest.raises(CheckpointError, match="has neither"):
+        load_reference_checkpoint(_alone(model), clip=clip, gates_from=_alone(model))
+    with pytest.raises(ValueError, match="says which gates it has"):
+        load_reference_checkpoint(to_reference_state_dict(model), SIZES, gates_from=tmp_path / "pretrained")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_reference_checkpoint(_alone(model), clip=clip, gates_from="nowhere.pth")
 
 
 @pytest.mark.parametrize(

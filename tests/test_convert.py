@@ -281,6 +281,24 @@ def test_tuned_projector_and_branch(tmp_path, clip):
     torch.testing.assert_close(attached_branch(model).video_tokens(pixels), branch.video_tokens(pixels))
 
 
+def test_gates_of_a_tuned_branch_are_the_pretraining_files(tmp_path, clip, capsys):
+    branch = BTAdapterVisionModel.from_clip(CLIPVisionModel.from_pretrained(clip), BTAdapterConfig(depth=4)).eval()
+    with torch.no_grad():
+        branch.branch.merge_gate.normal_(std=0.01)
+        branch.branch.output_gate.normal_(std=1e-4)
+    state = to_reference_state_dict(branch)
+    torch.save({f"backbone.{n}": t for n, t in state.items()}, tmp_path / "pretrained.pth")
+    torch.save({n: t for n, t in state.items() if "btadapter" in n and ".3." not in n}, tmp_path / "tuned.bin")
+    source = write_published(tmp_path / "llava", published_tensors(), clip)
+    command = ["convert", str(source), str(tmp_path / "out"), "--gates", str(tmp_path / "pretrained.pth")]
+    assert main(command) == 2 and "--branch" in capsys.readouterr().err
+    assert main([*command, "--branch", str(tmp_path / "tuned.bin")]) == 0
+    model = attach(load_converted(tmp_path / "out"), tmp_path / "out" / "branch")
+    assert torch.equal(attached_branch(model).branch.merge_gate, branch.branch.merge_gate)
+    pixels = torch.randn(1, 4, 3, 24, 24)
+    torch.testing.assert_close(attached_branch(model).video_tokens(pixels), branch.video_tokens(pixels))
+
+
 def test_command(tmp_path, clip, capsys):
     source = write_published(tmp_path / "llava", published_tensors(), clip)
     assert main(["convert", str(source), str(tmp_path / "out"), "--clip", str(clip)]) == 0
@@ -292,7 +310,7 @@ def test_command(tmp_path, clip, capsys):
     assert "--trained-frames must be above 0 and goes with --branch" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 2
     assert "nowhere: there is no such folder" in capsys.readouterr().err
-    for name in ("base", "projector", "branch"):
+    for name in ("base", "projector", "branch", "gates"):
         assert main(["convert", str(source), str(tmp_path / "new"), f"--{name}", "nowhere"]) == 2
         assert f"--{name} nowhere: there is no such" in capsys.readouterr().err
 

@@ -44,7 +44,8 @@ class Sources:
         model: folder of the published layout. clip: folder or hub name of its CLIP; None: the one its config names.
         base: folder of the LLaMA that ``model`` is a difference to; None: it is whole.
         projector: a file of instruction tuning (``mm_projector.bin``), whose tensors replace ``model``'s.
-        branch: a file of BT-Adapter's branch (``btadapter_weight.bin``, or of pretraining).
+        branch: a file of BT-Adapter's branch (``btadapter_weight.bin``, or of pretraining). gates: the pretraining
+            file from which a ``branch`` without gates was tuned.
         trained_frames: of the videos ``branch`` was trained with; see `load_reference_checkpoint`.
     """
 
@@ -54,6 +55,7 @@ class Sources:
     projector: Path | None = None
     branch: Path | None = None
     trained_frames: int | None = None
+    gates: Path | None = None
 
 
 def hugging_face_name(name: str) -> str | None:
@@ -113,6 +115,11 @@ def convert(sources: Sources, out: Path, progress: Progress | None = None) -> Pa
     shape, dtype = reader.projector(files)
     reader.check_tuned(shape)
     clip = load_clip(published, sources.clip)
+    branch = None  # read before anything is written: what is wrong with it is told at once
+    if sources.branch is not None:
+        branch = load_reference_checkpoint(
+            sources.branch, clip.config, clip, sources.trained_frames, gates_from=sources.gates
+        )
     config = make_config(published, shape, dtype, rows, tokenizer.convert_tokens_to_ids(PLACE), clip)
 
     aside = _aside(sources, out, files)
@@ -130,8 +137,7 @@ def convert(sources: Sources, out: Path, progress: Progress | None = None) -> Pa
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_text(aside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     save_settings(aside, config, tokenizer, clip)
-    if sources.branch is not None:
-        branch = load_reference_checkpoint(sources.branch, clip.config, clip, trained_frames=sources.trained_frames)
+    if branch is not None:
         branch.save_pretrained(aside / "branch")
     os.replace(aside, out)
     (out / _RECORD).unlink()

@@ -20,6 +20,7 @@ from transformers import (
 from bt_adapter.chat.vicuna import PLACE
 from bt_adapter.checkpoint import CheckpointError
 from bt_adapter.errors import CommandError
+from bt_adapter.hugging_face import load_clip_model
 
 # what tells of the writer and not of the model; use_cache was switched off by training
 _WRITERS = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
@@ -42,11 +43,7 @@ def load_clip(published: dict[str, Any], clip: str | None) -> CLIPVisionModel:
     name = clip or published.get("mm_vision_tower")
     if name is None:
         raise CommandError("the model's config.json names no mm_vision_tower: give the CLIP (--clip)")
-    loaded: Any = CLIPVisionModel.from_pretrained(name, output_loading_info=True)
-    tower, info = loaded
-    if lacking := sorted(info["missing_keys"]):
-        raise CheckpointError(f"clip {name} lacks {', '.join(lacking[:5])}: it is no CLIP vision tower")
-    return tower
+    return load_clip_model(CLIPVisionModel, name)
 
 
 def make_config(

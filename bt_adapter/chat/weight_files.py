@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bt_adapter.checkpoint import CheckpointError
-from bt_adapter.published import read_tensors
+from bt_adapter.published_files import read_tensors
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -30,25 +30,30 @@ class Convert:
     trained_frames: int | None = None
     """Frames of the videos the branch was trained with; default: 8 for a file of pretraining, 100 for one of the
     branch alone."""
+    gates: Path | None = None
+    """Pretraining file that --branch was tuned from: it has the gates between tower and branch, which tuning lacks."""
 
 
 def run(command: Convert) -> int:
     """Check what can be checked at once, then convert. Returns the exit code."""
     if command.trained_frames is not None and (command.trained_frames < 1 or command.branch is None):
         raise CommandError(f"--trained-frames must be above 0 and goes with --branch, got {command.trained_frames}")
-    for name in ("model", "base", "projector", "branch"):
+    for name in ("model", "base", "projector", "branch", "gates"):
         path = getattr(command, name)
         if path is not None and not path.exists():
             label = "FOLDER" if name == "model" else f"--{name}"
-            kind = "file" if name in ("projector", "branch") else "folder"
+            kind = "file" if name in ("projector", "branch", "gates") else "folder"
             raise CommandError(f"{label} {path}: there is no such {kind}")
+    if command.gates is not None and command.branch is None:
+        raise CommandError("--gates is for a --branch that was tuned without its gates, and none is given")
     from bt_adapter.chat.convert import Sources, convert
     from bt_adapter.terminal import make_console, progress_bar, say
 
     notes = make_console(stderr=True)
     sources = Sources(
-        command.model, command.clip, command.base, command.projector, command.branch, command.trained_frames
-    )
+        command.model, command.clip, command.base, command.projector, command.branch,
+        gates=command.gates, trained_frames=command.trained_frames,
+    )  # fmt: skip
     with progress_bar(notes, "converting") as progress:
         out = convert(sources, command.out, progress)
     for path in sorted(out.iterdir()):

@@ -15,7 +15,8 @@ from bt_adapter.errors import CommandError
 from bt_adapter.eval.text_tower import published_text
 from bt_adapter.mini import weights_folder
 from bt_adapter.model import BTAdapterVisionModel
-from bt_adapter.published import load_reference_checkpoint, read_tensors
+from bt_adapter.published import load_reference_checkpoint
+from bt_adapter.published_files import read_tensors
 from bt_adapter.text import TextEncoder, load_clip
 
 

@@ -32,7 +32,8 @@ from bt_adapter.pretrain.loop import Clock, Stopped, rate
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.pretrain.step import Pretraining, backward, draw_visible, mix
 from bt_adapter.pretrain.training_run import TrainingRun
-from bt_adapter.published import load_reference_checkpoint, read_tensors
+from bt_adapter.published import load_reference_checkpoint
+from bt_adapter.published_files import read_tensors
 from bt_adapter.text import load_clip
 
 NO_GATES: Any = {"merge_gate_slope": None, "output_gate_slope": None}
