@@ -19,12 +19,13 @@ class Processes:
 
     Args:
         device: "cpu", "cuda", "cuda:1"; "auto" takes GPUs where there are any, one a process.
+        patience: how long one process waits for the others, where the group is begun here.
 
     Raises:
         CommandError: no such device, or no GPU that this torch can use.
     """
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, device: str = "auto", patience: timedelta = timedelta(minutes=30)) -> None:
         self.device = _device(device)
         self._held: IO[str] | None = None
         cuda = self.device.type == "cuda"
@@ -32,7 +33,7 @@ class Processes:
             torch.cuda.set_device(self.device)
         self.began = "RANK" in os.environ and not dist.is_initialized()
         if self.began:
-            dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(minutes=30))
+            dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=patience)
         many = dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
         self.group = dist.group.WORLD if many else None
@@ -54,8 +55,13 @@ class Processes:
                 self._held = lock(folder)
             except CommandError as error:
                 problem = str(error)
-        if any(problems := self.gather(problem)):
-            raise CommandError(problems[0])
+        self.agree(problem)
+
+    def agree(self, problem: str | None) -> None:
+        """Wait for all processes, and raise CommandError in every one where one of them has a problem."""
+        for found in self.gather(problem):
+            if found is not None:
+                raise CommandError(found)
 
     def leave(self) -> None:
         """End the group, where it was begun here, and let go of the folder."""

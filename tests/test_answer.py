@@ -1,6 +1,7 @@
 """Chat line by line, and lists of questions answered in batches through kills and bad input."""
 
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -19,13 +20,14 @@ from test_attach import make_branch, make_chat
 from test_chat import make_tokenizer
 
 from bt_adapter import cli
-from bt_adapter.chat import answer, conversation, quantize, rows, session, streaming, watch
+from bt_adapter.chat import answer, conversation, quantize, rows, session, shares, streaming, watch
 from bt_adapter.chat.attach import attach
 from bt_adapter.chat.conversation import ContextError
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.watch import Sampling
 from bt_adapter.commands.answer import Answer
 from bt_adapter.data import write_video
+from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 
 QUESTIONS = ["how ?", "w20 w21 w22 ?", "is it moving ?", "left or right ?"]
@@ -57,6 +59,12 @@ def folder(tmp_path_factory):
             row = {"video": name, "question": QUESTIONS[i % 4]} | ({"id": f"q{i}", "answer": "left"} if i % 2 else {})
             file.write(json.dumps(row) + "\n")
     return path
+
+
+def fork() -> int:
+    """Fork without decoders that wait to be collected: their threads are not there in the child, which would hang."""
+    gc.collect()
+    return os.fork()
 
 
 def run_all(chat, folder, out, batch=3):
@@ -100,7 +108,7 @@ def test_killed_while_writing(chat, folder, expected, tmp_path, monkeypatch, mom
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, data)
 
-    child = os.fork()
+    child = fork()
     if not child:
         monkeypatch.setattr(rows.Rows, "_write", write)
         run_all(chat, folder, out)
@@ -113,7 +121,7 @@ def test_killed_while_writing(chat, folder, expected, tmp_path, monkeypatch, mom
 def test_killed_at_random_moments(chat, folder, expected, tmp_path):
     out, draws, killed = tmp_path / "answers.jsonl", random.Random(5), 0
     for _ in range(8):
-        child = os.fork()
+        child = fork()
         if not child:
             run_all(chat, folder, out, batch=1)
             os._exit(0)
@@ -242,7 +250,8 @@ def test_videos_of_one_name_in_two_folders_are_told_apart(chat, folder, tmp_path
     assert found[0]["video"] == "x/a.mp4"
     asked = [answer.Question("1", tmp_path / "y/a.mp4", "how ?", given="y/a.mp4")]
     command = Answer(questions=tmp_path, videos=tmp_path)
-    with rows.Rows(tmp_path / "out.jsonl", {"model": "tiny"}) as file, pytest.raises(CommandError, match="y/a.mp4"):
+    out, alone = tmp_path / "out.jsonl", Processes("cpu")
+    with shares.SharedRows(out, {"model": "tiny"}, alone) as file, pytest.raises(CommandError, match="y/a.mp4"):
         answer.answer_with(command, asked, file, 1, Console(quiet=True))
 
 

@@ -488,7 +488,7 @@ def test_a_judge_that_is_down_leaves_the_exact_scores(command, stand, tmp_path, 
         (("--judge-url", server.url), "--judge-model go together"),
         (("--judge-url", "ftp://x", "--judge-model", "m"), "--judge-url must begin"),
         (("--judge-parallel", "0"), "--judge-parallel must be above 0"),
-        (("--judge-timeout", "nan"), "--judge-timeout must be above 0"),
+        (("--judge-timeout", "nan"), "--judge-timeout must be a finite number, above 0"),
         (("--judge-temperature", "-1"), "--judge-temperature must be 0 or more"),
         (("--answers", "gone.json"), "--answers gone.json"),
     ):

@@ -7,19 +7,25 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
+from bt_adapter.chat.ahead import DecodedAhead
 from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, check_context, context, video_room
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.session import chosen_dtype, load, sampling_of
+from bt_adapter.chat.shares import SharedRows, share_of
 from bt_adapter.chat.watch import Sampling, watch
 from bt_adapter.data.finding import VideoFolder, find_video
 from bt_adapter.data.skipped import Skipped
+from bt_adapter.distributed import Processes
+from bt_adapter.dtypes import ChosenDtype
 from bt_adapter.errors import CommandError
 from bt_adapter.progress import Progress
 from bt_adapter.terminal import make_console, progress_bar, say
@@ -52,19 +58,50 @@ class Question:
         return self.video.name if self.given is None else self.given
 
 
+# Processes with short videos wait for those with long ones; one that died is noticed whatever this says.
+_PATIENCE = timedelta(days=7)
+
+
+def begin_processes(device: str) -> Processes:
+    """Join the processes of a run that answers questions. CommandError: as ``Processes``."""
+    return Processes(device, _PATIENCE)
+
+
 def run_answer(command: Answer) -> int:
-    """Answer what has no answer yet. Returns the exit code."""
-    notes = make_console(stderr=True)
+    """Answer what has no answer yet; every process of torchrun does its share. Returns the exit code."""
     questions = read_questions(command.questions, command.videos)
-    with Rows(command.out, about(command)) as rows:
-        skipped = answer_with(command, questions, rows, command.batch, notes)
-    return report(notes, command.out, len(questions), skipped)
+    processes = begin_processes(command.device)
+    try:
+        notes = make_console(stderr=True)
+        notes.quiet = not processes.first
+        command, chosen = settle(command, processes)
+        say(notes, str(chosen), "dim")
+        with SharedRows(command.out, about(command), processes) as rows:
+            skipped = answer_with(command, questions, rows, command.batch, notes)
+    finally:
+        processes.leave()
+    return report(notes, command.out, len(questions), skipped) if processes.first else 0
 
 
-def answer_with(command: Answer | Qa, questions: Sequence[Question], rows: Rows, batch: int, notes: Console) -> Skipped:
+CommandT = TypeVar("CommandT", "Answer", "Qa")
+
+
+def settle(command: CommandT, processes: Processes) -> tuple[CommandT, ChosenDtype]:
+    """The command with this process's device and the dtype of all of them, and why that dtype."""
+    command = replace(command, device=str(processes.device))
+    chosen = processes.gather(chosen_dtype(command))[0]
+    return replace(command, dtype=chosen.name), chosen
+
+
+def answer_with(
+    command: Answer | Qa, questions: Sequence[Question], rows: SharedRows, batch: int, notes: Console
+) -> Skipped:
     """Load the model a command line names and answer what ``rows`` lacks; where nothing is lacking, nothing is loaded.
 
-    Raises CommandError where an answer that is there belongs to another question.
+    Each process answers its share; in the end the first one has all rows in the file. Returns, in each of them, the
+    questions that could not be put.
+
+    Raises CommandError where an answer that is there belongs to another question, or one of the processes cannot go on.
     """
     for question in questions:
         row = rows.done.get(question.id)
@@ -76,13 +113,25 @@ def answer_with(command: Answer | Qa, questions: Sequence[Question], rows: Rows,
     pending = [question for question in questions if question.id not in rows.done]
     if len(pending) < len(questions):
         say(notes, f"{rows.path}: going on after {len(questions) - len(pending)} of {len(questions)} answers")
-    if not pending:
-        return Skipped()
-    say(notes, str(chosen_dtype(command)), "dim")
-    with notes.status("loading the model"):
-        chat = load(command)
-    with progress_bar(notes, "answering") as progress:
-        return answer_all(chat, pending, rows, sampling_of(command), batch, command.max_new_tokens, progress)
+    skipped, problem = Skipped(), None
+    try:
+        share = share_of(pending, rows.processes)
+        if share:
+            with notes.status("loading the model"):
+                chat = load(command)
+            with progress_bar(notes, "answering") as progress:
+                answer_all(
+                    chat, share, rows, sampling_of(command), batch, command.max_new_tokens, progress,
+                    command.workers, skipped,
+                )  # fmt: skip
+    except CommandError as error:  # told when the others have ended their shares: nothing they do is lost
+        problem = str(error)
+    for reasons in rows.processes.gather(skipped.reasons):
+        for key, reason in reasons.items():
+            skipped.add(key, reason)
+    rows.merge()
+    rows.processes.agree(problem)
+    return skipped
 
 
 def report(notes: Console, out: Path, asked: int, skipped: Skipped) -> int:
@@ -127,37 +176,43 @@ def answer_all(
     batch: int = 8,
     max_new_tokens: int = 64,
     progress: Progress | None = None,
+    workers: int = 2,
+    skipped: Skipped | None = None,
 ) -> Skipped:
     """Greedy answers, ``batch`` prompts at a time, each batch on disk before the next begins.
 
-    Videos are encoded once for questions that stand together. A row: id, video, question, prediction, and the extra
-    fields. Returns the questions that could not be put: broken or missing video, one of more frames than the model
-    takes, empty question, prompt too long.
+    Videos are encoded once for questions that stand together, and decoded by ``workers`` threads beside the model's
+    work. A row: id, video, question, prediction, and the extra fields. Returns ``skipped`` (None: a new one) with the
+    questions that could not be put: broken or missing video, one of more frames than the model takes, prompt too long.
+
+    Raises StorageError where a video cannot be reached and the file is not known to be broken.
     """
+    skipped = Skipped() if skipped is None else skipped
     room = video_room(context(chat.model), 0, max_new_tokens)
-    skipped, videos = Skipped(), _Videos(chat, sampling, batch, room)
-    for start in range(0, len(questions), batch):
-        asked, prompts = [], []
-        for question in questions[start : start + batch]:
-            name = f"{question.id} ({question.name})"
-            try:
-                visual = videos.get(question.video)
-            except ValueError as error:
-                skipped.add(name, str(error))
-                continue
-            try:
-                prompts.append(_prompt(chat, visual, question.text, max_new_tokens))
-                asked.append(question)
-            except (PromptError, ContextError) as error:
-                skipped.add(name, str(error))
-        if asked:
-            texts = answer_batch(chat.model, chat.tokenizer, prompts, max_new_tokens)
-            rows.append([
-                {"id": q.id, "video": q.name, "question": q.text, **q.extra, "prediction": text}
-                for q, text in zip(asked, texts, strict=True)
-            ])  # fmt: skip
-        if progress is not None:
-            progress(min(start + batch, len(questions)), len(questions))
+    with DecodedAhead(sampling, lambda chunk: chat.prepare(chunk)[0], workers) as ahead:
+        videos = _Videos(chat, sampling, batch, room, ahead, [question.video for question in questions])
+        for start in range(0, len(questions), batch):
+            asked, prompts = [], []
+            for question in questions[start : start + batch]:
+                name = f"{question.id} ({question.name})"
+                try:
+                    visual = videos.get(question.video)
+                except ValueError as error:
+                    skipped.add(name, str(error))
+                    continue
+                try:
+                    prompts.append(_prompt(chat, visual, question.text, max_new_tokens))
+                    asked.append(question)
+                except (PromptError, ContextError) as error:
+                    skipped.add(name, str(error))
+            if asked:
+                texts = answer_batch(chat.model, chat.tokenizer, prompts, max_new_tokens)
+                rows.append([
+                    {"id": q.id, "video": q.name, "question": q.text, **q.extra, "prediction": text}
+                    for q, text in zip(asked, texts, strict=True)
+                ])  # fmt: skip
+            if progress is not None:
+                progress(min(start + batch, len(questions)), len(questions))
     return skipped
 
 
@@ -212,23 +267,44 @@ def _prompt(chat: VideoChat, visual: Visual, question: str, max_new_tokens: int)
 
 
 class _Videos:
-    """The last videos' tokens, and the names of those that cannot be read."""
+    """The last videos' tokens, and the names of those that cannot be read.
 
-    def __init__(self, chat: VideoChat, sampling: Sampling, most: int, room: int) -> None:
-        self.chat, self.sampling, self.most, self.room = chat, sampling, most, room
+    chat, sampling, room: how they are watched. most: how many are kept. ahead: what decodes them. order: the video of
+    each question, in the order in which they are asked for.
+    """
+
+    def __init__(
+        self, chat: VideoChat, sampling: Sampling, most: int, room: int, ahead: DecodedAhead, order: Sequence[Path]
+    ) -> None:
+        self.chat, self.sampling, self.most, self.room, self.ahead = chat, sampling, most, room, ahead
+        self.order = [path for path, _ in groupby(order)]
+        self.place = 0  # in the order
         self.seen: dict[Path, Visual] = {}
-        self.broken: dict[Path, ValueError] = {}
+        self.broken: dict[Path, str] = {}
 
     def get(self, path: Path) -> Visual:
-        """Raises ValueError (VideoError), each time one is asked for that cannot be read or is more than fits."""
+        """The video's tokens; those of the next ones are decoded meanwhile.
+
+        Raises ValueError (VideoError), each time one is asked for that cannot be read or is more than fits.
+        """
+        if self.order[self.place] != path:
+            self.place += 1
         if path in self.broken:
-            raise self.broken[path]
+            raise ValueError(self.broken[path])
         if path not in self.seen:
             if len(self.seen) >= self.most:
                 del self.seen[next(iter(self.seen))]
+            video = self.ahead.take(path)
+            self._begin_next()
             try:
-                self.seen[path] = watch(self.chat, path, self.sampling, room=self.room)
+                self.seen[path] = watch(self.chat, video, self.sampling, room=self.room)
             except ValueError as error:  # VideoError, or more frames than this model takes of a video
-                self.broken[path] = error
+                self.broken[path] = str(error)
                 raise
+            finally:
+                video.close()
         return self.seen[path]
+
+    def _begin_next(self) -> None:
+        following = self.order[self.place + 1 : self.place + 1 + self.most + self.ahead.workers]
+        self.ahead.begin(path for path in following if path not in self.seen and path not in self.broken)

@@ -7,9 +7,14 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from bt_adapter.errors import CommandError
+
+
+def about_file(path: Path) -> Path:
+    """The file that says what the rows of ``path`` were made with."""
+    return path.with_name(path.name + ".about.json")
 
 
 class Rows:
@@ -45,8 +50,7 @@ class Rows:
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Add rows; they are on disk when this returns."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._write(text.encode())
+        self._write(b"".join(map(_line, rows)))
         os.fsync(self._file)
         self.done |= {row["id"]: row for row in rows}
 
@@ -54,7 +58,7 @@ class Rows:
         """Let others have it."""
         os.close(self._file)
 
-    def __enter__(self) -> Rows:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -69,7 +73,7 @@ class Rows:
     def _check(self, about: dict[str, Any]) -> None:
         """Compare with what stands beside the file, or write it there."""
         about = json.loads(json.dumps(about))
-        beside = self.path.with_name(self.path.name + ".about.json")
+        beside = about_file(self.path)
         if os.fstat(self._file).st_size and not beside.exists():
             raise CommandError(f"{self.path} is there already, and no {beside.name} beside it says what made it")
         if os.fstat(self._file).st_size:
@@ -94,3 +98,11 @@ class Rows:
                 self.done[row["id"]] = row
             except (ValueError, KeyError, TypeError) as error:
                 raise CommandError(f"{self.path}, line {number}, is no row of a run: {error}") from error
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    """JSON as readable as it can be: escaped only where a character has no place in UTF-8 (half a surrogate pair)."""
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(row) + "\n").encode()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bt_adapter.chat.ahead import DecodedVideo
 from bt_adapter.chat.attach import branch_enabled, video_tokens
 from bt_adapter.chat.conversation import Visual, context, video_room
 from bt_adapter.chat.streaming import WINDOW_ROWS, video_tokens_streamed
@@ -63,19 +64,19 @@ class Watched(Visual):
 @torch.no_grad()
 def watch(
     chat: VideoChat,
-    video: str | Path | FrameStream,
+    video: str | Path | FrameStream | DecodedVideo,
     sampling: Sampling,
     progress: Progress | None = None,
     room: int | None = None,
 ) -> Watched:
-    """The tokens of a video file, or of what ``sampling.open`` made of one, decoded and encoded a chunk at a time.
+    """Make the tokens of a video file, or of one that is open or decoded already, a chunk of frames at a time.
 
     ``progress`` is called with frames done and in all. room: tokens it may take where ``windows`` is None, though one
     set at least; None: what the model's context leaves. Raises VideoError; ValueError for values out of range.
     """
     begin = time.perf_counter()
     model = chat.branch
-    stream = video if isinstance(video, FrameStream) else sampling.open(video)
+    stream = video if isinstance(video, (FrameStream, DecodedVideo)) else sampling.open(video)
     stream.progress = progress
     decode = time.perf_counter() - begin
     seen = 0
@@ -90,7 +91,7 @@ def watch(
             if chunk is None:
                 return
             seen += len(chunk)
-            yield chat.prepare(chunk)[0]
+            yield chunk if isinstance(stream, DecodedVideo) else chat.prepare(chunk)[0]
 
     length = chat.family.video_length
     if len(chat.family.feature_layers) > 1:
@@ -123,7 +124,7 @@ def look(chat: VideoChat, path: str | Path) -> Watched:
     )
 
 
-def _whole(chat: VideoChat, pieces: Iterator[Tensor], stream: FrameStream, sampling: Sampling) -> Tensor:
+def _whole(chat: VideoChat, pieces: Iterator[Tensor], stream: FrameStream | DecodedVideo, sampling: Sampling) -> Tensor:
     """Tokens ``[1, P+1, …]`` of a model that reads several tower layers: its frames run at once."""
     most = WINDOW_ROWS * chat.branch.config.max_frames
     if len(stream) > most or sampling.windows not in (None, 1):

@@ -17,6 +17,8 @@ from bt_adapter.limits import COUNT, check_numbers
 class Answer(ChatModel):
     """Answer a list of questions about videos, in batches; run again after a kill, it goes on.
 
+    Under torchrun each process answers its share, and all answers come into one file in the end.
+
     Questions: one JSON object a line, {"video": …, "question": …}, optionally "id" and "answer" (copied). Videos that
     cannot be read, and prompts that do not fit into the model's context, are skipped, counted and named at the end.
     """
@@ -29,12 +31,14 @@ class Answer(ChatModel):
     """Answers, one JSON object a line, appended as they come."""
     batch: int = 8
     """Questions answered at once."""
+    workers: int = 2
+    """Videos decoded at a time, each by a thread, while the model works on those before them."""
 
 
 def run(command: Answer) -> int:
     """Check what can be checked at once, then answer. Returns the exit code."""
     command.check()
-    check_numbers(command, {"batch": COUNT})
+    check_numbers(command, {"batch": COUNT, "workers": COUNT})
     if not command.questions.is_file():
         raise CommandError(f"FILE of questions {command.questions}: there is no such file")
     if not command.videos.exists():

@@ -20,6 +20,8 @@ Aspect = Literal["match", "correctness", "detail", "context", "temporal", "consi
 class Qa(ChatModel):
     """Answer a benchmark's questions and score the answers; run again after a kill, both go on.
 
+    Under torchrun each process answers its share; the first one scores.
+
     Takes Video-ChatGPT's generic, temporal and consistency questions, ActivityNet-QA, MSVD-QA and MSRVTT-QA as they are
     published. Scores: exact match, and with --judge-url what a language model says. The judge's wording is this
     package's own: its scores compare with one another, not with published ones.
@@ -35,6 +37,8 @@ class Qa(ChatModel):
     """Folder of answers.jsonl, predictions.json (as Video-ChatGPT's scorers read it), verdicts and scores.json."""
     batch: int = 8
     """Questions answered at once."""
+    workers: int = 2
+    """Videos decoded at a time, each by a thread, while the model works on those before them."""
     judge_url: str | None = None
     """Base of an OpenAI-style endpoint, as "http://127.0.0.1:8000/v1"."""
     judge_model: str | None = None
@@ -56,7 +60,7 @@ class Qa(ChatModel):
 def run(command: Qa) -> int:
     """Check what can be checked at once, then evaluate. Returns 0, or 143 where judging was stopped and can go on."""
     command.check()
-    names = ("batch", "judge_parallel", "judge_tries", "judge_timeout")
+    names = ("batch", "workers", "judge_parallel", "judge_tries", "judge_timeout")
     check_numbers(command, dict.fromkeys(names, POSITIVE) | {"judge_temperature": NATURAL})
     for label, path in (("data", command.data), ("answers", command.answers)):
         if path is not None and not path.is_file():

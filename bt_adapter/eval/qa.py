@@ -18,11 +18,13 @@ from typing import Any
 
 from rich.console import Console
 
-from bt_adapter.chat.answer import Question, about, answer_with, read_text
+from bt_adapter.chat.answer import Question, about, answer_with, begin_processes, read_text, settle
 from bt_adapter.chat.rows import Rows
-from bt_adapter.chat.session import chosen_dtype
+from bt_adapter.chat.shares import SharedRows
 from bt_adapter.commands.qa import Qa
 from bt_adapter.data.finding import VideoFolder, find_video
+from bt_adapter.data.skipped import Skipped
+from bt_adapter.dtypes import ChosenDtype
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.judge import ASPECTS, PROMPTS, Case, Judge, judge_all, summary
 from bt_adapter.eval.report import versions, write_json
@@ -57,10 +59,24 @@ def evaluate_qa(command: Qa) -> int:
     items = read_items(command.data, command.answers)
     folder = VideoFolder(command.videos)
     asked = [question for item in items for question in _questions(item, folder)]
-    command.out.mkdir(parents=True, exist_ok=True)
-    with Rows(command.out / "answers.jsonl", {**about(command), "data": command.data.name}) as rows:
-        skipped = answer_with(command, asked, rows, command.batch, notes)
-        given = {key: row["prediction"] for key, row in rows.done.items()}
+    processes = begin_processes(command.device)
+    try:
+        notes.quiet = not processes.first
+        command, chosen = settle(command, processes)
+        say(notes, str(chosen), "dim")
+        made = {**about(command), "data": command.data.name}
+        with SharedRows(command.out / "answers.jsonl", made, processes) as rows:
+            skipped = answer_with(command, asked, rows, command.batch, notes)
+            given = {key: row["prediction"] for key, row in rows.done.items()}
+    finally:
+        processes.leave()
+    return _score(command, items, given, skipped, chosen, notes) if processes.first else 0
+
+
+def _score(
+    command: Qa, items: Sequence[Item], given: dict[str, str], skipped: Skipped, chosen: ChosenDtype, notes: Console
+) -> int:
+    """Write predictions and scores, and have them judged."""
     if skipped:
         say(notes, skipped.report(), "yellow")
     answered = [item for item in items if all(key in given for key in _keys(item))]
@@ -73,7 +89,7 @@ def evaluate_qa(command: Qa) -> int:
         "answered": len(answered),
         "skipped": skipped.reasons,
         **exact_scores(answered, given),
-        "made": {**about(command), "dtype_chosen": chosen_dtype(command).why, **versions()},
+        "made": {**about(command), "dtype_chosen": chosen.why, **versions()},
     }
     cases = [
         Case(item.id, tuple(zip(item.questions, (given[k] for k in _keys(item)), strict=True)), item.answer)
