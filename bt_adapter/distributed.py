@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -49,10 +50,18 @@ class Processes:
         Raises:
             CommandError: another run has it, or it cannot be made.
         """
+
+        def take() -> None:
+            self._held = lock(folder)
+
+        self.check_in_first(take)
+
+    def check_in_first(self, check: Callable[[], object]) -> None:
+        """Call ``check`` in the first process; the CommandError that it raises is raised in every one."""
         problem = None
         if self.first:
             try:
-                self._held = lock(folder)
+                check()
             except CommandError as error:
                 problem = str(error)
         self.agree(problem)

@@ -135,6 +135,16 @@ def test_killed_at_random_moments(chat, folder, expected, tmp_path):
     assert found == expected and killed > 2
 
 
+def test_rows_hold_any_text(tmp_path):
+    """Half of a surrogate pair too, as a name that is not UTF-8 or an escape in a list of questions brings it."""
+    said = {"id": "1", "video": "\ud83d\u7ea2 [x].mp4", "prediction": "\udce9 \\ud83d \u2028"}
+    with rows.Rows(tmp_path / "rows.jsonl", {}) as file:
+        file.append([said])
+    assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8").count("\n") == 1
+    with rows.Rows(tmp_path / "rows.jsonl", {}) as file:
+        assert file.done == {"1": said}
+
+
 def test_rows_of_other_runs_are_refused(folder, tmp_path):
     out = tmp_path / "rows.jsonl"
     with rows.Rows(out, {"model": "tiny", "frames": 4}) as file:

@@ -40,6 +40,7 @@ def evaluate(capsys, tmp_path, data):
     def call(*arguments: str, manifest: Path = data) -> tuple[dict, str, str]:
         out = tmp_path / "result.json"
         common = ("--data", str(manifest), "--out", str(out), "--cache", str(tmp_path / "features"), "--workers", "0")
+        common = (*common, "--overwrite")
         code, table, notes = run(capsys, "eval", "retrieval", *common, "--batch", "3", *arguments)
         assert code == 0, notes
         return json.loads(out.read_text()), table, notes
@@ -84,11 +85,39 @@ def test_retrieval(evaluate, data):
 
 def test_a_second_run_uses_what_is_stored(evaluate, monkeypatch):
     first, _, _ = evaluate()
-    monkeypatch.setattr(ClipFrames, "_views", lambda *arguments: pytest.fail("decoded again"))
+    monkeypatch.setattr(ClipFrames, "_read", lambda *arguments: pytest.fail("decoded again"))
     second, _, _ = evaluate()
     assert second["computed"] == 0 and second["clips_per_second"] is None and "dual_softmax" not in second
     for name in ("text_to_video", "video_to_text", "skipped", "fingerprint"):
         assert first[name] == second[name]
+
+
+def test_a_result_of_other_settings_is_not_overwritten(capsys, tmp_path, data):
+    out = tmp_path / "retrieval [1].json"
+    common = ["eval", "retrieval", "--data", str(data), "--out", str(out), "--cache", str(tmp_path / "features")]
+    common += ["--workers", "0", "--precision", "float32"]
+    assert run(capsys, *common)[0] == 0
+    before = json.loads(out.read_text())
+    assert before["dtype"] == before["precision"] == "float32" and before["dual_softmax_temperature"] is None
+    for arguments, told in (
+        (("--frames", "4"), "frames 8, now 4"),
+        (("--no-branch",), "branch_used True, now False"),
+        (("--precision", "bfloat16"), "precision 'float32', now 'bfloat16'"),
+        (("--dual-softmax",), "dual_softmax_temperature None, now 0.01"),
+        (("--views", "2", "--frames", "4", "--sampling", "reference"), "views 1, now 2"),
+    ):
+        code, table, notes = run(capsys, *common, *arguments)
+        assert code == 2 and table == "" and told in notes and "by --overwrite" in notes and str(out) in notes
+        assert json.loads(out.read_text()) == before
+    assert run(capsys, *common)[0] == 0 and json.loads(out.read_text())["computed"] == 0  # the same may
+    assert run(capsys, *common, "--frames", "4", "--overwrite")[0] == 0
+    assert json.loads(out.read_text())["frames"] == 4
+    for content in ("no JSON", "[1]", '{"mine": 1}'):
+        out.write_text(content)
+        code, _, notes = run(capsys, *common)
+        assert code == 2 and "holds no result of this command" in notes and out.read_text() == content
+    code, _, notes = run(capsys, *common, "--out", str(tmp_path))
+    assert code == 2 and "is a folder" in notes
 
 
 def test_no_branch_is_the_frame_mean(evaluate, data):

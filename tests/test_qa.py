@@ -437,6 +437,17 @@ def test_the_command_predicts_and_scores(command, stand, tmp_path, capsys):
     assert json.loads((tmp_path / "qa" / "scores.json").read_text())["judge"] == scores["judge"]
 
 
+def test_scores_of_other_settings_are_not_overwritten(command, tmp_path, capsys):
+    assert command(GENERIC) == 0
+    for path in (tmp_path / "qa").glob("answers.jsonl*"):
+        path.unlink()
+    before = (tmp_path / "qa" / "scores.json").read_bytes()
+    assert command(GENERIC, "--repeat") == 2
+    assert "scores.json holds a result that was made with repeat False, now True" in capsys.readouterr().err
+    assert (tmp_path / "qa" / "scores.json").read_bytes() == before
+    assert command(GENERIC) == 0
+
+
 def test_consistency_asks_both_questions(command, stand, tmp_path, capsys):
     server = stand()
     assert command(CONSISTENCY, "--judge-url", server.url, "--judge-model", "judge") == 0

@@ -50,7 +50,9 @@ class Rows:
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Add rows; they are on disk when this returns."""
-        self._write(b"".join(map(_line, rows)))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        # half a surrogate pair has no place in UTF-8; what stands for it then is JSON's own way to write it
+        self._write(text.encode("utf-8", "backslashreplace"))
         os.fsync(self._file)
         self.done |= {row["id"]: row for row in rows}
 
@@ -98,11 +100,3 @@ class Rows:
                 self.done[row["id"]] = row
             except (ValueError, KeyError, TypeError) as error:
                 raise CommandError(f"{self.path}, line {number}, is no row of a run: {error}") from error
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    """JSON as readable as it can be: escaped only where a character has no place in UTF-8 (half a surrogate pair)."""
-    try:
-        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:
-        return (json.dumps(row) + "\n").encode()

@@ -53,6 +53,8 @@ class Evaluation:
     """Folder of stored features: nothing is computed twice, and a run that was killed goes on."""
     no_cache: Annotated[bool, arg(name="no-cache")] = False
     """Neither read nor store features."""
+    overwrite: bool = False
+    """Overwrite a result of other settings, which is refused otherwise."""
 
 
 @dataclass(frozen=True)

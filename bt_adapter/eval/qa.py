@@ -27,7 +27,7 @@ from bt_adapter.data.skipped import Skipped
 from bt_adapter.dtypes import ChosenDtype
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.judge import ASPECTS, PROMPTS, Case, Judge, judge_all, summary
-from bt_adapter.eval.report import versions, write_json
+from bt_adapter.eval.report import check_overwriting, versions, write_json
 from bt_adapter.terminal import make_console, print_table, progress_bar, say
 
 _ARTICLES = {"a", "an", "the"}
@@ -66,6 +66,7 @@ def evaluate_qa(command: Qa) -> int:
         say(notes, str(chosen), "dim")
         made = {**about(command), "data": command.data.name}
         with SharedRows(command.out / "answers.jsonl", made, processes) as rows:
+            processes.check_in_first(lambda: _check_scores(command))
             skipped = answer_with(command, asked, rows, command.batch, notes)
             given = {key: row["prediction"] for key, row in rows.done.items()}
     finally:
@@ -89,7 +90,7 @@ def _score(
         "answered": len(answered),
         "skipped": skipped.reasons,
         **exact_scores(answered, given),
-        "made": {**about(command), "dtype_chosen": chosen.why, **versions()},
+        "made": {**_settings(command), "dtype_chosen": chosen.why, **versions()},
     }
     cases = [
         Case(item.id, tuple(zip(item.questions, (given[k] for k in _keys(item)), strict=True)), item.answer)
@@ -105,6 +106,17 @@ def _score(
             write_json(command.out / "scores.json", scores)
     _print(scores)
     return 0
+
+
+def _settings(command: Qa) -> dict[str, Any]:
+    """All that the scores depend on, beside a judge."""
+    answers = None if command.answers is None else command.answers.name
+    return {**about(command), "data": command.data.name, "answers": answers}
+
+
+def _check_scores(command: Qa) -> None:
+    """Raise CommandError where the folder's scores are those of other settings."""
+    check_overwriting(command.out / "scores.json", _settings(command), "name another folder, or remove it", "made")
 
 
 def read_items(data: Path, answers: Path | None = None) -> list[Item]:
@@ -145,7 +157,8 @@ def write_predictions(path: Path, items: Sequence[Item], given: dict[str, str]) 
             record = front | record | {"Q": item.questions[0], "A": item.answer}
         rows.append(record | {n: given[k] for n, k in zip(names, keys, strict=True)})
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of half a surrogate pair: as JSON has it
     os.replace(temporary, path)
 
 

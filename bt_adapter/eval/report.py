@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import bt_adapter
+from bt_adapter.errors import CommandError
 
 
 def versions() -> dict[str, Any]:
@@ -29,6 +30,37 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".writing")
     temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def check_overwriting(path: Path, settings: dict[str, Any], advice: str, part: str | None = None) -> None:
+    """See that a result that is there already was made with the same settings: only such a one may be overwritten.
+
+    Args:
+        path: of the result, which need not be there.
+        settings: JSON values that stand in the result too. Weights, data and options, but not the machine.
+        advice: ends the message of the error: what to do.
+        part: name of the object inside the result that holds the settings; None: the result itself.
+
+    Raises:
+        CommandError: the file was made with other settings, each of which is named; or it is no such result.
+    """
+    if path.is_dir():
+        raise CommandError(f"--out {path}: is a folder, but a file is written")
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        before = None
+    if part is not None and isinstance(before, dict):
+        before = before.get(part)
+    if not isinstance(before, dict) or not settings.keys() & before.keys():
+        raise CommandError(f"--out {path} is there already and holds no result of this command: {advice}")
+    now = json.loads(json.dumps(settings))
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        told = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in changed)
+        raise CommandError(f"--out {path} holds a result that was made with {told}: {advice}")
 
 
 def _commit() -> str | None:

@@ -20,7 +20,7 @@ from bt_adapter.dtypes import choose_dtype
 from bt_adapter.eval import recognition, retrieval
 from bt_adapter.eval.cache import FeatureCache
 from bt_adapter.eval.features import Features, Look, extract
-from bt_adapter.eval.report import device_name, versions, write_json
+from bt_adapter.eval.report import check_overwriting, device_name, versions, write_json
 from bt_adapter.eval.stack import Stack, load_stack
 from bt_adapter.image_settings import ImageSettings
 from bt_adapter.progress import Progress
@@ -58,6 +58,10 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     if precision.dtype != torch.float32:
         stack.model.tower.optimize(precision.dtype)
     about = _about(stack, look, precision.name)
+    settings = _settings(command, stack, look, precision.name)
+    if not command.overwrite:
+        advice = "name another file, or overwrite it by --overwrite"
+        processes.check_in_first(lambda: check_overwriting(command.out, settings, advice))
     cache = FeatureCache(None if command.no_cache else command.cache, about)
     began = time.perf_counter()
     with _bar(notes, processes.first) as progress:
@@ -72,24 +76,12 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     for number, reason in features.failed.items():
         skipped.add(clips[number].key, reason)
     result = {
-        "task": "retrieval" if isinstance(command, Retrieval) else "recognition",
-        "layout": command.layout,
-        "data": str(command.data),
-        "split": command.split,
-        "clip": command.clip,
-        "branch": stack.source,
-        "branch_used": stack.branch,
-        "fingerprint": stack.fingerprint,
+        **settings,
         **versions(),
         "device": device_name(processes.device),
         "processes": processes.world,
-        "precision": precision.name,
         "precision_chosen": precision.why,
-        "images": stack.model.images.to_dict(),
-        "frames": look.frames,
-        "sampling": look.sampling,
-        "views": look.views,
-        "long": look.long,
+        "dtype": str(stack.model.tower.dtype).removeprefix("torch."),
         "trained_steps": stack.model.trained_steps if stack.branch else None,
         "clips": len(features.kept),
         **figures,
@@ -103,6 +95,31 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     print_table(*table)
     _tell(notes, command, result, skipped, cache.damaged)
     return 0
+
+
+def _settings(command: Evaluation, stack: Stack, look: Look, precision: str) -> dict[str, Any]:
+    """All that the figures depend on: a result of the same settings may be overwritten."""
+    assert isinstance(command, Retrieval | Recognition)
+    settings = {
+        "task": "retrieval" if isinstance(command, Retrieval) else "recognition",
+        "layout": command.layout,
+        "data": str(command.data),
+        "videos": None if command.videos is None else str(command.videos),
+        "split": command.split,
+        "clip": command.clip,
+        "branch": stack.source,
+        "branch_used": stack.branch,
+        "fingerprint": stack.fingerprint,
+        "precision": precision,
+        "images": stack.model.images.to_dict(),
+        "frames": look.frames,
+        "sampling": look.sampling,
+        "views": look.views,
+        "long": look.long,
+    }
+    if isinstance(command, Recognition):
+        return settings | {"templates": list(recognition.read_templates(command.templates))}
+    return settings | {"dual_softmax_temperature": command.temperature if command.dual_softmax else None}
 
 
 def _about(stack: Stack, look: Look, precision: str) -> dict[str, Any]:
