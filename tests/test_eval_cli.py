@@ -18,8 +18,8 @@ from bt_adapter import load_reference_checkpoint
 from bt_adapter.data import preprocess, read_video
 from bt_adapter.data.annotations import class_names
 from bt_adapter.errors import CommandError
-from bt_adapter.eval.features import ClipFrames
 from bt_adapter.eval.stack import load_stack
+from bt_adapter.image_settings import ImageSettings
 from bt_adapter.mini import retrieval as mini_retrieval
 from bt_adapter.mini.scenes import ITEMS
 from bt_adapter.text import load_clip
@@ -85,7 +85,7 @@ def test_retrieval(evaluate, data):
 
 def test_a_second_run_uses_what_is_stored(evaluate, monkeypatch):
     first, _, _ = evaluate()
-    monkeypatch.setattr(ClipFrames, "_read", lambda *arguments: pytest.fail("decoded again"))
+    monkeypatch.setattr(ImageSettings, "crop", lambda *arguments: pytest.fail("decoded again"))
     second, _, _ = evaluate()
     assert second["computed"] == 0 and second["clips_per_second"] is None and "dual_softmax" not in second
     for name in ("text_to_video", "video_to_text", "skipped", "fingerprint"):
