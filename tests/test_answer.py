@@ -319,6 +319,28 @@ def test_lines_are_questions_and_commands(chat, folder, monkeypatch, capsys):
     assert turns == ["right ?"] and "1 places <video>, but 0 videos" in told
 
 
+def test_whatever_a_file_provokes_is_told_and_the_chat_goes_on(chat, folder, monkeypatch, capsys):
+    real = Sampling.open
+
+    def opened(self, path):
+        if "b.mp4" in str(path):
+            raise IndexError("odd file")
+        return real(self, path)
+
+    def watched(chat, stream, *arguments):
+        if "c.mp4" in str(stream.path):
+            raise MemoryError("4 GiB")
+        return watch.watch(chat, stream, *arguments)
+
+    monkeypatch.setattr(Sampling, "open", opened)
+    monkeypatch.setattr(session, "watch", watched)
+    lines = "".join(f"/video {folder / name}.mp4\n" for name in "bca") + "how ?\n"
+    turns, told = talk(chat, monkeypatch, capsys, lines)
+    assert turns == ["how ?"] and told.count("4 of 9 frames") == 1
+    assert "b.mp4: cannot be read (IndexError: odd file)" in told
+    assert "c.mp4: takes more memory than there is (4 GiB)" in told
+
+
 def test_a_line_that_is_no_text_is_told_with_its_number(chat, folder, monkeypatch, capsys):
     lines = f"/video {folder / 'a.mp4'}\nhow ?\n".encode() + b"caf\xe9 ?\nleft ?\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))

@@ -17,6 +17,7 @@ from bt_adapter.chat.prompts import PromptError
 from bt_adapter.chat.quantize import QuantizeError
 from bt_adapter.chat.watch import Sampling, Watched, look, watch
 from bt_adapter.data import VideoError
+from bt_adapter.data.patience import read_patiently
 from bt_adapter.data.stream import FrameStream
 from bt_adapter.dtypes import ChosenDtype, choose_dtype
 from bt_adapter.errors import CommandError
@@ -35,7 +36,7 @@ def run_chat(command: Chat) -> int:
     """Load, watch, answer. Answers go to stdout, all else to stderr. Returns the exit code."""
     notes = make_console(stderr=True)
     sampling = sampling_of(command)
-    streams = [sampling.open(path) for path in command.video]  # a bad file is told before a model is loaded
+    streams = [_open(sampling, path) for path in command.video]  # a bad file is told before a model is loaded
     begin = time.perf_counter()
     say(notes, str(chosen_dtype(command)), "dim")
     with notes.status("loading the model"):
@@ -94,6 +95,8 @@ class Session:
                 seen = watch(self.chat, stream, self.sampling, progress, room)
             except VideoError:
                 raise
+            except MemoryError as error:
+                raise VideoError(f"{stream.path}: takes more memory than there is ({error})") from error
             except ValueError as error:
                 raise CommandError(str(error)) from error
         if seen.truncated:
@@ -120,7 +123,7 @@ class Session:
     def converse(self) -> None:
         """Read lines until they end. What a line asks wrongly is told, and the conversation goes on."""
         commands: dict[str, Callable[[str], object]] = {
-            "/video": lambda name: self.show([self.sampling.open(name)], ()),
+            "/video": lambda name: self.show([_open(self.sampling, Path(name))], ()),
             "/image": lambda name: self.show((), [Path(name)]),
             "/reset": lambda _: self._reset(),
             "/help": lambda _: say(self.notes, HELP),
@@ -165,6 +168,11 @@ class Session:
     def _reset(self) -> None:
         self.conversation.reset()
         self._seen = []
+
+
+def _open(sampling: Sampling, path: Path) -> FrameStream:
+    """Open a video. Raises VideoError whatever its file provokes, StorageError where it cannot be reached."""
+    return read_patiently(path, sampling.open, path)
 
 
 def _decoded(raw: bytes, number: int) -> str:
