@@ -29,9 +29,7 @@ class Pretraining(nn.Module):
 
         ``align=False`` leaves MBTA out: 0.
         """
-        pixels = self.model.images.normalise(frames.flatten(0, 1), self.model.tower.dtype).unflatten(
-            0, frames.shape[:2]
-        )
+        pixels = self.model.images.normalise(frames.flatten(0, 1), self.model.tower.dtype)
         output = self.model(pixels.unflatten(0, frames.shape[:2]), visible)
         loss = output.video_embeds.new_zeros((), dtype=torch.float32)
         if align and self.model.branch.alignment_head is not None:
