@@ -18,10 +18,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TOOLS = ("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "expecttest", "hypothesis>=6", "packaging")
+TOOLS = (
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "expecttest",
+    "hypothesis>=6",
+    "packaging",
+)
 TESTS = (
-    "test_native.py", "test_visible.py", "test_dispatch.py", "test_nn.py", "test_model.py", "test_golden.py",
-    "test_attach.py", "test_families.py", "test_conversation.py",
+    "test_native.py", "test_visible.py", "test_dispatch.py", "test_conformance.py", "test_nn.py", "test_model.py",
+    "test_golden.py", "test_attach.py", "test_families.py",
 )  # fmt: skip
 
 

