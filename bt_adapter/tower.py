@@ -190,6 +190,7 @@ class Tower(nn.Module):
                 self.projection = nn.Linear(width, config.projection_dim, bias=config.is_eva)
         self.chunk = 32
         self._recorded: Recorded | None = None
+        self.shared_from: list[Any] = []  # whose tensors these are, where they are another model's (chat/pairing.py)
         self.requires_grad_(False)
         super().train(False)
 

@@ -13,7 +13,7 @@ from torch.nn.modules import module as _all_modules
 _LAYERS = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, nn.Identity)
 
 
-def why_not_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = ()) -> str | None:
+def why_not_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = (), forward: object = None) -> str | None:
     """Say why ``module`` does more than its weights and its class say, or None where it does not.
 
     Of the module alone, not of what it holds; see :func:`why_not_all_plain`.
@@ -22,6 +22,7 @@ def why_not_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = ()) 
         module: a layer.
         classes: that the caller knows how to compute, beside torch's own ``Linear``, ``LayerNorm``, ``Conv2d``,
             ``Embedding`` and ``Identity``. A class derived from one of them is another class.
+        forward: a function the caller knows to stand in for this module's forward.
     """
     kind = type(module)
     if kind not in _LAYERS and kind not in classes:
@@ -33,7 +34,8 @@ def why_not_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = ()) 
         or (module._forward_hooks and not all(_only_records(hook) for hook in module._forward_hooks.values()))
     ):
         return "has hooks"
-    if "forward" in module.__dict__:  # offloading and casting by other libraries put a function of their own there
+    # offloading and casting by other libraries put a function of their own there
+    if module.__dict__.get("forward", forward) is not forward:
         return "has another forward than its class"
     for name, weight in module._parameters.items():
         if weight is None:
@@ -52,7 +54,7 @@ def why_not_all_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = 
         module: a tree of layers.
         classes: as for :func:`why_not_plain`.
     """
-    if _has_global_hooks():
+    if has_global_hooks():
         return "every module has hooks (torch.nn.modules.module.register_module_…_hook)"
     for name, part in module.named_modules():
         if (reason := why_not_plain(part, classes)) is not None:
@@ -62,10 +64,11 @@ def why_not_all_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling ``layer`` is what its class computes from its weights, and nothing else."""
-    return not _has_global_hooks() and why_not_plain(layer) is None
+    return not has_global_hooks() and why_not_plain(layer) is None
 
 
-def _has_global_hooks() -> bool:
+def has_global_hooks() -> bool:
+    """Whether hooks on all modules of the process are registered."""
     return bool(
         _all_modules._global_forward_hooks
         or _all_modules._global_forward_pre_hooks

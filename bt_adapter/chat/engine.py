@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from bt_adapter.chat.attach import attach, attached_branch, branch_enabled, video_tokens
 from bt_adapter.chat.conversation import Conversation, Reply, Visual
 from bt_adapter.chat.families import FAMILIES, family_of
-from bt_adapter.chat.pairing import is_shared, share_tower
 from bt_adapter.chat.quantize import Quantize, quantization
 from bt_adapter.data import Video, preprocess, read_video
 from bt_adapter.model import BTAdapterVisionModel
@@ -116,10 +115,7 @@ class VideoChat:
     @property
     def branch(self) -> BTAdapterVisionModel:
         """The attached branch, beside the chat model's own tower."""
-        model = attached_branch(self.model)
-        if not is_shared(model.tower, self.family):  # the chat model's weights were replaced meanwhile
-            share_tower(model.tower, self.family)
-        return model
+        return attached_branch(self.model)
 
     def prepare(self, frames: Tensor) -> Tensor:
         """Frames uint8 ``[T, 3, H, W]`` -> normalised ``[1, T, 3, h, w]`` in the tower's size, dtype and device."""

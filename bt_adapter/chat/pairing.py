@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,26 +134,70 @@ def share_tower(tower: Tower, family: Family) -> None:
         path, _, leaf = name.rpartition(".")
         if name in mine:
             parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-            setattr(tower.get_submodule(path), leaf, parameter.requires_grad_(False))
+            setattr(tower.get_submodule(path), leaf, parameter)
     tower.config = replace(tower.config, image_size=config.image_size)
+    tower.shared_from = _where_they_lie(family)
 
 
 def is_shared(tower: Tower, family: Family) -> bool:
-    """Whether the chat model's tower still lies where `share_tower` found it: ``to`` moves what was viewed."""
-    theirs = family.tower()[0]["class_embedding"]
-    mine = tower.class_embedding
-    return mine.dtype == theirs.dtype and mine.device == theirs.device and mine.data_ptr() == theirs.data_ptr()
+    """Whether the chat model's tower still holds the very tensors that `share_tower` found, where they were."""
+    return tower.shared_from == _where_they_lie(family)
+
+
+def _where_they_lie(family: Family) -> list[tuple[int, int, torch.dtype, torch.device]]:
+    """Of each parameter of the chat model's tower: which it is, and where its numbers are; ``to`` moves them."""
+    parameters = family.vision_tower.parameters()
+    return [(id(p), p.data_ptr(), p.dtype, p.device) for p in parameters if not p.is_meta]
+
+
+@contextmanager
+def loaded(family: Family) -> Iterator[None]:
+    """Within the context, what accelerate offloaded of the chat model's tower is there to be read."""
+    with ExitStack() as stack:
+        for module in family.vision_tower.modules():
+            if hasattr(module, "_hf_hook"):
+                from accelerate.utils import align_module_device
+
+                stack.enter_context(align_module_device(module))
+        yield
 
 
 def beside(family: Family, branch: Branch, tower_name: str | None = None) -> BTAdapterVisionModel:
-    """A model of ``branch`` (the same parameters) beside the chat model's tower, for video tokens alone."""
+    """A model of ``branch`` (the same parameters) beside the chat model's tower, for video tokens alone.
+
+    Where the chat model's tower must be called (`Family.why_not_plain`), this model's own tower stays without weights.
+    """
     with torch.device("meta"):
         model = BTAdapterVisionModel(family.tower_config, branch.config, chat_only=True)
     for _ in range(family.layers_removed):
         del model.tower.layers[-1]
     if "final_norm.weight" not in family.tower()[0]:
         del model.tower.final_norm
-    share_tower(model.tower, family)
+    model.tower.config = replace(model.tower.config, image_size=family.tower_config.image_size)
+    if family.why_not_plain() is None:
+        share_tower(model.tower, family)
     model.branch = branch
     model.tower_name = tower_name
     return model.train(branch.training)
+
+
+def mirrored(source: BTAdapterVisionModel) -> BTAdapterVisionModel:
+    """A model of the same parameters in other modules, but for the branch, which is the same module.
+
+    So its tower can be given other weights and ``source`` keeps its own.
+    """
+    model: BTAdapterVisionModel = copy.copy(source)
+    model._modules = {**source._modules, "tower": _mirrored(source.tower)}
+    tower = model.tower
+    if tower._recorded is not None:
+        tower._recorded = type(tower._recorded)()  # graphs read the weights they were recorded with
+    return model
+
+
+def _mirrored(module: Any) -> Any:
+    mirror = copy.copy(module)
+    mirror._parameters, mirror._buffers = dict(module._parameters), dict(module._buffers)
+    mirror._modules = {name: child and _mirrored(child) for name, child in module._modules.items()}
+    if module._compiled_call_impl is not None:  # which a copy leaves out
+        mirror.compile()
+    return mirror

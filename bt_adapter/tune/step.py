@@ -13,6 +13,7 @@ from bt_adapter.chat.engine import VideoChat
 from bt_adapter.data import normalise
 from bt_adapter.dtypes import autocast
 from bt_adapter.errors import CommandError
+from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.tune.batches import Part
 from bt_adapter.tune.loss import answer_loss
 from bt_adapter.tune.recipe import TuneRecipe
@@ -36,7 +37,6 @@ class Tuning:
         if chat.model.config.get_text_config().is_encoder_decoder:
             raise CommandError("--model has a language model with an encoder; tuning is for decoders alone")
         self.chat, self.recipe, self.family = chat, recipe, chat.family
-        self.model = attached_branch(chat.model)
         self.pad = chat.tokenizer.pad_token_id or 0  # never attended to
         self._masked = False  # whether packed conversations need a mask beside their positions
         if recipe.packing and self._leaks():
@@ -46,6 +46,11 @@ class Tuning:
                     f"--packing: in {type(self.family.language_model).__name__} conversations of one row see one "
                     "another; leave it out"
                 )
+
+    @property
+    def model(self) -> BTAdapterVisionModel:
+        """The branch beside its tower, as they are now."""
+        return attached_branch(self.chat.model)
 
     def loss(self, part: Part) -> Tensor:
         """Sum over the answer tokens of a part of their cross-entropy: a scalar, in float32 at least."""

@@ -13,6 +13,7 @@ from bt_adapter.chat.families.base import Family
 from bt_adapter.chat.families.projector import Llava, LlavaNext, VipLlava
 from bt_adapter.chat.families.qformer import Blip2, InstructBlip
 from bt_adapter.chat.families.visuals import Visuals
+from bt_adapter.chat.wrapped import unwrapped
 
 __all__ = ["FAMILIES", "Family", "Visuals", "family_of"]
 
@@ -20,13 +21,14 @@ FAMILIES: tuple[type[Family], ...] = (Llava, LlavaNext, VipLlava, Blip2, Instruc
 
 
 def family_of(chat: Any) -> Family:
-    """What a chat model is made of and how it takes visual tokens.
+    """Tell what a chat model is made of and how it takes visual tokens. A ``PeftModel`` stands for the model inside.
 
     Raises:
         TypeError: ``chat`` is none of the models a branch can be attached to.
     """
+    inner = unwrapped(chat, tuple(family.model_class for family in FAMILIES))
     for family in FAMILIES:
-        if isinstance(chat, family.model_class):
-            return family(chat)
+        if isinstance(inner, family.model_class):
+            return family(inner)
     names = ", ".join(family.model_class.__name__ for family in FAMILIES)
     raise TypeError(f"image_chat_model must be one of {names}, but is {type(chat).__name__}")

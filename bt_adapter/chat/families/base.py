@@ -11,13 +11,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
+from bt_adapter.chat.wrapped import unwrapped
 from bt_adapter.config import TowerConfig
 from bt_adapter.data import CLIP_MEAN, CLIP_STD
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.progress import Progress
 from bt_adapter.time_steps import Long
+from bt_kernels.plain import has_global_hooks, why_not_plain
+
+# implementations of one attention: what they compute differs by rounding alone
+_ATTENTIONS = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 
 class Family(ABC):
@@ -44,14 +51,74 @@ class Family(ABC):
     @property
     @abstractmethod
     def vision_tower(self) -> nn.Module:
-        """The chat model's own."""
+        """The chat model's own, or what was put around it."""
+
+    @property
+    @abstractmethod
+    def tower_parts(self) -> tuple[type[nn.Module], ...]:
+        """Classes of the tower, the tower itself first, and of the modules inside it, as transformers makes them."""
+
+    @property
+    def plain_tower(self) -> Any:
+        """The tower inside of whatever was put around it."""
+        tower = self.vision_tower
+        return unwrapped(tower, self.tower_parts[0]) or tower
 
     @abstractmethod
     def tower(self) -> tuple[dict[str, Tensor], TowerConfig]:
         """Its tensors under the names of ``bt_adapter.tower.Tower``, sharing its memory, and its configuration.
 
-        Raises TypeError where it is neither a CLIP nor an EVA-CLIP.
+        Where layers have adapters: the tensors below them. Tensors that hold no plain numbers (quantised, sharded) are
+        left out. Raises TypeError where it is neither a CLIP nor an EVA-CLIP.
         """
+
+    @abstractmethod
+    def position_table(self) -> Tensor:
+        """The tower's table of places, ``[1+P, D]``, as its modules give it now."""
+
+    @abstractmethod
+    def call_layer(self, layer: int, tokens: Tensor) -> Tensor:
+        """One of the tower's layers called as a module, ``[n, 1+P, D]`` to the same shape."""
+
+    def why_not_plain(self, forward: object = None) -> str | None:
+        """Say what in the tower must be called, as its weights alone do not say what it computes; None: nothing.
+
+        forward: the function that is known to stand in for the tower's own, if one does.
+        """
+        tower: Any = self.vision_tower
+        if type(tower) is not self.tower_parts[0]:
+            return f"is a {type(tower).__module__}.{type(tower).__name__}"
+        if has_global_hooks():
+            return "has hooks, as all modules have"
+        config = tower.config
+        known = (*self.tower_parts, nn.ModuleList, type(ACT2FN[config.hidden_act]))
+        for name, part in tower.named_modules():
+            if name == "post_layernorm":  # image tokens do not reach it, or it is called
+                continue
+            if (reason := why_not_plain(part, known, None if part is not tower else forward)) is not None:
+                return f"{name or 'it'} {reason}"
+            if type(part) is nn.LayerNorm and part.eps != config.layer_norm_eps:
+                return f"{name} has another eps than the configuration"
+        if len(tower.encoder.layers) != config.num_hidden_layers:
+            return f"has {len(tower.encoder.layers)} layers, not the configuration's {config.num_hidden_layers}"
+        if (attention := getattr(config, "_attn_implementation", None)) not in _ATTENTIONS:
+            return f"has the attention {attention}"
+        return None
+
+    def tower_learns(self) -> bool:
+        """Whether a parameter of the tower that image tokens reach asks for a gradient."""
+        named = self.vision_tower.named_parameters()
+        return any(p.requires_grad and "post_layernorm." not in name for name, p in named)
+
+    def tower_place(self) -> tuple[torch.device, torch.dtype]:
+        """Device on which the tower computes, and the dtype in which it takes images."""
+        place: Tensor = self.plain_tower.embeddings.class_embedding
+        device = place.device
+        for module in self.vision_tower.modules() if place.is_meta else ():
+            wanted = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if wanted is not None:
+                return torch.device(wanted), place.dtype
+        return device, place.dtype
 
     @property
     @abstractmethod
@@ -185,3 +252,26 @@ class Family(ABC):
     def input_embeddings(self) -> nn.Module:
         """Token ids to ``[…, W]``."""
         return self.chat.get_input_embeddings()
+
+
+def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that hold their numbers: neither codes of a quantised layer nor a part of what other processes share.
+
+    Names of layers below an adapter (PEFT's ``base_layer``) are those of the layers without it.
+    """
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and type(tensor) in (Tensor, nn.Parameter)
+    }
+
+
+def read_table(owner: nn.Module, name: str) -> Tensor:
+    """A parameter that no call returns, as it is now: gathered where it is sharded, loaded where it is offloaded."""
+    tensor = getattr(owner, name)
+    if tensor.is_meta and hasattr(owner, "_hf_hook"):
+        from accelerate.utils import align_module_device
+
+        with align_module_device(owner):
+            return getattr(owner, name).detach().clone()
+    return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor

@@ -13,9 +13,10 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip import modeling_clip
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from bt_adapter.chat.families.base import Family
+from bt_adapter.chat.families.base import Family, plain_tensors, read_table
 from bt_adapter.chat.families.layers import video_tokens_of_layers
 from bt_adapter.checkpoint import clip_tensors
 from bt_adapter.config import TowerConfig
@@ -34,9 +35,25 @@ class Llava(Family):
     def vision_tower(self) -> nn.Module:
         return self.chat.model.vision_tower
 
+    @property
+    def tower_parts(self) -> tuple[type[nn.Module], ...]:
+        return (
+            modeling_clip.CLIPVisionModel, modeling_clip.CLIPVisionEmbeddings, modeling_clip.CLIPEncoder,
+            modeling_clip.CLIPEncoderLayer, modeling_clip.CLIPAttention, modeling_clip.CLIPMLP,
+        )  # fmt: skip
+
+    def position_table(self) -> Tensor:
+        table = self.plain_tower.embeddings.position_embedding
+        if hasattr(table.weight, "full_tensor"):
+            return read_table(table, "weight")
+        return table(torch.arange(1 + self.patches, device=self.tower_place()[0]))
+
+    def call_layer(self, layer: int, tokens: Tensor) -> Tensor:
+        return self.plain_tower.encoder.layers[layer](tokens, attention_mask=None)
+
     def tower(self) -> tuple[dict[str, Tensor], TowerConfig]:
-        _, published, config = clip_tensors(self.vision_tower)
-        own = {to_own(name, False) or name: tensor for name, tensor in published.items()}
+        _, published, config = clip_tensors(self.plain_tower)
+        own = {to_own(name, False) or name: tensor for name, tensor in plain_tensors(published).items()}
         return {name.removeprefix("tower."): t for name, t in own.items() if name.startswith("tower.")}, config
 
     @property

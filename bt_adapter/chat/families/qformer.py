@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.blip_2 import modeling_blip_2
+from transformers.models.instructblip import modeling_instructblip
 
-from bt_adapter.chat.families.base import Family
+from bt_adapter.chat.families.base import Family, plain_tensors, read_table
 from bt_adapter.config import TowerConfig
 
 _TOP = {
@@ -49,12 +51,25 @@ class Blip2(Family):
     def vision_tower(self) -> nn.Module:
         return self.chat.vision_model
 
+    @property
+    def tower_parts(self) -> tuple[type[nn.Module], ...]:
+        return (
+            modeling_blip_2.Blip2VisionModel, modeling_blip_2.Blip2VisionEmbeddings, modeling_blip_2.Blip2Encoder,
+            modeling_blip_2.Blip2EncoderLayer, modeling_blip_2.Blip2Attention, modeling_blip_2.Blip2MLP,
+        )  # fmt: skip
+
+    def position_table(self) -> Tensor:
+        return read_table(self.plain_tower.embeddings, "position_embedding").flatten(0, 1)
+
+    def call_layer(self, layer: int, tokens: Tensor) -> Tensor:
+        return self.plain_tower.encoder.layers[layer](tokens)
+
     def tower(self) -> tuple[dict[str, Tensor], TowerConfig]:
         """Views of the tower's tensors where shapes differ; the bias of the keys, which no softmax sees, is left."""
-        config: Any = self.vision_tower.config
+        config: Any = self.plain_tower.config
         width = config.hidden_size
         tensors: dict[str, Tensor] = {}
-        for name, tensor in self.vision_tower.named_parameters():
+        for name, tensor in plain_tensors(dict(self.plain_tower.named_parameters())).items():
             if name in _TOP:
                 shape = {"class_embedding": (width,), "position": (-1, width)}.get(_TOP[name], tensor.shape)
                 tensors[_TOP[name]] = tensor if shape == tensor.shape else tensor.detach().view(shape)
@@ -63,7 +78,7 @@ class Blip2(Family):
                 if inside == "self_attn.qkv.bias":
                     tensors[f"layers.{layer}.attention.q_bias"] = tensor.detach()[:width]
                     tensors[f"layers.{layer}.attention.v_bias"] = tensor.detach()[2 * width :]
-                else:
+                elif inside in _LAYER:  # an adapter's are in none
                     tensors[f"layers.{layer}.{_LAYER[inside]}"] = tensor
         return tensors, TowerConfig.of({**vars(config), "model_type": "eva", "projection_dim": None})
 
@@ -93,7 +108,9 @@ class Blip2(Family):
             encoder_attention_mask=seen.new_ones(seen.shape[:2], dtype=torch.long),
         )
         read = output.last_hidden_state[:, : queries.shape[1]]
-        return self.chat.language_projection(read.to(self.chat.language_projection.weight.dtype))
+        projection = self.chat.language_projection
+        # a quantised one holds codes in its weight, and takes what it is given
+        return projection(read.to(projection.weight.dtype) if projection.weight.is_floating_point() else read)
 
     def _instruct(self, queries: Tensor, question: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         return {}
@@ -131,6 +148,14 @@ class InstructBlip(Blip2):
 
     name, model_class = "instructblip", InstructBlipForConditionalGeneration
     needs_question = True
+
+    @property
+    def tower_parts(self) -> tuple[type[nn.Module], ...]:
+        return (
+            modeling_instructblip.InstructBlipVisionModel, modeling_instructblip.InstructBlipVisionEmbeddings,
+            modeling_instructblip.InstructBlipEncoder, modeling_instructblip.InstructBlipEncoderLayer,
+            modeling_instructblip.InstructBlipAttention, modeling_instructblip.InstructBlipMLP,
+        )  # fmt: skip
 
     def _instruct(self, queries: Tensor, question: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         if question is None:

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class SizedStill(Tensor):
+    """A still in pieces that knows the size of its picture, (height, width), wherever it is moved.
+
+    Trainers, data loaders and pickling rebuild a list from its items, so that what is said beside them is lost. A
+    result of the same shape (moved, cast, cloned, pinned) is the same picture; any other is a plain tensor.
+    """
+
+    image_size: tuple[int, int] | None = None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if not isinstance(result, cls) or result.image_size is not None:
+            return result
+        source = args[0] if args else None
+        if isinstance(source, cls) and source.shape == result.shape:
+            result.image_size = source.image_size
+            return result
+        return result.as_subclass(Tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SizedStill:
+        size = self.image_size
+        new = copy.deepcopy(self.as_subclass(Tensor), memo)
+        memo[id(self)] = new if size is None else SizedStill.of(new, size)
+        return memo[id(self)]
+
+    @staticmethod
+    def of(pieces: Tensor, size: tuple[int, int] | Tensor) -> SizedStill:
+        """``pieces`` (the same memory) of a picture of that size."""
+        still = pieces.as_subclass(SizedStill)
+        height, width = (int(side) for side in size)
+        still.image_size = (height, width)
+        return still
 
 
 class Visuals(list[Tensor]):
@@ -18,7 +54,8 @@ class Visuals(list[Tensor]):
     Args:
         items: the stills and videos.
         image_sizes: for LLaVA-NeXT alone, one entry an item: the picture's (height, width) where the item is a still
-            ``[pieces, 3, h, w]`` as its processor cuts it, None where it is a video.
+            ``[pieces, 3, h, w]`` as its processor cuts it, None where it is a video. The sizes go with the items: a
+            list made of them, by a trainer or a data loader, still knows them. None: as the items say.
 
     Raises:
         TypeError, ValueError: an item is no float tensor of such a shape, or the lengths differ.
@@ -26,6 +63,14 @@ class Visuals(list[Tensor]):
 
     def __init__(self, items: Iterable[Tensor], image_sizes: Sequence[tuple[int, int] | None] | None = None) -> None:
         super().__init__(items)
+        if image_sizes is not None:
+            if len(image_sizes) != len(self):
+                raise ValueError(
+                    f"image_sizes must have an entry for each of the {len(self)} items, but has {len(image_sizes)}"
+                )
+            for i, size in enumerate(image_sizes):
+                if isinstance(self[i], Tensor):
+                    self[i] = self[i].as_subclass(Tensor) if size is None else SizedStill.of(self[i], size)
         for i, item in enumerate(self):
             if not isinstance(item, Tensor) or not item.is_floating_point():
                 raise TypeError(f"items[{i}] must be a float tensor, but is {type(item).__name__}")
@@ -33,10 +78,22 @@ class Visuals(list[Tensor]):
                 raise ValueError(
                     f"items[{i}] must be a still [3, h, w] or a video [T, 3, h, w], but is {list(item.shape)}"
                 )
-        sizes = [None] * len(self) if image_sizes is None else list(image_sizes)
-        if len(sizes) != len(self):
-            raise ValueError(f"image_sizes must have an entry for each of the {len(self)} items, but has {len(sizes)}")
-        self.image_sizes = sizes
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int] | None]:
+        """The picture's (height, width) of each still that comes in pieces; None for the others."""
+        return [getattr(item, "image_size", None) for item in self]
+
+    def __getitem__(self, places: Any) -> Any:
+        found = super().__getitem__(places)
+        return Visuals(found) if isinstance(places, slice) else found
+
+    def __add__(self, other: Any) -> Any:
+        return Visuals([*self, *other])
+
+    def copy(self) -> Visuals:
+        """Another list of the same items."""
+        return Visuals(self)
 
     def is_video(self, i: int) -> bool:
         """Whether item i is a video."""
@@ -58,4 +115,8 @@ class Visuals(list[Tensor]):
 
     def to(self, *args: Any, **kwargs: Any) -> Visuals:
         """All items moved or cast, as ``Tensor.to`` does."""
-        return Visuals([item.to(*args, **kwargs) for item in self], self.image_sizes)
+        return Visuals(item.to(*args, **kwargs) for item in self)
+
+    def pin_memory(self, device: Any = None) -> Visuals:
+        """All items in pinned memory, as ``Tensor.pin_memory`` does."""
+        return Visuals(item.pin_memory() for item in self)
