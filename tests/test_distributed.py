@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import chat_models
 import processes
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bt_adapter import BTAdapterVisionModel
+from bt_adapter.chat.attach import attach
+from bt_adapter.chat.families import family_of
 from bt_kernels import VisibleTokens
 
 pytestmark = pytest.mark.usefixtures("gloo")
@@ -49,6 +52,66 @@ def work(rank: int, world: int, way: str, whole: bool, recompute: str, folder: s
     }
     if rank == 0:
         torch.save({"losses": losses / world, **gradients}, Path(folder) / "found.pt")
+
+
+def chat_model(name: str):
+    chat = chat_models.make_chat(name)
+    return attach(chat, chat_models.make_branch(chat, drop_path=0.0)).train()
+
+
+def chat_loss(chat, core, rank: int) -> torch.Tensor:
+    tokens = chat_models.ids(family_of(core).video_length, batch=2)
+    pixels = chat_models.videos(2, seed=rank)
+    return chat(input_ids=tokens, pixel_values=pixels, labels=tokens.masked_fill(tokens == 60, -100)).loss
+
+
+def work_chat(rank: int, world: int, folder: str) -> None:
+    """A chat model in which layers of the tower or the branch are sharded, each for itself, and then the rest."""
+    for name in ("llava", "blip-2"):
+        for part in ("tower", "tower layers", "branch", "branch layers", "no split"):
+            chat = chat_model(name)
+            tower, branch = family_of(chat).vision_tower, getattr(chat, "model", chat).bt_adapter
+            language_layers = list(family_of(chat).language_model.modules())
+            units = {
+                "tower": [tower] if name == "llava" else tower.encoder.layers,
+                "tower layers": tower.encoder.layers,
+                "branch": [branch],
+                "branch layers": [*branch.temporal, *branch.spatial],
+                # what accelerate wraps unless told otherwise
+                "no split": [m for m in chat.modules() if type(m).__name__ in (chat._no_split_modules or [])],
+            }[part]
+            units = [*units, *(m for m in language_layers if type(m).__name__.endswith("DecoderLayer"))]
+            order = {module: number for number, module in enumerate(chat.modules())}
+            for unit in sorted(set(units), key=order.__getitem__, reverse=True):  # from the inside out
+                fully_shard(unit)
+            fully_shard(chat)
+            loss = chat_loss(chat, chat, rank)
+            loss.backward()
+            gradients = {n: p.grad.full_tensor() for n, p in chat.named_parameters() if p.grad is not None}
+            every = torch.stack([loss.detach(), loss.detach()])
+            every[1 - rank] = 0
+            dist.all_reduce(every)
+            if rank == 0:
+                torch.save({"losses": every, **gradients}, Path(folder) / f"{name} {part}.pt")
+
+
+def test_chat_models_with_sharded_layers_take_videos(tmp_path):
+    processes.run(tmp_path, 2, work_chat, str(tmp_path))
+    for name in ("llava", "blip-2"):
+        chat = chat_model(name)
+        losses = [chat_loss(chat, chat, rank) for rank in range(2)]
+        (sum(losses) / 2).backward()
+        expected = {n: p.grad for n, p in chat.named_parameters() if p.grad is not None}
+        files = sorted(tmp_path.glob(f"{name} *.pt"))
+        assert len(files) == 5
+        for file in files:
+            found = torch.load(file)
+            torch.testing.assert_close(found.pop("losses"), torch.stack(losses), rtol=1e-5, atol=1e-5)
+            assert found.keys() == expected.keys(), file
+            for key, gradient in found.items():
+                torch.testing.assert_close(
+                    gradient, expected[key], rtol=1e-3, atol=1e-5, msg=lambda m, f=file, k=key: f"{f} {k}: {m}"
+                )
 
 
 def check(folder: Path, expected: torch.Tensor, model: BTAdapterVisionModel, parts: int) -> None:
