@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from bt_adapter.branch import Branch
 from bt_adapter.chat.branch_files import load_branch
-from bt_adapter.chat.called_tower import CalledTower
+from bt_adapter.chat.current import current_model
 from bt_adapter.chat.families import Family, Visuals, family_of
-from bt_adapter.chat.pairing import beside, check_shapes, check_values, is_shared, loaded, mirrored, share_tower
-from bt_adapter.chat.wrapped import unwrapped
+from bt_adapter.chat.pairing import beside, check_shapes, check_values, loaded, mirrored, share_tower
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.progress import Progress
 from bt_adapter.time_steps import Long
@@ -77,12 +76,12 @@ def attach(
     model = beside(family, branch.branch, branch.tower_name) if branch.stored_features else mirrored(branch)
     model.tower_name = model.tower_name or getattr(family.vision_tower, "name_or_path", None) or None
     attached = _find(family)
-    if (family.why_not_plain() if attached is None else attached.why_tower_is_called()) is None:
+    if family.why_not_plain(attached and attached.tower_forward) is None:
         share_tower(model.tower, family)
 
     detach(image_chat_model)
     owner, method = family.hook
-    home = _home(family)
+    home = family.home
     device, dtype = family.tower_place()
     before = Before(model.branch, _to_freeze(family))
     for parameter in before.frozen:
@@ -112,7 +111,7 @@ def detach(image_chat_model: Any) -> Any:
         delattr(owner, method)
         if attached.replaced is not None:
             setattr(owner, method, attached.replaced)
-        del _home(family).bt_adapter
+        del family.home.bt_adapter
         attached.before.restore()
     return image_chat_model
 
@@ -219,33 +218,14 @@ class _Visuals:
 
         Where nothing was replaced or wrapped since `attach`, always the same model.
         """
-        family, model, wrapper = self.family, self._model, _home(self.family).bt_adapter
-        branch = unwrapped(wrapper, Branch)
-        if branch is None:
-            raise TypeError(f"bt_adapter must be a branch, or a wrapper around one, but is {type(wrapper).__name__}")
-        tower: Any = model.tower
-        if self.why_tower_is_called() is not None:
-            call = self._own() if inside and family.hook[1] == "forward" else family.vision_tower
-            tower = CalledTower(family, call, model.tower)
-        elif not is_shared(model.tower, family):
-            share_tower(model.tower, family)
-        if tower is model.tower and wrapper is model.branch:
-            return model
-        view: BTAdapterVisionModel = copy.copy(model)
-        view._modules = {"branch": branch}
-        if tower is model.tower:
-            view._modules["tower"] = tower
-        else:
-            object.__setattr__(view, "tower", tower)
-        view.branch_wrapper = None if wrapper is branch else [wrapper]
-        return view
+        hooks_tower = self.family.hook[1] == "forward"  # as in Q-Former models
+        call = self._own() if inside and hooks_tower else None
+        return current_model(self.family, self._model, self.family.home.bt_adapter, self.tower_forward, call)
 
-    def why_tower_is_called(self) -> str | None:
-        """Why the chat model's tower must be called and not computed from its weights; None: it need not."""
-        if torch.is_grad_enabled() and self.family.tower_learns():
-            return "asks for gradients"
-        # of Q-Former models this object is in the place of the tower's forward
-        return self.family.why_not_plain(self if self.replaced is None else None)
+    @property
+    def tower_forward(self) -> object:
+        """What may stand in the place of the tower's forward without changing it: this object, in Q-Former models."""
+        return self if self.replaced is None else None
 
     def _sort(self, visuals: Visuals, kwargs: dict[str, Any], branch: bool | None) -> list[Tensor]:
         """Features of each in order; stills in one batch, videos of one length in one."""
@@ -306,11 +286,6 @@ def _to_freeze(family: Family) -> list[nn.Parameter]:
     if any(hasattr(module, "base_layer") or hasattr(module, "modules_to_save") for module in tower.modules()):
         return []
     return [p for p in tower.parameters() if p.requires_grad]
-
-
-def _home(family: Family) -> nn.Module:
-    """Where the branch is registered."""
-    return getattr(family.chat, "model", family.chat)
 
 
 def _find(family: Family) -> _Visuals | None:

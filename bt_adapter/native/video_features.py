@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bt_adapter.chat.families import Family, family_of
-from bt_adapter.chat.pairing import beside, is_shared, share_tower
+from bt_adapter.branch import Branch
+from bt_adapter.chat.current import current_model
+from bt_adapter.chat.families import family_of
+from bt_adapter.chat.pairing import beside
+from bt_adapter.chat.wrapped import unwrapped
 from bt_adapter.model import BTAdapterVisionModel
 
 
@@ -70,15 +73,8 @@ def branch_view(chat: Any) -> BTAdapterVisionModel:
     """The chat model's tower and branch as one vision model, which shares their weights."""
     family = family_of(chat)
     view: BTAdapterVisionModel | None = chat.__dict__.get("_branch_view")
-    if view is None or view.branch is not family.home.bt_adapter:
-        view = _make_view(family, chat.config)
+    branch = unwrapped(family.home.bt_adapter, Branch)
+    if branch is not None and (view is None or view.branch is not branch):
+        view = beside(family, branch, (chat.config.bt_adapter or {}).get("tower_name"))
         chat.__dict__["_branch_view"] = view
-    if not is_shared(view.tower, family):
-        share_tower(view.tower, family)
-    return view
-
-
-def _make_view(family: Family, config: Any) -> BTAdapterVisionModel:
-    branch = family.home.bt_adapter
-    name = (config.bt_adapter or {}).get("tower_name")
-    return beside(family, branch, name)
+    return current_model(family, view, family.home.bt_adapter)
