@@ -74,7 +74,9 @@ def branch_view(chat: Any) -> BTAdapterVisionModel:
     family = family_of(chat)
     view: BTAdapterVisionModel | None = chat.__dict__.get("_branch_view")
     branch = unwrapped(family.home.bt_adapter, Branch)
-    if branch is not None and (view is None or view.branch is not branch):
+    if branch is None:
+        raise TypeError(f"bt_adapter must be a branch, or hold one, but is {type(family.home.bt_adapter).__name__}")
+    if view is None or view.branch is not branch:
         view = beside(family, branch, (chat.config.bt_adapter or {}).get("tower_name"))
         chat.__dict__["_branch_view"] = view
     return current_model(family, view, family.home.bt_adapter)

@@ -86,11 +86,11 @@ class Family(ABC):
         forward: the function that is known to stand in for the tower's own, if one does.
         """
         tower: Any = self.vision_tower
-        if type(tower) is not self.tower_parts[0]:
-            return f"is a {type(tower).__module__}.{type(tower).__name__}"
+        if (kind := type(tower)) is not self.tower_parts[0]:
+            return f"is a {kind.__module__}.{kind.__name__}"
         if has_global_hooks():
             return "has hooks, as all modules have"
-        config = tower.config
+        config: Any = tower.config
         known = (*self.tower_parts, nn.ModuleList, type(ACT2FN[config.hidden_act]))
         for name, part in tower.named_modules():
             if name == "post_layernorm":  # image tokens do not reach it, or it is called
