@@ -110,7 +110,9 @@ class Gathered:
         for place in places:
             if "://" in place:
                 raise ValueError("its video is an address, not a file")
-            if "\0" in place or not _is_text(place):
+            if "\0" in place:
+                raise ValueError("the name of its video holds a byte 0")
+            if not _is_text(place):
                 raise ValueError("the name of its video is not UTF-8")
             path = os.path.join(self.folder, place)
             if self._is_there(path):

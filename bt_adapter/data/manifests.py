@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import json
 import os
 from collections.abc import Callable
-from typing import TextIO
 
 from bt_adapter.data.clips import Clip
 from bt_adapter.data.gathering import Gathered, Row, captions_of
 from bt_adapter.data.skipped import Skipped
-from bt_adapter.data.tars import read_tar
+from bt_adapter.data.tables import Table, open_text
+from bt_adapter.data.tars import compression, looks_like_tar, read_shard
 from bt_adapter.errors import CommandError
 
 VIDEO_COLUMNS = ("video", "video_path", "path")
+KINDS = ".csv, .tsv, .jsonl, .tar, a folder of .tar or a pattern of their names"
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 CAPTION_COLUMNS = ("caption", "name", "text", "sentence")
 
 
@@ -28,9 +29,10 @@ def read_clips(source: str | os.PathLike, videos: str | os.PathLike | None = Non
     Args:
         source: one of
 
-            - a ``.csv`` (or ``.tsv``) with the columns of WebVid, ``videoid``, ``name`` and perhaps ``page_dir``: the
+            - a ``.csv`` or ``.tsv`` with the columns of WebVid, ``videoid``, ``name`` and perhaps ``page_dir``: the
               videos are ``page_dir/videoid.mp4`` or ``videoid.mp4``, also below a folder ``videos``; or with a column
-              ``video`` (a path) and ``caption``, perhaps ``id``, ``start`` and ``end``;
+              ``video`` (a path) and ``caption``, perhaps ``id``, ``start`` and ``end``. In a ``.csv`` cells may be
+              within quotes, and hold commas and line ends then; in a ``.tsv`` quotes are letters like others;
             - a ``.jsonl``: one object a line with ``video``, ``caption`` or ``captions``, perhaps ``id``, ``start`` and
               ``end`` (seconds);
             - a ``.tar`` of webdataset, a folder of them or a glob pattern: ``key.mp4`` beside ``key.txt`` or a
@@ -48,52 +50,41 @@ def read_clips(source: str | os.PathLike, videos: str | os.PathLike | None = Non
     suffix = os.path.splitext(name)[1].lower()
     gathered = Gathered(os.fspath(videos) if videos is not None else os.path.dirname(name))
     try:
-        if suffix in (".csv", ".tsv"):
-            _read_csv(name, "\t" if suffix == ".tsv" else ",", gathered)
+        if suffix in DELIMITERS:
+            _read_table(name, DELIMITERS[suffix], gathered)
         elif suffix == ".jsonl":
             _read_lines(name, gathered)
         else:
             for path in _tars(name):
-                read_tar(path, gathered)
+                read_shard(path, gathered)
     except OSError as error:
         raise CommandError(f"{name}: cannot be read ({error.strerror or error})") from error
     return gathered.result(name)
 
 
-def _read_csv(name: str, delimiter: str, gathered: Gathered) -> None:
+def _read_table(name: str, delimiter: str, gathered: Gathered) -> None:
     with open_text(name) as file:
-        reader = csv.reader(file, delimiter=delimiter)
-        header = [column.strip().lower() for column in next(reader, [])]
-        row_of = _row_reader(name, header)
-        while True:
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                gathered.skipped.add(f"{name} line {reader.line_num}", str(error))
-                continue
-            if cells is None:
-                return
-            if not cells:
-                continue
-            where = f"{name} line {reader.line_num}"
-            if len(cells) != len(header):  # more: a caption with an unquoted comma would lose its rest
-                gathered.skipped.add(where, f"{len(cells)} columns instead of {len(header)}")
-                continue
-            gathered.add(row_of(where, cells))
+        table = Table(name, file, delimiter)
+        table.columns = [column.strip().lower() for column in table.columns]
+        row_of = _row_reader(table)
+        for where, cells in table:
+            if isinstance(cells, str):
+                gathered.skipped.add(where, cells)
+            else:
+                gathered.add(row_of(where, cells))
 
 
-def _row_reader(name: str, header: list[str]) -> Callable[[str, list[str]], Row]:
-    """How to read a row under these columns."""
-    places = {column: place for place, column in reversed(list(enumerate(header)))}
-    caption = next((places[column] for column in CAPTION_COLUMNS if column in places), None)
-    video = next((places[column] for column in VIDEO_COLUMNS if column in places), None)
-    number = places.get("videoid")
+def _row_reader(table: Table) -> Callable[[str, list[str]], Row]:
+    """The function that makes a row of where it is and its cells, by the table's columns."""
+    caption = next((place for column in CAPTION_COLUMNS if (place := table.place(column)) is not None), None)
+    video = next((place for column in VIDEO_COLUMNS if (place := table.place(column)) is not None), None)
+    number, page = table.place("videoid"), table.place("page_dir")
     if caption is None or (video is None and number is None):
         raise CommandError(
-            f"{name}: needs the columns video and caption, or WebVid's videoid and name; it has "
-            f"{', '.join(column[:40] for column in header[:20]) or 'none'}"
+            f"{table.name}: needs the columns video and caption, or WebVid's videoid and name; it has "
+            f"{', '.join(column[:40] for column in table.columns[:20]) or 'none'}"
         )
-    rest = [places.get(column) for column in ("id", "start", "end")]
+    rest = [table.place(column) for column in ("id", "start", "end")]
 
     def plain(where: str, cells: list[str]) -> Row:
         id, start, end = (None if place is None else cells[place] for place in rest)
@@ -102,7 +93,7 @@ def _row_reader(name: str, header: list[str]) -> Callable[[str, list[str]], Row]
 
     def webvid(where: str, cells: list[str]) -> Row:
         assert number is not None
-        file, page = f"{cells[number]}.mp4", places.get("page_dir")
+        file = f"{cells[number]}.mp4"
         found = [file] if page is None or not cells[page] else [f"{cells[page]}/{file}", file]
         return Row(where, cells[number], [*found, *(f"videos/{path}" for path in found)], cells[caption])
 
@@ -132,20 +123,17 @@ def _tars(name: str) -> list[str]:
     if os.path.isdir(name):
         found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
         if not found:
-            raise CommandError(f"{name}: no .tar in this folder")
+            raise CommandError(f"{name}: no .tar in this folder; a list in it is given by its own name ({KINDS})")
         return found
     if os.path.exists(name):
+        if not os.path.isfile(name):
+            raise CommandError(f"{name}: is no regular file; expected {KINDS}")
+        if not name.lower().endswith(".tar") and not looks_like_tar(name):
+            packed = compression(name)
+            what = "no kind of list that is read" if packed is None else f"compressed by {packed}: unpack it before"
+            raise CommandError(f"{name}: is {what}; expected {KINDS}")
         return [name]
     found = sorted(glob.glob(name))
     if not found:
-        raise CommandError(f"{name}: no such file, and no file of this pattern; expected .csv, .jsonl or .tar")
+        raise CommandError(f"{name}: no such file, and no file of this pattern; expected {KINDS}")
     return found
-
-
-def open_text(name: str) -> TextIO:
-    """Text; what is no UTF-8 is seen by the caption it is in. Tables saved as "Unicode" are UTF-16, with a mark."""
-    with open(name, "rb") as file:
-        wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
-    if wide:
-        return open(name, encoding="utf-16", errors="replace", newline="")
-    return open(name, encoding="utf-8-sig", errors="surrogateescape", newline="")

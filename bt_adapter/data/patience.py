@@ -89,6 +89,11 @@ def read_patiently(path: str | os.PathLike[str], read: Callable[P, T], *args: P.
         attempt += 1
 
 
+def is_passing(error: BaseException) -> bool:
+    """Whether an error is one of storage or of the system's limits, which may be over at another time."""
+    return _system_error(error) in _SYSTEM
+
+
 def is_full(error: BaseException) -> bool:
     """Whether there was no room, or no right, to write what was to be written."""
     return _system_error(error) in _FULL

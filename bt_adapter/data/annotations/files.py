@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bt_adapter.data.manifests import open_text
+from bt_adapter.data.skipped import Skipped
+from bt_adapter.data.tables import Table, open_text
 from bt_adapter.errors import CommandError
 
 
-def table(path: Path, needed: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Rows of a CSV with a header; missing cells are empty. Raises OSError, CommandError."""
+def table(path: Path, needed: Iterable[str], skipped: Skipped | None = None) -> Iterator[tuple[str, dict[str, str]]]:
+    """Where a row of a CSV with a header begins, and its cells by their columns; ``needed`` are there.
+
+    Rows that cannot be read, or have another number of cells, are noted in ``skipped``; without it they are errors.
+    Raises OSError, CommandError.
+    """
     with open_text(str(path)) as file:
-        reader = csv.DictReader(file, restval="")
-        if missing := [name for name in needed if name not in (reader.fieldnames or ())]:
-            raise CommandError(f"{path}: has no column {missing[0]}; its columns: {', '.join(reader.fieldnames or ())}")
-        try:
-            yield from reader
-        except csv.Error as error:
-            raise CommandError(f"{path} line {reader.line_num}: {error}") from error
+        rows = Table(str(path), file, ",")
+        if missing := [name for name in needed if rows.place(name) is None]:
+            raise CommandError(f"{path}: has no column {missing[0]}; its columns: {', '.join(rows.columns)}")
+        for where, cells in rows:
+            if not isinstance(cells, str):
+                yield where, dict(zip(rows.columns, cells, strict=True))
+            elif skipped is None:
+                raise CommandError(f"{where}: {cells}")
+            else:
+                skipped.add(where, cells)
 
 
 def lines(path: Path) -> Iterator[tuple[str, str]]:

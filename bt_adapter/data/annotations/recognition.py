@@ -9,8 +9,8 @@ from pathlib import Path
 from bt_adapter.data.annotations.files import lines, one_split, table, words
 from bt_adapter.data.finding import named_with_suffixes
 from bt_adapter.data.gathering import Row
-from bt_adapter.data.manifests import open_text
 from bt_adapter.data.skipped import Skipped
+from bt_adapter.data.tables import open_text
 from bt_adapter.errors import CommandError
 
 KINETICS_CLASSES = ("label_map_k400.txt", "label_map.txt", "kinetics_400_labels.csv", "classes.txt", "labels.txt")
@@ -69,8 +69,8 @@ def kinetics400(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row
         yield from _kinetics400_list(path, names, skipped)
         return
     labels, parts = {name: label for label, name in enumerate(names)}, set()
-    for number, row in enumerate(table(path, ("youtube_id", "time_start", "time_end", "label")), 2):
-        where, part = f"{path} line {number}", row.get("split", "")
+    for where, row in table(path, ("youtube_id", "time_start", "time_end", "label"), skipped):
+        part = row.get("split", "")
         parts.add(part)
         if split is not None and part != split:
             continue
@@ -107,12 +107,12 @@ def kinetics400_classes(path: Path) -> list[str]:
         if file.exists():
             if file.suffix != ".csv":
                 return [line.strip() for _, line in lines(file)]
-            rows = list(table(file, ("id", "name")))
+            rows = [row for _, row in table(file, ("id", "name"))]
             if not all(row["id"].isdigit() for row in rows):
                 raise CommandError(f"{file}: expected a number in every id")
             return [row["name"] for row in sorted(rows, key=lambda row: int(row["id"]))]
     if _is_official(path):
-        return sorted({row["label"] for row in table(path, ("label",)) if row["label"]})
+        return sorted({row["label"] for _, row in table(path, ("label",), Skipped()) if row["label"]})
     raise CommandError(f"{path}: needs a list of the classes beside it: {', '.join(KINETICS_CLASSES)}")
 
 

@@ -21,14 +21,12 @@ def msrvtt(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
     chosen: dict[str, Any] | None = None
     if path.suffix == ".csv":
         one_split(path, split)
-        rows = list(table(path, ("video_id",)))
-        if rows and "sentence" in rows[0]:
-            for number, row in enumerate(rows, 2):
-                yield Row(
-                    f"{path} line {number}", row["video_id"], named_with_suffixes(row["video_id"]), row["sentence"]
-                )
+        rows = list(table(path, ("video_id",), skipped))
+        if rows and "sentence" in rows[0][1]:
+            for where, row in rows:
+                yield Row(where, row["video_id"], named_with_suffixes(row["video_id"]), row["sentence"])
             return
-        chosen, path = {row["video_id"]: None for row in rows}, path.with_name("MSRVTT_data.json")
+        chosen, path = {row["video_id"]: None for _, row in rows}, path.with_name("MSRVTT_data.json")
     data = read_json(path, dict)
     known = {str(video.get("video_id")): video.get("split") for video in records(path, data, "videos")}
     if chosen is None:
