@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from clip_files import write_folder, write_kinds
@@ -203,6 +205,28 @@ def test_workers_have_one_thread_and_their_death_is_an_error():
     assert list(in_order(Threads(-1), 0, 3, 2)) == [1, 1, 1]
     with pytest.raises(CommandError, match="decodes died.*worker.*shared memory"):
         list(in_order(Threads(1), 0, 8, 2))
+
+
+class Collections(Dataset):
+    """Tells how much a worker's garbage collection found."""
+
+    def __getitem__(self, step: int) -> int:
+        return gc.collect()
+
+
+@pytest.mark.timeout(60)
+def test_a_decoder_that_is_garbage_does_not_hold_up_workers(good):
+    gc.disable()
+    try:
+        container = av.open(good[0].source)
+        container.streams.video[0].thread_type = "AUTO"
+        container.streams.video[0].codec_context.thread_count = 4
+        cycle = [container, container.streams.video[0], next(container.decode(video=0))]
+        cycle.append(cycle)
+        del container, cycle
+        assert len(list(in_order(Collections(), 0, 2, 1))) == 2
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
+import re
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -258,3 +263,141 @@ def test_a_folder_is_listed_once_and_no_file_looked_at(videos, monkeypatch):
     monkeypatch.setattr(os.path, "exists", lambda file: pytest.fail(f"looked at {file}"))
     clips, skipped = read_clips(path)
     assert listed == [str(videos)] and len(clips) == 300 and len(skipped) == 100
+
+
+def test_a_pipe_among_shards_and_a_compressed_one_are_named_and_the_others_go_on(tmp_path):
+    write_tar(tmp_path / "0.tar", {"1.mp4": b"x", "1.txt": b"one"})
+    write_tar(tmp_path / "3.tar", {"3.mp4": b"x", "3.txt": b"three"})
+    os.mkfifo(tmp_path / "1.tar")
+    content = (tmp_path / "0.tar").read_bytes()
+    for number, pack in enumerate((gzip.compress, bz2.compress, lzma.compress), 4):
+        (tmp_path / f"{number}.tar").write_bytes(pack(content))
+    (tmp_path / "7.tar").mkdir()
+    (tmp_path / "8.tar").write_bytes(b"")
+    clips, skipped = read_clips(tmp_path)
+    assert found(clips) == {"1": ("one",), "3": ("three",)}
+    reasons = {os.path.basename(path): reason for path, reason in skipped.reasons.items()}
+    assert set(reasons) == {"1.tar", "4.tar", "5.tar", "6.tar", "7.tar", "8.tar"}
+    assert "no regular file" in reasons["1.tar"] and "no regular file" in reasons["7.tar"]
+    for number, name in enumerate(("gzip", "bzip2", "xz"), 4):
+        assert f"compressed by {name}" in reasons[f"{number}.tar"]
+    (tmp_path / "shard.tar.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(CommandError, match="compressed by gzip: unpack it before"):
+        read_clips(tmp_path / "shard.tar.gz")
+    (tmp_path / "0.tar").rename(tmp_path / "shard")  # a tar by its content
+    assert found(read_clips(tmp_path / "shard")[0]) == {"1": ("one",)}
+
+
+FIELDS = {
+    "name": (0, 100), "mode": (100, 8), "uid": (108, 8), "gid": (116, 8), "size": (124, 12), "mtime": (136, 12),
+    "type": (156, 1), "link": (157, 100), "magic": (257, 8), "user": (265, 32), "device": (329, 16),
+    "prefix": (345, 155),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("valid_sum", [True, False])
+@pytest.mark.parametrize("filling", [b"\xff", b"\x80", b"\x00", b"7", b" ", b"-", b"S", b"x", b"L"])
+@pytest.mark.parametrize("where", FIELDS)
+def test_no_damage_of_a_header_is_more_than_a_broken_shard(tmp_path, where, filling, valid_sum):
+    """Every field, filled with what makes other numbers, kinds and names of it; the first and a middle member."""
+    write_tar(tmp_path / "good.tar", {"9.mp4": b"x", "9.txt": b"nine"})
+    members = {f"{n}.{e}": f"{n} {e}".encode() for n in range(3) for e in ("mp4", "txt")}
+    original = write_tar(tmp_path / "bad.tar", members).read_bytes()
+    start, size = FIELDS[where]
+    for header in (0, 2 * 1024):
+        content = bytearray(original)
+        content[header + start : header + start + size] = filling * size
+        if valid_sum:
+            content[header + 148 : header + 156] = b" " * 8
+            content[header + 148 : header + 156] = b"%06o\0 " % sum(content[header : header + 512])
+        (tmp_path / "bad.tar").write_bytes(content)
+        clips, skipped = read_clips(tmp_path)
+        captions = found(clips)
+        assert captions.pop("9") == ("nine",)
+        if header:
+            assert captions.pop("0", None) == ("0 txt",)
+        for clip in clips:  # nothing wrong is taken, whatever is lost
+            if clip.key in "012":
+                assert clip.source.read() == f"{clip.key} mp4".encode() and clip.captions == (f"{clip.key} txt",)
+        assert len(skipped) or {clip.key for clip in clips} == {"9", "0", "1", "2"}
+
+
+def test_links_devices_and_holes_are_named_and_what_follows_is_read(tmp_path):
+    def special(tar, name, kind, link=""):
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, link
+        tar.addfile(info)
+
+    def plain(tar, name, content):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        special(tar, "folder", tarfile.DIRTYPE)
+        plain(tar, "1.mp4", b"one")
+        plain(tar, "1.txt", b"first")
+        for number, kind, link in (
+            (2, tarfile.LNKTYPE, "1.mp4"), (3, tarfile.SYMTYPE, "1.mp4"), (4, tarfile.FIFOTYPE, ""),
+            (5, tarfile.CHRTYPE, ""), (6, b"Z", ""),
+        ):  # fmt: skip
+            special(tar, f"{number}.mp4", kind, link)
+            plain(tar, f"{number}.txt", b"lost")
+        plain(tar, "7.mp4", b"seven")
+        special(tar, "7.txt", tarfile.LNKTYPE, "1.txt")
+        plain(tar, "läuft-" + "x" * 200 + ".mp4", b"long")  # a PAX header
+        plain(tar, "läuft-" + "x" * 200 + ".txt", b"long name")
+        plain(tar, "8.txt", b"alone")
+    clips, skipped = read_clips(tmp_path / "a.tar")
+    assert found(clips) == {"1": ("first",), "läuft-" + "x" * 200: ("long name",)}
+    for number, words in (
+        (2, "its .mp4 is a hard link to 1.mp4"), (3, "a symbolic link to 1.mp4"), (4, "a pipe"), (5, "a device"),
+        (6, "of type b'Z'"), (7, "its .txt is a hard link to 1.txt"), (8, "no video under its key .only .txt."),
+    ):  # fmt: skip
+        assert re.search(words, skipped.reasons[f"a.tar/{number}"])
+    assert len(skipped) == 7
+
+
+@pytest.mark.parametrize("version", ["0.0", "0.1", "1.0", "gnu"])
+def test_a_file_stored_with_holes_is_named_and_what_follows_is_read(tmp_path, version):
+    holes = tmp_path / "holes.mp4"
+    with open(holes, "wb") as file:
+        file.seek(1 << 20)
+        file.write(b"end" * 100)
+    (tmp_path / "2.mp4").write_bytes(b"two")
+    (tmp_path / "2.txt").write_text("second")
+    (tmp_path / "holes.txt").write_text("first")
+    form = ["--format=gnu"] if version == "gnu" else ["--format=posix", f"--sparse-version={version}"]
+    names = ["holes.mp4", "holes.txt", "2.mp4", "2.txt"]
+    subprocess.run(["tar", "-C", str(tmp_path), *form, "-S", "-cf", str(tmp_path / "a.tar"), *names], check=True)
+    assert os.path.getsize(tmp_path / "a.tar") < 1 << 19
+    clips, skipped = read_clips(tmp_path / "a.tar")
+    assert found(clips) == {"2": ("second",)} and clips[0].source.read() == b"two"
+    assert "holes" in skipped.report() and "its .mp4 is stored with holes" in skipped.report()
+
+
+def test_what_follows_the_end_mark_is_named(tmp_path):
+    write_tar(tmp_path / "a.tar", {"1.mp4": b"x", "1.txt": b"one"})
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        end = tar.getmembers()[-1].offset_data + 512
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "joined.tar").write_bytes(content[: end + 1024] + content)
+    clips, skipped = read_clips(tmp_path / "joined.tar")
+    assert found(clips) == {"1": ("one",)}
+    assert "goes on after its end mark" in skipped.reasons[str(tmp_path / "joined.tar")]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.txt", "a.parquet", "a.mp4", "a"])
+def test_of_another_kind_the_error_says_which_are_read(tmp_path, name):
+    (tmp_path / name).write_text('[{"video": "a.mp4", "caption": "x"}]')
+    with pytest.raises(
+        CommandError, match=f"{name}: is no kind of list that is read; expected .csv, .tsv, .jsonl, .tar"
+    ):
+        read_clips(tmp_path / name)
+
+
+def test_a_pipe_for_a_list_is_refused_at_once(tmp_path):
+    for name in ("a.csv", "a.jsonl", "a.tar", "a.tsv"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(CommandError, match="no regular file"):
+            read_clips(tmp_path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import os
@@ -221,6 +222,10 @@ def in_order(
         pin_memory=pin_memory, prefetch_factor=prefetch if workers else None, worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # or it draws from the global one
     )  # fmt: skip
+    if workers:
+        # A decoder that is garbage here must not be freed in a forked worker, where its threads do not run: it would
+        # wait for them for ever.
+        gc.collect()
     return _checked(iter(loader), workers)
 
 
