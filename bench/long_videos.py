@@ -109,7 +109,7 @@ def redraw(model: BTAdapterVisionModel, std: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--asked", type=int, default=4, help="clips of each of nine motions that are asked about")
-    parser.add_argument("--found", type=int, default=12, help="clips of each of nine motions that are to be found")
+    parser.add_argument("--found", type=int, default=4, help="clips of each of nine motions that are to be found")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     about, began = facts("cpu"), time.perf_counter()
