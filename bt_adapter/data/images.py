@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ._decode import VideoError
+from ._source import VideoError
 
 # Pillow's names, and what the formats are called. A format that is not here is not tried: some run other programs.
 FORMATS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Iterator
 
@@ -11,28 +10,34 @@ from torch import Tensor
 
 from bt_adapter.progress import Progress
 
-from ._decode import Index, PathLike, Source, Span, Taken, VideoError, _decode, scan, take_by_seeking
+from ._decode import Taken, bounded_size, decode_all, take_by_seeking, take_in_sequence
+from ._index import scan
+from ._source import PathLike, Source, VideoError
+from ._times import shown_at_rate
 from .sampling import check_count, sample_indices
 
-_ALL: Span = (-math.inf, math.inf)
 # Decoding a frame wanted costs about half a group of pictures; jumping pays where that is well below decoding all.
 _WORTH_JUMPING = 2
+_CHUNK_BYTES = 1 << 28  # of the frames held at once, so that huge ones come fewer at a time
 
 
 class FrameStream:
     """Chosen frames of a video file, decoded as they are asked for.
 
     With ``frames``: so many, evenly spread, the same ones as ``read_video(path, frames)``. With ``fps``: the frame
-    shown in the middle of each 1/fps seconds, each frame at most once. With neither: all.
+    shown in the middle of each 1/fps seconds, each frame at most once (of a video of less than half of that, the
+    frame in its middle). With neither: all.
 
-    Files whose packets do not tell the number of their frames, or that are cut short, are decoded once more to count.
+    Files whose packets do not tell the number of their frames for sure, or that are cut short, are decoded once more to
+    count. Frames are as :class:`Video` describes them.
 
     Args:
         path: a local file, its bytes, or a binary file object.
         frames: number of frames T.
         fps: frames per second.
         repeat: of a video with fewer than ``frames`` frames, repeat frames instead of raising.
-        chunk: frames that are held at once.
+        chunk: frames that are held at once at most; fewer where ``chunk`` of them take more than 256 MiB.
+        side, max_pixels: as for :func:`read_video`.
 
     Attributes:
         numbers: place of each frame among all frames of the file, ascending; ``len(stream)`` is T.
@@ -52,11 +57,16 @@ class FrameStream:
         fps: float | None = None,
         repeat: bool = False,
         chunk: int = 32,
+        side: int | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         if frames is not None and fps is not None:
             raise ValueError(f"only one of frames and fps may be given, but frames is {frames} and fps is {fps}")
         check_count("chunk", chunk)
-        self._source, self._chunk = Source.of(path), chunk
+        for label, value in (("side", side), ("max_pixels", max_pixels)):
+            if value is not None:
+                check_count(label, value)
+        self._source, self._side = Source.of(path, max_pixels=max_pixels), side
         self.progress: Progress | None = None
         if frames is not None:
             check_count(f"{self.path}: frames", frames, VideoError)
@@ -64,15 +74,14 @@ class FrameStream:
             raise ValueError(f"fps must be a number above 0, but is {fps!r}")
         self._index = scan(self._source)
         self.truncated = self._index.truncated
-        if self._index.exact and not self.truncated:
-            seconds = [self._index.seconds(pts) for pts in self._index.times]
-        else:
-            seconds = self._count()
-        self.total, self.duration, self.fps = len(seconds), self._index.duration, self._index.fps
+        order = self._index.order if self._index.exact else self._decoded_order()
+        seconds = self._index.times(order)
+        self.total, self.fps = len(seconds), self._index.fps
+        self.duration = self._index.duration(order, seconds)
         if not seconds:
             raise VideoError(f"{self.path}: no frame can be decoded")
         if frames is None:
-            self.numbers = list(range(self.total)) if fps is None else _at_rate(seconds, fps, self._index)
+            self.numbers = list(range(self.total)) if fps is None else shown_at_rate(seconds, self.duration, fps)
         elif self.total < frames and not repeat:
             raise VideoError(
                 f"{self.path}: {frames} frames were asked for, but there are only {self.total}; ask for fewer, or let "
@@ -80,6 +89,9 @@ class FrameStream:
             )
         else:
             self.numbers = sample_indices(self.total, frames, "middle").tolist()
+        height, width = bounded_size(*self._index.size, side)
+        self._chunk = min(chunk, max(1, _CHUNK_BYTES // (3 * height * width or 1)))
+        self._size: tuple[int, int] | None = None  # of all frames, once the first is there
 
     @property
     def path(self) -> str:
@@ -98,10 +110,11 @@ class FrameStream:
         if self._index.exact and self._pays_to_jump():
             for start in range(0, len(self.numbers), self._chunk):
                 piece = self.numbers[start : start + self._chunk]
-                taken = take_by_seeking(self._source, self._index, _ALL, sorted(set(piece)), self.total, None, True)
-                if taken is None:  # the file is otherwise than its index says: the rest in sequence
-                    break
-                yield _frames(taken, piece)
+                wanted = sorted(set(piece))
+                taken = self._room(len(wanted))
+                if not take_by_seeking(self._source, self._index, wanted, taken, None, True):
+                    break  # the file is otherwise than its index says: the rest in sequence
+                yield self._frames(taken, piece)
                 done = start + len(piece)
                 self._tell(done)
         if done < len(self.numbers):
@@ -109,37 +122,50 @@ class FrameStream:
 
     def _in_sequence(self, done: int) -> Iterator[Tensor]:
         """The frames from the ``done``-th on, by decoding from the first."""
-        taken, damage = Taken(self._chunk), Taken(0)
+        noted = Taken(self.path, 0)
+        piece, taken = self.numbers[done : done + self._chunk], None
         with self._source.open() as container:
-            for number, frame in enumerate(_decode(self._source, container, damage)):
-                damage.damaged |= frame.is_corrupt
-                while done < len(self.numbers) and self.numbers[done] == number:
-                    taken.keep(frame, 0.0, number)
-                    done += 1
-                    if len(taken.numbers) == self._chunk:
-                        yield _frames(taken, taken.numbers)
-                        taken = Taken(self._chunk)  # a fresh array: what was handed out is the caller's
-                        self._tell(done)
-                if done == len(self.numbers):
-                    break
-        self.truncated |= damage.damaged or done < len(self.numbers)
+            for number, frame in enumerate(decode_all(self._source, self._index, container, noted)):
+                if number in piece:
+                    taken = taken or self._room(len(set(piece)))
+                    taken.keep(frame, number)
+                if number == piece[-1]:
+                    assert taken is not None
+                    yield self._frames(taken, piece)
+                    done += len(piece)
+                    self._tell(done)
+                    # a fresh array: what was handed out is the caller's
+                    piece, taken = self.numbers[done : done + self._chunk], None
+                    if not piece:
+                        break
+        self.truncated |= noted.damaged or done < len(self.numbers)
+        if taken is not None:
+            found = [number for number in piece if number in set(taken.numbers)]
+            yield self._frames(taken, found)
+            done += len(found)
+            self._tell(done)
         if done == 0:
             raise VideoError(f"{self.path}: no frame can be decoded")
-        if taken.numbers:
-            yield _frames(taken, taken.numbers)
-            self._tell(done)
 
-    def _count(self) -> list[float]:
-        """When each frame that can be decoded is shown, in seconds."""
-        seconds, taken = [], Taken(0)
-        with self._source.open() as container:
-            for number, frame in enumerate(_decode(self._source, container, taken)):
-                if self._index.times and frame.pts is not None:
-                    seconds.append(self._index.seconds(frame.pts))
-                else:
-                    seconds.append(number / self._index.fps)
+    def _decoded_order(self) -> list[int | None]:
+        """The packets of all frames that can be decoded, in order of presentation."""
+        taken = Taken(self.path, 0)
+        take_in_sequence(self._source, self._index, (), taken, math.inf)
         self.truncated |= taken.damaged
-        return seconds
+        return taken.order
+
+    def _room(self, frames: int) -> Taken:
+        return Taken(self.path, frames, self._side, self._size)
+
+    def _frames(self, taken: Taken, numbers: list[int]) -> Tensor:
+        """``[t, 3, H, W]``, channels last in memory; a number may stand several times."""
+        assert taken.pixels is not None  # `taken` holds a frame
+        self._size = taken.size
+        pixels = torch.from_numpy(taken.pixels[: len(taken.numbers)])
+        if len(taken.numbers) < len(numbers):
+            place = {number: i for i, number in enumerate(taken.numbers)}
+            pixels = pixels[[place[number] for number in numbers]]
+        return pixels.permute(0, 3, 1, 2)
 
     def _pays_to_jump(self) -> bool:
         """Whether fetching each frame from the key frame before it costs less than decoding all up to the last."""
@@ -149,22 +175,3 @@ class FrameStream:
     def _tell(self, done: int) -> None:
         if self.progress is not None:
             self.progress(done, len(self.numbers))
-
-
-def _at_rate(seconds: list[float], fps: float, index: Index) -> list[int]:
-    """Numbers of the frames shown at (k + ½)/fps seconds after the first, each once."""
-    # the last frame's end: a frame's usual length after its begin, or what the packets say
-    end = max(index.duration, seconds[-1] - seconds[0])
-    ticks = max(1, int(end * fps + 0.5))
-    shown = (bisect.bisect_right(seconds, seconds[0] + (k + 0.5) / fps) - 1 for k in range(ticks))
-    return sorted({max(number, 0) for number in shown})
-
-
-def _frames(taken: Taken, numbers: list[int]) -> Tensor:
-    """``[t, 3, H, W]``, channels last in memory; a number may stand several times."""
-    place = {number: i for i, number in enumerate(taken.numbers)}
-    assert taken.pixels is not None  # `taken` holds a frame
-    pixels = torch.from_numpy(taken.pixels[: len(taken.numbers)])
-    if len(taken.numbers) < len(numbers):
-        pixels = pixels[[place[number] for number in numbers]]
-    return pixels.permute(0, 3, 1, 2)

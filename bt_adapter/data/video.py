@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,22 +17,18 @@ from av.error import FFmpegError
 
 from bt_adapter.progress import Progress
 
-from ._decode import (
-    PathLike,
-    Source,
-    Span,
-    VideoError,
-    reason,
-    scan,
-    take_by_seeking,
-    take_in_sequence,
-)
+from ._decode import Taken, take_by_seeking, take_in_sequence
+from ._index import Span, scan
+from ._source import PathLike, Source, VideoError, reason
 from .sampling import check_count, check_sampling, sample_indices
 from .transforms import check_frames
 
 __all__ = ["Video", "VideoError", "read_video", "write_video"]
 
 _METHODS = ("auto", "sequential", "seek")
+# Frames decoded beyond the end of a range where packets do not tell their order for sure: more than a decoder holds
+# back.
+_MARGIN = 32
 
 
 @dataclass(frozen=True)
@@ -39,15 +36,21 @@ class Video:
     """Frames read from a video.
 
     Attributes:
-        frames: uint8 `[T, 3, H, W]`, RGB, upright (rotation metadata applied), channels last in memory.
-        timestamps: float64 `[T]`, when each frame is shown: seconds from the start of the file, by the file's
-            own clock (whose earliest stream starts at 0), at a variable frame rate too.
+        frames: uint8 `[T, 3, H, W]`, RGB, upright (turned and mirrored as the file says), channels last in memory.
+            Pixels are those stored: where they are to be shown wider than high (a "sample aspect ratio" other than
+            1, as of DVDs), frames are not stretched, as the readers that CLIP's video data are read with (decord,
+            FFmpeg) do not stretch them either.
+        timestamps: float64 `[T]`, ascending: when each frame is shown, in seconds from the start of the file, by the
+            file's own clock (whose earliest stream starts at 0), at a variable frame rate too. Where that clock starts
+            anew, as in joined recordings, times go on; frames without a time of their own, or with that of
+            another one, are spread evenly between their neighbours.
         duration: seconds from the first frame's begin to the last one's end, of all that is there.
         fps: average frames per second.
         indices: int64 `[T]`, place of each frame among all frames of the file as presented, from 0.
         path: the file's name ("<bytes>" or "<file>" for nameless sources).
         total: number of frames sampled from: those of the file, or those between `start` and `end`.
-        truncated: part of the file is missing or damaged; all of the above speaks of what could be read.
+        truncated: part of the file is missing or damaged (also pictures at its beginning that refer to others which
+            were cut away); all of the above speaks of what could be read.
     """
 
     frames: torch.Tensor
@@ -71,12 +74,15 @@ def read_video(
     repeat: bool = False,
     method: str = "auto",
     threads: int | None = None,
+    side: int | None = None,
+    max_pixels: int | None = None,
 ) -> Video:
     """Read `frames` frames of a video file, chosen by `sample_indices`.
 
     Sampling runs over frames in order of presentation, not over seconds: that is the published rule, and the
     two differ only at a variable frame rate, where `timestamps` tell when each frame is shown. Only the frames
-    asked for are held in memory.
+    asked for are held in memory. Of several video streams the one that moves is read, then the one marked as default,
+    then the largest.
 
     Args:
         path: a local file, its bytes, or a binary file object (read from its present position on).
@@ -93,17 +99,22 @@ def read_video(
             "auto" takes the cheaper one. The frames are the same; damage inside a file is only sure to be
             seen in sequence.
         threads: of the decoder; None: one a core. Where many processes decode, one each is faster.
+        side: the side in pixels that the frames will be resized or cropped to. Much larger frames (a short side of more
+            than 6 times `side`) are then scaled down to 4 times `side` while they are decoded, to spare memory.
+        max_pixels: frames of more pixels are refused; None: what the environment variable BT_ADAPTER_MAX_PIXELS says,
+            or 2**26, which is twice 8K.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: unknown `sampling` or `method`.
-        VideoError: missing, empty, unreadable or unsupported file, no video in it, no frame in it or between
-            `start` and `end`, `frames` below 1, a bad range, or too few frames without `repeat`.
+        VideoError: missing, empty, unreadable or unsupported file, something other than a regular file, no video in
+            it, no frame in it or between `start` and `end`, frames of more than `max_pixels` pixels or for which
+            there is too little memory, `frames` below 1, a bad range, or too few frames without `repeat`.
     """
-    source = Source.of(path)
-    if threads is not None:
-        check_count("threads", threads)
-        source = replace(source, threads=threads)
+    for label, value in (("threads", threads), ("side", side), ("max_pixels", max_pixels)):
+        if value is not None:
+            check_count(label, value)
+    source = Source.of(path, threads or 0, max_pixels)
     if frames is not None:
         check_count(f"{source.name}: frames", frames, VideoError)
     check_sampling(sampling)
@@ -131,36 +142,54 @@ def read_video(
             )
 
     index = scan(source)
-    expected = index.count(span)
-    if index.exact and expected == 0:
-        require(0)
-    total = max(expected, 1)  # decoding decides: a packet without a time may still stand for a frame
-    chosen, taken = choose(total), None
-    wanted = sorted(set(chosen))
-    if index.exact and method != "sequential":
-        taken = take_by_seeking(source, index, span, wanted, total, progress, force=method == "seek")
-    if taken is None:
-        taken = take_in_sequence(source, index, span, wanted, total, progress)
-        if taken.count != total:
-            total = taken.count
+    order: Sequence[int | None] = index.order
+    times = index.times(order)
+    settled, damaged = False, False
+    while True:
+        # The first pass goes by what the packets tell, and its frames serve if decoding bears that out. Otherwise a
+        # second one goes by what was decoded.
+        first = bisect.bisect_left(times, span[0])
+        total = bisect.bisect_left(times, span[1]) - first
+        if settled or index.exact:
             require(total)
-            chosen = choose(total)
-            wanted = sorted(set(chosen))
-            taken = take_in_sequence(source, index, span, wanted, total, progress)
+        chosen = choose(max(total, 1))
+        wanted = [first + number for number in sorted(set(chosen))]
+        if index.exact and not settled and method != "sequential":
+            taken = Taken(source.name, len(wanted), side)
+            if take_by_seeking(source, index, wanted, taken, progress, force=method == "seek"):
+                break
+        taken = Taken(source.name, len(wanted), side)
+        last = math.inf
+        if settled or span[1] < math.inf:
+            last = first + total - 1 + (0 if settled or index.exact else _MARGIN)
+        take_in_sequence(source, index, wanted, taken, last, progress)
+        damaged |= taken.damaged
+        if settled:
+            break
+        found, whole = index.times(taken.order), len(taken.order) <= last
+        if found == times if whole else found[: first + total + 1] == times[: first + total + 1]:
+            break
+        if not whole:
+            taken = Taken(source.name, 0)
+            take_in_sequence(source, index, (), taken, math.inf)
+        order, settled = taken.order, True
+        times = index.times(order)
     require(total)
+    if len(taken.numbers) < len(wanted):
+        raise VideoError(f"{source.name}: is damaged, and decodes to other frames each time")
 
-    order = torch.searchsorted(torch.tensor(wanted), torch.tensor(chosen))
+    places = torch.searchsorted(torch.tensor(wanted), torch.tensor(chosen) + first)
     pixels = torch.from_numpy(taken.pixels)  # [U, H, W, 3], each frame once
-    pixels = pixels if len(wanted) == len(chosen) else pixels[order]
+    pixels = pixels if len(wanted) == len(chosen) else pixels[places]
     return Video(
         frames=pixels.permute(0, 3, 1, 2),
-        timestamps=torch.tensor(taken.seconds, dtype=torch.float64)[order],
-        duration=index.duration,
+        timestamps=torch.tensor([times[number] for number in wanted], dtype=torch.float64)[places],
+        duration=index.duration(order, times),
         fps=index.fps,
-        indices=torch.tensor(taken.numbers)[order],
+        indices=torch.tensor(wanted)[places],
         path=source.name,
         total=total,
-        truncated=bool(index.truncated or taken.damaged or (index.exact and total < expected)),
+        truncated=index.truncated or damaged or (index.exact and len(order) < len(index.order)),
     )
 
 

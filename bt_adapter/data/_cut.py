@@ -1,0 +1,86 @@
+"""Whether a file ends before the end that its own container states."""
+
+from __future__ import annotations
+
+import os
+from typing import BinaryIO
+
+
+def is_cut(file: BinaryIO, container: str) -> bool | None:
+    """Whether a file breaks off, by the sizes that its container states; None where it states none.
+
+    Args:
+        file: opened in binary mode, and can be sought in.
+        container: FFmpeg's name of its format, such as "matroska,webm".
+    """
+    size = file.seek(0, os.SEEK_END)
+    if container.startswith("mov"):
+        return _cut_fragments(file, size)
+    if container.startswith("matroska"):
+        return _cut_segment(file, size)
+    if container == "avi":
+        return _cut_riff(file, size)
+    return None
+
+
+def _cut_fragments(file: BinaryIO, size: int) -> bool | None:
+    """Of a fragmented MP4, whether a fragment reaches beyond the end. Others count their frames in their header."""
+    at, fragmented = 0, False
+    while at + 8 <= size:
+        head = _read(file, at, 16)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        elif length == 0:  # up to the end, whatever it is
+            length = size - at
+        if length < 8:
+            return None
+        fragmented |= kind == b"moof"
+        if at + length > size:
+            return fragmented or None
+        at += length
+    # a few bytes that are too few for the head of a box
+    return at < size if fragmented else None
+
+
+def _cut_segment(file: BinaryIO, size: int) -> bool | None:
+    """Of a Matroska file, whether its segment reaches beyond the end."""
+    at = 0
+    while at + 2 <= size:
+        head = _read(file, at, 16)
+        width = _ebml_width(head[0])
+        if width > 4 or len(head) <= width:
+            return None
+        kind, length_width = head[:width], _ebml_width(head[width])
+        content = int.from_bytes(head[width : width + length_width], "big") & ((1 << 7 * length_width) - 1)
+        if length_width > 8 or content == (1 << 7 * length_width) - 1:  # unknown, as of a live recording
+            return None
+        end = at + width + length_width + content
+        if kind == b"\x18\x53\x80\x67":  # the segment
+            return end > size
+        at = end
+    return None
+
+
+def _ebml_width(first: int) -> int:
+    """Bytes of an EBML number, told by the zeros before the first one of its first byte."""
+    return 9 - first.bit_length()
+
+
+def _cut_riff(file: BinaryIO, size: int) -> bool | None:
+    """Of an AVI, whether one of its RIFF chunks reaches beyond the end."""
+    at, found = 0, None
+    while at + 12 <= size:
+        head = _read(file, at, 8)
+        length = int.from_bytes(head[4:8], "little")
+        if head[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):  # something behind the video; or not filled in
+            return found
+        at += 8 + length
+        found = at > size
+        at += length % 2
+    return found
+
+
+def _read(file: BinaryIO, at: int, count: int) -> bytes:
+    file.seek(at)
+    return file.read(count)
