@@ -148,9 +148,9 @@ def decode_all(
 ) -> Iterator[av.VideoFrame]:
     """All frames that can be decoded, in order of presentation; `taken` learns their packets, and of damage."""
     for frame in _decode(source, index, container, taken, numbered=True):
-        known = frame.pts is not None and 0 <= frame.pts < len(index.stamps)
-        taken.order.append(frame.pts if known else None)
-        taken.damaged |= frame.is_corrupt
+        packet = frame.pts if frame.pts is not None and 0 <= frame.pts < len(index.stamps) else None
+        taken.order.append(packet)
+        taken.damaged |= frame.is_corrupt and packet not in index.joints
         yield frame
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from av.stream import Disposition
 
 from ._cut import is_cut
 from ._source import Source
-from ._times import fill_in, split_clock, usual_step
+from ._times import FAR, fill_in, least_distance, split_clock, usual_step
 
 # Where one packet is one shown frame with its own time, so that frames can be counted and found without
 # decoding.
@@ -22,6 +24,8 @@ _INDEXED_CONTAINERS = ("mov", "matroska")
 INDEXED_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d")
 # Containers whose clock may start anew or jump, as where files were joined or a broadcast was cut.
 _RESTARTING_CONTAINERS = ("mpegts", "mpeg")
+# FFmpeg takes raw streams, which say nothing of time, for as many frames a second.
+_UNKNOWN_FPS = 25.0
 
 Span = tuple[float, float]  # seconds from the start of the file, half-open
 
@@ -35,11 +39,12 @@ class _Packets:
     duration: list[int] = field(default_factory=list)
     key: list[bool] = field(default_factory=list)
     discarded: list[bool] = field(default_factory=list)  # outside of an edit list: decoded, never shown
-    damaged: bool = False
+    damaged: list[int] = field(default_factory=list)  # numbers of those that FFmpeg calls corrupt
     empty: int = 0  # packets without content, which stand for no frame
 
     def add(self, packet: av.Packet) -> None:
-        self.damaged |= packet.is_corrupt
+        if packet.is_corrupt:
+            self.damaged.append(len(self.key))
         self.shown_at.append(packet.pts)
         self.decoded_at.append(packet.dts)
         self.duration.append(packet.duration or 0)
@@ -61,9 +66,11 @@ class Index:
         origin: start of the file in seconds; times count from here.
         fps: average frames per second.
         step: usual seconds from one frame to the next.
+        least: frames no more units of ``time_base`` apart count as shown at the same time.
         order: packets of the frames that are expected, in order of presentation.
         exact: that is what decoding will give, and frames can be found by seeking.
         keys: where ``exact``, the time stamps of the key frames, ascending.
+        joints: packets before and behind the places where the clock starts anew.
         first_key: packet where decoding begins.
         truncated: part of the file is missing or damaged, as far as its packets tell.
     """
@@ -77,10 +84,12 @@ class Index:
     origin: Fraction
     fps: float
     step: float
+    least: int
     by_place: bool  # stamps go with the places of frames in the order of presentation, not with packets
     order: list[int]
     exact: bool
     keys: list[int]
+    joints: set[int]
     first_key: int
     truncated: bool
 
@@ -114,13 +123,15 @@ class Index:
                 packets = (order[p] for p in known)  # type: ignore[misc]
             stamps = sorted((s, i) for i in packets if (s := self.stamps[i]) is not None)
             if not stamps:
+                end = None if end is None else end + len(places[part]) * self.step
                 continue
+            before, behind = known[0] - places[part][0], places[part][-1] - known[-1]  # frames without a stamp
             if end is not None:
-                shift = end - (stamps[0][0] * factor - zero) / divisor
+                shift = end + before * self.step - (stamps[0][0] * factor - zero) / divisor
             for place, (stamp, _) in zip(known, stamps, strict=False):
                 seconds[place] = (stamp * factor - zero) / divisor + shift
-            end = (stamps[-1][0] * factor - zero) / divisor + shift + self._length(stamps[-1][1])
-        return fill_in(seconds, self.step)
+            end = (stamps[-1][0] * factor - zero) / divisor + shift + self._length(stamps[-1][1]) + behind * self.step
+        return fill_in(seconds, self.step, float((self.least + Fraction(1, 2)) * base) if self.least else 0.0)
 
     def duration(self, order: Sequence[int | None], seconds: Sequence[float]) -> float:
         """Seconds from the first frame's begin to the last one's end."""
@@ -180,17 +191,29 @@ def _index(
     clock = packets.decoded_at if any(t is not None for t in packets.decoded_at) else packets.shown_at
     # An AVI keeps no times of presentation; what FFmpeg gives there is wrong with B-frames.
     by_place = kind == "avi"
-    part, wrong = split_clock(clock, base, kind in _RESTARTING_CONTAINERS)
+    restarts = kind in _RESTARTING_CONTAINERS
+    part, wrong = split_clock(clock, base, restarts)
     shown_at = clock if by_place else packets.shown_at
     if all(t is None for t in shown_at):
         shown_at = clock
     stamps = [None if bad else t for t, bad in zip(shown_at, wrong, strict=True)]
+    if restarts:  # what FFmpeg makes up for pictures without a time may come from the other side of a joint
+        far = math.ceil(FAR / base)
+        stamps = [
+            None if t is not None and c is not None and abs(t - c) > far else t
+            for t, c in zip(stamps, clock, strict=True)
+        ]
+    # The counters of MPEG-TS packets do not go on where files were joined, which FFmpeg takes for a loss. It notes that
+    # at one of the pictures that its parser still holds.
+    clocks = list(zip(part, wrong, strict=True))
+    joints = {k for i in range(1, count) if clocks[i] != clocks[i - 1] for k in (i - 2, i - 1, i)}
+    damaged = not joints.issuperset(packets.damaged)
 
     first_key = next((i for i, key in enumerate(packets.key) if key), 0)
     # Pictures before the first key frame, in the file or when shown, refer to pictures that are not in the file.
     first_shown = stamps[first_key] if count and not by_place else None
     leading = set(range(first_key))
-    if first_shown is not None:
+    if first_shown is not None and stream.codec_context.has_b_frames:
         leading.update(i for i, t in enumerate(stamps) if t is not None and t < first_shown and part[i] == 0)
     order = [i for i in range(count) if not packets.discarded[i]]
     headless = any(not packets.discarded[i] for i in leading)
@@ -198,20 +221,25 @@ def _index(
         order = [i for i in order if i not in leading]
     order = _sorted_by_presentation(order, stamps, part)
 
-    known = [t for i in order if part[i] == 0 and (t := stamps[i]) is not None]
-    step = usual_step(known, base)
+    known = sorted(t for i in order if part[i] == 0 and (t := stamps[i]) is not None)
     rate = stream.average_rate or stream.guessed_rate
-    fps = float(rate) if rate else (1 / step if step else 1.0)
+    if rate and not stream.average_rate and rate * base >= 1:  # no more than the unit of its clock
+        rate = None
+    step = None if rate else usual_step(known, base, 0)
+    fps = float(rate) if rate else 1 / step if step else _UNKNOWN_FPS
+    least = least_distance(base, fps)
+    step = usual_step(known, base, least)
     origin = Fraction(container.start_time or 0, av.time_base)
     if known and known[0] * base - origin <= Fraction(1, av.time_base):
         origin = known[0] * base  # the container rounds to microseconds
-    truncated = broken or packets.damaged or headless or _is_cut(source, container, stream, packets, order, fps)
+    truncated = broken or damaged or headless or _is_cut(source, container, stream, packets, order, fps)
     exact = (
         kind.startswith(_INDEXED_CONTAINERS)
         and stream.codec.name in INDEXED_CODECS
         and not (truncated or packets.empty or any(packets.discarded))
-        and len(known) == count == len(set(known)) > 0
+        and len(known) == count > 0
         and any(packets.key)
+        and (count < 2 or min(map(operator.sub, known[1:], known)) > least)
         and not _stamped_in_decoding_order(stream, stamps)
     )
     return Index(
@@ -224,10 +252,12 @@ def _index(
         origin=origin,
         fps=fps,
         step=step or 1 / fps,
+        least=least,
         by_place=by_place,
         order=order,
         exact=exact,
         keys=sorted(t for t, key in zip(stamps, packets.key, strict=True) if key and t is not None) if exact else [],
+        joints=joints,
         first_key=0 if stream.codec.name in INDEXED_CODECS else first_key,
         truncated=truncated,
     )

@@ -54,12 +54,15 @@ class Source:
         target: an absolute path, the bytes, or a file that can be sought in.
         threads: of the decoder; 0: one a core.
         max_pixels: frames with more pixels (width times height) are refused.
+        frame_threads: threads may work on a frame each. Without, a damaged file gives all frames that can be decoded:
+            PyAV does not hand out those that a decoder of several frames still holds when it reports an error.
     """
 
     name: str
     target: str | bytes | BinaryIO
     threads: int = 0
     max_pixels: int = MAX_PIXELS
+    frame_threads: bool = True
 
     @classmethod
     def of(cls, path: PathLike, threads: int = 0, max_pixels: int | None = None) -> Source:
@@ -162,7 +165,7 @@ class Source:
         if not decoder.is_open:
             self.check_size(decoder.height, decoder.width)
             large = decoder.height * decoder.width > _FRAME_THREAD_PIXELS
-            decoder.thread_type = "SLICE" if large else "AUTO"
+            decoder.thread_type = "SLICE" if large or not self.frame_threads else "AUTO"
             decoder.thread_count = self.threads
             decoder.options = {"max_pixels": str(self.max_pixels)}  # also where the size changes on the way
         return stream

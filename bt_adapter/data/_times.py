@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from fractions import Fraction
 
-_FAR = 10  # seconds: a clock does not go on by as much from one frame to the next where it may start anew
+FAR = 10  # seconds: a clock does not go on by as much from one frame to the next where it may start anew
 _JITTER = 1  # seconds: where a clock does not start anew, frames may be as much out of order
 _STRAYS = 8  # so many stamps in a row may be wrong ones between right ones
 
@@ -26,8 +26,9 @@ def split_clock(stamps: Sequence[int | None], time_base: Fraction, restarts: boo
         For each packet the number of its part, from 0, ascending; and whether its stamp is wrong: a few packets in a
         row whose stamps are far from those before and after them, which go on with each other.
     """
-    far = math.ceil(_FAR / time_base)
-    back = 0 if restarts else math.ceil(_JITTER / time_base)
+    far = math.ceil(FAR / time_base)
+    jump = math.ceil(_JITTER / time_base)
+    back = 0 if restarts else jump
     part, wrong = [0] * len(stamps), [False] * len(stamps)
     known = [stamp for stamp in stamps if stamp is not None]
     steps = list(map(operator.sub, known[1:], known))
@@ -38,22 +39,28 @@ def split_clock(stamps: Sequence[int | None], time_base: Fraction, restarts: boo
         run = runs[-1]
         if stamp is not None and run:
             last = run[-1][1]
-            if stamp < last - back or (restarts and stamp > last + far):
+            strays: list[int] = []
+            if len(runs) > 1 and len(run) <= _STRAYS and _goes_on(runs[-2][-1][1], last, stamp, jump, far):
+                strays = [k for k, _ in runs.pop()]
+                run = runs[-1]
+            elif stamp < last - back or (restarts and stamp > last + far):
                 strays = _strays_ahead(run, stamp, far)
                 if strays:
                     del run[-len(strays) :]
-                elif len(runs) > 1 and len(run) <= _STRAYS and 0 <= stamp - runs[-2][-1][1] <= far:
-                    strays = [k for k, _ in runs.pop()]
-                    run = runs[-1]
                 else:
                     runs.append(run := [])
-                for k in strays:
-                    wrong[k] = True
-                    part[k] = len(runs) - 1
+            for k in strays:
+                wrong[k] = True
+                part[k] = len(runs) - 1
         part[i] = len(runs) - 1
         if stamp is not None:
             run.append((i, stamp))
     return part, wrong
+
+
+def _goes_on(before: int, last: int, stamp: int, jump: int, far: int) -> bool:
+    """Whether a stamp is close behind ``before`` and far from ``last``, the stamp that came between the two."""
+    return 0 <= stamp - before <= far and abs(stamp - last) > max(jump, stamp - before)
 
 
 def _strays_ahead(run: list[tuple[int, int]], stamp: int, far: int) -> list[int]:
@@ -65,22 +72,30 @@ def _strays_ahead(run: list[tuple[int, int]], stamp: int, far: int) -> list[int]
     return []
 
 
-def usual_step(stamps: Sequence[int], time_base: Fraction) -> float | None:
-    """Median distance of ascending stamps, in seconds; None where all are the same."""
-    steps = [step for step in map(operator.sub, stamps[1:], stamps) if step > 0]
+def usual_step(stamps: Sequence[int], time_base: Fraction, least: int) -> float | None:
+    """Median of those distances of ascending stamps that are above ``least`` units, in seconds; None without any."""
+    steps = [step for step in map(operator.sub, stamps[1:], stamps) if step > least]
     return float(statistics.median(steps) * time_base) if steps else None
 
 
-def fill_in(seconds: list[float | None], step: float) -> list[float]:
+def least_distance(time_base: Fraction, fps: float) -> int:
+    """Frames no more apart than so many units of ``time_base`` count as shown at the same time: 0, or 1 where possible.
+
+    FFmpeg moves a stamp that repeats the one before it by one unit.
+    """
+    return 1 if 15 * time_base < min(1 / fps, 1.0) else 0
+
+
+def fill_in(seconds: list[float | None], step: float, least: float) -> list[float]:
     """Give frames without a time of their own one: evenly between their neighbours, or ``step`` apart at the ends.
 
-    A frame at the time of the one before it, or an earlier one, counts as one without a time of its own. Returns
+    A frame no more than ``least`` seconds behind the one before it counts as one without a time of its own. Returns
     ascending times.
     """
     latest = -math.inf
     known: list[int] = []
     for i, value in enumerate(seconds):
-        if value is not None and value > latest:
+        if value is not None and value > latest + least:
             known.append(i)
             latest = value
     if not known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -149,10 +150,13 @@ class FrameStream:
 
     def _decoded_order(self) -> list[int | None]:
         """The packets of all frames that can be decoded, in order of presentation."""
-        taken = Taken(self.path, 0)
-        take_in_sequence(self._source, self._index, (), taken, math.inf)
-        self.truncated |= taken.damaged
-        return taken.order
+        while True:
+            self._source = replace(self._source, frame_threads=not self.truncated)
+            taken = Taken(self.path, 0)
+            take_in_sequence(self._source, self._index, (), taken, math.inf)
+            if self.truncated or not taken.damaged:
+                return taken.order
+            self.truncated = True
 
     def _room(self, frames: int) -> Taken:
         return Taken(self.path, frames, self._side, self._size)

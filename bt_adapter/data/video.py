@@ -6,7 +6,7 @@ import bisect
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -144,7 +144,8 @@ def read_video(
     index = scan(source)
     order: Sequence[int | None] = index.order
     times = index.times(order)
-    settled, damaged = False, False
+    settled, damaged = False, index.truncated
+    source = replace(source, frame_threads=not damaged)
     while True:
         # The first pass goes by what the packets tell, and its frames serve if decoding bears that out. Otherwise a
         # second one goes by what was decoded.
@@ -167,7 +168,9 @@ def read_video(
         if settled:
             break
         found, whole = index.times(taken.order), len(taken.order) <= last
-        if found == times if whole else found[: first + total + 1] == times[: first + total + 1]:
+        if taken.damaged and source.frame_threads:
+            source, whole = replace(source, frame_threads=False), False
+        elif found == times if whole else found[: first + total + 1] == times[: first + total + 1]:
             break
         if not whole:
             taken = Taken(source.name, 0)
@@ -189,7 +192,7 @@ def read_video(
         indices=torch.tensor(wanted)[places],
         path=source.name,
         total=total,
-        truncated=index.truncated or damaged or (index.exact and len(order) < len(index.order)),
+        truncated=damaged or (index.exact and len(order) < len(index.order)),
     )
 
 
