@@ -76,7 +76,7 @@ def test_an_epoch_goes_past_broken_clips_and_names_exactly_those_and_the_damaged
     assert {caption.removeprefix("caption of ") for caption in seen} == {clip.key for clip in clips} - broken
     report = failed.report()
     assert "20 skipped" in report and all(key in report for key in broken)
-    for reason in ("is empty", "holds no video, only audio", "cannot be read as a video file"):
+    for reason in ("is empty", "holds no video, only sound", "cannot be read as a video file"):
         assert reason in report
     failed.check(200, 0.1)
     with pytest.raises(TooManySkipped, match="(?s)20 of 200 clips.*clip003"):
