@@ -294,11 +294,16 @@ def _is_cut(
         place = file.tell()
         cut = is_cut(file, kind)
         file.seek(place)
+    if kind.startswith("matroska"):
+        if cut is False:
+            return False
+        # what is lost may be no more than the index behind the last frame
+        if not stated_end and cut and container.duration:
+            stated_end = container.duration / av.time_base
+        ends = (t + packets.duration[i] for i in order if (t := packets.shown_at[i]) is not None)
+        return bool(cut and not stated_end) or float(max(ends, default=0) * base) < stated_end - 1.5 / fps
     if cut is not None:
         return cut
-    if kind.startswith("matroska"):
-        ends = (t + packets.duration[i] for i in order if (t := packets.shown_at[i]) is not None)
-        return float(max(ends, default=0) * base) < stated_end - 1.5 / fps
     if kind.startswith("mov") and len(packets.key) + packets.empty < stated_frames:
         # an edit list may leave packets away; without it, all that the header counts are there
         with source.open(ignore_editlist="1") as whole:

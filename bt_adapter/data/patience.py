@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from av.error import FFmpegError
 
-from bt_adapter.data._decode import VideoError
+from bt_adapter.data._source import VideoError
 from bt_adapter.errors import CommandError
 
 P = ParamSpec("P")
