@@ -111,7 +111,10 @@ def test_chat_about_fewer_frames_than_asked(capsys, tmp_path):
     path = tmp_path / "one.mp4"
     write_video(path, torch.full((1, 3, 64, 64), 90, dtype=torch.uint8))
     code, _, err = run(capsys, "chat", "--video", str(path), "What is it?")
-    assert code == 2 and "8 frames were asked for, but there are only 1" in " ".join(err.split())
+    assert code == 2 and "8 frames were asked for, but there are only 1; ask for fewer (--frames 1), or" in " ".join(
+        err.split()
+    )
+    assert "(--repeat)" in err and "repeat=True" not in err
     if reason := mini_is_there():
         pytest.skip(reason)
     code, out, err = run(capsys, "chat", "--video", str(path), "What is it?", "--repeat")

@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import re
+import socket
 import subprocess
 import tarfile
 from pathlib import Path
@@ -258,11 +259,24 @@ def test_a_member_that_is_no_longer_there_is_a_video_error(tmp_path):
 
 def test_a_folder_is_listed_once_and_no_file_looked_at(videos, monkeypatch):
     path = lines(videos, *({"video": f"{'abcx'[n % 4]}.mp4", "id": str(n), "caption": "x"} for n in range(400)))
-    listed, listdir = [], os.listdir
-    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or listdir(folder))
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
     monkeypatch.setattr(os.path, "exists", lambda file: pytest.fail(f"looked at {file}"))
     clips, skipped = read_clips(path)
     assert listed == [str(videos)] and len(clips) == 300 and len(skipped) == 100
+
+
+def test_what_is_no_regular_file_among_the_videos_is_named(videos):
+    os.mkfifo(videos / "pipe.mp4")
+    (videos / "folder.mp4").mkdir()
+    (videos / "link.mp4").symlink_to(videos / "a.mp4")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(videos / "socket.mp4"))
+    names = ("pipe", "folder", "socket", "link", "b")
+    clips, skipped = read_clips(lines(videos, *({"video": f"{name}.mp4", "caption": "x"} for name in names)))
+    assert set(found(clips)) == {"link.mp4", "b.mp4"}
+    assert set(skipped.reasons) == {"pipe.mp4", "folder.mp4", "socket.mp4"}
+    assert all("not a regular file" in reason for reason in skipped.reasons.values())
 
 
 def test_a_pipe_among_shards_and_a_compressed_one_are_named_and_the_others_go_on(tmp_path):

@@ -19,6 +19,7 @@ from bt_adapter.data.patience import StorageError, read_patiently
 from bt_adapter.data.shards import write_shards
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.features import ClipFrames, Look
+from bt_adapter.image_settings import ImageSettings
 from bt_adapter.tune.batches import VisualReader
 from bt_adapter.tune.conversations import Source
 
@@ -178,7 +179,7 @@ def test_an_error_that_stays_stops_training_evaluation_and_shards_in_one_line(vi
         list(batches(TrainingClips(clips, 3, TrainTransform(16), 5), 2, 0, 1, 0, 6, workers))
     assert "Traceback" not in str(error.value)
     with pytest.raises(StorageError):
-        ClipFrames(clips, Look(3), 16, 2)[0]
+        ClipFrames(clips, Look(3), ImageSettings(16), 2)[0]
     with pytest.raises(StorageError, match="not left out"):
         write_shards(clips, tmp_path / "out", 3, workers=workers)
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -199,7 +200,7 @@ def test_whatever_a_file_provokes_leaves_out_that_file_alone(video, tmp_path, mo
     clips = clips_of(video)
     failed = [f for b in batches(TrainingClips(clips, 3, TrainTransform(16), 5), 2, 0, 1, 0, 3, 0) for f in b.failed]
     assert {key for key, _ in failed} == {"clip3"}
-    decoded = ClipFrames(clips, Look(3), 16, 6)[0]
+    decoded = ClipFrames(clips, Look(3), ImageSettings(16), 6)[0]
     assert decoded.places == [0, 1, 2, 4, 5] and [place for place, _ in decoded.failed] == [3]
     assert set(write_shards(clips, tmp_path / "out", 3).reasons) == {"clip3"}
 
@@ -239,3 +240,18 @@ def test_tuning_waits_for_videos_and_stills(video, tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, lambda *a, o=original, f=attempts, **k: (f(), o(*a, **k))[1])
         assert VisualReader(16, 2)(source).shape[-2:] == (16, 16) and attempts.calls == 3
         monkeypatch.setattr(module, name, original)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ENOTCONN])
+def test_a_file_of_which_the_system_cannot_tell_is_not_taken_for_missing(video, monkeypatch, number):
+    """A reader that asks whether a file is there hears "no" where the mount does not answer."""
+    stat, failing = os.stat, [OSError(number, os.strerror(number)) for _ in range(2)]
+
+    def refused(path, **options):
+        if failing and str(path) == str(video):
+            raise failing.pop()
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    clip = Clip("clip", str(video))
+    assert read_patiently(str(video), clip.read, 3).total == 8 and not failing

@@ -15,7 +15,7 @@ from bt_adapter.chat.ahead import DecodedVideo
 from bt_adapter.chat.attach import branch_enabled, video_tokens
 from bt_adapter.chat.conversation import Visual, context, video_room
 from bt_adapter.chat.streaming import WINDOW_ROWS, video_tokens_streamed
-from bt_adapter.data import read_image
+from bt_adapter.data import VideoError, read_image
 from bt_adapter.data.stream import FrameStream
 from bt_adapter.progress import Progress
 from bt_adapter.time_steps import Long
@@ -46,7 +46,13 @@ class Sampling:
 
     def open(self, path: str | Path) -> FrameStream:
         """The frames of a file, checked and ready to be decoded. Raises VideoError, ValueError."""
-        return FrameStream(path, None if self.fps is not None else self.frames, self.fps, self.repeat, _CHUNK)
+        stream = FrameStream(path, None if self.fps is not None else self.frames, self.fps, repeat=True, chunk=_CHUNK)
+        if not self.repeat and self.fps is None and stream.total < self.frames:
+            raise VideoError(
+                f"{stream.path}: {self.frames} frames were asked for, but there are only {stream.total}; ask for fewer "
+                f"(--frames {stream.total}), or let frames repeat (--repeat)"
+            )
+        return stream
 
 
 @dataclass(frozen=True)

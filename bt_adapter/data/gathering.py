@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bt_adapter.data.clips import Clip, Member
@@ -37,7 +37,7 @@ class Gathered:
         self.folder, self.skipped = folder, Skipped()
         self._clips: dict[str, Clip] = {}
         self._alternatives: dict[str, dict[str, None]] = {}  # captions of clips that several rows speak of, in order
-        self._names: dict[str, set[str] | None] = {}  # of the folders seen so far; None: cannot be listed
+        self._listed: dict[str, _Listing | None] = {}  # the folders seen so far; None: cannot be listed
 
     def add(self, row: Row) -> None:
         """Check a row whose video is a file and take it."""
@@ -120,16 +120,42 @@ class Gathered:
         raise ValueError(f"no such video in {self.folder or '.'}")
 
     def _is_there(self, path: str) -> bool:
+        """Whether a file is there, by its folder's listing. Raises ValueError for what is there and no regular file."""
         folder, name = os.path.split(path)
-        if folder not in self._names:
+        if folder not in self._listed:
             try:
-                self._names[folder] = set(os.listdir(folder or "."))
+                self._listed[folder] = _Listing.of(folder or ".")
             except (FileNotFoundError, NotADirectoryError):
-                self._names[folder] = set()
-            except OSError:  # a folder may be passed through without being listed
-                self._names[folder] = None
-        names = self._names[folder]
-        return os.path.exists(path) if names is None else name in names
+                self._listed[folder] = _Listing()
+            except PermissionError:  # a folder may be passed through without being listed
+                self._listed[folder] = None
+        listing = self._listed[folder]
+        if listing is None:
+            return os.path.exists(path)
+        if name in listing.others:
+            raise ValueError("its video is a folder, pipe, socket or device, not a regular file")
+        return name in listing.files
+
+
+@dataclass
+class _Listing:
+    """What stands in a folder: regular files and links, and what cannot be a video."""
+
+    files: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, folder: str) -> _Listing:
+        """Read off the folder; most file systems say of what kind an entry is, so that nothing is asked of the entry.
+
+        Raises OSError.
+        """
+        listing = cls()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                usable = entry.is_file(follow_symlinks=False) or entry.is_symlink()
+                (listing.files if usable else listing.others).add(entry.name)
+        return listing
 
 
 def captions_of(value: dict[str, Any]) -> Any:

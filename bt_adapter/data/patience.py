@@ -63,6 +63,7 @@ def read_patiently(path: str | os.PathLike[str], read: Callable[P, T], *args: P.
     attempt = 0
     while True:
         try:
+            _check_reachable(path)
             return read(*args, **kwargs)
         except CommandError:
             raise
@@ -97,6 +98,15 @@ def is_passing(error: BaseException) -> bool:
 def is_full(error: BaseException) -> bool:
     """Whether there was no room, or no right, to write what was to be written."""
     return _system_error(error) in _FULL
+
+
+def _check_reachable(path: str | os.PathLike[str]) -> None:
+    """Raise OSError where the system cannot say whether a file is there: a reader might call it missing."""
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        if is_passing(error):
+            raise
 
 
 def _words(error: BaseException) -> str:
