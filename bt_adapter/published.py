@@ -82,14 +82,7 @@ def load_reference_checkpoint(
     """
     tensors = read_tensors(path_or_state_dict)
     state = strip_prefixes(tensors)
-    eva = any(name.startswith(("btadapter_S.", "blocks.")) for name in state)
-    stacks = STACKS_EVA if eva else STACKS_CLIP
-    branch_layers, tower_layers = _count(state, stacks[1]), _count(state, stacks[0])
-    if not branch_layers:
-        raise CheckpointError(
-            f"no branch layers ({stacks[1]}.*) among {len(state)} tensors: not a BT-Adapter checkpoint"
-        )
-    stored = tower_layers > 0 and ("cls_token" if eva else "class_embedding") not in state
+    eva, branch_layers, tower_layers, stored = _structure(state)
     chat_only = stored
     fields: dict[str, Any] = {"depth": branch_layers + stored}
     if tower_layers:
@@ -123,6 +116,39 @@ def load_reference_checkpoint(
     if clip is not None and not eva:
         model.images = image_settings_of(clip, config)
     return model.eval()
+
+
+def read_sizes(source: str | os.PathLike | Mapping[str, Tensor]) -> tuple[TowerConfig | dict[str, Any], int]:
+    """What a published checkpoint's tower must be like, and the branch's depth, read off the tensors' shapes.
+
+    Returns:
+        The tower's configuration, where the tower is in the file; else the fields of it that the branch shares.
+        A file of the branch alone with three layers has depth 4, as for :func:`load_reference_checkpoint`.
+
+    Raises:
+        CheckpointError, FileNotFoundError: as there.
+    """
+    state = strip_prefixes(read_tensors(source))
+    eva, layers, tower_layers, stored = _structure(state)
+    if tower_layers:
+        return _tower_config(state, None, eva, tower_layers, stored), layers + stored
+    spatial = "btadapter_S.0." if eva else "btadapter_S_layers.0."
+    inner, width = _tensor(state, f"{spatial}mlp.fc1.weight").shape
+    kind = "eva" if eva else "clip_vision_model"
+    return {"hidden_size": width, "intermediate_size": inner, "model_type": kind}, layers + (layers == 3)
+
+
+def _structure(state: Mapping[str, Tensor]) -> tuple[bool, int, int, bool]:
+    """Whether a checkpoint is EVA's, its branch layers, its tower layers, and whether these are of stored features."""
+    eva = any(name.startswith(("btadapter_S.", "blocks.")) for name in state)
+    stacks = STACKS_EVA if eva else STACKS_CLIP
+    branch_layers, tower_layers = _count(state, stacks[1]), _count(state, stacks[0])
+    if not branch_layers:
+        raise CheckpointError(
+            f"no branch layers ({stacks[1]}.*) among {len(state)} tensors: not a BT-Adapter checkpoint"
+        )
+    stored = tower_layers > 0 and ("cls_token" if eva else "class_embedding") not in state
+    return eva, branch_layers, tower_layers, stored
 
 
 def to_reference_state_dict(model: BTAdapterVisionModel) -> dict[str, Tensor]:

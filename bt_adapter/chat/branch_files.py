@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,50 @@ from torch import nn
 
 from bt_adapter.chat.families import Family
 from bt_adapter.chat.pairing import beside, check_shapes, in_whole_tower, mismatch
-from bt_adapter.checkpoint import load_exactly, read_safetensors, read_settings
+from bt_adapter.checkpoint import CheckpointError, load_exactly, read_safetensors, read_settings
 from bt_adapter.config import TowerConfig
+from bt_adapter.hugging_face import check_place
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.names import pack_qkv
-from bt_adapter.published import load_reference_checkpoint
+from bt_adapter.published import load_reference_checkpoint, read_sizes
 from bt_adapter.time_steps import read_branch_config
+
+
+def locate_branch(source: str | os.PathLike[str]) -> Path:
+    """Where a branch lies: a folder of ``save_pretrained``, or the file of a published checkpoint.
+
+    source: that folder or file, or a name on the hub (owner/name) that is fetched.
+
+    Raises:
+        FileNotFoundError: it is not there; a mistyped local path is never looked for on the hub.
+        OSError: the hub has no such repository, or there is no network.
+        CheckpointError: the repository holds no branch.
+    """
+    path = Path(check_place(source))
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(snapshot_download(str(source)))
+    except Exception as error:  # of the hub's client, the network, or a cache without it
+        raise FileNotFoundError(f"branch {source} is no folder or file here, nor found on the hub: {error}") from error
+    if (path / "config.json").is_file():
+        return path
+    files = sorted(file for file in path.iterdir() if file.suffix in (".pth", ".bin", ".pt", ".safetensors"))
+    if len(files) != 1:
+        raise CheckpointError(f"{source} on the hub has neither a config.json nor one single file of weights")
+    return files[0]
 
 
 def load_branch(source: str | os.PathLike[str], family: Family, require_same_tower: bool) -> BTAdapterVisionModel:
     """A folder of ``save_pretrained``, its hub name, or a published checkpoint.
 
     Raises:
-        FileNotFoundError: it is not there. OSError: the hub has no such repository, or there is no network.
+        FileNotFoundError, OSError: as `locate_branch`.
         CheckpointError: it cannot be read. ValueError: it does not belong to the chat model.
     """
-    path = Path(source)
-    if not path.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-            raise FileNotFoundError(f"branch {source} is not there, and is no hub name (owner/name)")
-        from huggingface_hub import snapshot_download
-
-        path = Path(snapshot_download(str(source)))
+    path = locate_branch(source)
     if not path.is_dir():
         clip: nn.Module | None = None if family.tower_config.is_eva else family.vision_tower
         return load_reference_checkpoint(path, clip=clip)
@@ -42,6 +63,35 @@ def load_branch(source: str | os.PathLike[str], family: Family, require_same_tow
     if settings["includes_tower"]:
         return BTAdapterVisionModel.from_pretrained(path)
     return _alone(path, settings, family, require_same_tower)
+
+
+def check_branch(path: Path, family: Family, require_same_tower: bool) -> None:
+    """Raise a ValueError where a branch cannot stand beside a chat model, as far as sizes tell, without its weights.
+
+    path: of `locate_branch`. family: of the chat model, which may be on the meta device.
+    """
+    if not path.is_dir():
+        sizes, depth = read_sizes(path)
+        if isinstance(sizes, dict):  # the branch alone says nothing but its own widths
+            sizes = replace(family.tower_config, **sizes)
+        check_shapes(sizes, depth, family)
+        return
+    settings = read_settings(path)
+    config, adapter = TowerConfig(**settings["tower"]), read_branch_config(settings["branch"], path)
+    check_shapes(config, adapter.depth, family)
+    if require_same_tower and not settings["includes_tower"] and (wrong := _other_resolution(config, family)):
+        mismatch(f"the branch in {path} does not fit image_chat_model: {wrong}", True)
+
+
+def _other_resolution(config: TowerConfig, family: Family) -> str:
+    """Why a branch saved without its tower cannot be told to fit a tower of another image size; "" where they agree."""
+    size = family.tower()[1].image_size
+    if config.image_size == size:
+        return ""
+    return (
+        f"it was trained at {config.image_size} px, image_chat_model takes {size} px, and the folder holds no tower to "
+        "tell whether both are one CLIP (save_pretrained(..., include_tower=True))"
+    )
 
 
 def _alone(path: Path, settings: dict[str, Any], family: Family, require_same_tower: bool) -> BTAdapterVisionModel:
@@ -67,15 +117,12 @@ def _check_fingerprint(
     path: Path, settings: dict[str, Any], config: TowerConfig, family: Family, require_same_tower: bool
 ) -> None:
     """All that a branch without its tower can be held to: lengths of some of the tower's weights, its resolution."""
-    tensors, theirs = family.tower()
+    tensors, _ = family.tower()
     saved = dict(settings.get("tower_fingerprint") or {})
     wrong = []
-    if config.image_size != theirs.image_size:
+    if resolution := _other_resolution(config, family):
         saved.pop("position", None)
-        wrong.append(
-            f"it was trained at {config.image_size} px, image_chat_model takes {theirs.image_size} px, and the folder "
-            "holds no tower to tell whether both are one CLIP (save_pretrained(..., include_tower=True))"
-        )
+        wrong.append(resolution)
     first = config.num_hidden_layers - settings["branch"]["depth"] if settings["stored_features"] else 0
     off = []
     for name, before in saved.items():

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache, TextStreamer
+from transformers import TextStreamer
 
+from bt_adapter.chat.caches import can_crop, make_cache
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.prompts import Turn, conversation_ids
 
@@ -19,6 +20,17 @@ from bt_adapter.chat.prompts import Turn, conversation_ids
 _MOST_STATIC = 8192
 # Tokens kept for questions and further answers when videos take as many as fit.
 _RESERVE = 512
+
+
+# Settings of generation that a model's folder may bring, and what makes a greedy search and a plain result of them.
+_GREEDY: dict[str, Any] = {
+    "do_sample": False, "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "penalty_alpha": None,
+    "constraints": None, "force_words_ids": None, "dola_layers": None, "low_memory": None, "guidance_scale": None,
+    "prompt_lookup_num_tokens": None, "assistant_early_exit": None, "use_mtp": None, "token_healing": False,
+    "return_dict_in_generate": False, "output_scores": False, "output_logits": False, "output_attentions": False,
+    "output_hidden_states": False, "use_cache": True, "cache_implementation": None, "cache_config": None,
+    "max_length": None, "prefill_chunk_size": None,
+}  # fmt: skip
 
 
 class ContextError(ValueError):
@@ -126,6 +138,7 @@ class Conversation:
                 max_new_tokens,
                 streamer,
                 self._cache,
+                self.tokenizer,
             )
         except BaseException:  # an interrupted answer leaves keys and values of no known tokens
             self._cache, self._cached = None, []
@@ -143,16 +156,13 @@ class Conversation:
         """Cut the cache down to what these ids begin with; how many tokens that is (never all: one must be run)."""
         most = min(len(ids) - 1, len(self._cached))
         kept = next((i for i in range(most) if ids[i] != self._cached[i]), most)
-        if kept == 0 or self._cache is None:
-            self._cache, kept = self._new_cache(), 0
+        config = self.model.config.get_text_config(decoder=True)
+        stale = self._cache is None or config.is_encoder_decoder  # an encoder reads the whole conversation anew
+        if stale or kept == 0 or (kept < len(self._cached) and not can_crop(self._cache)):
+            self._cache, kept = make_cache(config, self._limit if self.static else None), 0
         elif kept < len(self._cached):
             self._cache.crop(kept - len(self._cached))  # a count below zero: so many off the end
         return kept
-
-    def _new_cache(self) -> Any:
-        if not self.static:
-            return DynamicCache()
-        return StaticCache(config=self.model.config.get_text_config(), max_cache_len=self._limit)
 
 
 def context(model: Any) -> int:
@@ -197,17 +207,34 @@ def cache_option(model: Any, cache: Any) -> dict[str, Any]:
 
 
 def generate(
-    model: Any, embeds: Tensor, mask: Tensor, max_new_tokens: int, streamer: Any = None, cache: Any = None
+    model: Any,
+    embeds: Tensor,
+    mask: Tensor,
+    max_new_tokens: int,
+    streamer: Any = None,
+    cache: Any = None,
+    tokenizer: Any = None,
 ) -> Tensor:
-    """Greedy tokens after ``[B, S, E]``, without those of the prompt; rows that end early are padded."""
+    """Greedy tokens after ``[B, S, E]``, without those of the prompt; rows that end early are padded.
+
+    The model's ``generation_config`` counts where it says which tokens may come and where an answer ends (end tokens,
+    ``stop_strings``, penalties, forbidden words); what would make it another search than a greedy one, or another kind
+    of result, is overridden.
+
+    tokenizer: needed where the model has ``stop_strings``.
+    """
     generator = family_of(model).generator
-    options = {} if cache is None else cache_option(generator, cache)
+    settings = generator.generation_config
+    options: dict[str, Any] = {name: value for name, value in _GREEDY.items() if hasattr(settings, name)}
+    options |= {} if cache is None else cache_option(generator, cache)
+    if getattr(settings, "stop_strings", None):
+        options["tokenizer"] = tokenizer
+    if (least := getattr(settings, "min_new_tokens", None)) is not None:
+        options["min_new_tokens"] = min(least, max_new_tokens)
     return generator.generate(
         inputs_embeds=embeds,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
         streamer=streamer,
         **options,
     )
@@ -224,7 +251,7 @@ def answer_batch(
     mask = torch.zeros(len(rows), length, dtype=torch.long, device=embeds.device)
     for i, row in enumerate(rows):
         embeds[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
-    new = generate(model, embeds, mask, max_new_tokens)
+    new = generate(model, embeds, mask, max_new_tokens, tokenizer=tokenizer)
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 

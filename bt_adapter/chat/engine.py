@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from bt_adapter.chat.attach import attach, attached_branch, branch_enabled, video_tokens
 from bt_adapter.chat.conversation import Conversation, Reply, Visual
-from bt_adapter.chat.families import FAMILIES, family_of
-from bt_adapter.chat.quantize import Quantize, quantization
-from bt_adapter.data import Video, preprocess, read_video
+from bt_adapter.chat.families import family_of
+from bt_adapter.chat.loading import load_with_branch
+from bt_adapter.chat.quantize import Quantize
+from bt_adapter.data import Video, read_video
+from bt_adapter.image_settings import ImageSettings, settings_of_processor
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.progress import Progress
 
@@ -29,8 +31,9 @@ class VideoChat:
     Args:
         model: a chat model a branch is attached to.
         tokenizer: with the model's image token and chat template.
-        mean, std: of the frames' normalisation; None: those of the model's family.
-        image_processor: what cuts stills for the models that take them in pieces (LLaVA-NeXT).
+        mean, std: of the frames' normalisation; None: the image processor's, or those of the model's family.
+        image_processor: of the model; frames are resized, cropped and normalised as it does it, and stills cut where
+            the model takes them in pieces (LLaVA-NeXT).
         question_tokenizer: of the Q-Former that reads the question too (InstructBLIP).
     """
 
@@ -47,7 +50,12 @@ class VideoChat:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.image_processor, self.question_tokenizer = image_processor, question_tokenizer
         self.family = family_of(model)
-        self.mean, self.std = tuple(mean or self.family.mean), tuple(std or self.family.std)
+        size = self.family.image_size
+        images = settings_of_processor(image_processor, size)
+        images = images or ImageSettings(size, mean=self.family.mean, std=self.family.std)
+        self.images = replace(images, mean=tuple(mean or images.mean), std=tuple(std or images.std))
+        self.mean, self.std = self.images.mean, self.images.std
+        attached_branch(model).images = self.images  # a branch that is tuned here is stored with them
 
     @staticmethod
     def mini(stage: str = "tuned", device: str = "cpu", dtype: torch.dtype = torch.float32) -> VideoChat:
@@ -79,7 +87,8 @@ class VideoChat:
             require_same_tower: as for `attach`; what was tuned with False needs no leave again.
 
         Raises:
-            ValueError: no such kind of chat model, or it needs a branch and none is given.
+            ValueError: no such kind of chat model, it needs a branch and none is given, or the two do not fit, which
+                their configurations tell before any weights are read.
             QuantizeError: the package that quantizes is not installed.
             Else what transformers, `attach` and ``bt_adapter.tune.load`` raise.
         """
@@ -91,21 +100,9 @@ class VideoChat:
             )
         if branch is None:
             raise ValueError(f"model {model} needs a branch, but branch is None")
-        kind = AutoConfig.from_pretrained(model).model_type
-        classes = {family.name: family.model_class for family in FAMILIES}
-        if kind not in classes:  # from_pretrained would build one of random weights
-            raise ValueError(f"model {model} is of type {kind!r}, expected {', '.join(map(repr, classes))}")
-        options: dict[str, Any] = {"dtype": dtype or "auto"}
-        if quantize is not None:
-            options |= {"quantization_config": quantization(quantize), "device_map": {"": device}}
-        loaded: Any = classes[kind]
-        chat = loaded.from_pretrained(model, **options)
-        if quantize is None:
-            chat = chat.to(device)
-        tokenizer, images, questions = _processors(model)
-        attach(chat, branch, require_same_tower)
-        mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
-        return VideoChat(chat, tokenizer, mean, std, images, questions)
+        loaded = load_with_branch(model, branch, device, dtype, quantize, require_same_tower)
+        chat, tokenizer, images, questions = loaded
+        return VideoChat(chat, tokenizer, image_processor=images, question_tokenizer=questions)
 
     @property
     def device(self) -> torch.device:
@@ -119,8 +116,7 @@ class VideoChat:
 
     def prepare(self, frames: Tensor) -> Tensor:
         """Frames uint8 ``[T, 3, H, W]`` -> normalised ``[1, T, 3, h, w]`` in the tower's size, dtype and device."""
-        pixels = preprocess(frames, self.family.image_size, self.mean, self.std)
-        return pixels[None].to(self.device, self.branch.tower.dtype)
+        return self.images.prepare(frames)[None].to(self.device, self.branch.tower.dtype)
 
     @torch.no_grad()
     def encode(
@@ -209,15 +205,3 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _processors(model: str | os.PathLike[str]) -> tuple[Any, Any, Any]:
-    """A model's tokenizer with its chat template, its image processor or None, its Q-Former's tokenizer or None."""
-    try:
-        processor = AutoProcessor.from_pretrained(model)
-        tokenizer, images = processor.tokenizer, processor.image_processor
-    except (OSError, ValueError, ImportError, AttributeError):  # a folder with a tokenizer alone
-        return AutoTokenizer.from_pretrained(model), None, None
-    if getattr(processor, "chat_template", None):
-        tokenizer.chat_template = processor.chat_template
-    return tokenizer, images, getattr(processor, "qformer_tokenizer", None)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any, Literal
 
 Quantize = Literal["nf4", "int8"]
-
-# The branch reads the tower's weights as they are, and the projector is small.
-_KEPT = ["vision_tower", "vision_model", "multi_modal_projector", "qformer", "language_projection", "lm_head"]
 
 
 class QuantizeError(RuntimeError):
     """The package that would quantize is not installed."""
 
 
-def quantization(kind: Quantize) -> Any:
+def quantization(kind: Quantize, kept: Sequence[str]) -> Any:
     """The ``quantization_config`` of ``from_pretrained``: weights of the language model's linear layers alone.
 
+    kept: full names of the modules whose weights stay as they are (transformers compares names from their beginning).
     "nf4": bitsandbytes, 4 bits, products in bfloat16. "int8": bitsandbytes, or torchao where that alone is installed.
 
     Raises:
@@ -34,13 +33,13 @@ def quantization(kind: Quantize) -> Any:
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=torch.bfloat16,
-                llm_int8_skip_modules=_KEPT,
+                llm_int8_skip_modules=list(kept),
             )
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_KEPT)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(kept))
     if kind == "int8" and _installed("torchao"):
         from torchao.quantization import Int8WeightOnlyConfig
 
-        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=_KEPT)
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(kept))
     wanted = "bitsandbytes" if kind == "nf4" else "bitsandbytes or torchao"
     raise QuantizeError(f"quantize {kind} needs {wanted}, which is not installed: pip install bitsandbytes")
 

@@ -211,22 +211,15 @@ def chosen_dtype(command: ChatModel) -> ChosenDtype:
 
 def load(command: ChatModel) -> VideoChat:
     """The model a command line asks for. CommandError for what is not there or does not fit."""
-    device, dtype = device_of(command), chosen_dtype(command).dtype
-    if command.model == "mini":
-        chat = VideoChat.mini(device=device, dtype=dtype)
-        if command.branch is not None:
-            from bt_adapter.chat.attach import attach
+    from bt_adapter.tune.loading import load_base
 
-            try:
-                attach(chat.model, command.branch, not command.other_tower)
-            except (ValueError, TypeError) as error:
-                raise CommandError(f"--branch {command.branch}: {error}") from error
-        return chat
+    device, dtype = device_of(command), chosen_dtype(command).dtype
     try:
-        return VideoChat.load(command.model, command.branch, device, dtype, command.quantize, not command.other_tower)
+        same, quantize = not command.other_tower, command.quantize
+        return load_base(command.model, command.branch, device, dtype, quantize=quantize, require_same_tower=same)
     except QuantizeError as error:
         raise CommandError(f"--{error}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise CommandError(f"--model {command.model} with --branch {command.branch}: {error}") from error
 
 

@@ -17,7 +17,8 @@ class ChatModel:
     """Which model answers, and how it sees a video."""
 
     model: str = "mini"
-    """Image chat model: "mini" (the small one, extra [mini]), a folder, a hub name, or a folder of a tuning run."""
+    """Image chat model: "mini" (the small one, extra [mini]; "mini:projector": before it saw a video), a folder, a hub
+    name, or a folder of a tuning run."""
     branch: str | None = None
     """Branch to attach: a folder of save_pretrained, its hub name, or a published checkpoint; mini has its own."""
     other_tower: bool = False
@@ -51,7 +52,7 @@ class ChatModel:
     def check(self) -> None:
         """Raise CommandError for what can be told before anything is loaded."""
         check_numbers(self, {"frames": COUNT, "windows": COUNT, "max_new_tokens": COUNT, "fps": POSITIVE})
-        if self.model == "mini":
+        if self.model.partition(":")[0] == "mini":
             if self.quantize is not None:
                 raise CommandError("--quantize is for models of a folder or the hub; mini is small enough")
             return
