@@ -244,3 +244,48 @@ def test_frames_shrink_to_even_sides_and_never_grow():
     for size, expected in sizes.items():
         found = module._shrink(torch.zeros(1, 3, *size, dtype=torch.uint8), 64)
         assert tuple(found.shape[-2:]) == expected
+
+
+def test_a_video_of_more_than_8_gib_is_copied_without_being_held(tmp_path, monkeypatch):
+    """It is one large hole, and what would be copied of it is noted instead."""
+    size, big, copied = (8 << 30) + 5, tmp_path / "big.mp4", []
+    big.touch()
+    os.truncate(big, size)
+    monkeypatch.setattr(Clip, "read", lambda self, frames: None)
+    monkeypatch.setattr(tarfile, "copyfileobj", lambda file, tar, length, **rest: copied.append((file, length)))
+    assert len(write_shards([Clip("big", str(big), ("long",))], tmp_path / "out", 3)) == 0
+    assert (copied[0][0].name, copied[0][1]) == (str(big), size)
+    with open(tmp_path / "out" / "000000.tar", "rb") as file:
+        assert tarfile.TarInfo.frombuf(file.read(512), "utf-8", "strict").size == size
+
+
+@pytest.mark.parametrize("at_once", [0, 1 << 30])
+def test_a_large_member_of_a_shard_is_read_as_it_is_needed(odd, tmp_path, monkeypatch, at_once):
+    write_shards(odd, tmp_path, 3)
+    monkeypatch.setattr("bt_adapter.data.clips._AT_ONCE", at_once)
+    back, _ = read_clips(tmp_path)
+    for clip, original in zip(back, odd, strict=True):
+        with open(original.source, "rb") as file, clip.source.open() as member:
+            content = file.read()
+            assert member.read() == content == clip.source.read()
+            member.seek(-5, os.SEEK_END)
+            assert member.read() == content[-5:] and member.name.endswith(".mp4")
+        assert torch.equal(clip.read(4).frames, original.read(4).frames)
+
+
+def test_a_clip_that_fails_while_it_is_copied_leaves_nothing_in_the_shard(odd, tmp_path, monkeypatch):
+    add, left = module._add_file, [2]
+
+    def failing(tar, name, size, file):
+        if name.startswith("00000001") and name.endswith(".json") and left[0]:
+            left[0] -= 1
+            tar.fileobj.write(b"half of it")
+            raise OSError(5, "Input/output error")
+        add(tar, name, size, file)
+
+    monkeypatch.setattr("bt_adapter.data.patience.WAITS", (0.0,) * 5)
+    monkeypatch.setattr(module, "_add_file", failing)
+    assert len(write_shards(odd, tmp_path / "failing", 3)) == 0 and left == [0]
+    monkeypatch.setattr(module, "_add_file", add)
+    write_shards(odd, tmp_path / "whole", 3)
+    assert (tmp_path / "failing" / "000000.tar").read_bytes() == (tmp_path / "whole" / "000000.tar").read_bytes()
