@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,16 @@ def _put_adapters(chat: VideoChat, folder: Path, merge: bool) -> None:
         from peft import PeftModel
     except ImportError as error:
         raise FileNotFoundError(f"{folder} holds adapters: pip install 'bt-adapter[chat]'") from error
+    model = chat.family.chat
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}  # PEFT freezes all of them
     try:
-        adapters = PeftModel.from_pretrained(chat.family.language_model, os.fspath(folder))
-    except (RuntimeError, ValueError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapters = PeftModel.from_pretrained(model, os.fspath(folder))
+    except (RuntimeError, ValueError, KeyError, UserWarning) as error:
         raise CheckpointError(f"the adapters in {folder} do not fit the chat model: {error}") from error
+    for parameter, before in asked.items():
+        parameter.requires_grad_(before)
     if merge:
         adapters.merge_and_unload()
     chat.model.eval()

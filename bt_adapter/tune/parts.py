@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from bt_adapter.tune import ABOUT
 from bt_adapter.tune.recipe import TuneRecipe
 
 FORMAT = 1
+_PEFT = "base_model.model."  # what PEFT puts before the names of the model it wraps
 FILES = {
     "projector": "projector.safetensors",
     "branch": "branch/model.safetensors",
@@ -53,6 +55,7 @@ class Learned(nn.ModuleDict):
             freeze_unreached(self.model[0])
             self["branch"] = branch
         if "lora" in recipe.learn:
+            self.inside = name_inside(chat, family.language_model)
             self["lora"] = add_adapters(family.language_model, recipe)
             for name, module in self["lora"].named_modules():
                 module.training = "lora_dropout" in name  # not the layers they stand in, whose own would drop out too
@@ -83,9 +86,7 @@ class Learned(nn.ModuleDict):
         if "branch" in self:
             save_model(self.model[0], folder / "branch")
         if "lora" in self:
-            adapters: Any = self["lora"]
-            adapters.save_pretrained(os.fspath(folder / "lora"), save_embedding_layers=False)
-            (folder / "lora/README.md").unlink(missing_ok=True)  # a form to fill in
+            save_adapters(self["lora"], self.inside, folder / "lora", str(about.get("model", "")))
         about = {"format": FORMAT, "parts": list(self)} | about
         (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
@@ -105,7 +106,9 @@ class Learned(nn.ModuleDict):
         if "lora" in self:
             from peft import set_peft_model_state_dict
 
-            found: Any = set_peft_model_state_dict(self["lora"], read_safetensors(folder / FILES["lora"]))
+            stored = read_safetensors(folder / FILES["lora"])
+            own = {name.replace(f"{_PEFT}{self.inside}.", _PEFT, 1): tensor for name, tensor in stored.items()}
+            found: Any = set_peft_model_state_dict(self["lora"], own)
             if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
                 raise CheckpointError(f"{folder / FILES['lora']} does not fit the language model's adapters")
 
@@ -135,6 +138,38 @@ def add_adapters(language_model: nn.Module, recipe: TuneRecipe) -> Any:
         return get_peft_model(cast(Any, language_model), config)
     except ValueError as error:
         raise CommandError(f"--lora-layers {names}: {error}") from error
+
+
+def name_inside(chat: nn.Module, part: nn.Module) -> str:
+    """Name of a part of a chat model, as ``model.language_model``."""
+    return next(name for name, module in chat.named_modules() if module is part)
+
+
+def save_adapters(adapters: Any, inside: str, folder: Path, model: str) -> None:
+    """Write adapters of a language model as a PEFT folder of the chat model as a whole.
+
+    ``PeftModel.from_pretrained(chat_model, folder)`` puts them where they were. Layers are named in full: the vision
+    tower has some of the same short names.
+
+    Args:
+        adapters: the language model, as `add_adapters` returned it. inside: its name in the chat model.
+        folder: made where it is missing. model: name of the chat model, which PEFT notes.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = sorted(
+        f"{inside}.{name.removeprefix(_PEFT)}"
+        for name, module in adapters.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    )
+    tensors = get_peft_model_state_dict(adapters, save_embedding_layers=False)
+    state = {name.replace(_PEFT, f"{_PEFT}{inside}.", 1): t.detach().cpu().contiguous() for name, t in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
+    config = copy.copy(adapters.peft_config[adapters.active_adapter])
+    config.target_modules, config.base_model_name_or_path, config.inference_mode = set(layers), model, True
+    config.save_pretrained(os.fspath(folder))
 
 
 def branch_fingerprint(model: BTAdapterVisionModel) -> dict[str, float]:

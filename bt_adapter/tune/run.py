@@ -81,6 +81,7 @@ class Run(TrainingRun):
         self._note(unusable)
         if not examples:
             raise CommandError(f"--data {recipe.data} holds no usable conversation; {unusable.report(10)}")
+        self.listed += len(examples) - (len(conversations) - len(unusable))  # one may give several examples
         self.began_with("conversations", len(examples), digest(examples))
         self.examples = examples
         self.order = Order([example.length for example in examples], recipe.batch, recipe.seed)

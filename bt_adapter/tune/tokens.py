@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class Tokens:
         chat: a chat model with a branch. tokenizer: its tokenizer, a fast one.
 
     Raises:
-        CommandError: the tokenizer cannot tell where in a text its tokens stand, or has no token that ends an answer.
+        CommandError: the tokenizer is not a fast one, or has no token that ends an answer.
     """
 
     def __init__(self, chat: Any, tokenizer: Any) -> None:
@@ -76,29 +76,103 @@ class Tokens:
         self.image_token = self.family.image_token(tokenizer)
         self.special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
 
+    def examples(self, conversation: TrainingConversation) -> list[Example]:
+        """A conversation as one example, or as one for each answer.
+
+        Several where the tokenizer joins the end of a prompt and the answer after it into one token: inference does so
+        for the answers that lie behind, not for the one that it writes, so that no one sequence holds both.
+
+        Raises PromptError as :meth:`example`.
+        """
+        turns = self._turns(conversation)
+        text, answers = self._text(conversation, turns)
+        if (whole := self._coded(text, answers, turns)) is not None:
+            return [self._example(conversation, *whole)]
+        found = []
+        for number in range(1, len(turns) + 1):
+            sources = conversation.sources[: sum(len(turn.kinds) for turn in turns[:number])]
+            key = f"{conversation.key}, answer {number}" if len(turns) > 1 else conversation.key
+            part = TrainingConversation(key, conversation.exchanges[:number], sources)
+            found.append(self._example(part, *self._last_answer(text, answers[number - 1], turns[:number])))
+        return found
+
     def example(self, conversation: TrainingConversation) -> Example:
         """All turns of a conversation as one sequence.
 
         The prompts are those of inference, token for token. An answer ends with the special token that the template
         writes after it, or, where it writes none, with the tokenizer's end of text.
 
-        Raises PromptError: it cannot be written by the model's chat template; the message says why.
+        Raises PromptError: it cannot be written by the model's chat template, or not as one sequence; the message says
+        why.
         """
-        text, answers = self._text(conversation)
-        coded = self.tokenizer(
-            text, return_offsets_mapping=True, add_special_tokens=not text.startswith(self.tokenizer.bos_token or "\0")
-        )
-        ids, spans = coded["input_ids"], coded["offset_mapping"]
+        found = self.examples(conversation)
+        if len(found) > 1:
+            raise PromptError("the tokenizer joins prompts and answers: each answer needs a sequence of its own")
+        return found[0]
+
+    def _ids(self, text: str) -> list[int]:
+        """Token ids of a text from its very beginning, as inference has them."""
+        return self.tokenizer(text, add_special_tokens=not text.startswith(self.tokenizer.bos_token or "\0"))[
+            "input_ids"
+        ]
+
+    def _prompt_ids(self, turns: Sequence[Turn]) -> list[int]:
+        """Token ids of the prompt that the last turn is answered to."""
+        asked = Turn(turns[-1].question, turns[-1].kinds)
+        return self._ids(conversation_text(self.chat, self.tokenizer, [*turns[:-1], asked]))
+
+    def _coded(
+        self, text: str, answers: Sequence[tuple[int, int, bool]], turns: Sequence[Turn]
+    ) -> tuple[list[int], list[int]] | None:
+        """Ids and targets of all turns in one sequence; None where a prompt of inference is no beginning of it."""
+        ids = self._ids(text)
         targets = [IGNORED] * len(ids)
-        for begin, end, closed in answers:
-            own = [place for place, (a, b) in enumerate(spans) if a < b and b > begin and a < end]
-            if not own or own[0] == 0:
-                raise PromptError("an answer has no tokens")
-            for place in own:
-                targets[place - 1] = ids[place]
-            if not closed:
-                targets[own[-1]] = self.tokenizer.eos_token_id
-        return self._example(conversation, ids, targets)
+        for number, (_, end, closed) in enumerate(answers, 1):
+            prompt, upto = self._prompt_ids(turns[:number]), self._ids(text[:end])
+            if ids[: len(prompt)] != prompt or ids[: len(upto)] != upto:
+                return None
+            self._put_targets(targets, ids, len(prompt), len(upto), closed)
+        return ids, targets
+
+    def _last_answer(
+        self, text: str, answer: tuple[int, int, bool], turns: Sequence[Turn]
+    ) -> tuple[list[int], list[int]]:
+        """Ids and targets of the prompt that inference has for the last turn, and of its answer alone after it.
+
+        Raises PromptError where no tokens of the answer, written after the prompt, read as the text does.
+        """
+        begin, end, closed = answer
+        prompt, upto = self._prompt_ids(turns), self._ids(text[:end])
+        wanted = self._read(upto)
+        for own in self._continuations(text[begin:end], prompt, upto):
+            if own and self._read(prompt + own) == wanted:
+                ids = prompt + own
+                targets = [IGNORED] * len(ids)
+                self._put_targets(targets, ids, len(prompt), len(ids), closed)
+                return ids, targets
+        raise PromptError(
+            "the tokenizer joins the end of the prompt and the answer into one token, and cannot write the answer alone"
+        )
+
+    def _continuations(self, answer: str, prompt: list[int], upto: list[int]) -> Iterator[list[int]]:
+        """Token ids that may stand for an answer after a prompt, the likelier first."""
+        if upto[: len(prompt)] == prompt:
+            yield upto[len(prompt) :]
+        yield self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        # after a special token some tokenizers do not put a space before the first word
+        anchor = self.tokenizer.eos_token
+        yield self.tokenizer(anchor + answer, add_special_tokens=False)["input_ids"][1:]
+
+    def _read(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _put_targets(self, targets: list[int], ids: list[int], begin: int, end: int, closed: bool) -> None:
+        """At the place before each token of an answer, that token; at its last one its end, unless it has one."""
+        if not 0 < begin < end:
+            raise PromptError("an answer has no tokens")
+        targets[begin - 1 : end - 1] = ids[begin:end]
+        if not closed:
+            targets[end - 1] = self.tokenizer.eos_token_id
 
     def _example(self, conversation: TrainingConversation, ids: list[int], targets: list[int]) -> Example:
         kinds = [source.kind for source in conversation.sources]
@@ -111,12 +185,17 @@ class Tokens:
         counts[own == self.family.image_token_id] = lengths
         return Example(conversation.key, own, np.array(targets, np.int32), counts, conversation.sources)
 
-    def _text(self, conversation: TrainingConversation) -> tuple[str, list[tuple[int, int, bool]]]:
-        """The text up to the end of the last answer, and of every answer begin, end and whether the end is a token."""
+    def _turns(self, conversation: TrainingConversation) -> list[Turn]:
         turns, kinds = [], [source.kind for source in conversation.sources]
         for exchange in conversation.exchanges:
             turns.append(Turn(exchange.question, tuple(kinds[: exchange.visuals]), exchange.answer))
             kinds = kinds[exchange.visuals :]
+        return turns
+
+    def _text(
+        self, conversation: TrainingConversation, turns: Sequence[Turn]
+    ) -> tuple[str, list[tuple[int, int, bool]]]:
+        """The text up to the end of the last answer, and of every answer begin, end and whether the end is a token."""
         # one more question shows what the template writes after the last answer
         text = conversation_text(self.chat, self.tokenizer, [*turns, Turn("?")])
         visuals = len(conversation.sources)
@@ -144,7 +223,7 @@ class Tokens:
 def make_examples(
     tokens: Tokens, conversations: Sequence[TrainingConversation], context: int, skip_long: bool
 ) -> tuple[list[Example], Skipped]:
-    """Examples of all conversations that can be had, and what cannot.
+    """Examples of all conversations that can be had, and what cannot. A conversation may give several.
 
     Raises:
         CommandError: some are longer than ``context`` tokens and ``skip_long`` is off; the message counts and names
@@ -153,14 +232,15 @@ def make_examples(
     examples, skipped, long = [], Skipped(), Skipped()
     for conversation in conversations:
         try:
-            example = tokens.example(conversation)
+            found = tokens.examples(conversation)
         except PromptError as error:
             skipped.add(conversation.key, str(error))
             continue
-        if example.length > context:
-            long.add(conversation.key, f"{example.length} tokens, more than the context of {context}")
-        else:
-            examples.append(example)
+        for example in found:
+            if example.length > context:
+                long.add(example.key, f"{example.length} tokens, more than the context of {context}")
+            else:
+                examples.append(example)
     if len(long) and not skip_long:
         raise CommandError(
             f"{len(long)} of {len(conversations)} conversations do not fit into the context of {context} tokens "
