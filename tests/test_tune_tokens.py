@@ -63,10 +63,10 @@ def conversation(*pairs: tuple[str, str]) -> TrainingConversation:
 @pytest.mark.parametrize("kind", ["bytes", "metaspace", "unigram"])
 @pytest.mark.parametrize("template", [PLAIN, SPACE, OPEN], ids=["plain", "space", "open"])
 @pytest.mark.parametrize("answer", ENDS)
-def test_every_answer_is_learned_after_the_prompt_of_inference(chat, monkeypatch, kind, template, answer):
+def test_every_answer_is_learned_after_the_prompt_of_inference(chat, kind, template, answer):
     """And its tokens read as the answer does, whatever the tokenizer joins."""
     tokenizer = make_tokenizer(kind, template)
-    monkeypatch.setattr(chat.config, "image_token_id", tokenizer.convert_tokens_to_ids("<image>"))
+    chat.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     pairs = [("how is it moving ?", answer), ("and ?", "right"), ("still ?", answer)]
     turns = [Turn(q, ("video",) if i == 0 else (), a) for i, (q, a) in enumerate(pairs)]
     examples, skipped = make_examples(Tokens(chat, tokenizer), [conversation(*pairs)], 500, False)
@@ -90,15 +90,15 @@ def test_every_answer_is_learned_after_the_prompt_of_inference(chat, monkeypatch
     assert sum(example.answer_tokens for example in examples) == sum(learned)
 
 
-def test_a_prompt_that_ends_in_a_space_keeps_its_tokens(chat, monkeypatch):
+def test_a_prompt_that_ends_in_a_space_keeps_its_tokens(chat):
     """Byte-level BPE would join that space and the answer's first word."""
     tokenizer = make_tokenizer("bytes", SPACE)
-    monkeypatch.setattr(chat.config, "image_token_id", tokenizer.convert_tokens_to_ids("<image>"))
+    chat.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     assert len(tokenizer(" left")["input_ids"]) == 1
     example = Tokens(chat, tokenizer).example(conversation(("how is it moving ?", "left")))
     ids = example.wide()[0].tolist()
     prompt = conversation_ids(chat, tokenizer, [Turn("how is it moving ?", ("video",))], [PATCHES + 1])
     assert ids[: len(prompt)] == prompt and tokenizer.convert_ids_to_tokens(prompt[-1]) == "Ġ"
-    assert tokenizer.decode(ids[len(prompt) :]) == "left</s>"
+    assert tokenizer.decode(ids[len(prompt) :]) == "left </s>"  # this template writes a space after each text
     two = Tokens(chat, tokenizer).examples(conversation(("how ?", "left"), ("and ?", "right")))
     assert [example.key for example in two] == ["one, answer 1", "one, answer 2"]

@@ -31,7 +31,7 @@ class TuneRecipe(Settings):
         }
     )  # fmt: skip
     limits = LIMITS | {
-        "frames": COUNT, "rank": COUNT, "alpha": POSITIVE, "lora_dropout": SHARE_BELOW_1, "context": COUNT,
+        "frames": POSITIVE, "rank": COUNT, "alpha": POSITIVE, "lora_dropout": SHARE_BELOW_1, "context": COUNT,
         "lr_projector": POSITIVE, "lr_branch": POSITIVE, "lr_lora": POSITIVE, "head_chunk": COUNT,
     }  # fmt: skip
 
