@@ -83,7 +83,7 @@ def make_chat(name: str, seed: int = 0, text=None, true: bool = False, **vision)
             LlavaNextForConditionalGeneration,
             {"image_grid_pinpoints": [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]},
         ),
-        "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration, {"vision_feature_layer": [-2, -3, 1]}),
+        "vipllava": (VipLlavaConfig, VipLlavaForConditionalGeneration, {"vision_feature_layers": [-2, -3, 1]}),
     }[name]
     if true:
         return model_class(config_class(text_config=text, image_token_index=IMAGE_TOKEN))

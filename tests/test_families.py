@@ -472,7 +472,7 @@ def test_branch_beside_as_many_layers_as_the_files_hold_is_refused(name):
 def test_models_that_do_not_read_the_last_layer_but_one_are_refused():
     chat = make_chat("vipllava")
     branch = make_branch(chat)
-    chat.config.vision_feature_layer = [-1, -3, 1]
+    chat.config.vision_feature_layers = [-1, -3, 1]
     with pytest.raises(ValueError, match=r"after layers \[4, 2, 1\] of 4"):
         attach(chat, branch)
 

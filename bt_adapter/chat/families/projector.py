@@ -59,7 +59,10 @@ class Llava(Family):
     @property
     def feature_layers(self) -> tuple[int, ...]:
         """From ``vision_feature_layer``, which indexes the tower's hidden states, its input first."""
-        chosen = self.chat.config.vision_feature_layer
+        config = self.chat.config
+        # ViP-LLaVA's is named in the plural by transformers 5.17; newer ones know it by both names.
+        chosen = getattr(config, "vision_feature_layers", None)
+        chosen = config.vision_feature_layer if chosen is None else chosen
         layers = self.chat.config.vision_config.num_hidden_layers
         chosen = (chosen,) if isinstance(chosen, int) else tuple(chosen)
         return tuple(layer + layers + 1 if layer < 0 else layer for layer in chosen)
