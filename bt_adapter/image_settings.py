@@ -39,6 +39,12 @@ class ImageSettings:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
 
+    @property
+    def largest_side(self) -> int:
+        """The largest side in pixels that frames are resized or cropped to."""
+        resize = self.resize if self.resize is not None else self.size
+        return max(self.size, resize) if isinstance(resize, int) else max(self.size, *resize)
+
     def crop(self, frames: Tensor) -> Tensor:
         """uint8 ``[T, 3, H, W]`` to uint8 ``[T, 3, S, S]``: resized and cropped, not normalised."""
         return resize_and_crop(frames, self.size, self.resize, self.resample)

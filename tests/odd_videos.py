@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -152,7 +152,6 @@ class Odd:
     times: list[float] | None = None
     truncated: bool | None = False
     duration: float | None = None
-    exact: bool = field(default=False)
 
 
 def even(count: int, start: float = 0.0) -> list[float]:

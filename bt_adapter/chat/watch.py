@@ -34,7 +34,7 @@ class Sampling:
     frames: so many, evenly spread; fps: so many a second (then frames is not read). repeat: repeat frames of a video
     that has fewer than ``frames``. windows, long: as for `video_tokens_streamed`; windows None: one for each
     2·``max_frames`` frames, and as many sets of tokens as there is room for. branch: False for the mean of the frames'
-    tokens.
+    tokens. side: pixels of the side that frames will be resized to, as for ``read_video``.
     """
 
     frames: int = 8
@@ -43,10 +43,12 @@ class Sampling:
     windows: int | None = None
     long: Long = "average"
     branch: bool = True
+    side: int | None = None
 
     def open(self, path: str | Path) -> FrameStream:
         """The frames of a file, checked and ready to be decoded. Raises VideoError, ValueError."""
-        stream = FrameStream(path, None if self.fps is not None else self.frames, self.fps, repeat=True, chunk=_CHUNK)
+        frames = None if self.fps is not None else self.frames
+        stream = FrameStream(path, frames, self.fps, repeat=True, chunk=_CHUNK, side=self.side)
         if not self.repeat and self.fps is None and stream.total < self.frames:
             raise VideoError(
                 f"{stream.path}: {self.frames} frames were asked for, but there are only {stream.total}; ask for fewer "
@@ -84,6 +86,8 @@ def watch(
     model = chat.branch
     stream = video if isinstance(video, (FrameStream, DecodedVideo)) else sampling.open(video)
     stream.progress = progress
+    if isinstance(stream, FrameStream) and stream.side is None:
+        stream.side = chat.family.image_size
     decode = time.perf_counter() - begin
     seen = 0
 

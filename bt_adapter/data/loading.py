@@ -154,7 +154,9 @@ class TrainingClips:
     def _draw(self, clip: Clip, frames: int, seed: int) -> Drawn:
         generator = torch.Generator().manual_seed(seed)  # anew for each attempt to read: all draw the same
         caption = clip.captions[int(torch.randint(len(clip.captions), (), generator=generator))]
-        video = clip.read(frames, sampling="random", generator=generator, repeat=True, threads=1)
+        video = clip.read(
+            frames, sampling="random", generator=generator, repeat=True, threads=1, side=self.transform.size
+        )
         cropped = self.transform.crop(video.frames, generator)
         return Drawn(cropped, caption, damaged=clip.key if video.truncated else None)
 

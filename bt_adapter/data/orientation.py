@@ -53,11 +53,6 @@ def read_orientation(frame: av.VideoFrame) -> Orientation:
     return Orientation(True, flipped_rows=b < 0, flipped_columns=c < 0)
 
 
-def upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Turn and mirror a frame's pixels ``[H, W, ...]`` as its display matrix says; the result is a view."""
-    return read_orientation(frame).apply(pixels)
-
-
 def _display_matrix(frame: av.VideoFrame) -> bytes | None:
     try:
         side_data = frame.side_data

@@ -142,7 +142,7 @@ class _Shards(Dataset):
                 source = Member(source, 0, os.path.getsize(source), source)
             suffix = Path(source.name).suffix.lower()
             return suffix if suffix[1:] in VIDEOS else ".mp4", source
-        video = clip.read(self.frames, repeat=True)
+        video = clip.read(self.frames, repeat=True, side=self.short_side)
         seconds = float(video.timestamps[-1] - video.timestamps[0])
         rate = (self.frames - 1) / seconds if seconds > 0 else 1.0
         write_video(aside, _shrink(video.frames, self.short_side), fps=max(rate, 0.01), options=ENCODING)

@@ -45,6 +45,7 @@ class FrameStream:
         total: frames in the file. duration: seconds. fps: the file's average.
         truncated: part of the file is missing or damaged (known for sure after the last frame was read).
         progress: called with frames done and in all; may be set at any time.
+        side: as given; may be set before frames are read.
 
     Raises:
         TypeError, ValueError: a wrong argument; both ``frames`` and ``fps`` given.
@@ -67,7 +68,8 @@ class FrameStream:
         for label, value in (("side", side), ("max_pixels", max_pixels)):
             if value is not None:
                 check_count(label, value)
-        self._source, self._side = Source.of(path, max_pixels=max_pixels), side
+        self._source, self._most = Source.of(path, max_pixels=max_pixels), chunk
+        self.side = side
         self.progress: Progress | None = None
         if frames is not None:
             check_count(f"{self.path}: frames", frames, VideoError)
@@ -90,8 +92,7 @@ class FrameStream:
             )
         else:
             self.numbers = sample_indices(self.total, frames, "middle").tolist()
-        height, width = bounded_size(*self._index.size, side)
-        self._chunk = min(chunk, max(1, _CHUNK_BYTES // (3 * height * width or 1)))
+        self._chunk = chunk
         self._size: tuple[int, int] | None = None  # of all frames, once the first is there
 
     @property
@@ -107,6 +108,8 @@ class FrameStream:
 
         Raises VideoError when there is none.
         """
+        height, width = bounded_size(*self._index.size, self.side)
+        self._chunk = min(self._most, max(1, _CHUNK_BYTES // (3 * height * width or 1)))
         done = 0
         if self._index.exact and self._pays_to_jump():
             for start in range(0, len(self.numbers), self._chunk):
@@ -159,7 +162,7 @@ class FrameStream:
             self.truncated = True
 
     def _room(self, frames: int) -> Taken:
-        return Taken(self.path, frames, self._side, self._size)
+        return Taken(self.path, frames, self.side, self._size)
 
     def _frames(self, taken: Taken, numbers: list[int]) -> Tensor:
         """``[t, 3, H, W]``, channels last in memory; a number may stand several times."""

@@ -249,6 +249,6 @@ class ClipFrames(Dataset):
     def _read(self, clip: Clip) -> tuple[Tensor, bool]:
         """Views uint8 ``[views, T, 3, S, S]``, and whether the file is damaged or cut short."""
         count = self.look.frames * self.look.views
-        video = clip.read(count, sampling=self.look.sampling, repeat=True)
+        video = clip.read(count, sampling=self.look.sampling, repeat=True, side=self.images.largest_side)
         frames = self.images.crop(video.frames)  # [T·views, 3, S, S]
         return frames.unflatten(0, (self.look.frames, self.look.views)).transpose(0, 1), video.truncated

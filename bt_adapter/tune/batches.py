@@ -119,7 +119,7 @@ class VisualReader:
         return resize_and_crop(read_image(path)[None], self.size)[0]
 
     def _frames(self, path: str) -> Tensor:
-        return resize_and_crop(read_video(path, self.frames, repeat=True).frames, self.size)
+        return resize_and_crop(read_video(path, self.frames, repeat=True, side=self.size).frames, self.size)
 
 
 class Steps(Dataset):
