@@ -1,5 +1,6 @@
 """Pictures and videos that are to be shown turned or mirrored come out upright, for each of the eight orientations."""
 
+import io
 from fractions import Fraction
 
 import av
@@ -73,3 +74,22 @@ def test_videos(tmp_path, suffix, number, scale):
         video = read_video(path, 2, method=method)
         assert video.frames.shape[2:] == ((96, 64) if number > 4 else (64, 96))
         assert [corners(frame) for frame in video.frames] == [seen] * 2
+
+
+def test_side_data_of_a_kind_that_pyav_does_not_know(tmp_path):
+    """Pictures of a Motion JPEG may have EXIF, at which PyAV gives up showing any side data."""
+    content, tags = io.BytesIO(), Image.Exif()
+    tags[0x112] = 6
+    Image.fromarray(stored()).save(content, "jpeg", exif=tags)
+    path = tmp_path / "photos.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuvj420p"
+        for i in range(3):
+            packet = av.Packet(content.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, i, i, Fraction(1, 10)
+            packet.is_keyframe = True
+            container.mux(packet)
+    video = read_video(path, 2)
+    assert video.frames.shape[2:] == (96, 64)
+    assert [corners(frame) for frame in video.frames] == [ORIENTATIONS[6][1]] * 2

@@ -93,3 +93,12 @@ def test_reading_ends_where_pyav_logs(tmp_path, level):
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout.split() == ["54"] * 3
+
+
+def test_pixels_that_are_not_square_are_not_stretched():
+    assert read_video(MEDIA / "wide_pixels.mp4", 1).frames.shape == (1, 3, 96, 128)
+
+
+def test_a_song_with_a_cover_is_no_video():
+    with pytest.raises(VideoError, match="song.mp3: holds no video, only sound and a cover picture$"):
+        read_video(MEDIA / "song.mp3")

@@ -297,6 +297,7 @@ def two_streams(suffix: str, first: str, size: tuple[int, int], count: int, defa
 
 
 many(
+    stored_streams=stored("two_streams.mp4", list(range(50)), times=even(50)),
     small_first_mp4=two_streams("mp4", "libx264", (32, 40), 40, 1),
     small_first_mkv=two_streams("mkv", "libx264", (32, 40), 40, 1),
     small_first_ts=two_streams("ts", "libx264", (32, 40), 40, None),
