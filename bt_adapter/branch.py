@@ -120,7 +120,6 @@ class Branch(nn.Module):
         if config.alignment_head and tower_config.projection_dim is not None and layers == config.depth:
             shared = tower_config.projection_dim
             self.alignment_head = nn.Sequential(nn.Linear(width, shared), nn.LayerNorm(shared))
-        self.drop_rates = [config.drop_path * layer / max(config.depth - 1, 1) for layer in range(config.depth)]
 
     def forward(
         self,
@@ -178,7 +177,7 @@ class Branch(nn.Module):
 
     def run_layer(self, layer: int, z: Tensor, visible: VisibleTokens, draws: Iterator[Tensor] | None) -> Tensor:
         """Temporal then spatial attention of branch layer ``layer``; ``draws`` as in the model's forward."""
-        rate = self.drop_rates[layer]
+        rate = self.config.drop_rate(layer)
 
         def scale(count: int) -> Tensor | None:
             return self._draw(rate, visible.batch, count, z, draws)

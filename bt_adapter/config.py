@@ -147,6 +147,10 @@ class BTAdapterConfig:
         if self.recompute != "none" and not self.fused:
             raise ValueError(f"recompute must be 'none' where fused is False, but is {self.recompute!r}")
 
+    def drop_rate(self, layer: int) -> float:
+        """Rate of stochastic depth of a branch layer, 0-based."""
+        return self.drop_path * layer / max(self.depth - 1, 1)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return asdict(self)

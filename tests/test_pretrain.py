@@ -20,17 +20,18 @@ from small_models import video
 from test_chat import mini_is_there
 from test_video import numbered
 
-from bt_adapter import BTAdapterVisionModel
+from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_adapter.checkpoint import CheckpointError
 from bt_adapter.data import write_video
 from bt_adapter.data.skipped import Skipped, TooManySkipped
+from bt_adapter.drop_path import draw_kept
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.retrieval import Quick
 from bt_adapter.pretrain.checkpoint import Checkpoints, load_averages, save_moments
 from bt_adapter.pretrain.loop import Stopped, signals
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.pretrain.run import Run, pretrain, start_model, wrap
-from bt_adapter.pretrain.step import Pretraining, backward, draw_visible
+from bt_adapter.pretrain.step import Pretraining, backward, draw_depth, draw_visible
 from bt_adapter.ranking import Retrieval
 from bt_adapter.text import load_clip
 
@@ -63,8 +64,9 @@ def gradients(rank: int, world: int, wanted: Recipe, folder: str, double: bool =
     mine = slice(rank * size, rank * size + size)
     frames = torch.randint(0, 256, (4, 4, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
     visible = draw_visible(wanted, model.vision_config.patches, 1, rank, world, torch.device("cpu"))
+    draws = draw_depth(model.config, wanted, visible, 1, rank, torch.device("cpu"))
     group = dist.group.WORLD if world > 1 else None
-    parts = backward(module, frames[mine], visible, text(CAPTIONS[mine]), wanted, group).double()
+    parts = backward(module, frames[mine], visible, draws, text(CAPTIONS[mine]), wanted, group).double()
     if group is not None:
         dist.all_reduce(parts)
     grads = {
@@ -77,7 +79,7 @@ def gradients(rank: int, world: int, wanted: Recipe, folder: str, double: bool =
 
 def plain(folder: Path, **changes) -> dict[str, torch.Tensor]:
     folder.mkdir()
-    gradients(0, 1, recipe(drop_path=0.0, **changes), str(folder))
+    gradients(0, 1, recipe(drop_path=0.5, **changes), str(folder))
     return torch.load(folder / "found.pt")
 
 
@@ -95,7 +97,7 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 )
 def test_processes_compute_what_one_computes(world, sharding, accumulate, tmp_path):
     expected = plain(tmp_path / "one")
-    wanted = recipe(drop_path=0.0, sharding=sharding, accumulate=accumulate)
+    wanted = recipe(drop_path=0.5, sharding=sharding, accumulate=accumulate)
     processes.run(tmp_path / "many", world, gradients, wanted, str(tmp_path))
     check(torch.load(tmp_path / "found.pt"), expected)
 
@@ -106,12 +108,27 @@ def test_parts_compute_what_the_whole_computes(changes, tmp_path):
     check(plain(tmp_path / "parts", **{"accumulate": 2} | changes), plain(tmp_path / "whole", **base))
 
 
+def test_what_drops_out_of_a_clip_is_its_own():
+    """Its seed alone decides, whatever the batch, the number of clips, and what other layers draw."""
+    config = BTAdapterConfig(depth=3, drop_path=0.5, drop_block=True)
+    whole = draw_kept(config, 16, 4, [7, 8, 9])
+    assert [list(kept.shape) for kept in whole] == [[3, 16], [3, 4], [3, 1]] * 2
+    for number, seed in enumerate((7, 8, 9)):
+        for mine, kept in zip(draw_kept(config, 16, 4, [seed]), whole, strict=True):
+            assert torch.equal(mine[0], kept[number])
+    assert not torch.equal(whole[0][0], whole[0][1])
+    assert draw_kept(BTAdapterConfig(drop_path=0.0), 16, 4, [7]) == []
+    many = draw_kept(config, 500, 500, range(20))
+    for kept, rate in zip(many, (0.25, 0.25, None, 0.5, 0.5, None), strict=True):
+        assert rate is None or abs(float((~kept).float().mean()) - rate) < 0.02
+
+
 def test_the_same_layers_drop_out_in_both_passes_of_a_part(monkeypatch, tmp_path):
     seen = []
     forward = Pretraining.forward
 
-    def watched(self, frames, visible, align=True):
-        out = forward(self, frames, visible, align)
+    def watched(self, frames, visible, draws, align=True):
+        out = forward(self, frames, visible, draws, align)
         seen.append(out[0].detach().clone())
         return out
 
@@ -141,7 +158,8 @@ def test_parts_keep_the_activations_of_one_part(monkeypatch):
         sections.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             frames = torch.zeros(8, 4, 3, 48, 48, dtype=torch.uint8)
-            backward(module, frames, visible, text(CAPTIONS * 2), wanted)
+            draws = draw_depth(module.model.config, wanted, visible, 1, 0, torch.device("cpu"))
+            backward(module, frames, visible, draws, text(CAPTIONS * 2), wanted)
         assert len(sections) == (1 if accumulate == 1 else 8)
         kept[accumulate] = max(sum(n for key, n in s.items() if key not in weights) for s in sections)
     assert 0 < kept[4] < 0.3 * kept[1]
@@ -239,7 +257,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(manifest, tmp_path):
 
 @pytest.mark.usefixtures("gloo")
 def test_a_run_goes_on_with_another_number_of_processes(manifest, tmp_path):
-    whole = recipe(data=str(manifest), out=tmp_path / "whole", steps=6, drop_path=0.0)
+    whole = recipe(data=str(manifest), out=tmp_path / "whole", steps=6, drop_path=0.5)
     pretrain(whole)
     split = replace(whole, out=tmp_path / "split", sharding="fsdp2", save_steps=3)
     processes.run(tmp_path / "a", 2, half, split, 3)

@@ -231,7 +231,7 @@ def test_parts_of_all_processes_are_the_step(video_chat, tmp_path):
 def test_padding_and_packing_hold_the_same_tokens(video_chat):
     tokens = Tokens(video_chat.model, video_chat.tokenizer)
     examples = [tokens.example(conversation(("how ?", answer))) for answer in ("left", "it is moving left .")]
-    part = Part(tuple(examples), ())
+    part = Part(tuple(examples), (), ())
     ids, targets, mask = part.padded(62)
     packed, packed_targets, positions = part.packed()
     assert packed[0].tolist() == ids[mask].tolist() and packed_targets[0].tolist() == targets[mask].tolist()

@@ -30,7 +30,7 @@ from bt_adapter.limits import option
 from bt_adapter.pretrain.checkpoint import load_averages, load_moments, whole
 from bt_adapter.pretrain.loop import Clock, Stopped, rate
 from bt_adapter.pretrain.recipe import Recipe
-from bt_adapter.pretrain.step import Pretraining, backward, draw_visible, mix
+from bt_adapter.pretrain.step import Pretraining, backward, draw_depth, draw_visible
 from bt_adapter.pretrain.training_run import TrainingRun
 from bt_adapter.published import load_reference_checkpoint
 from bt_adapter.published_files import read_tensors
@@ -193,13 +193,13 @@ class Run(TrainingRun):
     def _step(self, step: int, batch: Any) -> Callable[[], dict[str, Any]]:
         """One step; what is returned reads its figures, and so waits for the device."""
         recipe, processes, device = self.recipe, self.processes, self.processes.device
-        torch.manual_seed(mix(recipe.seed, step, processes.rank))  # of stochastic depth: a function of the step
         visible = draw_visible(recipe, self.model.vision_config.patches, step, processes.rank, processes.world, device)
+        draws = draw_depth(self.model.config, recipe, visible, step, processes.rank, device)
         frames = batch.frames.to(device, non_blocking=True)
         text = self.text(batch.captions)
         # The scaler wants to be asked: it has no scale before. Without one, nothing waits for the device.
         scale = float(self.scaler.scale(torch.ones((), device=device))) if self.scaler.is_enabled() else 1.0
-        parts = backward(self.module, frames, visible, text, recipe, processes.group, scale)
+        parts = backward(self.module, frames, visible, draws, text, recipe, processes.group, scale)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.branch.parameters(), recipe.grad_norm or math.inf)
         factor = rate(step, self.steps, self.warm_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bt_adapter.config import BTAdapterConfig
+from bt_adapter.drop_path import draw_kept
 from bt_adapter.dtypes import autocast
 from bt_adapter.losses import contrastive_loss
 from bt_adapter.model import BTAdapterVisionModel
@@ -24,13 +27,15 @@ class Pretraining(nn.Module):
         super().__init__()
         self.model, self.recipe = model, recipe
 
-    def forward(self, frames: Tensor, visible: VisibleTokens, align: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, frames: Tensor, visible: VisibleTokens, draws: Sequence[Tensor] | None = None, align: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """uint8 ``[B, T, 3, S, S]`` to the videos' embeddings and the branch's, ``[B, F]`` each, and MBTA (weighted).
 
-        ``align=False`` leaves MBTA out: 0.
+        ``draws``: of stochastic depth, as the model's forward takes them. ``align=False`` leaves MBTA out: 0.
         """
         pixels = self.model.images.normalise(frames.flatten(0, 1), self.model.tower.dtype)
-        output = self.model(pixels.unflatten(0, frames.shape[:2]), visible)
+        output = self.model(pixels.unflatten(0, frames.shape[:2]), visible, draws)
         loss = output.video_embeds.new_zeros((), dtype=torch.float32)
         if align and self.model.branch.alignment_head is not None:
             loss = self.recipe.mbta * self.model.token_alignment(output)
@@ -43,6 +48,19 @@ def draw_visible(recipe: Recipe, patches: int, step: int, rank: int, world: int,
     draw = VisibleTokens.tube if recipe.mask == "tube" else VisibleTokens.random
     whole = draw(recipe.batch, patches, recipe.frames_of(step - 1), recipe.ratio, generator)
     return part_of(whole, rank, world, device)
+
+
+def draw_depth(
+    config: BTAdapterConfig, recipe: Recipe, visible: VisibleTokens, step: int, rank: int, device: torch.device
+) -> list[Tensor]:
+    """Which residuals of this process's clips stochastic depth keeps in a step (from 1).
+
+    Each clip's draws are a function of the seed, the step and its place in the whole batch, so that neither the number
+    of processes nor that of parts changes them. ``visible``: of this process's clips.
+    """
+    first = rank * visible.batch
+    seeds = [mix(recipe.seed, step, first + clip) for clip in range(visible.batch)]
+    return [kept.to(device) for kept in draw_kept(config, visible.sequences, visible.steps, seeds)]
 
 
 def part_of(visible: VisibleTokens, number: int, parts: int, device: torch.device | None = None) -> VisibleTokens:
@@ -65,6 +83,7 @@ def backward(
     module: nn.Module,
     frames: Tensor,
     visible: VisibleTokens,
+    draws: Sequence[Tensor],
     text: Tensor,
     recipe: Recipe,
     group: dist.ProcessGroup | None = None,
@@ -75,6 +94,7 @@ def backward(
     Args:
         module: a :class:`Pretraining`, wrapped or not.
         frames: this process's clips, uint8 ``[B, T, 3, S, S]``. visible: what the branch sees of them.
+        draws: of stochastic depth for them, see :func:`draw_depth`.
         text: embeddings of their captions, ``[B, F]``.
         recipe: temperature, weights, precision and ``accumulate``. With parts, the clips go through tower and branch
             twice: once without gradients for the embeddings of all of them, whose gradients the losses over the whole
@@ -88,30 +108,30 @@ def backward(
     """
     if recipe.accumulate == 1:
         with autocast(recipe.precision, frames.device):
-            video, branch, mbta = module(frames, visible)
+            video, branch, mbta = module(frames, visible, draws)
         vtc, mbca = _contrast(video, branch, text, recipe, group)
         ((vtc + mbca + mbta) * scale).backward()
         return torch.stack([vtc, mbca, mbta]).detach().float()
+    count = recipe.accumulate
+    drawn = [kept.chunk(count) for kept in draws]
     parts = [
-        (piece, part_of(visible, number, recipe.accumulate))
-        for number, piece in enumerate(frames.chunk(recipe.accumulate))
+        (piece, part_of(visible, number, count), [kept[number] for kept in drawn])
+        for number, piece in enumerate(frames.chunk(count))
     ]
-    draws, seen = [], []
-    for piece, shown in parts:
-        draws.append(_random_state(frames.device))
+    seen = []
+    for piece, shown, kept in parts:
         with torch.no_grad(), autocast(recipe.precision, frames.device):
-            seen.append(module(piece, shown, align=False)[:2])
+            seen.append(module(piece, shown, kept, align=False)[:2])
     video, branch = (torch.cat(pieces).requires_grad_() for pieces in zip(*seen, strict=True))
     vtc, mbca = _contrast(video, branch, text, recipe, group)
     ((vtc + mbca) * scale).backward()
     assert video.grad is not None and branch.grad is not None
     grads = zip(video.grad.chunk(recipe.accumulate), branch.grad.chunk(recipe.accumulate), strict=True)
     mbta = torch.zeros_like(vtc)
-    for number, ((piece, shown), (of_video, of_branch)) in enumerate(zip(parts, grads, strict=True)):
-        _set_random_state(draws[number], frames.device)  # the same layers drop out as before
+    for number, ((piece, shown, kept), (of_video, of_branch)) in enumerate(zip(parts, grads, strict=True)):
         with _waiting(module, number + 1 < len(parts)):
             with autocast(recipe.precision, frames.device):
-                video, branch, aligned = module(piece, shown)
+                video, branch, aligned = module(piece, shown, kept)
             aligned = aligned / len(parts)
             carried = (video.float() * of_video.float()).sum() + (branch.float() * of_branch.float()).sum()
             (carried + aligned * scale).backward()
@@ -134,13 +154,3 @@ def _waiting(module: Any, wait: bool) -> AbstractContextManager:
     if hasattr(module, "set_requires_gradient_sync"):
         module.set_requires_gradient_sync(not wait)
     return nullcontext()
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

@@ -60,10 +60,12 @@ class Part:
         examples: B of them.
         visuals: those of all of them, in order: a video's frames uint8 ``[T, 3, S, S]`` or its stored features
             ``[T, 1+P, D]`` in half precision; a still uint8 ``[3, S, S]``.
+        seeds: one for each of ``visuals``, of what drops out of it, whichever process and part it runs in.
     """
 
     examples: tuple[Example, ...]
     visuals: tuple[Tensor, ...]
+    seeds: tuple[int, ...]
 
     @property
     def answer_tokens(self) -> int:
@@ -143,13 +145,16 @@ class Steps(Dataset):
         for number in mine:
             example = self.examples[number]
             try:
-                read.append((example, [self.visuals(source) for source in example.sources]))
+                own = [self.visuals(source) for source in example.sources]
+                seeds = [numbers_seed(self.order.seed, step, int(number), place) for place in range(len(own))]
+                read.append((example, own, seeds))
             except VideoError as error:
                 failed.append((example.key, str(error)))
         parts = []
         size = -(-len(read) // self.parts) or 1
         for start in range(0, len(read), size):
             chosen = read[start : start + size]
-            visuals = tuple(visual for _, own in chosen for visual in own)
-            parts.append(Part(tuple(example for example, _ in chosen), visuals))
+            visuals = tuple(visual for _, own, _ in chosen for visual in own)
+            drops = tuple(seed for _, _, seeds in chosen for seed in seeds)
+            parts.append(Part(tuple(example for example, _, _ in chosen), visuals, drops))
         return Step(tuple(parts), tuple(failed))

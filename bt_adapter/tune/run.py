@@ -174,7 +174,7 @@ class Run(TrainingRun):
     def _step(self, step: int, batch: Step) -> dict[str, Any]:
         """One step, and its figures: the loss is the mean over the answer tokens of all processes and parts."""
         recipe, processes = self.recipe, self.processes
-        torch.manual_seed(numbers_seed(recipe.seed, step, processes.rank))  # of what drops out
+        torch.manual_seed(numbers_seed(recipe.seed, step, processes.rank))  # of what drops out in adapters
         loss = torch.zeros((), dtype=torch.float64)
         for part in batch.parts:
             summed = self.tuning.loss(part)

@@ -11,9 +11,11 @@ from torch import Tensor
 from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.data import normalise
+from bt_adapter.drop_path import draw_kept
 from bt_adapter.dtypes import autocast
 from bt_adapter.errors import CommandError
 from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.time_steps import plan_steps
 from bt_adapter.tune.batches import Part
 from bt_adapter.tune.loss import answer_loss
 from bt_adapter.tune.recipe import TuneRecipe
@@ -79,7 +81,7 @@ class Tuning:
         embeds = self.family.input_embeddings(ids)
         if part.visuals:
             places = (ids == self.family.image_token_id)[:, :, None]
-            tokens = torch.cat(self.visual_tokens(part.visuals)).to(embeds.dtype)
+            tokens = torch.cat(self.visual_tokens(part.visuals, part.seeds)).to(embeds.dtype)
             embeds = embeds.masked_scatter(places.expand_as(embeds), tokens)
         return embeds, targets, options
 
@@ -105,30 +107,42 @@ class Tuning:
             hidden = self.family.language_model(inputs_embeds=rows, use_cache=False, **options).last_hidden_state
         return bool(torch.autograd.grad(hidden[0, 2:, 0].sum(), rows)[0][0, :2].any())
 
-    def visual_tokens(self, visuals: tuple[Tensor, ...]) -> list[Tensor]:
-        """What stands in the place of each video or still, ``[V, W]`` each; those of one shape run together."""
+    def visual_tokens(self, visuals: tuple[Tensor, ...], seeds: tuple[int, ...]) -> list[Tensor]:
+        """What stands in the place of each video or still, ``[V, W]`` each; those of one shape run together.
+
+        seeds: of what stochastic depth drops of each, in training.
+        """
         groups: dict[Any, list[int]] = {}
         for number, visual in enumerate(visuals):
             groups.setdefault((visual.shape, visual.dtype), []).append(number)
         found: list[Any] = [None] * len(visuals)
         for numbers in groups.values():
-            own = self._encode(torch.stack([visuals[number] for number in numbers]).to(self.chat.device))
+            batch = torch.stack([visuals[number] for number in numbers]).to(self.chat.device)
+            own = self._encode(batch, [seeds[number] for number in numbers])
             for number, tokens in zip(numbers, own, strict=True):
                 found[number] = tokens
         return found
 
-    def _encode(self, batch: Tensor) -> list[Tensor]:
+    def _draws(self, model: BTAdapterVisionModel, frames: int, seeds: list[int]) -> list[Tensor] | None:
+        """Of stochastic depth, for videos of so many frames; None: nothing drops."""
+        if not model.branch.training:
+            return None
+        steps = plan_steps(model.config, frames, self.recipe.long).steps
+        return draw_kept(model.config, model.vision_config.patches, steps, seeds)
+
+    def _encode(self, batch: Tensor, seeds: list[int]) -> list[Tensor]:
+        model, long = self.model, self.recipe.long
         if batch.is_floating_point():  # stored features [B, T, 1+P, D]
-            return list(
-                self.family.project(self.family.video_tokens(self.model, features=batch, long=self.recipe.long))
-            )
+            draws = self._draws(model, batch.shape[1], seeds)
+            return list(self.family.project(self.family.video_tokens(model, features=batch, long=long, draws=draws)))
         frames = batch.flatten(0, -4)  # [n, 3, S, S]
-        pixels = normalise(frames, self.chat.mean, self.chat.std, self.model.tower.dtype)
+        pixels = normalise(frames, self.chat.mean, self.chat.std, model.tower.dtype)
         if batch.ndim == 5:
             videos = pixels.unflatten(0, batch.shape[:2])
-            return list(self.family.project(self.family.video_tokens(self.model, videos, long=self.recipe.long)))
+            draws = self._draws(model, batch.shape[1], seeds)
+            return list(self.family.project(self.family.video_tokens(model, videos, long=long, draws=draws)))
         owner, method = self.family.hook
         if method != "get_image_features":  # a Q-Former reads the tower's tokens: those of a video of one frame
-            return list(self.family.project(self.model.frame_mean_tokens(pixels[:, None])))
+            return list(self.family.project(model.frame_mean_tokens(pixels[:, None])))
         own = MethodType(getattr(type(owner), method), owner)
         return self.family.stills(own, list(pixels), [None] * len(pixels), {"return_dict": True})

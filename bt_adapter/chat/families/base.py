@@ -7,7 +7,7 @@ model, V tokens of one video in a prompt.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -194,6 +194,7 @@ class Family(ABC):
         branch: bool = True,
         progress: Progress | None = None,
         long: Long = "average",
+        draws: Iterable[Tensor] | None = None,
     ) -> Tensor:
         """The visual tokens of videos before the projector or Q-Former, ``[B, P+1, D]`` (several layers: a multiple).
 
@@ -202,14 +203,14 @@ class Family(ABC):
             pixel_values: normalised frames ``[B, T, 3, h, w]``, or None where ``features`` are given, stored for
                 ``start_layer``, ``[B, T, 1+P, D]``: see ``BTAdapterVisionModel.video_tokens``.
             branch: False: the mean over the frames of the tower's tokens, without the branch (pixels alone).
-            progress, long: as there.
+            progress, long, draws: as there.
 
         Raises:
             ValueError, TypeError: an argument has the wrong shape or value; the message names it.
         """
         if branch:
             return model.video_tokens(
-                pixel_values, features=features, start_layer=start_layer, progress=progress, long=long
+                pixel_values, features=features, start_layer=start_layer, draws=draws, progress=progress, long=long
             )
         if pixel_values is None:
             raise ValueError("pixel_values must be given where branch is False")

@@ -5,7 +5,7 @@ Legend: B videos, T frames, P patches, D width, L tower layers, d branch layers;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ def video_tokens_of_layers(
     branch: bool = True,
     progress: Progress | None = None,
     long: Long = "average",
+    draws: Iterable[Tensor] | None = None,
 ) -> Tensor:
     """Video tokens of several tower layers side by side in the channels, ``[B, P+1, D · len(layers)]``, CLS last.
 
@@ -35,7 +36,7 @@ def video_tokens_of_layers(
         pixel_values: normalised frames ``[B, T, 3, h, w]``.
         layers: after how many tower layers to read, each in [0, L-1].
         branch: False: the mean of X over time everywhere.
-        progress, long: as in ``BTAdapterVisionModel.video_tokens``.
+        progress, long, draws: as in ``BTAdapterVisionModel.video_tokens``.
 
     Raises:
         ValueError: a layer lies outside that range.
@@ -79,7 +80,7 @@ def video_tokens_of_layers(
         if layer in layers:
             read[layer] = _mean(x)
     if branch and last > first:
-        model._call_branch(beside_branch(), visible, after=read_both, plan=plan)
+        model._call_branch(beside_branch(), visible, None if draws is None else iter(draws), after=read_both, plan=plan)
     return torch.cat([read[layer].to(read[last].dtype) for layer in layers], -1)
 
 

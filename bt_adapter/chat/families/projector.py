@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -91,15 +91,16 @@ class Llava(Family):
         branch: bool = True,
         progress: Progress | None = None,
         long: Long = "average",
+        draws: Iterable[Tensor] | None = None,
     ) -> Tensor:
         layers = self.feature_layers
         if len(layers) == 1:
-            return super().video_tokens(model, pixel_values, features, start_layer, branch, progress, long)
+            return super().video_tokens(model, pixel_values, features, start_layer, branch, progress, long, draws)
         if pixel_values is None:
             raise ValueError(
                 f"this model reads its tower after layers {layers}: it needs pixel_values, stored features hold one"
             )
-        return video_tokens_of_layers(model, pixel_values, layers, branch, progress, long)
+        return video_tokens_of_layers(model, pixel_values, layers, branch, progress, long, draws)
 
     def stills(
         self, own: Callable[..., Any], pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]
