@@ -44,5 +44,10 @@ def quantization(kind: Quantize, kept: Sequence[str]) -> Any:
     raise QuantizeError(f"quantize {kind} needs {wanted}, which is not installed: pip install bitsandbytes")
 
 
+def is_quantized(model: Any) -> bool:
+    """Whether a model was loaded in 4 or 8 bits."""
+    return getattr(model, "quantization_method", None) is not None
+
+
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None

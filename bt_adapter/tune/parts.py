@@ -56,7 +56,7 @@ class Learned(nn.ModuleDict):
             self["branch"] = branch
         if "lora" in recipe.learn:
             self.inside = name_inside(chat, family.language_model)
-            self["lora"] = add_adapters(family.language_model, recipe)
+            self["lora"] = add_adapters(chat, family.language_model, recipe)
             for name, module in self["lora"].named_modules():
                 module.training = "lora_dropout" in name  # not the layers they stand in, whose own would drop out too
         if recipe.gradient_checkpointing:
@@ -123,13 +123,16 @@ def projector_of(chat: Any) -> nn.Module:
     raise CommandError(f"--learn projector: {type(chat).__name__} has no projector")
 
 
-def add_adapters(language_model: nn.Module, recipe: TuneRecipe) -> Any:
+def add_adapters(chat: Any, language_model: nn.Module, recipe: TuneRecipe) -> Any:
     """Fresh adapters in a language model's layers, by PEFT; the model that is handed over has them from then on."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise CommandError("--learn lora needs the package peft: pip install 'bt-adapter[train]'") from error
     names = recipe.lora_layers
+    for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # by which PEFT knows what it wraps
+        if getattr(chat, mark, False):
+            setattr(language_model, mark, True)
     config = LoraConfig(
         r=recipe.rank, lora_alpha=cast(int, recipe.alpha), lora_dropout=recipe.lora_dropout,
         target_modules=names if names == "all-linear" else names.split(","),

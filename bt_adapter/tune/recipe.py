@@ -112,6 +112,8 @@ class TuneRecipe(Settings):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of frozen weights and products; what learns and the losses are float32. auto: bfloat16 on a GPU, or
     float16 where it lacks that; on a CPU float32, unless a measurement shows bfloat16 to be faster."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """The frozen language model in 4 or 8 bits, by bitsandbytes (QLoRA with --learn lora); not for mini."""
     gradient_checkpointing: bool = False
     """The language model's layers run again in backward instead of being kept."""
     recompute: Literal["none", "mlp", "layer"] = "mlp"
@@ -144,6 +146,8 @@ class TuneRecipe(Settings):
     def check(self, world: int) -> None:
         """Raise CommandError for the first value that cannot be, with ``world`` processes."""
         self.check_values()
+        if self.quantize is not None and self.model.startswith("mini"):
+            raise CommandError("--quantize is for models of a folder or the hub; mini is small enough")
         if not self.data:
             raise CommandError("--data is missing: a .json or .jsonl of questions and answers about videos")
         if not self.learn or set(self.learn) - set(PARTS) or len(set(self.learn)) < len(self.learn):

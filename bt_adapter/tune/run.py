@@ -17,6 +17,7 @@ from torch import nn
 from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.conversation import context
 from bt_adapter.chat.engine import VideoChat
+from bt_adapter.chat.quantize import QuantizeError, is_quantized
 from bt_adapter.data.loading import in_order, numbers_seed
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
@@ -91,6 +92,8 @@ class Run(TrainingRun):
 
     def _model(self) -> None:
         recipe = self.recipe
+        if recipe.quantize is not None and not is_quantized(self.chat.model):
+            raise CommandError(f"--quantize {recipe.quantize}: the chat model that was handed over is not quantized")
         torch.manual_seed(recipe.seed)  # of fresh adapters
         self.learned = Learned(self.chat.model, recipe)
         model = attached_branch(self.chat.model)
@@ -268,7 +271,11 @@ def load_chat(recipe: TuneRecipe, device: torch.device) -> VideoChat:
     try:
         dtype = getattr(torch, recipe.precision)
         same = not recipe.other_tower
-        return load_base(recipe.model, recipe.branch, str(device), dtype, require_same_tower=same)
+        return load_base(
+            recipe.model, recipe.branch, str(device), dtype, require_same_tower=same, quantize=recipe.quantize
+        )
+    except QuantizeError as error:
+        raise CommandError(f"--{error}") from error
     except (OSError, ValueError, TypeError) as error:
         raise CommandError(f"--model {recipe.model} with --branch {recipe.branch}: {error}") from error
 
