@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.errors import CheckpointError as CheckpointError
-from bt_adapter.hugging_face import load_clip_model
+from bt_adapter.hugging_face import is_hub_name, load_clip_model, locate_branch
 from bt_adapter.image_settings import ImageSettings, read_image_settings
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.names import pack_qkv, to_own
@@ -152,7 +152,7 @@ def load_model(
     """Read a folder written by :func:`save_model`; in evaluation mode, float32 unless the tower is shared.
 
     Args:
-        folder: with ``config.json`` and ``model.safetensors``.
+        folder: with ``config.json`` and ``model.safetensors``, or the hub name of one (owner/name).
         clip: the CLIP the branch belongs to, where the folder holds the branch alone; None: the one it names. A tower
             without a projection (of a chat model) gives a model that has ``video_tokens`` alone.
         share: use the CLIP's own parameters.
@@ -161,7 +161,7 @@ def load_model(
         FileNotFoundError: a file is missing.
         CheckpointError: a file is damaged, names or shapes do not fit, the CLIP is another one, or none is known.
     """
-    folder = Path(folder)
+    folder = locate_branch(folder) if is_hub_name(folder) else Path(folder)
     settings = read_settings(folder)
     state = pack_qkv(read_safetensors(folder / "model.safetensors"))  # version 0.1 kept q, k and v apart
     config, name = TowerConfig(**settings["tower"]), settings["tower_name"]
@@ -197,6 +197,18 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+
+
+def name_of_tower(branch: str | os.PathLike) -> str | None:
+    """The CLIP that a saved branch names as its own; None where it names none, or is a published file.
+
+    Raises:
+        FileNotFoundError, CheckpointError: it is not there or damaged.
+    """
+    folder = locate_branch(branch) if is_hub_name(branch) else Path(branch)
+    if not folder.exists():
+        raise FileNotFoundError(f"no checkpoint at {folder}")
+    return read_settings(folder)["tower_name"] if folder.is_dir() else None
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -87,12 +87,43 @@ def check_place(name: str | os.PathLike[str]) -> str:
     path = Path(text).expanduser()
     if path.exists():
         return str(path)
-    hub_name = re.fullmatch(r"([\w-][\w.-]*)/[\w-][\w.-]*", text)
-    if hub_name is None:
-        raise FileNotFoundError(f"{text} is not there, and is no hub name (owner/name){_near(path)}")
-    if Path(hub_name[1]).is_dir():
-        raise FileNotFoundError(f"{text} is not there{_near(path)}")
+    if not is_hub_name(text):
+        hint = "" if path.parent != Path() else ", and is no hub name (owner/name)"
+        raise FileNotFoundError(f"{text} is not there{hint}{_near(path)}")
     return text
+
+
+def is_hub_name(text: str | os.PathLike[str]) -> bool:
+    """Whether a name can be one on the hub (owner/name) and is no local path: there is neither it nor its folder."""
+    match = re.fullmatch(r"([\w-][\w.-]*)/[\w-][\w.-]*", os.fspath(text))
+    return match is not None and not Path(text).exists() and not Path(match[1]).is_dir()
+
+
+def locate_branch(source: str | os.PathLike[str]) -> Path:
+    """Where a branch lies: a folder of ``save_pretrained``, or the file of a published checkpoint.
+
+    source: that folder or file, or a name on the hub (owner/name) that is fetched.
+
+    Raises:
+        FileNotFoundError: it is not there; a mistyped local path is never looked for on the hub.
+        OSError: the hub has no such repository, or there is no network.
+        CheckpointError: the repository holds no branch.
+    """
+    path = Path(check_place(source))
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(snapshot_download(str(source)))
+    except Exception as error:  # of the hub's client, the network, or a cache without it
+        raise FileNotFoundError(f"branch {source} is no folder or file here, nor found on the hub: {error}") from error
+    if (path / "config.json").is_file():
+        return path
+    files = sorted(file for file in path.iterdir() if file.suffix in (".pth", ".bin", ".pt", ".safetensors"))
+    if len(files) != 1:
+        raise CheckpointError(f"{source} on the hub has neither a config.json nor one single file of weights")
+    return files[0]
 
 
 def _near(path: Path) -> str:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from bt_adapter.checkpoint import CheckpointError, read_safetensors
+from bt_adapter.hugging_face import is_hub_name, locate_branch
 
 
 def read_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """All tensors of a published checkpoint under the names it has for them; errors as above."""
     state: Any = source
     if not isinstance(source, Mapping):
-        path = Path(source)
+        path = locate_branch(source) if is_hub_name(source) else Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint at {path}")
         if path.suffix == ".safetensors":

@@ -10,7 +10,7 @@ import torch
 from bt_adapter.data import write_video
 from bt_adapter.pretrain.recipe import Recipe
 
-SMALL = {
+SMALL = {"clip": "mini", 
     "frames": 4, "batch": 4, "depth": 2, "workers": 0, "ratio": 0.5, "lr": 1e-4, "warmup": 0.1, "max_frames": 8,
     "precision": "float32",
 }  # fmt: skip

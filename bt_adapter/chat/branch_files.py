@@ -12,40 +12,13 @@ from torch import nn
 
 from bt_adapter.chat.families import Family
 from bt_adapter.chat.pairing import beside, check_shapes, in_whole_tower, mismatch
-from bt_adapter.checkpoint import CheckpointError, load_exactly, read_safetensors, read_settings
+from bt_adapter.checkpoint import load_exactly, read_safetensors, read_settings
 from bt_adapter.config import TowerConfig
-from bt_adapter.hugging_face import check_place
+from bt_adapter.hugging_face import locate_branch
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.names import pack_qkv
 from bt_adapter.published import load_reference_checkpoint, read_sizes
 from bt_adapter.time_steps import read_branch_config
-
-
-def locate_branch(source: str | os.PathLike[str]) -> Path:
-    """Where a branch lies: a folder of ``save_pretrained``, or the file of a published checkpoint.
-
-    source: that folder or file, or a name on the hub (owner/name) that is fetched.
-
-    Raises:
-        FileNotFoundError: it is not there; a mistyped local path is never looked for on the hub.
-        OSError: the hub has no such repository, or there is no network.
-        CheckpointError: the repository holds no branch.
-    """
-    path = Path(check_place(source))
-    if path.exists():
-        return path
-    from huggingface_hub import snapshot_download
-
-    try:
-        path = Path(snapshot_download(str(source)))
-    except Exception as error:  # of the hub's client, the network, or a cache without it
-        raise FileNotFoundError(f"branch {source} is no folder or file here, nor found on the hub: {error}") from error
-    if (path / "config.json").is_file():
-        return path
-    files = sorted(file for file in path.iterdir() if file.suffix in (".pth", ".bin", ".pt", ".safetensors"))
-    if len(files) != 1:
-        raise CheckpointError(f"{source} on the hub has neither a config.json nor one single file of weights")
-    return files[0]
 
 
 def load_branch(source: str | os.PathLike[str], family: Family, require_same_tower: bool) -> BTAdapterVisionModel:

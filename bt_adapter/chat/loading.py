@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
 from bt_adapter.chat.attach import attach
-from bt_adapter.chat.branch_files import check_branch, locate_branch
+from bt_adapter.chat.branch_files import check_branch
 from bt_adapter.chat.families import FAMILIES, Family, family_of
 from bt_adapter.chat.quantize import Quantize, quantization
-from bt_adapter.hugging_face import check_place, load_pretrained
+from bt_adapter.hugging_face import check_place, load_pretrained, locate_branch
 
 
 def load_with_branch(

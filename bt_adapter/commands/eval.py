@@ -25,8 +25,8 @@ class Evaluation:
     """Folder of the video files; default: the one of --data."""
     split: str | None = None
     """Part of the data set, where its layout has parts."""
-    clip: str = "mini"
-    """The CLIP: hub name, local folder, or "mini" (the small one, extra [mini])."""
+    clip: str | None = None
+    """The CLIP: hub name, local folder, or "mini" (the small one, extra [mini]); default: the one --branch names."""
     branch: str | None = None
     """A folder of save_pretrained, or a published checkpoint; mini has its own."""
     no_branch: Annotated[bool, arg(name="no-branch")] = False

@@ -106,7 +106,7 @@ def _settings(command: Evaluation, stack: Stack, look: Look, precision: str) -> 
         "data": str(command.data),
         "videos": None if command.videos is None else str(command.videos),
         "split": command.split,
-        "clip": command.clip,
+        "clip": stack.clip,
         "branch": stack.source,
         "branch_used": stack.branch,
         "fingerprint": stack.fingerprint,

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from bt_adapter.checkpoint import name_of_tower
 from bt_adapter.config import BTAdapterConfig
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.text_tower import published_text
+from bt_adapter.hugging_face import is_hub_name, locate_branch
 from bt_adapter.mini import weights_folder
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.published import load_reference_checkpoint
@@ -28,22 +30,24 @@ class Stack:
         model: on the CPU, float32, evaluation mode.
         text: text encoder of the same space.
         branch: whether the branch runs; without it the frozen tower's frames are averaged.
-        source: where the branch came from; None: there is none.
+        clip: its name. source: where the branch came from; None: there is none.
         fingerprint: of the tensors that count and their configuration, 32 characters.
     """
 
     model: BTAdapterVisionModel
     text: TextEncoder
     branch: bool
+    clip: str
     source: str | None
     fingerprint: str
 
 
-def load_stack(clip: str, branch: str | None, use_branch: bool = True) -> Stack:
+def load_stack(clip: str | None, branch: str | None, use_branch: bool = True) -> Stack:
     """A model and its text encoder.
 
     Args:
-        clip: "mini", a hub name or a folder: the CLIP the branch belongs to.
+        clip: "mini", a hub name or a folder: the CLIP the branch belongs to. None: the one the branch names, and
+            "mini" where no branch, or a published file, is given.
         branch: a folder of save_pretrained, or a published checkpoint, which brings its own tower and, from
             pretraining, its own text tower: the CLIP's tokenizer is then all that counts of it (and for a CLIP
             checkpoint its configuration). None: the shipped branch for "mini".
@@ -53,6 +57,7 @@ def load_stack(clip: str, branch: str | None, use_branch: bool = True) -> Stack:
         CommandError: no branch is given, it is one for chat alone, or its tensors do not fit.
         OSError: something is not there.
     """
+    clip = clip or _clip_of(branch)
     try:
         found, text = load_clip(clip)
     except ValueError as error:
@@ -74,10 +79,24 @@ def load_stack(clip: str, branch: str | None, use_branch: bool = True) -> Stack:
             f"--branch {branch} embeds videos in {model.vision_config.projection_dim} numbers, but the text encoder of "
             f"--clip {clip} texts in {width}"
         )
-    return Stack(model, text, use_branch, branch, fingerprint(model, use_branch))
+    return Stack(model, text, use_branch, clip, branch, fingerprint(model, use_branch))
+
+
+def _clip_of(branch: str | None) -> str:
+    """The CLIP to take where none is named: the one a saved branch names. CommandError where it names none."""
+    if branch is None or Path(branch).is_file():  # a published file brings its own tower
+        return "mini"
+    try:
+        name = name_of_tower(branch)
+    except ValueError as error:
+        raise CommandError(f"--branch {branch}: {error}") from error
+    if name is None:
+        raise CommandError(f"--clip is missing, and --branch {branch} names none: give the CLIP it was trained beside")
+    return name
 
 
 def _load_branch(branch: str, clip: Any, text: TextEncoder) -> tuple[BTAdapterVisionModel, TextEncoder]:
+    branch = str(locate_branch(branch)) if is_hub_name(branch) else branch
     if Path(branch).is_dir():
         model = BTAdapterVisionModel.from_pretrained(branch, clip=clip, share=True)
     else:

@@ -96,8 +96,8 @@ class Recipe(Settings):
     validation_videos: Path | None = None
     """As --videos, for --validation."""
 
-    clip: str = "mini"
-    """The CLIP: hub name, local folder, or "mini" (the small one, extra [mini])."""
+    clip: str | None = None
+    """The CLIP: hub name, local folder, or "mini" (the small one, extra [mini]); default: the one --init names."""
     init: str | None = None
     """Branch to start from: a folder of save_pretrained or a published checkpoint; default: a fresh one."""
     depth: int = 4

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
-from bt_adapter.checkpoint import CheckpointError, check_fingerprint, image_settings_of, save_model
+from bt_adapter.checkpoint import CheckpointError, check_fingerprint, image_settings_of, name_of_tower, save_model
 from bt_adapter.config import TowerConfig
 from bt_adapter.data import TrainTransform
 from bt_adapter.data.clips import Clip, digest
@@ -26,6 +27,7 @@ from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
+from bt_adapter.hugging_face import is_hub_name, locate_branch
 from bt_adapter.limits import option
 from bt_adapter.pretrain.checkpoint import load_averages, load_moments, whole
 from bt_adapter.pretrain.loop import Clock, Stopped, rate
@@ -51,10 +53,27 @@ def pretrain(recipe: Recipe) -> Path:
     processes = Processes(recipe.device)
     try:
         recipe.check(processes.world)
-        run = Run(recipe, processes)
+        run = Run(with_clip(recipe), processes)
         return run.to_the_end()
     finally:
         processes.leave()
+
+
+def with_clip(recipe: Recipe) -> Recipe:
+    """The recipe with the CLIP named: where it names none, the one of ``init``. CommandError where there is none."""
+    if recipe.clip is not None:
+        return recipe
+    try:
+        name = None if recipe.init is None else name_of_tower(recipe.init)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--init {recipe.init}: {error}") from error
+    if name is None:
+        beside = f", and --init {recipe.init} names none" if recipe.init else ""
+        raise CommandError(
+            f"--clip is missing{beside}: the CLIP that the branch is pretrained beside, a hub name or a folder "
+            '(openai/clip-vit-large-patch14-336 is that of LLaVA-1.5; "mini" the small one)'
+        )
+    return replace(recipe, clip=name)
 
 
 class Run(TrainingRun):
@@ -71,6 +90,7 @@ class Run(TrainingRun):
         recipe = self.recipe
         self.clip: Any
         try:
+            assert recipe.clip is not None
             self.clip, self.text = load_clip(recipe.clip)
         except (OSError, ValueError) as error:
             raise CommandError(f"--clip {recipe.clip}: {error}") from error
@@ -309,8 +329,9 @@ def start_model(recipe: Recipe, clip: Any, folder: Path | None) -> BTAdapterVisi
 def _start_of(recipe: Recipe, init: str, clip: Any) -> BTAdapterVisionModel:
     """The model of ``init``. CommandError where it does not fit the CLIP, or options say another thing."""
     try:
-        if Path(init).is_file():
-            tensors = read_tensors(init)
+        place = locate_branch(init) if is_hub_name(init) else Path(init)
+        if place.is_file():
+            tensors = read_tensors(place)
             if any(name.removeprefix("backbone.").startswith(("blocks.", "btadapter_S.")) for name in tensors):
                 raise CheckpointError("an EVA-CLIP's branch; pretraining starts beside a CLIP of transformers alone")
             gated = recipe.gates or any(name.endswith(("balance1", "balance2")) for name in tensors)
@@ -320,7 +341,7 @@ def _start_of(recipe: Recipe, init: str, clip: Any) -> BTAdapterVisionModel:
             tower = BTAdapterVisionModel.from_clip(clip, BTAdapterConfig(depth=1), share=True).tower
             check_fingerprint(model, tower.fingerprint(), Path(init))
         else:
-            model = BTAdapterVisionModel.from_pretrained(init, clip=clip)
+            model = BTAdapterVisionModel.from_pretrained(place, clip=clip)
     except (OSError, ValueError, TypeError) as error:
         raise CommandError(f"--init {init} with --clip {recipe.clip}: {error}") from error
     if model.chat_only or model.vision_config.projection_dim is None:

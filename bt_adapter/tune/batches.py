@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from bt_adapter.data import VideoError, read_image, read_video
 from bt_adapter.data.loading import numbers_seed
 from bt_adapter.data.patience import read_patiently
-from bt_adapter.data.transforms import resize_and_crop
+from bt_adapter.image_settings import ImageSettings
 from bt_adapter.tune.conversations import Source
 from bt_adapter.tune.features import FeatureStore
 from bt_adapter.tune.tokens import IGNORED, Example
@@ -99,11 +99,13 @@ class VisualReader:
     """Reads videos and stills.
 
     Args:
-        size: S, pixels. frames: T; a shorter video repeats frames. store: of features to read instead of decoding.
+        images: how they are resized and cropped, or S, the pixels of CLIP's own way. frames: T; a shorter video
+            repeats frames. store: of features to read instead of decoding.
     """
 
-    def __init__(self, size: int, frames: int, store: FeatureStore | None = None) -> None:
-        self.size, self.frames, self.store = size, frames, store
+    def __init__(self, images: ImageSettings | int, frames: int, store: FeatureStore | None = None) -> None:
+        self.images = ImageSettings(images) if isinstance(images, int) else images
+        self.frames, self.store = frames, store
 
     def __call__(self, source: Source) -> Tensor:
         """As in :class:`Part`. Raises VideoError, and CommandError where storage fails for good."""
@@ -118,10 +120,10 @@ class VisualReader:
         return read_patiently(path, self._frames, path)
 
     def _still(self, path: str) -> Tensor:
-        return resize_and_crop(read_image(path)[None], self.size)[0]
+        return self.images.crop(read_image(path)[None])[0]
 
     def _frames(self, path: str) -> Tensor:
-        return resize_and_crop(read_video(path, self.frames, repeat=True, side=self.size).frames, self.size)
+        return self.images.crop(read_video(path, self.frames, repeat=True, side=self.images.short_side).frames)
 
 
 class Steps(Dataset):

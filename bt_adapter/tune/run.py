@@ -139,7 +139,7 @@ class Run(TrainingRun):
     def _visuals(self) -> VisualReader:
         """Reads videos, after their features were stored where that is asked for."""
         recipe, chat = self.recipe, self.chat
-        visuals = VisualReader(chat.family.image_size, recipe.frames)
+        visuals = VisualReader(chat.images, recipe.frames)
         if recipe.features is None:
             return visuals
         if len(chat.family.feature_layers) != 1:
@@ -151,7 +151,7 @@ class Run(TrainingRun):
         store_features(
             store, videos, visuals.decode, model, self.processes, recipe.workers, self._say, lambda: self.asked
         )
-        return VisualReader(chat.family.image_size, recipe.frames, store)
+        return VisualReader(chat.images, recipe.frames, store)
 
     def _loop(self, done: int) -> None:
         recipe, processes = self.recipe, self.processes
