@@ -45,11 +45,6 @@ class ImageSettings:
         resize = self.resize if self.resize is not None else self.size
         return max(self.size, resize) if isinstance(resize, int) else max(self.size, *resize)
 
-    @property
-    def short_side(self) -> int:
-        """Pixels of the short side that a frame is resized to: what decoding must give at least."""
-        return max(self.size, *(self.resize if isinstance(self.resize, tuple) else (self.resize or 0,)))
-
     def crop(self, frames: Tensor) -> Tensor:
         """uint8 ``[T, 3, H, W]`` to uint8 ``[T, 3, S, S]``: resized and cropped, not normalised."""
         return resize_and_crop(frames, self.size, self.resize, self.resample)

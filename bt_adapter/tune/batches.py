@@ -123,7 +123,7 @@ class VisualReader:
         return self.images.crop(read_image(path)[None])[0]
 
     def _frames(self, path: str) -> Tensor:
-        return self.images.crop(read_video(path, self.frames, repeat=True, side=self.images.short_side).frames)
+        return self.images.crop(read_video(path, self.frames, repeat=True, side=self.images.largest_side).frames)
 
 
 class Steps(Dataset):
