@@ -63,7 +63,7 @@ class ImageSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
-        return asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @staticmethod
     def of_dict(values: Mapping[str, Any]) -> ImageSettings:

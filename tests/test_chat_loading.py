@@ -205,7 +205,8 @@ def test_turns_beyond_a_sliding_window_are_those_of_a_fresh_answer(static, windo
 
 def test_which_caches_can_be_cut():
     for limit in (None, 64):
-        assert caches.can_crop(caches.make_cache(make_chat("llava").config.get_text_config(), limit))
+        croppable = limit is None or "crop" in vars(caches.StaticLayer)  # transformers before 5.18 cannot
+        assert caches.can_crop(caches.make_cache(make_chat("llava").config.get_text_config(), limit)) == croppable
     for cache in (caches.DynamicCache(config=sliding(8)), caches.StaticCache(config=sliding(8), max_cache_len=64)):
         keys = torch.zeros(1, 2, 5, 10)
         for layer in range(2):

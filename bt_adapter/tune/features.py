@@ -66,6 +66,10 @@ class FeatureStore:
             "format": 1, "frames": frames, "image_size": config.image_size, "layer": model.first_branch_layer,
             "dtype": dtype, "mean": list(mean), "std": list(std), "tower": model.tower.fingerprint(),
         }  # fmt: skip
+        if (
+            model.images.resize is not None or model.images.resample != "bicubic"
+        ):  # else as stored before there were any
+            self.about["images"] = model.images.to_dict()
         self._check()
 
     def _check(self) -> None:
