@@ -19,7 +19,7 @@ from bt_adapter.chat.ahead import DecodedAhead
 from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, check_context, context, video_room
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.rows import Rows
-from bt_adapter.chat.session import chosen_dtype, load, sampling_of
+from bt_adapter.chat.session import chosen_dtype, load, sampling_of, say_choices
 from bt_adapter.chat.shares import SharedRows, share_of
 from bt_adapter.chat.watch import Sampling, watch
 from bt_adapter.data.finding import VideoFolder, find_video
@@ -117,6 +117,8 @@ def answer_with(
     try:
         share = share_of(pending, rows.processes)
         if share:
+            if rows.processes.first:
+                say_choices(notes, command)
             with notes.status("loading the model"):
                 chat = load(command)
             with progress_bar(notes, "answering") as progress:

@@ -15,6 +15,7 @@ from bt_adapter.chat.conversation import ContextError, Conversation, Reply
 from bt_adapter.chat.engine import VideoChat, peak_memory
 from bt_adapter.chat.prompts import PromptError
 from bt_adapter.chat.quantize import QuantizeError
+from bt_adapter.chat.sampled import settle_sampling
 from bt_adapter.chat.watch import Sampling, Watched, look, watch
 from bt_adapter.data import VideoError
 from bt_adapter.data.patience import read_patiently
@@ -38,7 +39,7 @@ def run_chat(command: Chat) -> int:
     sampling = sampling_of(command)
     streams = [_open(sampling, path) for path in command.video]  # a bad file is told before a model is loaded
     begin = time.perf_counter()
-    say(notes, str(chosen_dtype(command)), "dim")
+    say_choices(notes, command)
     with notes.status("loading the model"):
         chat = load(command)
     loaded = time.perf_counter() - begin
@@ -188,7 +189,14 @@ def _decoded(raw: bytes, number: int) -> str:
 
 def sampling_of(command: ChatModel) -> Sampling:
     """How a command line wants videos watched."""
-    return Sampling(command.frames, command.fps, command.repeat, command.windows, command.long, not command.no_branch)
+    values, _ = settle_sampling(command)
+    return Sampling(fps=command.fps, branch=not command.no_branch, **values)
+
+
+def say_choices(notes: Console, command: ChatModel) -> None:
+    """Tell the dtype and the sampling of videos, and why, where they were not asked for."""
+    for line in (str(chosen_dtype(command)), *settle_sampling(command)[1]):
+        say(notes, line, "dim")
 
 
 def device_of(command: ChatModel) -> str:

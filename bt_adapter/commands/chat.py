@@ -23,20 +23,23 @@ class ChatModel:
     """Branch to attach: a folder of save_pretrained, its hub name, or a published checkpoint; mini has its own."""
     other_tower: bool = False
     """Take a branch trained beside another CLIP than the model's, of the same shape but for the resolution."""
-    frames: int = 8
-    """Frames to take, evenly spread over the video."""
+    frames: int | None = None
+    """Frames to take, evenly spread; default: as the model was tuned or its branch pretrained, else 8."""
     fps: float | None = None
     """Take so many frames of each second instead; videos of any length."""
     repeat: bool = False
-    """Repeat frames where the video has fewer than --frames."""
+    """Repeat frames where the video has fewer than --frames; default: as the model was tuned."""
+    no_repeat: Annotated[bool, arg(name="no-repeat")] = False
+    """Repeat none, though the model was tuned with repeated ones."""
     windows: int | None = None
     """Cut the video into so many windows, each of which becomes one set of tokens; default: one for each 128 frames
     (twice the rows of the branch's time table, however many of them are trained), and no more sets than fit into the
     model's context beside the answer, shared by the videos given together: the sets of neighbouring windows are
     averaged beyond that."""
-    long: Literal["average", "interpolate", "published"] = "average"
+    long: Literal["average", "interpolate", "published"] | None = None
     """In windows of more frames than the branch was trained with: average neighbouring frames down to its time steps,
-    interpolate the trained rows of its time table, or read all its rows as stored, trained or not (as published)."""
+    interpolate the trained rows of its time table, or read all its rows as stored, trained or not (as published).
+    Default: average."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
     no_branch: Annotated[bool, arg(name="no-branch")] = False

@@ -20,8 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bt_adapter.checkpoint import CheckpointError, read_safetensors, save_model, to_disk
+from bt_adapter.files import write_whole
 from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.pretrain.frames import FrameRange
 
+PRETRAINED = "pretrained.json"
 KEPT = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -73,9 +76,9 @@ class Checkpoints:
         averages = {name: whole(tensor) for name, tensor in ema.items()}
 
         def fill(folder: Path) -> None:
-            save_model(model, folder / "branch", branch=branch)
-            if averages:
-                save_model(model, folder / "ema", branch=averages)
+            for name, tensors in {"branch": branch, "ema": averages}.items():
+                if tensors:
+                    save_trained(model, folder / name, tensors, state)
             save_moments(moments, folder / "optimizer.safetensors")
 
         self.write(state, fill)
@@ -110,6 +113,20 @@ class Checkpoints:
                 os.replace(self.path(step), doomed)
         for doomed in (*self.folder.glob("*.dropped"), *self.folder.glob("*.writing")):
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def save_trained(
+    model: BTAdapterVisionModel, folder: Path, branch: Mapping[str, Tensor], state: dict[str, Any]
+) -> None:
+    """Write a branch, and beside it how it was trained. state: of the run."""
+    save_model(model, folder, branch=branch)
+    recipe = state["recipe"]
+    sampling = {"frames": FrameRange.of(recipe["frames"]).most, "repeat": True}
+    about = {
+        "step": state["step"], "sampling": sampling, "dtype": recipe["precision"],
+        "dtype_chosen": state.get("dtype_chosen"), "recipe": recipe,
+    }  # fmt: skip
+    write_whole(folder / PRETRAINED, json.dumps(about, indent=2) + "\n")
 
 
 def _sound(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
-from bt_adapter.checkpoint import CheckpointError, check_fingerprint, image_settings_of, name_of_tower, save_model
+from bt_adapter.checkpoint import CheckpointError, check_fingerprint, image_settings_of, name_of_tower
 from bt_adapter.config import TowerConfig
 from bt_adapter.data import TrainTransform
 from bt_adapter.data.clips import Clip, digest
@@ -29,7 +29,7 @@ from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.hugging_face import is_hub_name, locate_branch
 from bt_adapter.limits import option
-from bt_adapter.pretrain.checkpoint import load_averages, load_moments, whole
+from bt_adapter.pretrain.checkpoint import load_averages, load_moments, save_trained, whole
 from bt_adapter.pretrain.loop import Clock, Stopped, rate
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.pretrain.step import Pretraining, backward, draw_depth, draw_visible
@@ -169,9 +169,9 @@ class Run(TrainingRun):
             branch = {name: whole(t).cpu() for name, t in self.model.branch.state_dict().items()}
             averages = {name: whole(t).cpu() for name, t in self.ema.items()}
             if processes.first:
-                save_model(self.model, out, branch=branch)
+                save_trained(self.model, out, branch, self.state)
                 if averages:
-                    save_model(self.model, recipe.out / "ema", branch=averages)
+                    save_trained(self.model, recipe.out / "ema", averages, self.state)
         if len(self.skipped):
             self._say(self.skipped.report())
         if len(self.damaged):

@@ -46,6 +46,8 @@ class TrainingRun:
         self.state: dict[str, Any] = found[1] if found else {"step": 0, "recipe": recipe.to_dict()}
         if wrong := recipe.differences(self.state["recipe"]):
             raise CommandError(f"--out {recipe.out} holds a run of another recipe: {'; '.join(wrong)}")
+        if self.folder is None:
+            self.state["dtype_chosen"] = self.precision.why
         self.skipped = Skipped()
         self.asked = self.stop = False  # by a signal; agreed on by all processes
 

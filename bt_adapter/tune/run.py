@@ -249,6 +249,7 @@ class Run(TrainingRun):
                 "fingerprint": branch_fingerprint(attached_branch(self.chat.model)),
             },
             "step": self.state["step"],
+            "sampling": {"frames": self.recipe.frames, "repeat": True, "windows": 1, "long": "average"},
             "precision": {"dtype": self.precision.name, "chosen": self.precision.why},
             "recipe": self.recipe.to_dict(),
         }

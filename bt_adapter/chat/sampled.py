@@ -1,0 +1,68 @@
+"""How videos were sampled when a model or branch was trained: the default of the commands that ask it about videos.
+
+``tuned.json`` of a tuned folder and ``pretrained.json`` of a pretrained branch say it under "sampling". Without torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bt_adapter.errors import CommandError
+
+if TYPE_CHECKING:
+    from bt_adapter.commands.chat import ChatModel
+
+TUNED, PRETRAINED = "tuned.json", "pretrained.json"
+DEFAULTS: dict[str, Any] = {"frames": 8, "repeat": False, "windows": None, "long": "average"}
+
+
+def settle_sampling(command: ChatModel) -> tuple[dict[str, Any], list[str]]:
+    """Find the frames, repeat, windows and long of a command line: given ones, else those of training, else the usual.
+
+    Windows are those of training only with the frames of training.
+
+    Returns:
+        The values by name, and lines that say what was taken from training and what was given otherwise.
+
+    Raises:
+        CommandError: ``--repeat`` and ``--no-repeat`` are both given.
+    """
+    if command.repeat and command.no_repeat:
+        raise CommandError("--repeat and --no-repeat were both given: give one of them")
+    given: dict[str, Any] = {"frames": command.frames, "windows": command.windows, "long": command.long}
+    given["repeat"] = True if command.repeat else False if command.no_repeat else None
+    trained, source = read_sampling(command.model, command.branch)
+    if command.fps is not None or (given["frames"] is not None and given["frames"] != trained.get("frames")):
+        trained = {name: value for name, value in trained.items() if name != "windows"}
+    values = DEFAULTS | trained | {name: value for name, value in given.items() if value is not None}
+    notes = []
+    taken = [f"{name} {trained[name]}" for name in trained if given[name] is None and trained[name] != DEFAULTS[name]]
+    if command.fps is not None:
+        taken = [text for text in taken if not text.startswith("frames ")]
+        if "frames" in trained:
+            notes.append(f"--fps {command.fps:g} is another choice than the {trained['frames']} frames of {source}")
+    if taken:
+        notes.append(f"videos are sampled as {source} was trained: {', '.join(taken)}")
+    notes += [
+        f"--{name} {value} is another choice than {source} was trained with: {trained[name]}"
+        for name, value in given.items()
+        if value is not None and name in trained and trained[name] != value
+    ]
+    return values, notes
+
+
+def read_sampling(model: str, branch: str | None) -> tuple[dict[str, Any], str]:
+    """Read the sampling of training: of a tuned folder, or else of a pretrained branch. Also which of them says it."""
+    for name, file in ((model, TUNED), (branch, PRETRAINED)):
+        path = Path(name or "") / file
+        if name is None or not path.is_file():
+            continue
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            found = about.get("sampling") or {"frames": about["recipe"]["frames"], "repeat": True}
+            return {key: found[key] for key in DEFAULTS if key in found}, str(name)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue  # who loads the folder says what is wrong with it
+    return {}, ""
