@@ -277,7 +277,7 @@ def _put(embeds: Tensor, places: Tensor, features: list[Tensor], kind: str) -> T
     return embeds.masked_scatter(places[..., None].to(embeds.device), rows)
 
 
-def _video_model(cls: type) -> type:
+def _video_model(cls: Any) -> Any:
     """Give a class ``forward`` and ``generate`` that take videos, around those of its family."""
     family_class: Any = next(base for base in cls.__mro__ if not issubclass(base, VideoModel))
 
@@ -298,6 +298,8 @@ def _video_model(cls: type) -> type:
     for method in (forward, generate):
         method.__qualname__ = f"{cls.__name__}.{method.__name__}"
         setattr(cls, method.__name__, method)
+    # device maps and sharding by transformer layers leave these whole
+    cls._no_split_modules = [*(family_class._no_split_modules or []), "TemporalLayer", "SpatialLayer"]
     return cls
 
 

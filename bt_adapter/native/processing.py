@@ -17,12 +17,12 @@ from transformers import (
     AddedToken,
     BatchFeature,
     Blip2Processor,
-    CLIPImageProcessor,
     InstructBlipProcessor,
     LlavaNextProcessor,
     LlavaProcessor,
 )
 from transformers.image_utils import make_flat_list_of_images
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from bt_adapter.chat.families import family_of
 from bt_adapter.data import normalise, read_video
@@ -351,25 +351,29 @@ PROCESSORS: dict[str, type] = {
 }
 
 
-def make_processor(model: Any, tokenizer: Any, image_processor: Any = None, qformer_tokenizer: Any = None) -> Any:
-    """The processor of a video chat model, from the parts of its image chat model's.
+def make_processor(model: Any, processor: Any, image_processor: Any = None, qformer_tokenizer: Any = None) -> Any:
+    """Make the processor of a video chat model from its image chat model's.
 
     The tokenizer is copied before the video's token is added to it; the model's configuration then names that token.
 
     Args:
         model: one of this package's video chat models.
-        tokenizer: of the image chat model, with its image token and, where it has one, its chat template.
-        image_processor: None: CLIP's own way with the family's mean and deviation.
-        qformer_tokenizer: of InstructBLIP.
+        processor: of the image chat model, or its tokenizer alone, with the chat template where there is one.
+        image_processor: beside a tokenizer; None: CLIP's, with the family's mean and deviation.
+        qformer_tokenizer: beside a tokenizer, of InstructBLIP.
 
     Raises:
-        TypeError: ``model`` is none of the families'. ValueError: InstructBLIP without ``qformer_tokenizer``.
+        TypeError: ``model`` is of no family. ValueError: InstructBLIP without the tokenizer of its Q-Former, or a
+            tokenizer that lacks the model's image token.
     """
     family = family_of(model)
-    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer = copy.deepcopy(getattr(processor, "tokenizer", processor))
+    image_processor = getattr(processor, "image_processor", image_processor)
+    qformer_tokenizer = getattr(processor, "qformer_tokenizer", qformer_tokenizer)
+    tokenizer.chat_template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
     if image_processor is None:
         size = {"height": family.image_size, "width": family.image_size}
-        image_processor = CLIPImageProcessor(
+        image_processor = CLIPImageProcessorPil(
             size={"shortest_edge": family.image_size}, crop_size=size, image_mean=family.mean, image_std=family.std
         )
     image_token = family.image_token(tokenizer)
@@ -386,12 +390,13 @@ def make_processor(model: Any, tokenizer: Any, image_processor: Any = None, qfor
                 raise ValueError("qformer_tokenizer must be given: InstructBLIP's Q-Former reads the question")
             own["qformer_tokenizer"] = qformer_tokenizer
     else:
+        # the model's own: processors that were saved before transformers asked for them lack both
         own = {
             "patch_size": model.config.vision_config.patch_size,
             "vision_feature_select_strategy": getattr(model.config, "vision_feature_select_strategy", "default"),
             "num_additional_image_tokens": 1,
             "image_token": image_token,
         }
-    processor = PROCESSORS[family.name](**shared, **own)
-    model.config.video_token_index = processor.video_token_id
-    return processor
+    made = PROCESSORS[family.name](**shared, **own)
+    model.config.video_token_index = made.video_token_id
+    return made
