@@ -14,7 +14,7 @@ from tuning import make_tokenizer, write_clips
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.prompts import Turn, conversation_text
 from bt_adapter.data import VideoError, preprocess, read_video
-from bt_adapter.native import make_processor
+from bt_adapter.native import VideoChatCollator, make_processor
 from bt_adapter.native.processing import VideoReader, flat_videos
 from bt_adapter.native.template import with_videos
 
@@ -172,3 +172,34 @@ def test_flat_videos():
     assert VideoReader(8, (0.5,) * 3, (0.5,) * 3)(frames).shape == (3, 3, 8, 8)
     with pytest.raises(TypeError, match="videos must be files, frames or lists of them"):
         flat_videos(3)
+
+
+def test_the_loss_of_collated_conversations_is_on_answers_alone(name, clips, picture):  # noqa: F811
+    model, _ = make_native(name)
+    template = (
+        "{% for m in messages %}{{ m.role }} {% for p in m.content %}"
+        "{{ '<image> ' if p.type == 'image' else p.text + ' ' }}{% endfor %}"
+        "{% if m.role == 'assistant' %}</s> {% endif %}{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    processor = processor_of(model, template)
+
+    def said(role, text, *visuals):
+        return {"role": role, "content": [*visuals, {"type": "text", "text": text}]}
+
+    video = {"type": "video", "path": str(clips / "clip0.mp4")}
+    still = {"type": "image", "image": picture}
+    first = [said("user", "how is it moving", video), said("assistant", "it is moving left .")]
+    second = [said("user", "what colour", still, still, video), said("assistant", "red .")]
+    batch = VideoChatCollator(processor, num_frames=2)(
+        [{"messages": first + second}, {"prompt": second[:1], "completion": second[1:]}]
+    )
+    assert batch["pixel_values_videos"].shape[:2] == (3, 2)
+    texts = [
+        processor.tokenizer.decode(labels[labels != -100]).replace("</s>", "").split() for labels in batch["labels"]
+    ]
+    assert texts == ["it is moving left . red .".split(), "red .".split()]
+    for labels, ids in zip(batch["labels"], batch["input_ids"], strict=True):
+        assert torch.equal(labels[labels != -100], ids[labels != -100])
+    model(**batch).loss.backward()
+    with pytest.raises(ValueError, match="must have messages, or prompt and completion, but has"):
+        VideoChatCollator(processor)([{"text": "?"}])

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from bt_adapter.native.collator import VideoChatCollator
 from bt_adapter.native.modeling import (
     NATIVE_CLASSES,
     BTAdapterBlip2ForConditionalGeneration,
@@ -32,6 +33,7 @@ __all__ = [
     "BTAdapterLlavaNextProcessor",
     "BTAdapterLlavaProcessor",
     "BTAdapterVipLlavaForConditionalGeneration",
+    "VideoChatCollator",
     "VideoModel",
     "make_processor",
 ]
