@@ -85,8 +85,8 @@ def encoder(name: str, chat: VideoChat) -> Callable[[Tensor], list[Visual]]:
     """From normalised frames ``[T, 3, h, w]`` of a video to what its prompt holds."""
     model = attached_branch(chat.model)
     if name == "image":
-        owner, method = chat.family.hook
-        return lambda pixels: [Visual("image", tokens) for tokens in getattr(owner, method)(pixels).pooler_output]
+        see = chat.family.home.get_image_features
+        return lambda pixels: [Visual("image", tokens) for tokens in see(pixels).pooler_output]
     if name == "reference":
         baseline = Baseline(model)
         return lambda pixels: [Visual("video", chat.project(baseline.video_tokens(pixels[None]))[0])]

@@ -6,6 +6,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_adapter.chat.attach import attach, attached_branch, branch_enabled, detach
+from bt_adapter.chat.attachment import attachment_of
 from bt_adapter.chat.prompts import expand, video_length
 
 IMAGE_TOKEN = 60
@@ -162,8 +163,7 @@ def test_switch_comes_back_after_an_error(chat, videos):
     attach(chat, make_branch(chat))
     with pytest.raises(RuntimeError), branch_enabled(chat, False):
         raise RuntimeError
-    with branch_enabled(chat, True):
-        assert chat.model.get_image_features.enabled
+    assert attachment_of(chat).enabled
 
 
 def test_branch_from_a_folder_takes_the_chats_tower(chat, videos, tmp_path):

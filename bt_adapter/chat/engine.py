@@ -145,9 +145,7 @@ class VideoChat:
 
         Raises ValueError where the model takes stills in pieces and no image processor is there to cut them.
         """
-        owner: Any
-        owner, method = self.family.hook
-        if method != "get_image_features":  # a Q-Former reads the tower's tokens, which are those of a one-frame mean
+        if self.family.has_qformer:  # it reads the tower's tokens, which are those of a one-frame mean
             return self.visual("image", self.branch.frame_mean_tokens(self.prepare(image[None])))
         if self.family.name == "llava_next":
             if self.image_processor is None:
@@ -155,8 +153,10 @@ class VideoChat:
             picture = image.cpu().numpy()
             cut = self.image_processor(images=[picture], return_tensors="pt", input_data_format="channels_first")
             pixels = cut["pixel_values"].to(self.device, self.branch.tower.dtype)
-            return Visual("image", torch.cat(list(owner.get_image_features(pixels, cut["image_sizes"]).pooler_output)))
-        return Visual("image", owner.get_image_features(self.prepare(image[None])[0]).pooler_output[0])
+            return Visual(
+                "image", torch.cat(list(self.family.home.get_image_features(pixels, cut["image_sizes"]).pooler_output))
+            )
+        return Visual("image", self.family.home.get_image_features(self.prepare(image[None])[0]).pooler_output[0])
 
     @torch.no_grad()
     def visual(self, kind: str, tokens: Tensor) -> Visual:

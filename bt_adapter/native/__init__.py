@@ -11,6 +11,7 @@ from bt_adapter.native.modeling import (
     BTAdapterLlavaNextForConditionalGeneration,
     BTAdapterVipLlavaForConditionalGeneration,
     VideoModel,
+    VideoPrompts,
 )
 from bt_adapter.native.processing import (
     PROCESSORS,
@@ -35,6 +36,7 @@ __all__ = [
     "BTAdapterVipLlavaForConditionalGeneration",
     "VideoChatCollator",
     "VideoModel",
+    "VideoPrompts",
     "make_processor",
 ]
 

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from bt_adapter.branch import Branch
 from bt_adapter.chat.families import Family
-from bt_adapter.native.modeling import NATIVE_CLASSES, make_native_class
+from bt_adapter.native.modeling import INNER_CLASSES, NATIVE_CLASSES, derive
 
 
 class ImageModel(NamedTuple):
-    """What is put back when a branch is taken off: the class and the configuration of the image chat model."""
+    """The configuration of an image chat model, and the classes of it and of the model inside it."""
 
-    model_class: type
     config: Any
+    classes: dict[Any, type]
 
 
 @cache
-def native_class_of(image_class: type, name: str) -> type:
+def _native_class(image_class: type, native: type) -> type:
     """The video chat model's class for an image chat model's.
 
     A class derived from the family's own, as ``fully_shard`` makes one, keeps what it adds.
     """
-    native = NATIVE_CLASSES[name]
-    if image_class in native.__mro__:
-        return native
-    return make_native_class(f"BTAdapter{image_class.__name__}", native, image_class)
+    return native if image_class in native.__mro__ else derive(native, image_class)
 
 
 def to_video_model(family: Family, branch: Branch, tower_name: str | None) -> ImageModel:
@@ -35,28 +35,36 @@ def to_video_model(family: Family, branch: Branch, tower_name: str | None) -> Im
 
     Returns what `to_image_model` wants.
     """
-    chat = family.chat
-    before = ImageModel(type(chat), chat.config)
-    native: Any = native_class_of(type(chat), family.name)  # type: ignore[arg-type]
-    config = copy.copy(chat.config)  # the parts' configurations stay the very same objects
-    config.__class__ = native.config_class
+    native = NATIVE_CLASSES[family.name]
+    before = ImageModel(family.chat.config, {module: type(module) for module in _modules(family)})
+    config = copy.copy(family.chat.config)  # the parts' configurations stay the very same objects
+    config.__class__ = native.config_class  # type: ignore[attr-defined]
     config.bt_adapter = describe(branch, tower_name)
     config.video_token_index, config.use_branch = None, True
-    _set_config(family, before.config, config)
-    chat.__class__ = native
-    _rebind_forward(chat, native)
+    wanted = {
+        module: _native_class(image_class, native if module is family.chat else INNER_CLASSES[family.name])
+        for module, image_class in before.classes.items()
+    }
+    _change(family, config, wanted)
     family.home.bt_adapter = branch
     return before
 
 
 def to_image_model(family: Family, before: ImageModel) -> None:
     """Undo `to_video_model`."""
-    chat = family.chat
     del family.home.bt_adapter
-    chat.__dict__.pop("_branch_view", None)
-    _set_config(family, chat.config, before.config)
-    chat.__class__ = before.model_class
-    _rebind_forward(chat, before.model_class)
+    family.home.__dict__.pop("_attachment", None)
+    _change(family, before.config, before.classes)
+
+
+def image_model_of(family: Family) -> ImageModel:
+    """The image chat model inside a video chat model that was loaded as one."""
+    config = copy.copy(family.chat.config)
+    config.__class__ = family.model_class.config_class  # type: ignore[attr-defined]
+    for name in ("bt_adapter", "video_token_index", "use_branch"):
+        config.__dict__.pop(name, None)
+    classes: Any = (family.model_class, family.inner_class)
+    return ImageModel(config, dict(zip(_modules(family), classes, strict=False)))
 
 
 def describe(branch: Branch, tower_name: str | None) -> dict[str, Any]:
@@ -65,13 +73,16 @@ def describe(branch: Branch, tower_name: str | None) -> dict[str, Any]:
     return about if tower_name is None else about | {"tower_name": tower_name}
 
 
-def _set_config(family: Family, old: Any, new: Any) -> None:
-    for module in (family.chat, family.home):
+def _modules(family: Family) -> list[nn.Module]:
+    """The chat model and, where there is one, the model inside it that takes the pixels."""
+    return [family.chat] if family.home is family.chat else [family.chat, family.home]
+
+
+def _change(family: Family, config: Any, classes: Mapping[Any, type]) -> None:
+    old = family.chat.config
+    for module, wanted in classes.items():
         if module.config is old:
-            module.config = new
-
-
-def _rebind_forward(chat: Any, model_class: type) -> None:
-    """accelerate keeps the forward that it wraps on the module itself: let it be the new class's."""
-    if "_old_forward" in chat.__dict__:
-        chat._old_forward = model_class.forward.__get__(chat)  # type: ignore[attr-defined]
+            module.config = config
+        module.__class__ = wanted
+        if "_old_forward" in module.__dict__:  # accelerate keeps the forward that it wraps: let it be the new class's
+            module._old_forward = wanted.forward.__get__(module)  # type: ignore[attr-defined]

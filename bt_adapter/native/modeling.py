@@ -1,8 +1,8 @@
 """Image chat models with a branch inside, as Hugging Face models: stills and videos in one call.
 
-Every class is the family's own class of transformers with :class:`VideoModel` in front of it. Without a video in a call
+Every class is the family's own class of transformers with a part of this file in front of it. Without a video in a call
 the family's own code runs, so that stills and text are answered bit for bit as before. With one, the features of stills
-and videos are put into the prompt's embeddings first, and the family's code goes on from there.
+and videos are put into the prompts' embeddings first, and the family's code goes on from there.
 
 Legend: B prompts, S tokens of a prompt, V videos in all prompts, T frames, P patches of a frame, W width of the
 language model.
@@ -21,8 +21,11 @@ from transformers import (
     Blip2ForConditionalGeneration,
     InstructBlipForConditionalGeneration,
     LlavaForConditionalGeneration,
+    LlavaModel,
     LlavaNextForConditionalGeneration,
+    LlavaNextModel,
     VipLlavaForConditionalGeneration,
+    VipLlavaModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.blip_2.modeling_blip_2 import Blip2ForConditionalGenerationModelOutput
@@ -40,14 +43,16 @@ from bt_adapter.native.video_features import encode_videos, split_videos
 
 _IGNORED = -100  # the label that the loss leaves out
 _VIDEO_ARGUMENTS = ("pixel_values_videos", "video_frame_counts", "use_branch")
-# What `VideoModel.embed_prompts` uses up; the language model is given the rest of a call's arguments.
+# What `VideoPrompts.embed_prompts` uses up; the language model is given the rest of a call's arguments.
 _VISUAL_ARGUMENTS = (
     *_VIDEO_ARGUMENTS, "pixel_values", "image_sizes", "interpolate_pos_encoding", "vision_feature_layer",
     "vision_feature_layers", "vision_feature_select_strategy", "qformer_input_ids", "qformer_attention_mask",
 )  # fmt: skip
 
 
-def _takes_videos(base: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _takes_videos(
+    base: Callable[..., Any], arguments: tuple[str, ...] = _VIDEO_ARGUMENTS
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Hand a method its arguments by name; its signature is ``base``'s with the arguments of videos.
 
     transformers reads off signatures which arguments ``generate`` and the Trainer may hand over.
@@ -60,7 +65,7 @@ def _takes_videos(base: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
         for p in inspect.signature(base).parameters.values()
     ]
     rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
-    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _VIDEO_ARGUMENTS]
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in arguments]
     signature = inspect.Signature([*(p for p in parameters if p not in rest), *own, *rest])
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,8 +82,8 @@ def _takes_videos(base: Callable[..., Any]) -> Callable[[Callable[..., Any]], Ca
     return decorate
 
 
-class VideoModel:
-    """The part that every family's class has in common: a branch, and videos in prompts.
+class VideoPrompts:
+    """The part that puts stills and videos into prompts: of the model that takes the pixels.
 
     In ``input_ids`` a video stands as ``video_token_id``, once for each of its tokens (P+1 in LLaVA, as many as there
     are queries behind a Q-Former), a still as ``image_token_id``. ``forward`` and ``generate`` take, beside the
@@ -93,29 +98,10 @@ class VideoModel:
     :class:`bt_adapter.chat.families.Visuals`. InstructBLIP's ``qformer_input_ids`` have a row for each prompt, or one
     for each visual.
 
-    The tower is frozen: videos run through it without gradients.
+    The tower is frozen: videos run through it without gradients, unless its weights or the pixels ask for them.
     """
 
     config: Any
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        family = family_of(self)
-        family.home.bt_adapter = Branch(family.tower_config, config.branch_config(), config.bt_adapter.get("layers"))
-        family.vision_tower.requires_grad_(False)
-        self.post_init()  # type: ignore[attr-defined]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, Branch):
-            nn.init.zeros_(module.cls_token)
-            nn.init.normal_(module.time, std=0.02)
-            for gate in (module.merge_gate, module.output_gate):
-                if gate is not None:
-                    nn.init.zeros_(gate)
-        elif isinstance(module, TemporalLayer):
-            nn.init.zeros_(module.fc.weight)
-            nn.init.zeros_(module.fc.bias)
 
     @property
     def video_token_id(self) -> int:
@@ -145,7 +131,6 @@ class VideoModel:
             TypeError, ValueError: an argument has a wrong type or shape; the message names it.
         """
         videos = split_videos(pixel_values_videos, video_frame_counts)
-        use_branch = self.config.use_branch if use_branch is None else use_branch
         question = None
         if qformer_input_ids is not None:
             mask = torch.ones_like(qformer_input_ids) if qformer_attention_mask is None else qformer_attention_mask
@@ -177,7 +162,7 @@ class VideoModel:
         image_places = input_ids == self.config.image_token_id
         video_places = input_ids == self.video_token_id
         # a video's token needs no embedding of its own: all its places are written over
-        embeds = self.get_input_embeddings()(self._known(input_ids))  # type: ignore[attr-defined]
+        embeds = self.get_input_embeddings()(self.known_ids(input_ids))  # type: ignore[attr-defined]
         given = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
         question = {name: rows for name, rows in given.items() if rows is not None}
 
@@ -189,12 +174,12 @@ class VideoModel:
             return {name: rows.repeat_interleave(of_prompt, 0) for name, rows in question.items()}
 
         if pixel_values is not None:
-            if isinstance(pixel_values, (list, tuple)) or family.takes_videos(pixel_values, (), stills):
+            if self._holds_videos(pixel_values, stills.get("image_sizes")):
                 visuals = Visuals.of(pixel_values)
                 features = self._mixed_features(visuals, use_branch, asked(image_places, len(visuals)), stills)
             else:
                 more = asked(image_places, len(pixel_values))
-                features = list(self.get_image_features(pixel_values, **stills, **more).pooler_output)  # type: ignore[attr-defined]
+                features = list(self.get_image_features(pixel_values, **stills, **more).pooler_output)
             embeds = _put(embeds, image_places, features, "image")
         if pixel_values_videos is not None:
             more = asked(video_places, len(pixel_values_videos))
@@ -202,10 +187,15 @@ class VideoModel:
             embeds = _put(embeds, video_places, found.pooler_output, "video")
         return embeds
 
+    def known_ids(self, ids: Tensor) -> Tensor:
+        """Ids of the vocabulary, with the image token in the places of videos."""
+        return ids.masked_fill(ids == self.video_token_id, self.config.image_token_id)
+
     def _mixed_features(
         self, visuals: Visuals, use_branch: bool | None, question: dict[str, Tensor], stills: dict[str, Any]
     ) -> list[Tensor]:
         """Features of stills and videos that stand in the places of image tokens, in order."""
+        stills = {name: value for name, value in stills.items() if name not in ("image_sizes", "return_dict")}
         is_video = [visuals.is_video(number) for number in range(len(visuals))]
         found: dict[int, Tensor] = {}
         for wanted in (True, False):
@@ -213,35 +203,25 @@ class VideoModel:
             if not numbers:
                 continue
             rows = {name: values[numbers] for name, values in question.items()}
-            items = [visuals[number] for number in numbers]
+            items = [visuals[number].as_subclass(Tensor) for number in numbers]
             if wanted:
                 features = self.get_video_features(items, None, use_branch, **rows).pooler_output
             else:
                 sizes = [visuals.image_sizes[number] for number in numbers]
-                features = self._still_features(items, sizes, {**stills, **rows})
+                features = family_of(self).stills(items, sizes, {**stills, **rows})
             found |= zip(numbers, features, strict=True)
         return [found[number] for number in range(len(visuals))]
 
-    def _still_features(self, items: list[Tensor], sizes: list[Any], arguments: dict[str, Any]) -> list[Tensor]:
-        arguments = {name: value for name, value in arguments.items() if name != "image_sizes"}
-        if family_of(self).name == "llava_next":
-            if None in sizes:
-                raise ValueError("image_sizes must have (height, width) for every still, but has None for one")
-            most = max(len(pieces) for pieces in items)
-            items = [torch.cat([item, item.new_zeros(most - len(item), *item.shape[1:])]) for item in items]
-            arguments["image_sizes"] = torch.tensor(sizes)
-        return list(self.get_image_features(torch.stack(items), **arguments).pooler_output)  # type: ignore[attr-defined]
-
-    def _has_video(self, given: dict[str, Any]) -> bool:
-        """Whether a call needs more than the family's own code."""
-        pixels = given.get("pixel_values")
-        if given.get("pixel_values_videos") is not None or isinstance(pixels, (list, tuple)):
+    def _holds_videos(self, pixel_values: Any, image_sizes: Any) -> bool:
+        if isinstance(pixel_values, (list, tuple)):
             return True
-        return isinstance(pixels, Tensor) and family_of(self).takes_videos(pixels, (), given)
+        return isinstance(pixel_values, Tensor) and family_of(self).takes_videos(pixel_values, image_sizes)
 
-    def _known(self, ids: Tensor) -> Tensor:
-        """Ids of the vocabulary in the place of videos: processors of logits read scores by the prompt's ids."""
-        return ids.masked_fill(ids == self.video_token_id, self.config.image_token_id)
+    def _has_videos(self, given: dict[str, Any]) -> bool:
+        """Whether a call needs more than the family's own code."""
+        if given.get("pixel_values_videos") is not None:
+            return True
+        return self._holds_videos(given.get("pixel_values"), given.get("image_sizes"))
 
     def _embedded(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call with embeddings in the place of ids and visuals."""
@@ -255,9 +235,159 @@ class VideoModel:
         given["inputs_embeds"] = self.embed_prompts(ids, **{k: v for k, v in arguments.items() if v is not None})
         if given.get("attention_mask") is None:
             given["attention_mask"] = torch.ones_like(ids)
-        if (labels := given.get("labels")) is not None and self.config.video_token_index is not None:
-            given["labels"] = labels.masked_fill(labels == self.video_token_id, _IGNORED)
         return given
+
+
+class VideoModel:
+    """The part that every video chat model has: the branch that ``config.bt_adapter`` describes."""
+
+    config: Any
+    # Video tokens do not reach the alignment head, and a chat model has no space in which it could align.
+    _keys_to_ignore_on_save = [
+        f"{home}bt_adapter.alignment_head.{name}"
+        for home in ("", "model.")
+        for name in ("0.weight", "0.bias", "1.weight", "1.bias")
+    ]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        family = family_of(self)
+        if family.home is not self:
+            family.home.__class__ = INNER_CLASSES[family.name]
+        family.home.bt_adapter = Branch(family.tower_config, config.branch_config(), config.bt_adapter.get("layers"))
+        self.post_init()  # type: ignore[attr-defined]
+        family.vision_tower.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; the tower asks for no gradient."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        family_of(model).vision_tower.requires_grad_(False)
+        return loaded
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, Branch):
+            nn.init.zeros_(module.cls_token)
+            nn.init.normal_(module.time, std=0.02)
+            for gate in (module.merge_gate, module.output_gate):
+                if gate is not None:
+                    nn.init.zeros_(gate)
+        elif isinstance(module, TemporalLayer):
+            nn.init.zeros_(module.fc.weight)
+            nn.init.zeros_(module.fc.bias)
+
+
+def _image_features(base: Any) -> Callable[..., Any]:
+    """The family's ``get_image_features``, which takes videos in the place of stills and `Visuals` too."""
+
+    @_takes_videos(base.get_image_features, ("use_branch",))
+    def get_image_features(self: Any, **given: Any) -> Any:
+        pixels, use_branch = given.get("pixel_values"), given.pop("use_branch", None)
+        if not self._holds_videos(pixels, given.get("image_sizes")):
+            return base.get_image_features(self, **given)
+        del given["pixel_values"]
+        question = {name: given.pop(name) for name in list(given) if name.startswith("qformer_")}
+        output: Any = BaseModelOutputWithPooling()
+        output.pooler_output = self._mixed_features(Visuals.of(pixels), use_branch, question, given)
+        return output
+
+    return get_image_features
+
+
+def _inner_methods(cls: Any, base: Any) -> Any:
+    """Give LLaVA's inner class a ``forward`` that takes videos, around that of its family."""
+
+    @_takes_videos(base.forward)
+    def forward(self: Any, **given: Any) -> Any:
+        return base.forward(self, **(self._embedded(given) if self._has_videos(given) else _without_videos(given)))
+
+    return _set_methods(cls, base, forward, _image_features(base))
+
+
+def _outer_methods(cls: Any, base: Any) -> Any:
+    """Give a LLaVA ``forward`` and ``generate`` that take videos, around those of its family."""
+
+    @_takes_videos(base.forward)
+    def forward(self: Any, **given: Any) -> Any:
+        given["labels"] = _without_placeholders(self, given.get("labels"))
+        return base.forward(self, **given)  # its inner model takes the videos
+
+    @_takes_videos(base.generate)
+    def generate(self: Any, **given: Any) -> Any:
+        ids = given["input_ids"] = given.get("input_ids", given.pop("inputs", None))
+        if not self.model._has_videos(given):
+            return base.generate(self, **_without_videos(given))
+        given = self.model._embedded(given)
+        # no embedding is looked up by these ids, but some processors of logits read scores by them
+        return _after_prompts(ids, base.generate(self, input_ids=self.model.known_ids(ids), **given))
+
+    return _set_methods(cls, base, forward, generate)
+
+
+def _qformer_methods(cls: Any, base: Any) -> Any:
+    """Give a BLIP-2 ``forward`` and ``generate`` that take videos, around those of its family."""
+
+    @_takes_videos(base.forward)
+    def forward(self: Any, **given: Any) -> Any:
+        if given.get("pixel_values") is not None and not self._has_videos(given):
+            return base.forward(self, **_without_videos(given))
+        given = self._embedded(given)
+        given["labels"] = _without_placeholders(self, given.get("labels"))
+        if self.config.use_decoder_only_language_model:  # such a model takes no arguments of a decoder
+            given = {name: value for name, value in given.items() if not name.startswith("decoder_")}
+        as_tuple = given.pop("return_dict", None) is False
+        outputs = self.language_model(**given, return_dict=True)
+        result = Blip2ForConditionalGenerationModelOutput(
+            loss=outputs.loss, logits=outputs.logits, language_model_outputs=outputs
+        )
+        return result.to_tuple() if as_tuple else result
+
+    @_takes_videos(base.generate)
+    def generate(self: Any, **given: Any) -> Any:
+        if given.get("pixel_values") is not None and not self._has_videos(given):
+            return base.generate(self, **_without_videos(given))
+        ids = given["input_ids"]
+        given = self._embedded(given)
+        if self.language_model.config.is_encoder_decoder:
+            return self.language_model.generate(**given)
+        return _after_prompts(ids, self.language_model.generate(input_ids=self.known_ids(ids), **given))
+
+    return _set_methods(cls, base, forward, generate, _image_features(base))
+
+
+def _set_methods(cls: Any, base: Any, *methods: Any) -> Any:
+    for method in methods:
+        method.__doc__, method.__qualname__ = (
+            getattr(base, method.__name__).__doc__,
+            f"{cls.__name__}.{method.__name__}",
+        )
+        setattr(cls, method.__name__, method)
+    # device maps and sharding by transformer layers leave these whole
+    cls._no_split_modules = [*(base._no_split_modules or []), "TemporalLayer", "SpatialLayer"]
+    return cls
+
+
+def _around(make_methods: Callable[[Any, Any], Any], base: type) -> Callable[[Any], Any]:
+    """Give a class methods that take videos, around those of ``base``, and let `derive` do the same."""
+
+    def decorate(cls: Any) -> Any:
+        cls._make_methods = staticmethod(make_methods)
+        return make_methods(cls, base)
+
+    return decorate
+
+
+def _without_videos(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in _VIDEO_ARGUMENTS}
+
+
+def _without_placeholders(model: Any, labels: Tensor | None) -> Tensor | None:
+    """Labels that ask for no prediction of a video's token, which is no word of the vocabulary."""
+    if labels is None or model.config.video_token_index is None:
+        return labels
+    return labels.masked_fill(labels == model.config.video_token_index, _IGNORED)
 
 
 def _after_prompts(ids: Tensor, output: Any) -> Any:
@@ -277,120 +407,90 @@ def _put(embeds: Tensor, places: Tensor, features: list[Tensor], kind: str) -> T
     return embeds.masked_scatter(places[..., None].to(embeds.device), rows)
 
 
-def _video_model(cls: Any) -> Any:
-    """Give a class ``forward`` and ``generate`` that take videos, around those of its family."""
-    family_class: Any = next(base for base in cls.__mro__ if not issubclass(base, VideoModel))
-
-    @_takes_videos(family_class.forward)
-    def forward(self: Any, **given: Any) -> Any:
-        if self._is_own(given):
-            return family_class.forward(self, **_without_videos(given))
-        return self._forward(self._embedded(given))
-
-    @_takes_videos(family_class.generate)
-    def generate(self: Any, **given: Any) -> Any:
-        given["input_ids"] = given.get("input_ids", given.pop("inputs", None))
-        if self._is_own(given):
-            return family_class.generate(self, **_without_videos(given))
-        return self._generate(given)
-
-    forward.__doc__, generate.__doc__ = family_class.forward.__doc__, family_class.generate.__doc__
-    for method in (forward, generate):
-        method.__qualname__ = f"{cls.__name__}.{method.__name__}"
-        setattr(cls, method.__name__, method)
-    # device maps and sharding by transformer layers leave these whole
-    cls._no_split_modules = [*(family_class._no_split_modules or []), "TemporalLayer", "SpatialLayer"]
-    return cls
+@_around(_inner_methods, LlavaModel)
+class BTAdapterLlavaModel(VideoPrompts, LlavaModel):
+    """LLaVA-1.5 with a branch, without its head: see :class:`VideoPrompts`."""
 
 
-def _without_videos(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if name not in _VIDEO_ARGUMENTS}
+@_around(_inner_methods, LlavaNextModel)
+class BTAdapterLlavaNextModel(VideoPrompts, LlavaNextModel):
+    """LLaVA-NeXT with a branch, without its head: see :class:`VideoPrompts`."""
 
 
-class _ProjectorModel(VideoModel):
-    """Videos in the prompts of a LLaVA, whose language model is part of the class itself."""
-
-    def _is_own(self, given: dict[str, Any]) -> bool:
-        return not self._has_video(given)
-
-    def _forward(self, given: dict[str, Any]) -> Any:
-        return super().forward(**given)  # type: ignore[misc]
-
-    def _generate(self, given: dict[str, Any]) -> Any:
-        ids = given["input_ids"]
-        known = self._known(ids)
-        given = self._embedded(given)
-        return _after_prompts(ids, super().generate(input_ids=known, **given))  # type: ignore[misc]
+@_around(_inner_methods, VipLlavaModel)
+class BTAdapterVipLlavaModel(VideoPrompts, VipLlavaModel):
+    """ViP-LLaVA with a branch, without its head: see :class:`VideoPrompts`."""
 
 
-class _QFormerModel(VideoModel):
-    """Videos in the prompts of a BLIP-2, whose language model is a whole model of its own."""
+class _Llava(VideoModel):
+    """What a LLaVA with a branch says of videos, which its inner model takes."""
 
-    def _is_own(self, given: dict[str, Any]) -> bool:
-        return given.get("pixel_values") is not None and not self._has_video(given)
+    model: Any
 
-    def _forward(self, given: dict[str, Any]) -> Any:
-        if self.config.use_decoder_only_language_model:  # such a model takes no arguments of a decoder
-            given = {name: value for name, value in given.items() if not name.startswith("decoder_")}
-        as_tuple = given.pop("return_dict", None) is False
-        outputs = self.language_model(**given, return_dict=True)  # type: ignore[attr-defined]
-        result = Blip2ForConditionalGenerationModelOutput(
-            loss=outputs.loss, logits=outputs.logits, language_model_outputs=outputs
-        )
-        return result.to_tuple() if as_tuple else result
+    @property
+    def video_token_id(self) -> int:
+        """See :attr:`VideoPrompts.video_token_id`."""
+        return self.model.video_token_id
 
-    def _generate(self, given: dict[str, Any]) -> Any:
-        ids = given["input_ids"]
-        given = self._embedded(given)
-        if self.language_model.config.is_encoder_decoder:  # type: ignore[attr-defined]
-            return self.language_model.generate(**given)  # type: ignore[attr-defined]
-        return _after_prompts(ids, self.language_model.generate(input_ids=self._known(ids), **given))  # type: ignore[attr-defined]
+    def get_video_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See :meth:`VideoPrompts.get_video_features`."""
+        return self.model.get_video_features(*args, **kwargs)
+
+    def embed_prompts(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See :meth:`VideoPrompts.embed_prompts`."""
+        return self.model.embed_prompts(*args, **kwargs)
 
 
-@_video_model
-class BTAdapterLlavaForConditionalGeneration(_ProjectorModel, LlavaForConditionalGeneration):
-    """LLaVA-1.5, or a converted LLaVA v1, with a branch: see :class:`VideoModel`."""
+@_around(_outer_methods, LlavaForConditionalGeneration)
+class BTAdapterLlavaForConditionalGeneration(_Llava, LlavaForConditionalGeneration):
+    """LLaVA-1.5, or a converted LLaVA v1, with a branch: see :class:`VideoPrompts`."""
 
     config_class = BTAdapterLlavaConfig
 
 
-@_video_model
-class BTAdapterLlavaNextForConditionalGeneration(_ProjectorModel, LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT with a branch: see :class:`VideoModel`."""
+@_around(_outer_methods, LlavaNextForConditionalGeneration)
+class BTAdapterLlavaNextForConditionalGeneration(_Llava, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT with a branch: see :class:`VideoPrompts`."""
 
     config_class = BTAdapterLlavaNextConfig
 
 
-@_video_model
-class BTAdapterVipLlavaForConditionalGeneration(_ProjectorModel, VipLlavaForConditionalGeneration):
-    """ViP-LLaVA with a branch: see :class:`VideoModel`."""
+@_around(_outer_methods, VipLlavaForConditionalGeneration)
+class BTAdapterVipLlavaForConditionalGeneration(_Llava, VipLlavaForConditionalGeneration):
+    """ViP-LLaVA with a branch: see :class:`VideoPrompts`."""
 
     config_class = BTAdapterVipLlavaConfig
 
 
-@_video_model
-class BTAdapterBlip2ForConditionalGeneration(_QFormerModel, Blip2ForConditionalGeneration):
-    """BLIP-2 with a branch: see :class:`VideoModel`."""
+@_around(_qformer_methods, Blip2ForConditionalGeneration)
+class BTAdapterBlip2ForConditionalGeneration(VideoModel, VideoPrompts, Blip2ForConditionalGeneration):
+    """BLIP-2 with a branch: see :class:`VideoPrompts`."""
 
     config_class = BTAdapterBlip2Config
 
 
-@_video_model
-class BTAdapterInstructBlipForConditionalGeneration(_QFormerModel, InstructBlipForConditionalGeneration):
-    """InstructBLIP with a branch: see :class:`VideoModel`."""
+@_around(_qformer_methods, InstructBlipForConditionalGeneration)
+class BTAdapterInstructBlipForConditionalGeneration(VideoModel, VideoPrompts, InstructBlipForConditionalGeneration):
+    """InstructBLIP with a branch: see :class:`VideoPrompts`."""
 
     config_class = BTAdapterInstructBlipConfig
 
 
-NATIVE_CLASSES: dict[str, type] = {
+NATIVE_CLASSES: dict[str, Any] = {
     "llava": BTAdapterLlavaForConditionalGeneration,
     "llava_next": BTAdapterLlavaNextForConditionalGeneration,
     "vipllava": BTAdapterVipLlavaForConditionalGeneration,
     "blip-2": BTAdapterBlip2ForConditionalGeneration,
     "instructblip": BTAdapterInstructBlipForConditionalGeneration,
 }
+INNER_CLASSES: dict[str, Any] = {
+    "llava": BTAdapterLlavaModel,
+    "llava_next": BTAdapterLlavaNextModel,
+    "vipllava": BTAdapterVipLlavaModel,
+}
 
 
-def make_native_class(name: str, native: type, image_class: type) -> type:
-    """A video chat model's class over another class of the family than ``native``'s own."""
-    return _video_model(type(name, (native.__mro__[1], image_class), {"config_class": native.config_class}))  # type: ignore[attr-defined]
+def derive(native: Any, image_class: type) -> Any:
+    """A video chat model's class over ``image_class``, which is derived from the class that ``native`` is made of."""
+    fields = {"config_class": native.config_class} if hasattr(native, "config_class") else {}
+    return native._make_methods(type(f"BTAdapter{image_class.__name__}", (native, image_class), fields), image_class)

@@ -8,12 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bt_adapter.branch import Branch
-from bt_adapter.chat.current import current_model
+from bt_adapter.chat.attachment import attachment_of
 from bt_adapter.chat.families import family_of
-from bt_adapter.chat.pairing import beside
-from bt_adapter.chat.wrapped import unwrapped
-from bt_adapter.model import BTAdapterVisionModel
 
 
 def split_videos(pixel_values: Tensor | Sequence[Tensor], frame_counts: Tensor | None = None) -> list[Tensor]:
@@ -46,37 +42,24 @@ def split_videos(pixel_values: Tensor | Sequence[Tensor], frame_counts: Tensor |
 
 
 def encode_videos(
-    chat: Any, videos: Sequence[Tensor], use_branch: bool, question: Mapping[str, Tensor] | None = None
+    chat: Any, videos: Sequence[Tensor], use_branch: bool | None, question: Mapping[str, Tensor] | None = None
 ) -> list[Tensor]:
     """Embeddings ``[tokens, W]`` of each video; videos of one length run together.
 
     Args:
         chat: the model.
         videos: normalised frames ``[T, 3, h, w]`` each.
-        use_branch: False: the mean over the frames in the branch's place.
+        use_branch: False: the mean over the frames in the branch's place; None: as the model says.
         question: ``input_ids`` and ``attention_mask`` for the Q-Former that reads it, a row for each video.
     """
-    family, view = family_of(chat), branch_view(chat)
+    family, attachment = family_of(chat), attachment_of(chat)
     groups: dict[torch.Size, list[int]] = {}
     for number, video in enumerate(videos):
         groups.setdefault(video.shape, []).append(number)
     found: dict[int, Tensor] = {}
     for numbers in groups.values():
-        pixels = torch.stack([videos[number] for number in numbers])
-        tokens = family.video_tokens(view, pixels, branch=use_branch)
+        pixels = torch.stack([videos[number].as_subclass(Tensor) for number in numbers])
+        tokens = attachment.encode(pixels, branch=use_branch)
         asked = None if question is None else {name: rows[numbers] for name, rows in question.items()}
         found |= zip(numbers, family.project(tokens, asked), strict=True)
     return [found[number] for number in range(len(videos))]
-
-
-def branch_view(chat: Any) -> BTAdapterVisionModel:
-    """The chat model's tower and branch as one vision model, which shares their weights."""
-    family = family_of(chat)
-    view: BTAdapterVisionModel | None = chat.__dict__.get("_branch_view")
-    branch = unwrapped(family.home.bt_adapter, Branch)
-    if branch is None:
-        raise TypeError(f"bt_adapter must be a branch, or hold one, but is {type(family.home.bt_adapter).__name__}")
-    if view is None or view.branch is not branch:
-        view = beside(family, branch, (chat.config.bt_adapter or {}).get("tower_name"))
-        chat.__dict__["_branch_view"] = view
-    return current_model(family, view, family.home.bt_adapter)

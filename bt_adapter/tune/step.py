@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -141,8 +140,6 @@ class Tuning:
             videos = pixels.unflatten(0, batch.shape[:2])
             draws = self._draws(model, batch.shape[1], seeds)
             return list(self.family.project(self.family.video_tokens(model, videos, long=long, draws=draws)))
-        owner, method = self.family.hook
-        if method != "get_image_features":  # a Q-Former reads the tower's tokens: those of a video of one frame
+        if self.family.has_qformer:  # it reads the tower's tokens: those of a video of one frame
             return list(self.family.project(model.frame_mean_tokens(pixels[:, None])))
-        own = MethodType(getattr(type(owner), method), owner)
-        return self.family.stills(own, list(pixels), [None] * len(pixels), {"return_dict": True})
+        return self.family.stills(list(pixels), [None] * len(pixels), {})

@@ -26,9 +26,10 @@ def family_of(chat: Any) -> Family:
     Raises:
         TypeError: ``chat`` is none of the models a branch can be attached to.
     """
-    inner = unwrapped(chat, tuple(family.model_class for family in FAMILIES))
-    for family in FAMILIES:
-        if isinstance(inner, family.model_class):
+    kinds = {kind: family for family in FAMILIES for kind in (family.model_class, family.inner_class) if kind}
+    inner = unwrapped(chat, tuple(kinds))
+    for kind, family in kinds.items():
+        if isinstance(inner, kind):
             return family(inner)
     names = ", ".join(family.model_class.__name__ for family in FAMILIES)
     raise TypeError(f"image_chat_model must be one of {names}, but is {type(chat).__name__}")

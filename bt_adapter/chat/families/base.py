@@ -7,7 +7,7 @@ model, V tokens of one video in a prompt.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -34,6 +34,8 @@ class Family(ABC):
         chat: the model.
         name: its ``config.model_type``.
         mean, std: of the normalisation its tower was trained with.
+        inner_class: of the model inside ``chat`` that a `Family` may be made of too; None: there is none.
+        has_qformer: whether a Q-Former reads the tower's tokens.
         needs_question: whether :meth:`project` must be given the question (InstructBLIP).
         layers_removed: tower layers that the model's files leave out at the end, 0 or 1.
     """
@@ -42,6 +44,8 @@ class Family(ABC):
     model_class: ClassVar[type]
     mean: ClassVar[tuple[float, ...]] = CLIP_MEAN
     std: ClassVar[tuple[float, ...]] = CLIP_STD
+    inner_class: ClassVar[type | None] = None
+    has_qformer: ClassVar[bool] = False
     needs_question: ClassVar[bool] = False
     layers_removed: ClassVar[int] = 0
 
@@ -126,14 +130,9 @@ class Family(ABC):
         """After how many tower layers image tokens are read; several: side by side in the channels."""
 
     @property
-    @abstractmethod
-    def hook(self) -> tuple[nn.Module, str]:
-        """The method, and whose, that `attach` stands in for."""
-
-    @property
     def home(self) -> Any:
-        """The module in which the branch is registered as ``bt_adapter``."""
-        return getattr(self.chat, "model", self.chat)
+        """The module in which the branch is registered as ``bt_adapter``, and that has ``get_image_features``."""
+        return self.chat
 
     @property
     def tower_config(self) -> TowerConfig:
@@ -216,22 +215,18 @@ class Family(ABC):
             raise ValueError("pixel_values must be given where branch is False")
         return model.frame_mean_tokens(pixel_values, progress)
 
-    @abstractmethod
-    def stills(
-        self, own: Callable[..., Any], pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]
-    ) -> list[Tensor]:
-        """Features of stills by the model's own method ``own``, one tensor each, as :meth:`output` takes them."""
+    def stills(self, pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]) -> list[Tensor]:
+        """The language model's embeddings of stills, one tensor each, as the image chat model itself makes them.
 
-    @abstractmethod
-    def videos(self, tokens: Tensor) -> Tensor:
-        """Features of videos from their tokens, as :meth:`output` takes them."""
+        Args:
+            pixels: normalised stills ``[3, h, w]``, or ``[pieces, 3, h, w]`` of LLaVA-NeXT.
+            sizes: the picture's (height, width) of each still in pieces, else None.
+            kwargs: further arguments of its ``get_image_features``.
+        """
+        return list(self.home.get_image_features(torch.stack(pixels), **kwargs).pooler_output)
 
-    @abstractmethod
-    def output(self, features: list[Tensor]) -> Any:
-        """Features of all visuals in order, as the hooked method returns them."""
-
-    def takes_videos(self, pixel_values: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether a plain tensor that came to the hooked method holds videos and no stills."""
+    def takes_videos(self, pixel_values: Tensor, image_sizes: Any = None) -> bool:
+        """Whether a plain tensor in the place of stills holds videos ``[V, T, 3, h, w]``."""
         return pixel_values.ndim == 5
 
     @property
@@ -270,9 +265,8 @@ def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_table(owner: nn.Module, name: str) -> Tensor:
     """A parameter that no call returns, as it is now: gathered where it is sharded, loaded where it is offloaded."""
     tensor = getattr(owner, name)
-    if tensor.is_meta and hasattr(owner, "_hf_hook"):
-        from accelerate.utils import align_module_device
-
-        with align_module_device(owner):
-            return getattr(owner, name).detach().clone()
+    if tensor.is_meta and (hook := getattr(owner, "_hf_hook", None)) is not None:
+        for one in getattr(hook, "hooks", [hook]):  # accelerate puts several into one
+            if (stored := getattr(one, "weights_map", None)) is not None:
+                return stored[name].to(one.execution_device)
     return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor

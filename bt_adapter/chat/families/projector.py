@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     LlavaForConditionalGeneration,
+    LlavaModel,
     LlavaNextForConditionalGeneration,
+    LlavaNextModel,
     VipLlavaForConditionalGeneration,
+    VipLlavaModel,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip import modeling_clip
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -29,11 +31,11 @@ from bt_adapter.time_steps import Long
 class Llava(Family):
     """LLaVA-1.5, and what is built like it: P tokens a still, P+1 a video, each through the projector."""
 
-    name, model_class = "llava", LlavaForConditionalGeneration
+    name, model_class, inner_class = "llava", LlavaForConditionalGeneration, LlavaModel
 
     @property
     def vision_tower(self) -> nn.Module:
-        return self.chat.model.vision_tower
+        return self.home.vision_tower
 
     @property
     def tower_parts(self) -> tuple[type[nn.Module], ...]:
@@ -68,8 +70,8 @@ class Llava(Family):
         return tuple(layer + layers + 1 if layer < 0 else layer for layer in chosen)
 
     @property
-    def hook(self) -> tuple[nn.Module, str]:
-        return self.chat.model, "get_image_features"
+    def home(self) -> Any:
+        return self.chat if isinstance(self.chat, cast(type, self.inner_class)) else self.chat.model
 
     @property
     def video_length(self) -> int:
@@ -80,7 +82,7 @@ class Llava(Family):
         return self.patches + (getattr(self.chat.config, "vision_feature_select_strategy", "default") == "full")
 
     def project(self, tokens: Tensor, question: Mapping[str, Tensor] | None = None) -> Tensor:
-        return self.chat.model.multi_modal_projector(tokens)
+        return self.home.multi_modal_projector(tokens)
 
     def video_tokens(
         self,
@@ -102,22 +104,9 @@ class Llava(Family):
             )
         return video_tokens_of_layers(model, pixel_values, layers, branch, progress, long, draws)
 
-    def stills(
-        self, own: Callable[..., Any], pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]
-    ) -> list[Tensor]:
-        return list(own(torch.stack(pixels), **kwargs).pooler_output)
-
-    def videos(self, tokens: Tensor) -> Tensor:
-        return self.project(tokens)
-
-    def output(self, features: list[Tensor]) -> Any:
-        output: Any = BaseModelOutputWithPooling()
-        output.pooler_output = features  # a list, as LLaVA's own method has it
-        return output
-
     @property
     def language_model(self) -> nn.Module:
-        return self.chat.model.language_model
+        return self.home.language_model
 
     @property
     def generator(self) -> Any:
@@ -130,7 +119,7 @@ class LlavaNext(Llava):
     Videos come without ``image_sizes``, stills always with them: that tells one 5-d tensor from the other.
     """
 
-    name, model_class = "llava_next", LlavaNextForConditionalGeneration
+    name, model_class, inner_class = "llava_next", LlavaNextForConditionalGeneration, LlavaNextModel
 
     def image_length(self, height: int | None = None, width: int | None = None) -> int:
         """Of a picture of that size, as the processor cuts it. Raises ValueError without a size."""
@@ -140,31 +129,23 @@ class LlavaNext(Llava):
         tile = config.vision_config.image_size
         pieces = image_size_to_num_patches((height, width), config.image_grid_pinpoints, tile)
         blank = torch.empty(pieces, self.patches, 1, device="meta")  # the model's own count, without its arithmetic
-        packed, _ = self.chat.model.pack_image_features(
+        packed, _ = self.home.pack_image_features(
             [blank], [(height, width)], config.vision_feature_select_strategy, torch.empty(1, device="meta")
         )
         return len(packed[0])
 
-    def stills(
-        self, own: Callable[..., Any], pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]
-    ) -> list[Tensor]:
+    def stills(self, pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]) -> list[Tensor]:
         if None in sizes:
             raise ValueError("image_sizes must have (height, width) for every still, but has None for one")
         most = max(len(pieces) for pieces in pixels)
         padded = [torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pixels]
-        return list(own(torch.stack(padded), torch.tensor(sizes), **kwargs).pooler_output)
+        return list(self.home.get_image_features(torch.stack(padded), torch.tensor(sizes), **kwargs).pooler_output)
 
-    def takes_videos(self, pixel_values: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
-        return pixel_values.ndim == 5 and (args[0] if args else kwargs.get("image_sizes")) is None
+    def takes_videos(self, pixel_values: Tensor, image_sizes: Any = None) -> bool:
+        return pixel_values.ndim == 5 and image_sizes is None
 
 
 class VipLlava(Llava):
     """ViP-LLaVA: its projector reads several tower layers side by side. See ``layers.video_tokens_of_layers``."""
 
-    name, model_class = "vipllava", VipLlavaForConditionalGeneration
-
-    def output(self, features: list[Tensor]) -> Any:
-        output: Any = BaseModelOutputWithPooling()
-        same = len({len(f) for f in features}) == 1
-        output.pooler_output = torch.stack(features) if same else torch.cat(features)  # a tensor, as its own method
-        return output
+    name, model_class, inner_class = "vipllava", VipLlavaForConditionalGeneration, VipLlavaModel

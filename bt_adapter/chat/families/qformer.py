@@ -7,13 +7,12 @@ with the Q-Former (``post_layernorm``, not the CLIP's own final one); video toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.blip_2 import modeling_blip_2
 from transformers.models.instructblip import modeling_instructblip
 
@@ -46,6 +45,7 @@ class Blip2(Family):
 
     name, model_class = "blip-2", Blip2ForConditionalGeneration
     layers_removed = 1
+    has_qformer = True
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -87,11 +87,6 @@ class Blip2(Family):
         return (self.chat.config.vision_config.num_hidden_layers,)
 
     @property
-    def hook(self) -> tuple[nn.Module, str]:
-        """The tower's forward, and not ``get_image_features``: BLIP-2's ``generate`` goes past that."""
-        return self.vision_tower, "forward"
-
-    @property
     def video_length(self) -> int:
         return self.chat.config.num_query_tokens
 
@@ -99,8 +94,10 @@ class Blip2(Family):
         return self.chat.config.num_query_tokens
 
     def project(self, tokens: Tensor, question: Mapping[str, Tensor] | None = None) -> Tensor:
-        seen = self.videos(tokens)
-        queries = self.chat.query_tokens.expand(len(seen), -1, -1)
+        # CLS first as the tower has it, and after the norm behind which the Q-Former was trained
+        seen = self.chat.vision_model.post_layernorm(torch.cat([tokens[:, -1:], tokens[:, :-1]], 1))
+        table = self.chat.query_tokens
+        queries = (read_table(self.chat, "query_tokens") if table.is_meta else table).expand(len(seen), -1, -1)
         output = self.chat.qformer(
             **self._instruct(queries, question),
             query_embeds=queries,
@@ -114,22 +111,6 @@ class Blip2(Family):
 
     def _instruct(self, queries: Tensor, question: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         return {}
-
-    def stills(
-        self, own: Callable[..., Any], pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]
-    ) -> list[Tensor]:
-        return list(own(torch.stack(pixels), **kwargs).last_hidden_state)
-
-    def videos(self, tokens: Tensor) -> Tensor:
-        """``[B, P+1, D]``, CLS first as the tower has it, after the norm the Q-Former was trained behind."""
-        return self.chat.vision_model.post_layernorm(torch.cat([tokens[:, -1:], tokens[:, :-1]], 1))
-
-    def output(self, features: list[Tensor]) -> Any:
-        tokens = torch.stack(features)
-        # the tower's own method norms its pooled token a second time; nothing in these models reads it
-        return BaseModelOutputWithPooling(
-            last_hidden_state=tokens, pooler_output=self.chat.vision_model.post_layernorm(tokens[:, 0])
-        )
 
     @property
     def language_model(self) -> nn.Module:

@@ -1,0 +1,124 @@
+"""The branch inside a video chat model together with the tower beside it, as both are now."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bt_adapter.branch import Branch
+from bt_adapter.chat.called_tower import CalledTower
+from bt_adapter.chat.families import Family, family_of
+from bt_adapter.chat.pairing import beside, is_shared, share_tower
+from bt_adapter.chat.wrapped import unwrapped
+from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.progress import Progress
+from bt_adapter.time_steps import Long
+
+# Of this thread (or task) alone: whether videos go through the branch of an attachment, by the attachment's id.
+_SWITCHED: ContextVar[Mapping[int, bool]] = ContextVar("branch_enabled", default=MappingProxyType({}))
+
+
+class Attachment:
+    """What encodes the videos of a chat model: its branch beside its own vision tower.
+
+    Args:
+        family: of the chat model, in whose `home` the branch is registered as ``bt_adapter``.
+        model: the branch with a tower of its own modules, which are given the chat model's weights.
+        undo: what `detach` puts back; None for a model that was made as a video chat model.
+    """
+
+    def __init__(self, family: Family, model: BTAdapterVisionModel, undo: Any = None) -> None:
+        self.family, self.undo = family, undo
+        self._model = model
+
+    @contextmanager
+    def switched(self, enabled: bool) -> Iterator[None]:
+        """Let videos of this thread go through the branch or past it, within the context."""
+        token = _SWITCHED.set({**_SWITCHED.get(), id(self): enabled})
+        try:
+            yield
+        finally:
+            _SWITCHED.reset(token)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether videos of this thread go through the branch where a call does not say."""
+        return _SWITCHED.get().get(id(self), self.family.home.config.use_branch)
+
+    def encode(
+        self,
+        pixel_values: Tensor,
+        progress: Progress | None = None,
+        long: Long = "average",
+        branch: bool | None = None,
+    ) -> Tensor:
+        """Videos ``[B, T, 3, h, w]`` to the tokens ``[B, P+1, D]`` that the projector or Q-Former reads.
+
+        branch: None: as :attr:`enabled`. progress, long: as for ``BTAdapterVisionModel.video_tokens``.
+        """
+        branch = self.enabled if branch is None else branch
+        return self.family.video_tokens(self.model(), pixel_values, branch=branch, progress=progress, long=long)
+
+    def model(self) -> BTAdapterVisionModel:
+        """The branch that runs now beside the tower that runs now.
+
+        Where nothing was replaced or wrapped since the branch came in, always the same model.
+        """
+        family, model, wrapper = self.family, self._model, self.family.home.bt_adapter
+        branch = unwrapped(wrapper, Branch)
+        if branch is None:
+            raise TypeError(f"bt_adapter must be a branch, or a wrapper around one, but is {type(wrapper).__name__}")
+        tower: Any = model.tower
+        if self.why_tower_is_called() is not None:
+            tower = CalledTower(family, family.vision_tower, model.tower)
+        elif not is_shared(model.tower, family):
+            share_tower(model.tower, family)
+        if tower is model.tower and wrapper is model.branch:
+            return model
+        view: BTAdapterVisionModel = copy.copy(model)
+        view._modules = {"branch": branch}
+        if isinstance(tower, nn.Module):
+            view._modules["tower"] = tower
+        else:
+            object.__setattr__(view, "tower", tower)
+        view.branch_wrapper = None if wrapper is branch else [wrapper]
+        return view
+
+    def why_tower_is_called(self) -> str | None:
+        """Why the chat model's tower must be called and not computed from its weights; None: it need not."""
+        if torch.is_grad_enabled() and self.family.tower_learns():
+            return "asks for gradients"
+        return self.family.why_not_plain()
+
+
+def attachment_of(chat: Any) -> Attachment:
+    """The attachment of a chat model, or of LLaVA's model inside it.
+
+    Raises:
+        TypeError: ``chat`` is none of the families'. ValueError: it has no branch.
+    """
+    family = family_of(chat)
+    found = find_attachment(family)
+    if found is None:
+        raise ValueError("image_chat_model has no branch: attach(image_chat_model, branch) comes first")
+    return found
+
+
+def find_attachment(family: Family) -> Attachment | None:
+    """The attachment of a chat model; None where it has no branch."""
+    home = family.home
+    if getattr(home, "bt_adapter", None) is None:
+        return None
+    found = home.__dict__.get("_attachment")
+    if found is None:  # a video chat model that was loaded or constructed as one
+        branch: Any = unwrapped(home.bt_adapter, Branch)
+        name = (home.config.bt_adapter or {}).get("tower_name")
+        found = home.__dict__["_attachment"] = Attachment(family, beside(family, branch, name))
+    return found
