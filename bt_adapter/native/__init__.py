@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 for _name, _native in NATIVE_CLASSES.items():
-    _config = _native.config_class  # type: ignore[attr-defined]
+    _config = _native.config_class
     AutoConfig.register(_config.model_type, _config)
     AutoModelForImageTextToText.register(_config, _native)
     AutoProcessor.register(_config, PROCESSORS[_name])

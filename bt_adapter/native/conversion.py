@@ -38,7 +38,7 @@ def to_video_model(family: Family, branch: Branch, tower_name: str | None) -> Im
     native = NATIVE_CLASSES[family.name]
     before = ImageModel(family.chat.config, {module: type(module) for module in _modules(family)})
     config = copy.copy(family.chat.config)  # the parts' configurations stay the very same objects
-    config.__class__ = native.config_class  # type: ignore[attr-defined]
+    config.__class__ = native.config_class
     config.bt_adapter = describe(branch, tower_name)
     config.video_token_index, config.use_branch = None, True
     wanted = {

@@ -102,6 +102,7 @@ class VideoPrompts:
     """
 
     config: Any
+    get_image_features: Callable[..., Any]  # see `_image_features`
 
     @property
     def video_token_id(self) -> int:
@@ -284,7 +285,8 @@ def _image_features(base: Any) -> Callable[..., Any]:
 
     @_takes_videos(base.get_image_features, ("use_branch",))
     def get_image_features(self: Any, **given: Any) -> Any:
-        pixels, use_branch = given.get("pixel_values"), given.pop("use_branch", None)
+        pixels: Any = given.get("pixel_values")
+        use_branch = given.pop("use_branch", None)
         if not self._holds_videos(pixels, given.get("image_sizes")):
             return base.get_image_features(self, **given)
         del given["pixel_values"]
