@@ -13,7 +13,7 @@ from torch.nn.modules import module as _all_modules
 _LAYERS = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, nn.Identity)
 
 
-def why_not_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = (), forward: object = None) -> str | None:
+def why_not_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = ()) -> str | None:
     """Say why ``module`` does more than its weights and its class say, or None where it does not.
 
     Of the module alone, not of what it holds; see :func:`why_not_all_plain`.
@@ -22,7 +22,6 @@ def why_not_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = (), 
         module: a layer.
         classes: that the caller knows how to compute, beside torch's own ``Linear``, ``LayerNorm``, ``Conv2d``,
             ``Embedding`` and ``Identity``. A class derived from one of them is another class.
-        forward: a function the caller knows to stand in for this module's forward.
     """
     kind = type(module)
     if kind not in _LAYERS and kind not in classes:
@@ -35,7 +34,7 @@ def why_not_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = (), 
     ):
         return "has hooks"
     # offloading and casting by other libraries put a function of their own there
-    if module.__dict__.get("forward", forward) is not forward:
+    if "forward" in module.__dict__:
         return "has another forward than its class"
     for name, weight in module._parameters.items():
         if weight is None:

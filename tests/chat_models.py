@@ -27,8 +27,6 @@ from bt_adapter.chat.families import family_of
 IMAGE_TOKEN = 60
 SIZE, PATCHES, QUERIES, WIDTH = 24, 9, 5, 40  # 24 px in patches of 8
 LAYERS = 4  # of the tower a branch stands beside; the Q-Former models' own has one less
-# its name in older versions of transformers, and since then
-VIP_LAYERS = "vision_feature_layers" if hasattr(VipLlavaConfig, "vision_feature_layers") else "vision_feature_layer"
 FAMILIES = ("llava", "llava_next", "vipllava", "blip-2", "instructblip")
 VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,

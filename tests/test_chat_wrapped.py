@@ -30,18 +30,18 @@ def attached(name: str = "llava", **fields):
 
 def as_still(chat, pixels: torch.Tensor) -> torch.Tensor:
     """What the chat model's own tower hands on of stills ``[n, 3, h, w]``, P patches each."""
-    owner, method = family_of(chat).hook
-    if method == "forward":
-        return owner(pixels).last_hidden_state[:, 1:]
-    return torch.stack(list(owner.get_image_features(pixels).pooler_output))
+    if family_of(chat).has_qformer:
+        return family_of(chat).vision_tower(pixels).last_hidden_state[:, 1:]
+    return torch.stack(list(chat.get_image_features(pixels).pooler_output))
 
 
 def as_video(chat, pixels: torch.Tensor, branch: bool = False) -> torch.Tensor:
     """The same of videos of one frame."""
-    owner, method = family_of(chat).hook
-    if method == "forward":
-        return owner(pixels[:, None], branch=branch).last_hidden_state[:, 1:]
-    return torch.stack(list(owner.get_image_features(pixels[:, None], branch=branch).pooler_output))[:, :PATCHES]
+    if family_of(chat).has_qformer:
+        tokens = video_tokens(chat, pixels[:, None], branch=branch)
+        return family_of(chat).plain_tower.post_layernorm(tokens)[:, :PATCHES]
+    found = chat.get_video_features(pixels[:, None], use_branch=branch).pooler_output
+    return torch.stack(found)[:, :PATCHES]
 
 
 def check_heeded(chat, before: torch.Tensor | None) -> torch.Tensor:
@@ -332,11 +332,15 @@ class TestPeft:
                 copied.encoder.layers[0].mlp.fc1.weight.normal_()
             check_heeded(chat, before)
 
-    def test_the_hooked_tower_alone_is_not_copied(self):
-        with pytest.raises(ValueError, match="detach the branch, wrap the module"):
-            self.wrap(attached("blip-2"), target_modules=r".*q_proj", modules_to_save=["vision_model"])
-        chat = attached("blip-2")
-        torch.testing.assert_close(video_tokens(copy.deepcopy(chat), videos()), video_tokens(chat, videos()))
+    @towers
+    def test_a_copied_chat_model_has_a_branch_of_its_own(self, name):
+        chat = attached(name)
+        expected = video_tokens(chat, videos())
+        copied = copy.deepcopy(chat)
+        with torch.no_grad():
+            for parameter in family_of(chat).home.bt_adapter.parameters():
+                parameter.add_(0.1)
+        torch.testing.assert_close(video_tokens(copied, videos()), expected)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -84,11 +84,8 @@ class Family(ABC):
     def call_layer(self, layer: int, tokens: Tensor) -> Tensor:
         """One of the tower's layers called as a module, ``[n, 1+P, D]`` to the same shape."""
 
-    def why_not_plain(self, forward: object = None) -> str | None:
-        """Say what in the tower must be called, as its weights alone do not say what it computes; None: nothing.
-
-        forward: the function that is known to stand in for the tower's own, if one does.
-        """
+    def why_not_plain(self) -> str | None:
+        """Say what in the tower must be called, as its weights alone do not say what it computes; None: nothing."""
         tower: Any = self.vision_tower
         if (kind := type(tower)) is not self.tower_parts[0]:
             return f"is a {kind.__module__}.{kind.__name__}"
@@ -99,7 +96,7 @@ class Family(ABC):
         for name, part in tower.named_modules():
             if name == "post_layernorm":  # image tokens do not reach it, or it is called
                 continue
-            if (reason := why_not_plain(part, known, None if part is not tower else forward)) is not None:
+            if (reason := why_not_plain(part, known)) is not None:
                 return f"{name or 'it'} {reason}"
             if type(part) is nn.LayerNorm and part.eps != config.layer_norm_eps:
                 return f"{name} has another eps than the configuration"
