@@ -409,17 +409,20 @@ def test_unknown_models_and_places(chat, folder, tmp_path, monkeypatch, capsys):
     assert "4 of 9 frames · 4 of 9 frames" in " ".join(capsys.readouterr().err.split())
 
 
+KEPT = ("model.vision_tower", "model.multi_modal_projector")
+
+
 def test_quantized_models_name_the_missing_package(monkeypatch):
     monkeypatch.setattr(quantize, "_installed", lambda package: False)
     for kind, wanted in (("nf4", "bitsandbytes"), ("int8", "bitsandbytes or torchao")):
         with pytest.raises(quantize.QuantizeError, match=f"quantize {kind} needs {wanted}, which is not installed"):
-            quantize.quantization(kind)
+            quantize.quantization(kind, KEPT)
     with pytest.raises(ValueError, match="quantize must be"):
-        quantize.quantization("int3")
+        quantize.quantization("int3", KEPT)
     monkeypatch.setattr(quantize, "_installed", lambda package: package == "bitsandbytes")
-    four, eight = quantize.quantization("nf4"), quantize.quantization("int8")
+    four, eight = quantize.quantization("nf4", KEPT), quantize.quantization("int8", KEPT)
     assert four.load_in_4bit and four.bnb_4bit_quant_type == "nf4" and eight.load_in_8bit
-    assert {"vision_tower", "multi_modal_projector"} <= set(four.llm_int8_skip_modules)
+    assert set(KEPT) <= set(four.llm_int8_skip_modules)
 
 
 @pytest.mark.gpu
