@@ -182,6 +182,26 @@ def flat_videos(videos: Any) -> list[Any]:
 class _LlavaProcessing(VideoProcessing):
     """Texts with places for stills and videos, as LLaVA's processors have them."""
 
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        num_additional_image_tokens: int = 0,
+        video_size: int | None = None,
+        video_length: int | None = None,
+        video_frames: int = _FRAMES,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(  # type: ignore[call-arg]
+            image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
+            num_additional_image_tokens, **kwargs,
+        )  # fmt: skip
+        self._set_up_videos(video_size, video_length, video_frames)
+
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
         """Texts, stills and videos to the model's inputs.
 
@@ -206,49 +226,9 @@ class _LlavaProcessing(VideoProcessing):
 class BTAdapterLlavaProcessor(_LlavaProcessing, LlavaProcessor):
     """The processor of LLaVA-1.5 and ViP-LLaVA with a branch: see :class:`VideoProcessing`."""
 
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        patch_size: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        chat_template: str | None = None,
-        image_token: str = "<image>",
-        num_additional_image_tokens: int = 0,
-        video_size: int | None = None,
-        video_length: int | None = None,
-        video_frames: int = _FRAMES,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
-            num_additional_image_tokens, **kwargs,
-        )  # fmt: skip
-        self._set_up_videos(video_size, video_length, video_frames)
-
 
 class BTAdapterLlavaNextProcessor(_LlavaProcessing, LlavaNextProcessor):
     """The processor of LLaVA-NeXT with a branch: see :class:`VideoProcessing`."""
-
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        patch_size: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        chat_template: str | None = None,
-        image_token: str = "<image>",
-        num_additional_image_tokens: int = 0,
-        video_size: int | None = None,
-        video_length: int | None = None,
-        video_frames: int = _FRAMES,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
-            num_additional_image_tokens, **kwargs,
-        )  # fmt: skip
-        self._set_up_videos(video_size, video_length, video_frames)
 
 
 class _QFormerProcessing(VideoProcessing):
