@@ -181,6 +181,8 @@ def test_places_that_do_not_fit_are_counted(name):
     length = family_of(model).video_length
     with pytest.raises(ValueError, match=f"have {length} video tokens, but the 2 videos take {2 * length}"):
         model(input_ids=tokens, pixel_values_videos=videos(2), **question(model, 2))
+    with pytest.raises(ValueError, match=f"have {length} video tokens, but pixel_values_videos is None"):
+        generated(model, tokens)
     with pytest.raises(ValueError, match="input_ids must be given"):
         model(inputs_embeds=torch.zeros(1, 4, WIDTH), pixel_values_videos=videos(1), **question(model, 1))
     with pytest.raises(ValueError, match=r"pixel_values_videos\[0\] must be frames"):

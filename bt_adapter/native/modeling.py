@@ -182,11 +182,18 @@ class VideoPrompts:
                 more = asked(image_places, len(pixel_values))
                 features = list(self.get_image_features(pixel_values, **stills, **more).pooler_output)
             embeds = _put(embeds, image_places, features, "image")
-        if pixel_values_videos is not None:
-            more = asked(video_places, len(pixel_values_videos))
-            found = self.get_video_features(pixel_values_videos, video_frame_counts, use_branch, **more)
-            embeds = _put(embeds, video_places, found.pooler_output, "video")
-        return embeds
+        if pixel_values_videos is None:
+            self.check_no_videos(input_ids)
+            return embeds
+        more = asked(video_places, len(pixel_values_videos))
+        found = self.get_video_features(pixel_values_videos, video_frame_counts, use_branch, **more)
+        return _put(embeds, video_places, found.pooler_output, "video")
+
+    def check_no_videos(self, ids: Tensor | None) -> None:
+        """Raise ValueError where prompts have places for videos; to be called where no videos come with them."""
+        token = self.config.video_token_index
+        if ids is not None and token is not None and (count := int((ids == token).sum())):
+            raise ValueError(f"input_ids have {count} video tokens, but pixel_values_videos is None")
 
     def known_ids(self, ids: Tensor) -> Tensor:
         """Ids of the vocabulary, with the image token in the places of videos."""
@@ -320,6 +327,7 @@ def _outer_methods(cls: Any, base: Any) -> Any:
     def generate(self: Any, **given: Any) -> Any:
         ids = given["input_ids"] = given.get("input_ids", given.pop("inputs", None))
         if not self.model._has_videos(given):
+            self.model.check_no_videos(ids)
             return base.generate(self, **_without_videos(given))
         given = self.model._embedded(given)
         # no embedding is looked up by these ids, but some processors of logits read scores by them
@@ -349,8 +357,9 @@ def _qformer_methods(cls: Any, base: Any) -> Any:
     @_takes_videos(base.generate)
     def generate(self: Any, **given: Any) -> Any:
         if given.get("pixel_values") is not None and not self._has_videos(given):
+            self.check_no_videos(given.get("input_ids"))
             return base.generate(self, **_without_videos(given))
-        ids = given["input_ids"]
+        ids = given.get("input_ids")
         given = self._embedded(given)
         if self.language_model.config.is_encoder_decoder:
             return self.language_model.generate(**given)
