@@ -359,7 +359,7 @@ def _qformer_methods(cls: Any, base: Any) -> Any:
         if given.get("pixel_values") is not None and not self._has_videos(given):
             self.check_no_videos(given.get("input_ids"))
             return base.generate(self, **_without_videos(given))
-        ids = given.get("input_ids")
+        ids: Any = given.get("input_ids")
         given = self._embedded(given)
         if self.language_model.config.is_encoder_decoder:
             return self.language_model.generate(**given)
