@@ -12,8 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
+
+from bt_adapter.data.workers import PRELOAD, worker_context
+
+# Imported once, by the process that these and the workers of data loaders are forked from: importing takes longer than
+# most tests.
+PRELOAD += ["pytest", "bt_adapter.pretrain.run", "bt_adapter.chat.engine", "bt_adapter.mini.clip"]
 
 
 def run(folder: Path, world: int, function: Callable, *arguments, seconds: float = 180) -> None:
@@ -22,11 +27,7 @@ def run(folder: Path, world: int, function: Callable, *arguments, seconds: float
     Raises AssertionError, with what the processes printed, when one fails or is not done after ``seconds``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Forked from a process that has imported everything once and done nothing: importing takes longer than most tests.
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["pytest", "bt_adapter.pretrain.run", "bt_adapter.chat.engine", "bt_adapter.mini.clip"]
-    )
+    context = worker_context()
     children = [
         context.Process(target=child, args=(rank, world, function, arguments, str(folder), seconds), daemon=True)
         for rank in range(world)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -212,6 +213,24 @@ class Collections(Dataset):
 
     def __getitem__(self, step: int) -> int:
         return gc.collect()
+
+
+HELD = threading.Lock()
+
+
+class Locking(Dataset):
+    """Takes a lock of this module."""
+
+    def __getitem__(self, step: int) -> bool:
+        with HELD:
+            return True
+
+
+@pytest.mark.timeout(60)
+def test_a_lock_that_is_held_does_not_hold_up_workers():
+    """As another thread's log message or decoder would hold one in the moment a worker starts."""
+    with HELD:
+        assert list(in_order(Locking(), 0, 2, 1)) == [True, True]
 
 
 @pytest.mark.timeout(60)

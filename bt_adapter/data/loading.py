@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import math
-import os
-import pickle
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bt_adapter.data.clips import Clip
+from bt_adapter.data.packed import PackedClips
 from bt_adapter.data.patience import read_patiently
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.data.transforms import TrainTransform
 from bt_adapter.data.video import VideoError
+from bt_adapter.data.workers import begin_worker, worker_context
 from bt_adapter.errors import CommandError
 
 # So many clips are tried in the place of one that cannot be read. Where all of them fail, the data is at fault.
@@ -95,7 +91,8 @@ class TrainingClips:
 
     Args:
         clips: with a caption each. They are kept as one block of bytes, which worker processes share.
-        frames: T, or T of each step by its number; a shorter clip repeats frames.
+        frames: T, or a function that gives T of each step by its number (picklable where worker processes decode); a
+            shorter clip repeats frames.
         transform: whose :meth:`~TrainTransform.crop` is taken.
         seed: of all draws.
     """
@@ -217,17 +214,17 @@ def in_order(
 ) -> Iterator[Any]:
     """``dataset[step]`` of the steps after ``done`` up to ``steps``, counted from 0; the rest as for :func:`batches`.
 
+    With ``workers`` the data set is sent to each of them, so it must be picklable, and a script that calls this must do
+    so below ``if __name__ == "__main__":``, as with every process that Python does not fork.
+
     A CommandError, OSError or VideoError that the data set raises is raised here as it is, also from a worker process.
     """
     loader = DataLoader(
         _ReturningErrors(dataset), batch_size=None, sampler=range(done, steps), num_workers=workers,
-        pin_memory=pin_memory, prefetch_factor=prefetch if workers else None, worker_init_fn=_begin_worker,
+        pin_memory=pin_memory, prefetch_factor=prefetch if workers else None, worker_init_fn=begin_worker,
+        multiprocessing_context=worker_context() if workers else None,
         generator=torch.Generator(),  # or it draws from the global one
     )  # fmt: skip
-    if workers:
-        # A decoder that is garbage here must not be freed in a forked worker, where its threads do not run: it would
-        # wait for them for ever.
-        gc.collect()
     return _checked(iter(loader), workers)
 
 
@@ -287,23 +284,6 @@ class _Unreadable(Exception):
         self.named = named
 
 
-class PackedClips:
-    """Clips as one block of bytes: millions of objects would be copied into every worker, page by page, as their
-    reference counts change."""
-
-    def __init__(self, clips: Sequence[Clip]) -> None:
-        parts = [pickle.dumps(clip, pickle.HIGHEST_PROTOCOL) for clip in clips]
-        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(parts), np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, number: int) -> Clip:
-        start = int(self._ends[number - 1]) if number else 0
-        return pickle.loads(self._bytes[start : int(self._ends[number])].tobytes())
-
-
 def shuffled(position: int, count: int, seed: int, epoch: int) -> int:
     """Which of ``count`` things stands at ``position`` of an epoch's order: a permutation, one value at a time.
 
@@ -324,17 +304,3 @@ def numbers_seed(*numbers: int) -> int:
     """63 bits that depend on all the numbers, such that neighbours share nothing."""
     text = ",".join(map(str, numbers)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-
-
-def _begin_worker(number: int) -> None:
-    """Signals that go to the whole group are the training process's to answer, which may need its workers until it has
-    ended its step; a worker ends when that one says so."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from bt_adapter.data.clips import Clip, Member
-from bt_adapter.data.loading import PackedClips, in_order
+from bt_adapter.data.loading import in_order
+from bt_adapter.data.packed import PackedClips
 from bt_adapter.data.patience import is_full, read_patiently
 from bt_adapter.data.sampling import check_count
 from bt_adapter.data.skipped import Skipped

@@ -1,0 +1,56 @@
+"""Clips in memory that worker processes share."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+from collections.abc import Sequence
+from multiprocessing import reduction
+
+import numpy as np
+
+from bt_adapter.data.clips import Clip
+
+
+class PackedClips:
+    """Clips as one block of shared memory: millions of objects would be copied into every worker process.
+
+    A worker that is started with it maps the same memory. The block has no name in ``/dev/shm``, whose size containers
+    limit.
+    """
+
+    def __init__(self, clips: Sequence[Clip]) -> None:
+        parts = [pickle.dumps(clip, pickle.HIGHEST_PROTOCOL) for clip in clips]
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        file = os.memfd_create("clips")
+        with os.fdopen(os.dup(file), "wb") as out:
+            out.write(ends.tobytes())
+            out.writelines(parts)
+        self._map(file, len(parts))
+
+    def _map(self, file: int, count: int) -> None:
+        self._file, self._ends = file, np.empty(0, np.int64)
+        if count:
+            self._memory = mmap.mmap(file, 0, prot=mmap.PROT_READ)
+            self._ends = np.frombuffer(self._memory, np.int64, count)
+
+    def __reduce__(self) -> tuple:
+        return _received, (reduction.DupFd(self._file), len(self))
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, number: int) -> Clip:
+        first = self._ends.nbytes
+        start = int(self._ends[number - 1]) if number else 0
+        return pickle.loads(self._memory[first + start : first + int(self._ends[number])])
+
+
+def _received(file: reduction.DupFd, count: int) -> PackedClips:  # type: ignore[valid-type]
+    clips = PackedClips.__new__(PackedClips)
+    clips._map(file.detach(), count)  # type: ignore[attr-defined]
+    return clips
