@@ -1,7 +1,6 @@
 """Chat line by line, and lists of questions answered in batches through kills and bad input."""
 
 import dataclasses
-import gc
 import io
 import json
 import os
@@ -27,6 +26,7 @@ from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.watch import Sampling
 from bt_adapter.commands.answer import Answer
 from bt_adapter.data import write_video
+from bt_adapter.data.workers import worker_context
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 
@@ -61,12 +61,6 @@ def folder(tmp_path_factory):
     return path
 
 
-def fork() -> int:
-    """Fork without decoders that wait to be collected: their threads are not there in the child, which would hang."""
-    gc.collect()
-    return os.fork()
-
-
 def run_all(chat, folder, out, batch=3):
     questions = answer.read_questions(folder / "questions.jsonl", folder)
     with rows.Rows(out, {"model": "tiny"}) as file:
@@ -94,10 +88,9 @@ def test_answers_are_those_of_single_questions(chat, folder, expected, tmp_path)
     assert "no such file" in skipped.reasons["q5 (none.mp4)"] and "cannot be read" in skipped.reasons["q7 (broken.mp4)"]
 
 
-@pytest.mark.parametrize("moment", ["before", "half", "after"])
-@pytest.mark.parametrize("batch", [0, 1, 2])
-def test_killed_while_writing(chat, folder, expected, tmp_path, monkeypatch, moment, batch):
-    out, written = tmp_path / "answers.jsonl", []
+def answer_until_killed(folder, out, moment, batch):
+    """Answer in this process, and kill it in the moment it writes that batch's rows: before, half way, or after."""
+    written = []
     real = rows.Rows._write
 
     def write(self, data):
@@ -108,27 +101,40 @@ def test_killed_while_writing(chat, folder, expected, tmp_path, monkeypatch, mom
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, data)
 
-    child = fork()
-    if not child:
-        monkeypatch.setattr(rows.Rows, "_write", write)
-        run_all(chat, folder, out)
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    rows.Rows._write = write
+    run_all(make_engine(), folder, out)
+
+
+@pytest.mark.parametrize("moment", ["before", "half", "after"])
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_killed_while_writing(chat, folder, expected, tmp_path, moment, batch):
+    out = tmp_path / "answers.jsonl"
+    child = worker_context().Process(target=answer_until_killed, args=(folder, out, moment, batch))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     _, found = run_all(chat, folder, out)
     assert found == expected
+
+
+def answer_one_by_one(folder, out, begin):
+    """Answer in this process, after ``begin`` is set."""
+    chat = make_engine()
+    begin.set()
+    run_all(chat, folder, out, batch=1)
 
 
 def test_killed_at_random_moments(chat, folder, expected, tmp_path):
     out, draws, killed = tmp_path / "answers.jsonl", random.Random(5), 0
     for _ in range(8):
-        child = fork()
-        if not child:
-            run_all(chat, folder, out, batch=1)
-            os._exit(0)
+        begin = worker_context().Event()
+        child = worker_context().Process(target=answer_one_by_one, args=(folder, out, begin))
+        child.start()
+        assert begin.wait(60)
         time.sleep(draws.uniform(0.002, 0.05))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):
+        child.kill()
+        child.join()
+        if child.exitcode == 0:
             break
         killed += 1
     _, found = run_all(chat, folder, out, batch=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import signal
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from bt_adapter.data import preprocess, read_video, write_video
 from bt_adapter.data.clips import Clip, Member
+from bt_adapter.data.workers import worker_context
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.eval import features as features_module
@@ -227,8 +227,8 @@ def test_a_damaged_file_of_features_is_told_and_computed_again(model, clips, tmp
     assert torch.equal(first.vectors, second.vectors)
 
 
-def die_in_the_third_batch(model, clips, folder) -> None:
-    batches = 0
+def die_in_the_third_batch(clips, folder) -> None:
+    model, batches = small_models.shake(small_models.make()), 0
 
     def counted(*arguments):
         nonlocal batches
@@ -242,7 +242,7 @@ def die_in_the_third_batch(model, clips, folder) -> None:
 
 
 def test_a_killed_run_goes_on(model, clips, decoded, tmp_path):
-    child = multiprocessing.get_context("fork").Process(target=die_in_the_third_batch, args=(model, clips, tmp_path))
+    child = worker_context().Process(target=die_in_the_third_batch, args=(clips, tmp_path))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+from collections import Counter
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -136,35 +138,50 @@ def test_an_input_error_of_ffmpeg_is_the_files_where_its_bytes_can_be_read(video
         read_patiently(video, Failing(wrapped(of_ffmpeg(errno.EIO))))
 
 
-def passing(monkeypatch, number: int, times: int) -> list[str]:
-    """The first reads of every clip fail, as where other programs have all files open."""
-    read, tried = Clip.read, []
-
-    def failing(self, *arguments, **options):
-        tried.append(self.key)
-        if tried.count(self.key) <= times:
-            raise OSError(number, os.strerror(number))
-        return read(self, *arguments, **options)
-
-    monkeypatch.setattr(Clip, "read", failing)
-    return tried
+TRIED: Counter[str] = Counter()
 
 
-def clips_of(video, count: int = 6) -> list[Clip]:
-    return [Clip(f"clip{n}", str(video), (f"first {n}", f"second {n}")) for n in range(count)]
+@dataclass(frozen=True)
+class FailingClip(Clip):
+    """A clip whose first reads in a process fail, as where other programs have all files open."""
+
+    number: int = 0
+    times: int = 0
+
+    def read(self, *arguments, **options):
+        TRIED[self.key] += 1
+        if TRIED[self.key] <= self.times:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().read(*arguments, **options)
+
+    def __reduce__(self):
+        return unpacked, tuple(getattr(self, field.name) for field in fields(self))
+
+
+def unpacked(*values) -> FailingClip:
+    """A clip in a worker process, which does not wait either."""
+    patience.WAITS = (0.01,) * len(patience.WAITS)
+    return FailingClip(*values)
+
+
+def clips_of(video, count: int = 6, number: int = 0, times: int = 0) -> list[Clip]:
+    TRIED.clear()
+    return [FailingClip(f"clip{n}", str(video), (f"first {n}", f"second {n}"), None, None, None, number, times)
+            for n in range(count)]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
 def test_a_passing_error_changes_no_batch(video, monkeypatch, number):
-    def take(workers):
-        data = TrainingClips(clips_of(video), 3, TrainTransform(16), 5)
+    monkeypatch.setattr(patience, "WAITS", (0.01,) * 5)
+
+    def take(workers, times):
+        data = TrainingClips(clips_of(video, number=number, times=times), 3, TrainTransform(16), 5)
         return list(batches(data, 2, 0, 1, 0, 6, workers))
 
-    expected = take(0)
-    monkeypatch.setattr(patience, "WAITS", (0.01,) * 5)
-    passing(monkeypatch, number, 2)
+    expected = take(0, 0)
     for workers in (0, 1):
-        found = take(workers)
+        found = take(workers, 2)
+        assert workers or min(TRIED.values()) > 2
         assert all(torch.equal(a.frames, b.frames) for a, b in zip(found, expected, strict=True))
         assert [batch.captions for batch in found] == [batch.captions for batch in expected]
         assert not any(batch.failed for batch in found)
@@ -173,8 +190,7 @@ def test_a_passing_error_changes_no_batch(video, monkeypatch, number):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_that_stays_stops_training_evaluation_and_shards_in_one_line(video, tmp_path, monkeypatch, workers):
     monkeypatch.setattr(patience, "WAITS", (0.01,) * 2)
-    passing(monkeypatch, errno.ESTALE, 1000)
-    clips = clips_of(video)
+    clips = clips_of(video, number=errno.ESTALE, times=1000)
     with pytest.raises(StorageError, match=os.strerror(errno.ESTALE)) as error:
         list(batches(TrainingClips(clips, 3, TrainTransform(16), 5), 2, 0, 1, 0, 6, workers))
     assert "Traceback" not in str(error.value)
