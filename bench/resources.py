@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,11 +194,14 @@ def cubin_facts(path: str, kernel: str, cuobjdump: str | None = None, nvdisasm: 
     }
 
 
-def triton_rows(only: str | None, targets: tuple[int, ...], quick: bool) -> Iterator[Row]:
-    """A row for each distinct launch of each op."""
-    seen = set()
+def triton_rows(only: Sequence[str], targets: tuple[int, ...], quick: bool, by_turns: bool = False) -> Iterator[Row]:
+    """A row for each distinct launch of each op, or of those named.
+
+    ``by_turns`` compiles each launch for one of the targets that it would be compiled for, another one each time.
+    """
+    seen: set[str] = set()
     for variant in variants():
-        if only and variant.function != only:
+        if only and variant.function not in only:
             continue
         looked_at = QUICK[""] | QUICK.get(variant.function, {})
         for model, heads, width, patches in MODELS:
@@ -211,7 +214,8 @@ def triton_rows(only: str | None, targets: tuple[int, ...], quick: bool) -> Iter
                         if key in seen:
                             continue
                         seen.add(key)
-                        for target in looked_at[model, case, name] if quick else targets:
+                        wanted = looked_at[model, case, name] if quick else targets
+                        for target in [wanted[len(seen) % len(wanted)]] if by_turns else wanted:
                             found = compiled(launch, target)
                             if found["instructions"] < 8:
                                 raise RuntimeError(f"{launch.kernel.__name__} compiled to nothing for sm_{target}")
@@ -222,15 +226,16 @@ def triton_rows(only: str | None, targets: tuple[int, ...], quick: bool) -> Iter
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", help="one op alone")
+    parser.add_argument("--op", action="append", default=[], help="this op alone; may be given more than once")
     parser.add_argument("--target", type=int, action="append", help="80, 90 or 100; may be given more than once")
-    parser.add_argument("--quick", action="store_true", help="a few cases: what the tests look at")
+    parser.add_argument("--quick", action="store_true", help="a few cases: what the whole tests look at")
+    parser.add_argument("--by-turns", action="store_true", help="each launch for one target, another one each time")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     options = parser.parse_args()
     if _triton.interpreting():
         sys.exit("TRITON_INTERPRET=1 keeps Triton from compiling: unset it")
     rows = []
-    for row in triton_rows(options.op, tuple(options.target or TARGETS), options.quick):
+    for row in triton_rows(options.op, tuple(options.target or TARGETS), options.quick, options.by_turns):
         rows.append(row)
         print(
             f"{row.kernel:<20} {row.target:<7}{row.dtype:<5}{row.registers:>4} of {row.register_limit:>3} registers "

@@ -23,27 +23,46 @@ from bt_adapter.pretrain.run import pretrain
 def main(manifest: str, out: str, kills: int, seed: int, steps: int) -> None:
     torch.set_num_threads(1)
     wanted = recipe(data=manifest, out=Path(out), steps=steps, save_steps=3, ema=0.9, drop_path=0.3, accumulate=2)
-    print(run(lambda: pretrain(wanted), Path(out) / "branch", kills, seed))
+    print(run(lambda: pretrain(wanted), Path(out), "branch", kills, seed))
 
 
-def run(work: Callable[[], object], end: Path, kills: int, seed: int) -> int:
-    """``work`` in a child that is killed ``kills`` times, until it makes ``end``; how often it was killed."""
+def run(work: Callable[[], object], out: Path, end: str, kills: int, seed: int) -> int:
+    """``work`` in a child that is killed ``kills`` times, until it makes ``end`` in ``out``; how often it was killed.
+
+    A kill comes at a random moment after none to five steps, as counted by the log of the run.
+    """
     draws, killed = random.Random(seed), 0
     while True:
         child = os.fork()
         if not child:
             work()
             os._exit(0)
-        if killed < kills:
-            time.sleep(draws.uniform(0.05, 1.2))
+        if killed < kills and _logged(out / "log.jsonl", draws.randrange(6), child):
+            time.sleep(draws.uniform(0, 0.2))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
             killed += 1
             continue
         assert os.waitstatus_to_exitcode(status) == 0, status
-        if killed >= kills or end.exists():
+        if killed >= kills or (out / end).exists():
             return killed
+
+
+def _logged(log: Path, times: int, child: int) -> bool:
+    """Wait until the log has grown so often; False where the child ended before."""
+    size = _size(log)
+    while times:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
+        times -= _size(log) > size
+        size = _size(log)
+        time.sleep(0.002)
+    return True
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 if __name__ == "__main__":

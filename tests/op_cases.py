@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -98,6 +99,44 @@ def _runs() -> list:
 
 
 RUNS = _runs()
+
+
+def grid(names: str, *axes: Sequence, kept: Callable[..., bool]) -> pytest.MarkDecorator:
+    """Parametrize a test over all combinations of the axes' values.
+
+    Every commit runs the combinations for whose places on the axes, counted from 0, ``kept`` is true. The others are
+    marked ``full``.
+    """
+    cases = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        chosen = [_as_parameters(axis[place]) for axis, place in zip(axes, places, strict=True)]
+        marks = [mark for parameters in chosen for mark in parameters.marks]
+        cases.append(
+            pytest.param(
+                *(value for parameters in chosen for value in parameters.values),
+                id="-".join(parameters.id for parameters in chosen),
+                marks=marks if kept(*places) else [*marks, pytest.mark.full],
+            )
+        )
+    return pytest.mark.parametrize(names, cases)
+
+
+def _as_parameters(value):
+    if hasattr(value, "marks"):
+        return value
+    name = getattr(value, "name", None) or getattr(value, "__name__", None) or str(value).removeprefix("torch.")
+    return pytest.param(value, id=name)
+
+
+def interpreted(backend: str, device: str) -> bool:
+    """Whether a kernel runs in Triton's interpreter, which is slow."""
+    return backend == "triton" and device == "cpu"
+
+
+def run_at(place: int) -> tuple[bool, bool]:
+    """Of a run by its place in ``RUNS``: whether it is interpreted, and whether its op is called with options."""
+    variant, backend, device = RUNS[place].values
+    return interpreted(backend, device), variant.name != variant.op
 
 
 def call(variant: Variant, inputs: Inputs, visible: VisibleTokens, backend: str | None) -> Tensor:

@@ -6,10 +6,12 @@ gradients) plus a floor of a few roundings; the reference's own error is bounded
 
 from __future__ import annotations
 
+import itertools
+
 import dense
 import pytest
 import torch
-from op_cases import FORM, FORMS, RUNS, VARIANT, VARIANTS, Form, call, grads, seeded
+from op_cases import FORM, FORMS, RUNS, VARIANT, VARIANTS, Form, call, grads, grid, interpreted, run_at, seeded
 from torch import Tensor
 
 import bt_kernels
@@ -92,20 +94,14 @@ def check(variant: Variant, inputs: Inputs, visible: VisibleTokens, backend: str
         )
 
 
-def interpreted(backend: str, device: str) -> bool:
-    return backend == "triton" and device == "cpu"
+def dense_kept(run: int, form: int, dtype: int) -> bool:
+    """Every run meets every form in one dtype, by turns; in Triton's interpreter options meet every third form."""
+    slow, options = run_at(run)
+    return (run + form) % len(DTYPES) == dtype and not (slow and options and (run + form) % 3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
-@pytest.mark.parametrize("variant, backend, device", RUNS)
+@grid("variant, backend, device, form, dtype", RUNS, FORMS, DTYPES, kept=dense_kept)
 def test_equals_dense(variant, backend, device, form, dtype):
-    if interpreted(backend, device) and form.name not in SOME_FORMS:
-        everywhere = (torch.float32, torch.bfloat16) if variant.name == variant.op else (torch.float32,)
-        if dtype not in everywhere:
-            pytest.skip(
-                "Triton's interpreter is slow: all forms in float32, and in bfloat16 without options; some in all"
-            )
     visible = form.build()
     inputs = prepared(variant.draw(visible, form.heads, form.width), dtype, device, variant)
     upstream = upstream_like(exact_shape(variant, inputs, visible)).to(dtype)
@@ -149,12 +145,14 @@ def broadcast(t: Tensor) -> Tensor:
 LAYOUTS = (every_other, transposed, sliced, broadcast)
 
 
-@pytest.mark.parametrize("form", SOME_FORMS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("variant, backend, device", RUNS)
+def strides_kept(run: int, layout: int, form: int) -> bool:
+    """In Triton's interpreter every op meets every layout in one form, by turns, without options."""
+    slow, options = run_at(run)
+    return not slow or (not options and (run + layout) % len(SOME_FORMS) == form)
+
+
+@grid("variant, backend, device, layout, form", RUNS, LAYOUTS, SOME_FORMS, kept=strides_kept)
 def test_any_strides(variant, backend, device, layout, form):
-    if interpreted(backend, device) and (form == "empty_frame" or variant.name != variant.op):
-        pytest.skip("Triton's interpreter is slow: a grid and a ragged form, without options")
     visible = FORM[form].build()
     inputs = prepared(variant.draw(visible), torch.float32, device, variant)
     inputs = {name: None if t is None else layout(t) for name, t in inputs.items()}
@@ -162,8 +160,13 @@ def test_any_strides(variant, backend, device, layout, form):
     check(variant, inputs, visible.to(device), backend, layout(upstream) if upstream.ndim else upstream)
 
 
-@pytest.mark.parametrize("form", SOME_FORMS)
-@pytest.mark.parametrize("variant, backend, device", RUNS)
+def one_form_kept(run: int, form: int) -> bool:
+    """In Triton's interpreter every run meets one of three forms, by turns."""
+    slow, _ = run_at(run)
+    return not slow or run % 3 == form
+
+
+@grid("variant, backend, device, form", RUNS, SOME_FORMS, kept=one_form_kept)
 def test_expanded_gradient(variant, backend, device, form):
     visible = FORM[form].build()
     inputs = prepared(variant.draw(visible), torch.float32, device, variant)
@@ -241,8 +244,7 @@ def padded_upstream(out_shape: torch.Size, visible: VisibleTokens) -> Tensor:
     return upstream
 
 
-@pytest.mark.parametrize("form", ["padded", "padded_to_nothing", "empty_frame"])
-@pytest.mark.parametrize("variant, backend, device", RUNS)
+@grid("variant, backend, device, form", RUNS, ["padded", "padded_to_nothing", "empty_frame"], kept=one_form_kept)
 def test_padding_is_never_read(variant, backend, device, form):
     visible = FORM[form].build()
     assert (visible.index < 0).any()
@@ -277,11 +279,19 @@ def test_invisible_tokens_are_never_read(name, form):
         torch.testing.assert_close(got[key].double(), value, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", [Form("tube", FORM["one_patch"].build), FORM["padded"], FORM["empty_frame"]])
-@pytest.mark.parametrize("variant, backend, device", RUNS)
+# Finite differences need float64 kernels, which only the reference and the CPU have.
+DOUBLE_RUNS = [run for run in RUNS if run.values[1] in ("reference", "cpu")]
+GRADCHECK_FORMS = (Form("tube", FORM["one_patch"].build), FORM["padded"], FORM["empty_frame"])
+
+
+def gradcheck_kept(run: int, form: int) -> bool:
+    """Every op meets every form; with options one of them, by turns."""
+    variant = DOUBLE_RUNS[run].values[0]
+    return variant.name == variant.op or run % len(GRADCHECK_FORMS) == form
+
+
+@grid("variant, backend, device, form", DOUBLE_RUNS, GRADCHECK_FORMS, kept=gradcheck_kept)
 def test_gradcheck(variant, backend, device, form):
-    if backend in ("triton", "cuda"):
-        pytest.skip("finite differences need float64 kernels, which only the reference and the CPU have")
     visible = form.build()
     inputs = prepared(variant.draw(visible, 1, 3), torch.float64, device, variant)
     names = [name for name in inputs if name in variant.differentiable]
@@ -418,3 +428,20 @@ def test_more_sequences_than_a_launch_grid(variant, backend, device):
 def test_every_op_is_here():
     assert {variant.op for variant in VARIANTS} == set(OPS)
     assert {variant.function for variant in VARIANTS} < set(bt_kernels.__all__)
+
+
+def test_every_pair_is_compared_with_each_commit():
+    """Of op with its options, backend, form and dtype; the whole grid is marked ``full``."""
+    axes = ("variant", "backend", "form", "dtype")
+    met = set()
+    for run, form, dtype in itertools.product(range(len(RUNS)), range(len(FORMS)), range(len(DTYPES))):
+        if dense_kept(run, form, dtype):
+            variant, backend, _ = RUNS[run].values
+            case = dict(zip(axes, (variant.name, backend, FORMS[form].name, DTYPES[dtype]), strict=True))
+            met |= set(itertools.combinations(case.items(), 2))
+    runs = {(("variant", run.values[0].name), ("backend", run.values[1])) for run in RUNS}
+    values = {"backend": {backend for _, (_, backend) in runs}, "variant": {variant for (_, variant), _ in runs}}
+    values |= {"form": {form.name for form in FORMS}, "dtype": set(DTYPES)}
+    for one, other in itertools.combinations(axes, 2):
+        pairs = {((one, a), (other, b)) for a in values[one] for b in values[other]}
+        assert (runs if (one, other) == axes[:2] else pairs) <= met, (one, other)

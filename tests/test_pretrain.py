@@ -225,7 +225,7 @@ def test_killed_at_random_moments_it_ends_as_if_never_killed(manifest, tmp_path)
     script = Path(__file__).parent / "killed.py"
     ends = []
     for name, count in (("whole", 0), ("killed", kills)):
-        command = [sys.executable, str(script), str(manifest), str(tmp_path / name), str(count), "11", str(25 * kills)]
+        command = [sys.executable, str(script), str(manifest), str(tmp_path / name), str(count), "11", str(8 * kills)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=550, cwd=Path(__file__).parent.parent)
         assert done.returncode == 0, done.stderr[-2000:]
         ends.append(int(done.stdout.split()[-1]))

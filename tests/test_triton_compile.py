@@ -19,17 +19,29 @@ from bt_kernels._library import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 FUNCTIONS = sorted({v.function for v in variants() if any(k.backend == "triton" for k in OPS[v.op].kernels)})
+ATTENTION = [name for name in FUNCTIONS if "attention" in name]
+ROWS = [name for name in FUNCTIONS if "attention" not in name]
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_compiles_without_spills(function, tmp_path):
+@pytest.mark.parametrize(
+    "functions, how",
+    [
+        pytest.param(ATTENTION, ["--by-turns"], id="attention by turns"),
+        pytest.param(ROWS, ["--by-turns"], id="rows by turns"),
+        pytest.param(ATTENTION, [], id="attention", marks=pytest.mark.full),
+        pytest.param(ROWS, [], id="rows", marks=pytest.mark.full),
+    ],
+)
+def test_compiles_without_spills(functions, how, tmp_path):
+    """Every launch for one architecture, by turns; ``full`` compiles the hottest for all three."""
     rows = tmp_path / "rows.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    only = [word for function in functions for word in ("--op", function)]
     done = subprocess.run(
-        [sys.executable, "bench/resources.py", "--op", function, "--quick", "--json", rows],
+        [sys.executable, "bench/resources.py", *only, "--quick", *how, "--json", rows],
         cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     print(done.stdout)
@@ -42,8 +54,9 @@ def test_compiles_without_spills(function, tmp_path):
         assert row["shared"] <= row["shared_limit"], f"{told}: {row['shared']} bytes of shared memory"
         assert row["registers"] <= row["register_limit"], f"{told}: {row['registers']} registers"
         assert row["instructions"] > 8, told
-    if "attention" in function:
+    assert {row["op"] for row in found} >= set(functions)
+    for function in set(functions) & set(ATTENTION):
         passes = [row for row in found if "forward" in row["kernel"] or "backward" in row["kernel"]]
-        main = [row for row in passes if row["dtype"] == "bf16"]
+        main = [row for row in passes if row["dtype"] == "bf16" and row["op"].startswith(function)]
         assert main and all(row["tensor_core"] > 0 for row in main)
         assert all(row["wide_loads"] > 0 for row in main)

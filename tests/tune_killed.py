@@ -23,7 +23,7 @@ def main(data: str, folder: Path, kills: int, seed: int) -> None:
             data=data, out=folder / name, steps=24, save_steps=3, learn=("projector", "branch", "lora"), batch=3,
             lora_dropout=0.2, features=folder / f"{name}-features",
         )  # fmt: skip
-        killed = run(lambda wanted=wanted: tune(wanted, make_video_chat()), wanted.out / "tuned", count, seed)
+        killed = run(lambda wanted=wanted: tune(wanted, make_video_chat()), wanted.out, "tuned", count, seed)
     print(killed)
 
 
