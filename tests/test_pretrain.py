@@ -237,7 +237,7 @@ def test_killed_at_random_moments_it_ends_as_if_never_killed(manifest, tmp_path)
 
 def test_sigterm_saves_and_the_same_command_goes_on(manifest, tmp_path):
     arguments = ["--data", str(manifest), "--steps", "200", "--frames", "4", "--batch", "4", "--depth", "2"]
-    arguments += ["--workers", "0", "--out", str(tmp_path / "run")]
+    arguments += ["--clip", "mini", "--workers", "0", "--out", str(tmp_path / "run")]
     command = [sys.executable, "-m", "bt_adapter.cli", "pretrain", *arguments]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "log.jsonl"
