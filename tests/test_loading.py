@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,18 +249,27 @@ def test_a_decoder_that_is_garbage_does_not_hold_up_workers(good):
         gc.enable()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_no_worker_outlives_its_process(folder, how):
-    """SIGKILL goes to the process alone, as from a memory killer; SIGINT to the whole group, as from a terminal."""
+@contextmanager
+def decoding(folder, *arguments: str):
+    """``workers.py`` in a process group of its own, and the ids of its workers."""
     script = Path(__file__).parent / "workers.py"
     environment = {**os.environ, "PYTHONPATH": str(script.parent.parent), "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(
-        [sys.executable, str(script), str(folder[0])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment, start_new_session=True,
+        [sys.executable, str(script), str(folder[0]), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=environment, start_new_session=True,
     )  # fmt: skip
     try:
         workers = [int(word) for word in process.stdout.readline().split()]
         assert len(workers) == 2, process.stderr.read()
+        yield process, workers
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_no_worker_outlives_its_process(folder, how):
+    """SIGKILL goes to the process alone, as from a memory killer; SIGINT to the whole group, as from a terminal."""
+    with decoding(folder) as (process, workers):
         if how == signal.SIGINT:
             os.killpg(process.pid, how)
         else:
@@ -269,8 +279,13 @@ def test_no_worker_outlives_its_process(folder, how):
         while any(map(alive, workers)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not any(map(alive, workers))
-    finally:
-        process.kill()
+
+
+def test_workers_go_on_where_the_whole_group_is_asked_to_end(folder):
+    """As a scheduler asks every process of a job: the training process ends its step first."""
+    with decoding(folder, "go on") as (process, workers):
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.communicate(timeout=60)[1].strip() == "ended by itself"
 
 
 def alive(process: int) -> bool:
