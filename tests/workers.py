@@ -1,7 +1,7 @@
 """Decode in two workers without end, for a test that kills this process. Prints the workers' ids.
 
-``python tests/workers.py MANIFEST``. With a further argument, SIGTERM lets it read forty more batches and say at the end that
-it ended by itself.
+``python tests/workers.py MANIFEST``. With a further argument, SIGTERM lets it read forty more batches, after which it
+says that it ended by itself.
 """
 
 import multiprocessing
