@@ -81,7 +81,8 @@ def run(environment: Environment, folder: Path, options: list[str]) -> str:
                 return f"not run: failed: {' '.join(map(str, command))}"
         (place / "ready").touch()
     tests = [str(ROOT / "tests" / name) for name in TESTS]
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu and not full", *options, *tests]
+    chosen = "not slow and not gpu and not full"
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, *options, *tests]
     print("$", *command, flush=True)
     settings = {"PYTHONPATH": str(ROOT), "BT_TRITON": "0", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | settings)
