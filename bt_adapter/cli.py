@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
-from bt_adapter.commands import answer, chat, convert, demo, eval, mini, pretrain, qa, shards, tune
+from bt_adapter.commands import answer, chat, convert, demo, eval, export, mini, pretrain, qa, shards, tune
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.terminal import replace_unencodable
@@ -23,7 +23,7 @@ DESCRIPTION = "Video for image chat models: chat, pretraining of the branch, zer
 # Which part of this package runs a command, by the type that holds its arguments.
 RUN = {
     answer.Answer: answer, qa.Qa: qa,
-    chat.Chat: chat, convert.Convert: convert, demo.Demo: demo, mini.Mini: mini,
+    chat.Chat: chat, convert.Convert: convert, demo.Demo: demo, export.Export: export, mini.Mini: mini,
     Recipe: pretrain, TuneRecipe: tune,
     eval.Retrieval: eval, eval.Recognition: eval, shards.Shards: shards,
 }  # fmt: skip
@@ -35,6 +35,7 @@ def commands(recipe: Recipe, tuning: TuneRecipe) -> Any:
         Annotated[chat.Chat, subcommand("chat")]
         | Annotated[answer.Answer, subcommand("answer")]
         | Annotated[convert.Convert, subcommand("convert")]
+        | Annotated[export.Export, subcommand("export")]
         | Annotated[demo.Demo, subcommand("demo")]
         | Annotated[Recipe, subcommand("pretrain", default=recipe)]
         | Annotated[TuneRecipe, subcommand("tune", default=tuning)]

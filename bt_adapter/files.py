@@ -1,8 +1,9 @@
-"""Text files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -11,3 +12,13 @@ def write_whole(path: Path, text: str) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.writing")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
+
+
+def replace_folder(aside: Path, folder: Path) -> None:
+    """Rename a finished folder to its own name; what had that name is kept until then, and removed after it."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -14,6 +14,7 @@ from tuning import make_tokenizer, write_clips
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.prompts import Turn, conversation_text
 from bt_adapter.data import VideoError, preprocess, read_video
+from bt_adapter.image_settings import ImageSettings
 from bt_adapter.native import VideoChatCollator, make_processor
 from bt_adapter.native.processing import VideoReader, flat_videos
 from bt_adapter.native.template import with_videos
@@ -169,7 +170,7 @@ def test_flat_videos():
     assert flat_videos("a.mp4") == ["a.mp4"] and flat_videos([["a.mp4"], ["b.mp4"]]) == ["a.mp4", "b.mp4"]
     assert len(flat_videos(array)) == 1 and len(flat_videos([array, array])) == 2
     assert flat_videos(frames) == [frames] and flat_videos([frames, frames]) == [frames, frames]
-    assert VideoReader(8, (0.5,) * 3, (0.5,) * 3)(frames).shape == (3, 3, 8, 8)
+    assert VideoReader(ImageSettings(8))(frames).shape == (3, 3, 8, 8)
     with pytest.raises(TypeError, match="videos must be files, frames or lists of them"):
         flat_videos(3)
 

@@ -27,6 +27,7 @@ from bt_adapter.chat.vicuna import PLACE, grow, prepare_tokenizer
 from bt_adapter.chat.weight_files import open_weights, weight_files
 from bt_adapter.checkpoint import CheckpointError
 from bt_adapter.errors import CommandError
+from bt_adapter.files import replace_folder, write_whole
 from bt_adapter.progress import Progress
 from bt_adapter.published import load_reference_checkpoint
 
@@ -135,11 +136,11 @@ def convert(sources: Sources, out: Path, progress: Progress | None = None) -> Pa
     _check_complete(config, weight_map, reader.tuned)
     total = sum((aside / name).stat().st_size for name in names)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_text(aside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    write_whole(aside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     save_settings(aside, config, tokenizer, clip)
     if branch is not None:
         branch.save_pretrained(aside / "branch")
-    os.replace(aside, out)
+    replace_folder(aside, out)
     (out / _RECORD).unlink()
     return out
 
@@ -224,7 +225,7 @@ def _aside(sources: Sources, out: Path, files: list[Path]) -> Path:
     if aside.exists() and (not record.is_file() or record.read_text(encoding="utf-8") != about):
         shutil.rmtree(aside)
     aside.mkdir(parents=True, exist_ok=True)
-    _write_text(record, about)
+    write_whole(record, about)
     needed = sum(f.stat().st_size for f in files) - sum(f.stat().st_size for f in aside.glob("*.safetensors"))
     free = shutil.disk_usage(aside).free
     if needed > free:
@@ -255,10 +256,4 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     writing = path.with_name(path.name + ".writing")
     save_file(dict(tensors), writing, metadata={"format": "pt"})
     os.chmod(writing, (path.parent / _RECORD).stat().st_mode)  # save_file's are their owner's alone
-    os.replace(writing, path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    writing = path.with_name(path.name + ".writing")
-    writing.write_text(text, encoding="utf-8")
     os.replace(writing, path)

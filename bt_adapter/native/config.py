@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import Blip2Config, InstructBlipConfig, LlavaConfig, LlavaNextConfig, VipLlavaConfig
 
 from bt_adapter.config import BTAdapterConfig
+from bt_adapter.time_steps import Long, check_long
 
 
 @dataclass(kw_only=True)
@@ -22,14 +23,19 @@ class VideoFields:
             embeddings.
         use_branch: False: video tokens are the mean over the frames of the frozen tower's tokens, the baseline
             without the branch. An argument ``use_branch`` of a call overrides it.
+        long_videos: how a video of more frames than the branch has trained time steps is read: "average" takes means
+            of neighbouring frames, "interpolate" stretches the trained rows of the time table, "published" reads all
+            rows as they are stored (:func:`bt_adapter.time_steps.plan_steps`).
     """
 
     bt_adapter: dict[str, Any] | None = None
     video_token_index: int | None = None
     use_branch: bool = True
+    long_videos: Long = "average"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        check_long(self.long_videos)
         if self.bt_adapter is not None:
             unknown = set(self.bt_adapter) - {"branch", "layers", "tower_name"}
             if unknown or "branch" not in self.bt_adapter:
@@ -44,6 +50,9 @@ class VideoFields:
         if self.bt_adapter is None:
             raise ValueError(f"bt_adapter must be given in a {type(self).__name__}: it describes the branch")
         return BTAdapterConfig(**self.bt_adapter["branch"])
+
+
+VIDEO_FIELDS = {field.name: field.default for field in fields(VideoFields)}
 
 
 class BTAdapterLlavaConfig(VideoFields, LlavaConfig):

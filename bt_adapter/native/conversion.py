@@ -11,6 +11,7 @@ from torch import nn
 
 from bt_adapter.branch import Branch
 from bt_adapter.chat.families import Family
+from bt_adapter.native.config import VIDEO_FIELDS
 from bt_adapter.native.modeling import INNER_CLASSES, NATIVE_CLASSES, derive
 
 
@@ -39,8 +40,8 @@ def to_video_model(family: Family, branch: Branch, tower_name: str | None) -> Im
     before = ImageModel(family.chat.config, {module: type(module) for module in _modules(family)})
     config = copy.copy(family.chat.config)  # the parts' configurations stay the very same objects
     config.__class__ = native.config_class
+    config.__dict__ |= VIDEO_FIELDS
     config.bt_adapter = describe(branch, tower_name)
-    config.video_token_index, config.use_branch = None, True
     wanted = {
         module: _native_class(image_class, native if module is family.chat else INNER_CLASSES[family.name])
         for module, image_class in before.classes.items()
@@ -61,7 +62,7 @@ def image_model_of(family: Family) -> ImageModel:
     """The image chat model inside a video chat model that was loaded as one."""
     config = copy.copy(family.chat.config)
     config.__class__ = family.model_class.config_class  # type: ignore[attr-defined]
-    for name in ("bt_adapter", "video_token_index", "use_branch"):
+    for name in VIDEO_FIELDS:
         config.__dict__.pop(name, None)
     classes: Any = (family.model_class, family.inner_class)
     return ImageModel(config, dict(zip(_modules(family), classes, strict=False)))

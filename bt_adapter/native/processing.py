@@ -25,8 +25,8 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from bt_adapter.chat.families import family_of
-from bt_adapter.data import normalise, read_video
-from bt_adapter.data.transforms import resize_and_crop
+from bt_adapter.data import read_video
+from bt_adapter.image_settings import ImageSettings, settings_of_processor
 from bt_adapter.native.template import with_videos
 
 VIDEO_TOKEN = "<video>"
@@ -37,16 +37,15 @@ class VideoReader:
     """Video files and frames in memory to normalised frames of the tower's size.
 
     Args:
-        size: height and width of a frame, in pixels.
-        mean, std: of the normalisation, per channel.
+        images: how a frame is resized, cropped and normalised.
         frames: frames taken of a video where neither ``num_frames`` nor ``fps`` is asked for.
     """
 
-    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float], frames: int = _FRAMES) -> None:
-        self.size, self.mean, self.std, self.frames = size, tuple(mean), tuple(std), frames
+    def __init__(self, images: ImageSettings, frames: int = _FRAMES) -> None:
+        self.images, self.frames = images, frames
 
     def __call__(self, video: Any, num_frames: int | None = None, fps: float | None = None) -> Tensor:
-        """Frames float32 ``[T, 3, size, size]``.
+        """Frames float32 ``[T, 3, h, w]``.
 
         Args:
             video: a file's name or bytes, of which ``num_frames`` are taken, evenly spread, or ``fps`` a second (of a
@@ -68,7 +67,7 @@ class VideoReader:
             if num_frames is not None and num_frames != len(frames):
                 middle = (torch.arange(num_frames) + 0.5) * len(frames) / num_frames
                 frames = frames[middle.long()]
-        return normalise(resize_and_crop(frames, self.size), self.mean, self.std)
+        return self.images.prepare(frames)
 
     def _decode(self, video: Any, num_frames: int | None, fps: float | None) -> Tensor:
         if isinstance(video, str) and "://" in video:
@@ -131,10 +130,17 @@ class VideoProcessing:
         self.video_token_id = self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
 
     @property
+    def frame_settings(self) -> ImageSettings:
+        """How a frame is resized, cropped and normalised: as the image processor does it with a still.
+
+        Raises CheckpointError where the image processor's frames would not have the tower's size.
+        """
+        return settings_of_processor(self.image_processor, self.video_size) or ImageSettings(self.video_size)
+
+    @property
     def video_processor(self) -> VideoReader:
-        """What turns one video into frames; transformers' own video processors need torchvision."""
-        images = self.image_processor
-        return VideoReader(self.video_size, images.image_mean, images.image_std, self.video_frames)
+        """The reader of one video; transformers' own video processors need torchvision."""
+        return VideoReader(self.frame_settings, self.video_frames)
 
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[dict[str, Tensor], list[str]]:
         videos = flat_videos(videos)

@@ -59,7 +59,7 @@ def encode_videos(
     found: dict[int, Tensor] = {}
     for numbers in groups.values():
         pixels = torch.stack([videos[number].as_subclass(Tensor) for number in numbers])
-        tokens = attachment.encode(pixels, branch=use_branch)
+        tokens = attachment.encode(pixels, long=chat.config.long_videos, branch=use_branch)
         asked = None if question is None else {name: rows[numbers] for name, rows in question.items()}
         found |= zip(numbers, family.project(tokens, asked), strict=True)
     return [found[number] for number in range(len(videos))]

@@ -20,14 +20,15 @@ class TuneRecipe(Settings):
     """Tune a chat model with a branch on questions and answers about videos.
 
     --config FILE takes fields from a YAML file; what the command line says goes before it. The same command again goes
-    on where a run stopped. What was learned is then in OUT/tuned: bt-adapter chat --model OUT/tuned.
+    on where a run stopped. What was learned is then in OUT/tuned (bt-adapter chat --model OUT/tuned), and the whole
+    model in OUT/model, which transformers loads by itself.
     """
 
     free = frozenset(
         {
             "epochs", "steps", "videos", "out", "features", "workers", "prefetch", "save_steps", "save_minutes",
             "keep_last", "tensorboard", "device", "accumulate", "packing", "gradient_checkpointing", "recompute",
-            "tower_chunk", "head_chunk", "max_skipped", "other_tower",
+            "tower_chunk", "head_chunk", "max_skipped", "other_tower", "save_model",
         }
     )  # fmt: skip
     limits = LIMITS | {
@@ -38,7 +39,7 @@ class TuneRecipe(Settings):
     data: str = ""
     """VideoInstruct-like .json ("q", "a", "video_id"), LLaVA's conversations, or .jsonl of either."""
     out: Path = Path("tuning")
-    """Folder of the run: checkpoints, log, and in the end tuned/."""
+    """Folder of the run: checkpoints, log, and in the end tuned/ and model/."""
     videos: Path | None = None
     """Folder of videos and stills; default: that of --data."""
 
@@ -135,6 +136,9 @@ class TuneRecipe(Settings):
     """And every so many minutes."""
     keep_last: int = 2
     """Checkpoints kept."""
+    save_model: bool = True
+    """Write the whole tuned model to OUT/model in the end, adapters merged, in the dtype of the model it was tuned
+    from. It takes the model's size on the disk, and in memory while it is written."""
     tensorboard: bool = False
     """Write TensorBoard events to OUT/tensorboard."""
 

@@ -22,6 +22,7 @@ from bt_adapter.data.loading import in_order, numbers_seed
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
+from bt_adapter.files import replace_folder
 from bt_adapter.pretrain.checkpoint import load_moments, moments_of, save_moments
 from bt_adapter.pretrain.loop import Clock, Stopped, rate
 from bt_adapter.pretrain.training_run import TrainingRun
@@ -30,7 +31,7 @@ from bt_adapter.tune.batches import Order, Step, Steps, VisualReader
 from bt_adapter.tune.conversations import read_conversations
 from bt_adapter.tune.features import FeatureStore, store_features
 from bt_adapter.tune.gradients import share_gradients
-from bt_adapter.tune.loading import load_base
+from bt_adapter.tune.loading import load_base, load_tuned
 from bt_adapter.tune.parts import Learned, branch_fingerprint
 from bt_adapter.tune.recipe import TuneRecipe
 from bt_adapter.tune.step import Tuning
@@ -66,6 +67,7 @@ class Run(TrainingRun):
         conversations, unusable = read_conversations(recipe.data, recipe.videos)
         self.listed = len(conversations) + len(unusable)
         self._note(unusable)
+        self.given = chat is not None
         self.chat = chat or load_chat(self.recipe, processes.device)
         self._data(conversations)
         self._model()
@@ -127,6 +129,7 @@ class Run(TrainingRun):
         self._loop(done)
         if self.processes.first:
             self._write(out)
+            self._write_model(out)
         if len(self.skipped):
             self._say(self.skipped.report())
         self._say(f"{self.steps} steps done; what was learned is in {out}")
@@ -249,18 +252,56 @@ class Run(TrainingRun):
                 "fingerprint": branch_fingerprint(attached_branch(self.chat.model)),
             },
             "step": self.state["step"],
-            "sampling": {"frames": self.recipe.frames, "repeat": True, "windows": 1, "long": "average"},
+            "sampling": self._sampling(),
             "precision": {"dtype": self.precision.name, "chosen": self.precision.why},
             "recipe": self.recipe.to_dict(),
         }
+
+    def _sampling(self) -> dict[str, Any]:
+        """How the videos of this run were sampled, and so are to be sampled when the model is asked about others."""
+        long = self.recipe.long
+        if long == "published" and "branch" in self.recipe.learn:
+            long = "average"  # the rows that it read are trained now: averaging to as many steps is the same
+        return {"frames": self.recipe.frames, "repeat": True, "windows": 1, "long": long}
 
     def _write(self, out: Path) -> None:
         """The final folder, which appears when it is whole."""
         aside = out.with_name(out.name + ".writing")
         shutil.rmtree(aside, ignore_errors=True)
         self.learned.save(aside, self._about())
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(aside, out)
+        replace_folder(aside, out)
+
+    def _write_model(self, tuned: Path) -> None:
+        """The whole model as transformers loads it by itself, made of what was just written to ``tuned``."""
+        from bt_adapter.chat.export import save_chat
+
+        recipe, folder = self.recipe, self.recipe.out / "model"
+        if recipe.quantize is not None:
+            why = f"it was tuned beside weights in {recipe.quantize}, and answers a little differently with full ones"
+        elif not recipe.save_model:
+            why = "--no-save-model"
+        else:
+            chat = self._tuned_chat(tuned)
+            try:
+                save_chat(chat, folder, recipe.frames, self._sampling()["long"], replace=True)
+                self._say(f"the whole model, which transformers loads by itself, is in {folder}")
+                return
+            except CommandError as error:
+                why = str(error)
+        self._say(f"{folder} is not written ({why}); bt-adapter export {tuned} {folder} writes it")
+        if folder.exists():
+            self._say(f"{folder} is of an earlier part of this run")
+
+    def _tuned_chat(self, tuned: Path) -> VideoChat:
+        """The chat model as tuned, adapters merged: loaded anew in the dtype it is stored in, or the one given."""
+        if not self.given:
+            # nothing of the run is needed any more, and the memory is
+            del self.chat, self.learned, self.tuning, self.optimizer, self.parameters
+            return load_tuned(tuned, None, None, "cpu", None)
+        if "lora" in self.learned:
+            adapters: Any = self.learned["lora"]
+            adapters.merge_and_unload()
+        return self.chat
 
 
 def load_chat(recipe: TuneRecipe, device: torch.device) -> VideoChat:

@@ -1,0 +1,27 @@
+"""A chat model with its branch written as one folder that transformers loads by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bt_adapter.native import make_processor
+from bt_adapter.native.saving import save_video_model
+from bt_adapter.time_steps import Long
+
+
+def save_chat(chat: Any, folder: Path, frames: int, long: Long, replace: bool = False) -> None:
+    """Write model, branch and processor.
+
+    Args:
+        chat: a `VideoChat`, with merged adapters, if any.
+        folder, replace: as for `save_video_model`, whose errors are raised.
+        frames: that the processor takes of a video file unless a call says otherwise.
+        long: the configuration's ``long_videos``.
+    """
+    processor = getattr(chat, "processor", None) or make_processor(
+        chat.model, chat.tokenizer, chat.image_processor, chat.question_tokenizer
+    )
+    processor.video_frames = frames
+    chat.model.config.long_videos = long
+    save_video_model(chat.model, processor, folder, replace)

@@ -1,0 +1,70 @@
+"""``bt-adapter export``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from bt_adapter.errors import CommandError
+from bt_adapter.limits import COUNT, check_numbers
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write an image chat model with its branch as one folder that transformers loads by itself.
+
+    After ``import bt_adapter.native``, AutoModelForImageTextToText and AutoProcessor load it; a tuned model is written
+    with its adapters merged.
+    """
+
+    model: Positional[Annotated[str, arg(metavar="MODEL")]]
+    """Image chat model: a folder, a hub name, a folder of a tuning run (OUT/tuned), or "mini"."""
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """Folder to write. It must not be there."""
+    branch: str | None = None
+    """Branch to put in: a folder of save_pretrained, its hub name, or a published checkpoint; tuned folders and mini
+    have their own."""
+    other_tower: bool = False
+    """Take a branch trained beside another CLIP than the model's, of the same shape but for the resolution."""
+    frames: int | None = None
+    """Frames that the processor takes of a video; default: as the model was tuned or its branch pretrained, else 8."""
+    long: Literal["average", "interpolate", "published"] | None = None
+    """In videos of more frames than the branch was trained with: average neighbouring frames down to its time steps,
+    interpolate the trained rows of its time table, or read all its rows as stored. Default: as the model was tuned,
+    else average."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights that are written; auto: the dtype in which the model is stored."""
+
+
+def run(command: Export) -> int:
+    """Check what can be checked at once, then load and write. Returns the exit code."""
+    check_numbers(command, {"frames": COUNT})
+    if command.out.exists():
+        raise CommandError(f"OUT {command.out} is already there; give another place")
+    from bt_adapter import tune
+
+    if command.branch is None and command.model.partition(":")[0] != "mini" and not tune.is_tuned(command.model):
+        raise CommandError(f"MODEL {command.model} needs --branch: a branch pretrained on its CLIP")
+    import torch
+
+    from bt_adapter.chat.export import save_chat
+    from bt_adapter.chat.sampled import DEFAULTS, read_sampling
+    from bt_adapter.terminal import make_console, say
+    from bt_adapter.tune.loading import load_base
+
+    notes = make_console(stderr=True)
+    dtype = None if command.dtype == "auto" else getattr(torch, command.dtype)
+    sampling = DEFAULTS | read_sampling(command.model, command.branch)[0]
+    frames, long = command.frames or sampling["frames"], command.long or sampling["long"]
+    with notes.status("loading the model"):
+        try:
+            chat = load_base(command.model, command.branch, dtype=dtype, require_same_tower=not command.other_tower)
+        except (ValueError, TypeError) as error:
+            raise CommandError(f"MODEL {command.model} with --branch {command.branch}: {error}") from error
+    with notes.status("writing"):
+        save_chat(chat, command.out, frames, long)
+    say(notes, f"{command.out}: {type(chat.model).__name__}; its processor takes {frames} frames of a video")
+    return 0
