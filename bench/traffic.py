@@ -78,17 +78,17 @@ class TorchTraffic(TorchDispatchMode):
         return out
 
 
-def cases() -> list[tuple[str, VisibleTokens]]:
+def cases(patches: int) -> list[tuple[str, VisibleTokens]]:
     generator = torch.Generator().manual_seed(0)
     return [
-        ("T=8 tube 0.7", VisibleTokens.tube(1, PATCHES, 8, 0.7, generator)),
-        ("T=16 all tokens", VisibleTokens.all(1, PATCHES, 16)),
+        ("T=8 tube 0.7", VisibleTokens.tube(1, patches, 8, 0.7, generator)),
+        ("T=16 all tokens", VisibleTokens.all(1, patches, 16)),
     ]
 
 
 def count(variant: Variant, case: str, visible: VisibleTokens) -> list[Row]:
     """Forward and backward of one op, with the gradients that training needs."""
-    shape = Shape(1, PATCHES, visible.frames, visible.tokens, HEADS, WIDTH, DTYPE.itemsize)
+    shape = Shape(1, visible.patches, visible.frames, visible.tokens, HEADS, WIDTH, DTYPE.itemsize)
     inputs = {name: None if t is None else t.to(DTYPE) for name, t in variant.draw(visible, HEADS, WIDTH).items()}
     op = OPS[variant.op]
     kernel = next(k for k in op.kernels if k.backend == "triton")
@@ -108,16 +108,17 @@ def count(variant: Variant, case: str, visible: VisibleTokens) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", help="one op alone")
+    parser.add_argument("--op", action="append", default=[], help="this op alone; may be given more than once")
+    parser.add_argument("--patches", type=int, default=PATCHES, help="of a frame; fewer are quicker to count")
     parser.add_argument("--frames", type=int, help="8 or 16 alone")
     parser.add_argument("--json", type=Path, help="write the rows there too, beside those of what is not counted now")
     options = parser.parse_args()
     make_strict()
     rows = []
     for variant in variants():
-        if variant.function not in LIMITS or (options.op and variant.function != options.op):
+        if variant.function not in LIMITS or (options.op and variant.function not in options.op):
             continue
-        for case, visible in cases():
+        for case, visible in cases(options.patches):
             if options.frames and visible.frames != options.frames:
                 continue
             for row in count(variant, case, visible):

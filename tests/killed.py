@@ -1,7 +1,8 @@
-"""Runs of pretraining killed at random moments, until one gets to its end. Prints how many were killed before it.
+"""A pretraining run left alone, and the same one killed at random moments until it gets to its end.
 
-``python tests/killed.py MANIFEST OUT KILLS SEED STEPS``. A process of its own, so that its children can be forked: they
-start with everything imported, and a kill falls into the run and not into the imports.
+``python tests/killed.py MANIFEST FOLDER KILLS SEED STEPS``. The runs are FOLDER/whole and FOLDER/killed. Prints how
+many times the second was killed. A process of its own, so that its children can be forked: they start with everything
+imported, and a kill falls into the run and not into the imports.
 """
 
 import os
@@ -20,10 +21,14 @@ from pretraining import recipe
 from bt_adapter.pretrain.run import pretrain
 
 
-def main(manifest: str, out: str, kills: int, seed: int, steps: int) -> None:
+def main(manifest: str, folder: Path, kills: int, seed: int, steps: int) -> None:
     torch.set_num_threads(1)
-    wanted = recipe(data=manifest, out=Path(out), steps=steps, save_steps=3, ema=0.9, drop_path=0.3, accumulate=2)
-    print(run(lambda: pretrain(wanted), Path(out), "branch", kills, seed))
+    for name, count in (("whole", 0), ("killed", kills)):
+        wanted = recipe(
+            data=manifest, out=folder / name, steps=steps, save_steps=3, ema=0.9, drop_path=0.3, accumulate=2
+        )
+        killed = run(lambda wanted=wanted: pretrain(wanted), wanted.out, "branch", count, seed)
+    print(killed)
 
 
 def run(work: Callable[[], object], out: Path, end: str, kills: int, seed: int) -> int:
@@ -66,4 +71,4 @@ def _size(file: Path) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *(int(word) for word in sys.argv[3:]))
+    main(sys.argv[1], Path(sys.argv[2]), *(int(word) for word in sys.argv[3:]))
