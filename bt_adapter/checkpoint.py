@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.errors import CheckpointError as CheckpointError
-from bt_adapter.hugging_face import is_hub_name, load_clip_model, locate_branch
+from bt_adapter.hugging_face import is_hub_name, locate_branch
 from bt_adapter.image_settings import ImageSettings, read_image_settings
 from bt_adapter.model import BTAdapterVisionModel
-from bt_adapter.names import pack_qkv, to_own
+from bt_adapter.names import pack_qkv
 from bt_adapter.time_steps import read_branch_config
+from bt_adapter.towers import FoundTower, load_image_model, open_clip, read_tower
 
 _FORMAT = 1
 
@@ -30,22 +31,27 @@ _FORMAT = 1
 def model_from_clip(
     clip: nn.Module | str | os.PathLike, adapter_config: BTAdapterConfig | None = None, share: bool = False
 ) -> BTAdapterVisionModel:
-    """A fresh branch beside a trained Hugging Face CLIP tower; spatial layers start as copies of the tower's last.
+    """A fresh branch beside a trained image model; spatial layers start as copies of the tower's last.
 
     Args:
-        clip: a ``CLIPModel``, ``CLIPVisionModelWithProjection`` or ``CLIPVisionModel`` (without a projection only
-            ``video_tokens`` works), or the name or folder of a CLIP.
+        clip: a Hugging Face CLIP, SigLIP or DINOv2 (``CLIPModel``, ``SiglipVisionModel``, ``Dinov2Model``, …), a
+            model of open_clip, or the name or folder of one (``bt_adapter.towers.load_image_model``). Of one without a
+            projection, as every DINOv2 is, only ``video_tokens`` works.
         adapter_config: of the branch.
-        share: use the CLIP's own parameters instead of copies (they stop asking for gradients).
+        share: use the image model's own parameters instead of copies (they stop asking for gradients). A SigLIP's table
+            of places, which gets a row for CLS, is a copy all the same.
 
     Raises:
-        TypeError: ``clip`` is no CLIP vision tower.
+        TypeError: ``clip`` is none of these.
+        ValueError: ``share`` is asked for a DINOv2, whose layers' scales are multiplied into copies.
+        CheckpointError: its structure is not one that is computed here.
     """
-    name, state, config = clip_tensors(clip)
+    clip = _loaded(clip)
+    found = read_tower(clip)
     with float32_by_default():
-        model = BTAdapterVisionModel(config, adapter_config)
-    _load_tower(model, state, share)
-    model.tower_name, model.images = name, image_settings_of(clip, config)
+        model = BTAdapterVisionModel(found.config, adapter_config)
+    _load_tower(model, found, share)
+    model.tower_name, model.images = found.name, image_settings_of(clip, found.config)
     model.reset_spatial_layers()
     return model
 
@@ -101,8 +107,10 @@ def image_settings_of(clip: nn.Module | str | os.PathLike, config: TowerConfig) 
     """How a CLIP's own image processor prepares its pictures; of a module, where the place it came from is at hand."""
     if isinstance(clip, (str, os.PathLike)):
         return read_image_settings(clip, config.image_size)
-    if isinstance(found := getattr(clip, "image_settings", None), ImageSettings):  # of bt_adapter.text.load_clip
+    if isinstance(found := getattr(clip, "image_settings", None), ImageSettings):  # of this package's loaders
         return found
+    if open_clip.is_model(clip):
+        return open_clip.image_settings(clip)
     place = getattr(clip, "name_or_path", None)
     return read_image_settings(place, config.image_size, local=True) if place else ImageSettings(config.image_size)
 
@@ -153,9 +161,10 @@ def load_model(
 
     Args:
         folder: with ``config.json`` and ``model.safetensors``, or the hub name of one (owner/name).
-        clip: the CLIP the branch belongs to, where the folder holds the branch alone; None: the one it names. A tower
-            without a projection (of a chat model) gives a model that has ``video_tokens`` alone.
-        share: use the CLIP's own parameters.
+        clip: the image model the branch belongs to, where the folder holds the branch alone: as for
+            :func:`model_from_clip`; None: the one it names. A tower without a projection (of a chat model, a DINOv2)
+            gives a model that has ``video_tokens`` alone.
+        share: use the image model's own parameters, as in :func:`model_from_clip`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -165,16 +174,17 @@ def load_model(
     settings = read_settings(folder)
     state = pack_qkv(read_safetensors(folder / "model.safetensors"))  # version 0.1 kept q, k and v apart
     config, name = TowerConfig(**settings["tower"]), settings["tower_name"]
-    tensors = None
+    found = None
     if not settings["includes_tower"]:
         clip = clip if clip is not None else name
         if clip is None:
             raise CheckpointError(f"{folder} holds a branch alone and names no tower: give clip=")
-        clip_name, tensors, found = clip_tensors(clip)
-        name = clip_name or name
-        if wrong := config.differences(found):
+        clip = _loaded(clip)
+        found = read_tower(clip)
+        name = found.name or name
+        if wrong := config.differences(found.config):
             raise CheckpointError(f"the branch in {folder} does not fit the tower of clip: {', '.join(wrong)}")
-        if found.projection_dim is None:
+        if found.config.projection_dim is None:
             config = replace(config, projection_dim=None)
             state = {n: t for n, t in state.items() if not n.startswith("branch.alignment_head.")}
     adapter_config = read_branch_config(settings["branch"], folder)
@@ -183,8 +193,8 @@ def load_model(
         model = BTAdapterVisionModel(config, adapter_config, settings["stored_features"], chat_only)
     model.tower_name = name
     model.images = _stored_images(folder, settings, clip, config)
-    if tensors is not None:
-        _load_tower(model, tensors, share)
+    if found is not None:
+        _load_tower(model, found, share)
         check_fingerprint(model, settings.get("tower_fingerprint"), folder)
         state.update({f"tower.{n}": t for n, t in model.tower.state_dict().items()})
     load_exactly(model, state, str(folder))
@@ -263,55 +273,22 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> No
         raise CheckpointError(f"{source} does not fit the model; {'; '.join(parts)}")
 
 
-def clip_tensors(clip: Any) -> tuple[str | None, dict[str, Tensor], TowerConfig]:
-    """Name, tensors under their published names, and configuration of a Hugging Face CLIP's vision tower."""
-    if isinstance(clip, (str, os.PathLike)):
-        clip = _load_clip(os.fspath(clip))
-    config: Any = getattr(clip.config, "vision_config", clip.config)
-    if getattr(config, "model_type", None) != "clip_vision_model":
-        raise TypeError(
-            f"clip must be a CLIP with a vision tower (model_type 'clip_vision_model'), but is "
-            f"{type(clip).__name__} of {getattr(config, 'model_type', None)!r}"
-        )
-    state = {}
-    for name, tensor in (*clip.named_parameters(), *clip.named_buffers()):
-        if name.startswith(("text_model.", "text_projection", "logit_scale")) or name.endswith("position_ids"):
-            continue
-        for part in ("vision_model.", "embeddings.", "encoder."):
-            name = name.removeprefix(part)
-        state[name] = tensor
-    values = {**vars(config)}
-    projection = state.get("visual_projection.weight")
-    values["projection_dim"] = None if projection is None else projection.shape[0]
-    values["model_type"] = "clip_vision_model"
-    return getattr(clip, "name_or_path", "") or None, state, TowerConfig.of(values)
+def _loaded(clip: nn.Module | str | os.PathLike) -> nn.Module:
+    return load_image_model(clip) if isinstance(clip, (str, os.PathLike)) else clip
 
 
-def _load_clip(name: str) -> nn.Module:
-    """The CLIP of a folder, hub name or "mini", float32: its vision tower with the projection."""
-    if name == "mini":
-        from bt_adapter.mini.clip import load_clip as load_mini
-
-        return load_mini()[0]
-    from transformers import CLIPVisionModelWithProjection
-
-    return load_clip_model(CLIPVisionModelWithProjection, name)
-
-
-def _load_tower(model: BTAdapterVisionModel, state: Mapping[str, Tensor], share: bool) -> None:
-    """Put the tower tensors (published names) into ``model.tower``; ``share``: the very same parameters."""
-    own = {}
-    for name, tensor in state.items():
-        translated = to_own(name, False)
-        if translated is not None and translated.startswith("tower."):
-            own[translated.removeprefix("tower.")] = tensor
-        else:
-            raise CheckpointError(f"unexpected tensor in the CLIP tower: {name}")
+def _load_tower(model: BTAdapterVisionModel, found: FoundTower, share: bool) -> None:
+    """Put the tensors of an image model's tower into ``model.tower``; ``share``: the very same parameters."""
     if not share:
-        load_exactly(model.tower, own, "the CLIP tower")
+        load_exactly(model.tower, found.tensors, "the tower of clip")
         return
-    check_fit(model.tower, own, "the CLIP tower")
-    for name, tensor in own.items():
+    if scaled := found.changed - {"position"}:
+        raise ValueError(
+            f"share must be False for this tower (model_type {found.config.model_type!r}), as {len(scaled)} of its "
+            "tensors hold numbers in another form than clip does, but is True"
+        )
+    check_fit(model.tower, found.tensors, "the tower of clip")
+    for name, tensor in found.tensors.items():
         path, _, leaf = name.rpartition(".")
         parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
         setattr(model.tower.get_submodule(path), leaf, parameter.requires_grad_(False))

@@ -6,21 +6,25 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+MODEL_TYPES = ("clip_vision_model", "eva", "siglip_vision_model", "dinov2")
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """A CLIP or EVA-CLIP vision tower, with the names of Hugging Face's ``CLIPVisionConfig``.
+    """A CLIP, EVA-CLIP, SigLIP or DINOv2 vision tower, with the names of Hugging Face's ``CLIPVisionConfig``.
 
     Attributes:
         hidden_size: D. intermediate_size: width of the MLP. num_hidden_layers: L. num_attention_heads: H.
         image_size, patch_size: in pixels; P = (image_size // patch_size)².
         projection_dim: F, width of the shared video-text space; None where the tower has no projection (towers of
             chat models).
-        hidden_act: "quick_gelu" or "gelu".
+        hidden_act: "quick_gelu", "gelu" or "gelu_pytorch_tanh".
         layer_norm_eps: of the tower.
-        model_type: "clip_vision_model", or "eva" for EVA-CLIP.
+        model_type: "clip_vision_model"; "eva" for EVA-CLIP; "siglip_vision_model" for SigLIP, which has no CLS;
+            "dinov2" for DINOv2, with registers or without.
+        num_register_tokens: R, tokens that the tower's layers read beside those of the picture (DINOv2).
     """
 
     hidden_size: int
@@ -33,6 +37,7 @@ class TowerConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     model_type: str = "clip_vision_model"
+    num_register_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in _REQUIRED:
@@ -43,10 +48,20 @@ class TowerConfig:
             raise ValueError(
                 f"num_attention_heads must divide hidden_size {self.hidden_size}, but is {self.num_attention_heads}"
             )
-        if self.hidden_act not in ("quick_gelu", "gelu"):
-            raise ValueError(f"hidden_act must be 'quick_gelu' or 'gelu', but is {self.hidden_act!r}")
-        if self.model_type not in ("clip_vision_model", "eva"):
-            raise ValueError(f"model_type must be 'clip_vision_model' or 'eva', but is {self.model_type!r}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act must be {_one_of(ACTIVATIONS)}, but is {self.hidden_act!r}")
+        if self.model_type not in MODEL_TYPES:
+            raise ValueError(f"model_type must be {_one_of(MODEL_TYPES)}, but is {self.model_type!r}")
+        registers = self.num_register_tokens
+        if not isinstance(registers, int) or registers < 0 or registers and self.model_type != "dinov2":
+            raise ValueError(
+                f"num_register_tokens must be 0, or a positive int where model_type is 'dinov2', but is {registers!r}"
+            )
+        if self.is_siglip and self.projection_dim not in (None, self.hidden_size):
+            raise ValueError(
+                f"projection_dim must be None or hidden_size {self.hidden_size} for a SigLIP, whose pooling head is "
+                f"its projection, but is {self.projection_dim!r}"
+            )
 
     @property
     def patches(self) -> int:
@@ -63,6 +78,16 @@ class TowerConfig:
     def is_eva(self) -> bool:
         """Whether the tower is an EVA-CLIP one."""
         return self.model_type == "eva"
+
+    @property
+    def is_siglip(self) -> bool:
+        """Whether the tower is a SigLIP, which has no CLS and an attention-pooling head."""
+        return self.model_type == "siglip_vision_model"
+
+    @property
+    def rows(self) -> int:
+        """Tokens of a frame inside the tower: CLS, the patches, and then the registers."""
+        return 1 + self.patches + self.num_register_tokens
 
     @staticmethod
     def of(config: TowerConfig | Mapping[str, Any] | Any) -> TowerConfig:
@@ -97,6 +122,10 @@ class TowerConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return asdict(self)
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
 
 
 @dataclass(frozen=True)

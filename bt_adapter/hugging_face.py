@@ -65,15 +65,24 @@ def load_clip_model(model_class: Any, name: str | os.PathLike[str], dtype: torch
         CheckpointError: the name stands for a model of another type (SigLIP, a chat model), or as there.
         OSError: as there.
     """
+    kind = model_kind(name)
+    if kind not in ("clip", "clip_vision_model"):
+        raise CheckpointError(f"{name} is a model of type {kind!r}, expected a CLIP ('clip' or 'clip_vision_model')")
+    return load_pretrained(model_class, name, dtype)
+
+
+def model_kind(name: str | os.PathLike[str]) -> str | None:
+    """The ``model_type`` in the configuration of a folder or hub name of transformers.
+
+    Raises:
+        OSError: the folder or hub name is not there, or has no ``config.json``.
+    """
     from transformers import PreTrainedConfig
 
     name = check_place(name)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"no config.json found in directory {name}")
-    kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
-        raise CheckpointError(f"{name} is a model of type {kind!r}, expected a CLIP ('clip' or 'clip_vision_model')")
-    return load_pretrained(model_class, name, dtype)
+    return PreTrainedConfig.get_config_dict(name)[0].get("model_type")
 
 
 def check_place(name: str | os.PathLike[str]) -> str:

@@ -100,6 +100,27 @@ def read_image_settings(name: str | os.PathLike[str], size: int, local: bool = F
     return _of_processor(name, values, size)
 
 
+def read_crop_size(name: str | os.PathLike[str], local: bool = False) -> int | None:
+    """Height and width of the pictures that the image processor of a folder or hub name makes; None: not known.
+
+    For models that take pictures of any size, of which the configuration does not say which they are given.
+
+    Args:
+        local: look into folders and what was downloaded before alone.
+    """
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(os.fspath(name), local_files_only=local)
+    except OSError:
+        return None
+    sizes = _crop(values) if values.get("do_center_crop", values.get("crop_size") is not None) else None
+    if sizes is None:
+        target = values.get("size")
+        sizes = (target.get("height"), target.get("width")) if isinstance(target, Mapping) else (target, target)
+    return sizes[0] if sizes[0] == sizes[1] and isinstance(sizes[0], int) else None
+
+
 def settings_of_processor(processor: Any, size: int) -> ImageSettings | None:
     """The settings of a loaded image processor of transformers; None where it is none (a stand-in without them)."""
     if processor is None or not hasattr(processor, "to_dict"):
@@ -135,15 +156,20 @@ def _normalisation(name: str, values: Mapping[str, Any]) -> tuple[tuple[float, .
     return tuple(value / (255 * scale) for value in mean), tuple(value / (255 * scale) for value in std)
 
 
+def _crop(values: Mapping[str, Any]) -> Any:
+    """(height, width) of ``crop_size``, or None."""
+    crop: Any = values.get("crop_size")
+    if isinstance(crop, Mapping):
+        crop = (crop.get("height") or crop.get("shortest_edge"), crop.get("width") or crop.get("shortest_edge"))
+    return (crop, crop) if isinstance(crop, int) else crop
+
+
 def _resize(name: str, values: Mapping[str, Any], size: int) -> int | tuple[int, int] | None:
     """What a picture is resized to so that a crop, or nothing, gives the tower's size."""
     target: Any = values.get("size")
     if isinstance(target, Mapping):
         target = target.get("shortest_edge") or (target.get("height"), target.get("width"))
-    crop: Any = values.get("crop_size")
-    if isinstance(crop, Mapping):
-        crop = (crop.get("height") or crop.get("shortest_edge"), crop.get("width") or crop.get("shortest_edge"))
-    crop = (crop, crop) if isinstance(crop, int) else crop
+    crop = _crop(values)
     cropped = bool(values.get("do_center_crop", crop is not None)) and crop is not None
     if not values.get("do_resize", True):
         raise CheckpointError(f"{name}: do_resize is false, but frames of any size must be brought to {size} pixels")

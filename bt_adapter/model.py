@@ -48,13 +48,14 @@ class BTAdapterOutput:
 
 
 class BTAdapterVisionModel(nn.Module):
-    """A frozen CLIP or EVA-CLIP tower with the BT-Adapter branch (arXiv 2309.15785), random weights.
+    """A frozen CLIP, EVA-CLIP, SigLIP or DINOv2 tower with the BT-Adapter branch (arXiv 2309.15785), random weights.
 
     Use :meth:`from_clip` for a branch beside a trained tower, :meth:`from_pretrained` for saved branches, and
     ``load_reference_checkpoint`` for published ones.
 
     Args:
-        vision_config: a Hugging Face ``CLIPVisionConfig``, a dict with its keys, or a :class:`TowerConfig`.
+        vision_config: a Hugging Face ``CLIPVisionConfig``, a dict with its keys, or a :class:`TowerConfig` (of other
+            towers: ``bt_adapter.towers.read_tower`` makes one of a loaded model).
         adapter_config: of the branch.
         chat_only: build the d-1 branch layers that video tokens need.
         stored_features: build only what video tokens from stored tower features need: tower layers L-d to L-2 and
@@ -155,8 +156,7 @@ class BTAdapterVisionModel(nn.Module):
         else:
             self._check_visible(visible, batch, frames)
         tokens, z = self._run(self._embed(pixel_values), visible, self.config.depth, draws, plan)
-        cls = self.branch.mix_output(z[:, 0], tokens[:, :, 0].to(z.dtype))
-        frame_embeds = self._project(self._final_norm(cls))
+        frame_embeds = self._frame_embeds(z[:, 0], tokens)
         if visible.frame_counts is None:
             video_embeds = frame_embeds.mean(1)
         else:
@@ -164,6 +164,17 @@ class BTAdapterVisionModel(nn.Module):
             # masked and not only weighted: 0 · NaN would let a padding frame through
             video_embeds = (frame_embeds.masked_fill(weights == 0, 0) * weights).sum(1).to(frame_embeds.dtype)
         return BTAdapterOutput(tokens, z, frame_embeds, video_embeds, visible)
+
+    def _frame_embeds(self, z_cls: Tensor, tokens: Tensor) -> Tensor:
+        """The branch's CLS ``[B, D]`` and the tower's last state ``[B, T, 1+P, D]``, mixed: ``[B, T, F]``.
+
+        Beside a CLIP both CLS are mixed and then projected. A SigLIP has no CLS to mix: its own embedding of each frame
+        and that of the branch's CLS are mixed behind its pooling head, where F = D.
+        """
+        if not self.vision_config.is_siglip:
+            return self._project(self._final_norm(self.branch.mix_output(z_cls, tokens[:, :, 0].to(z_cls.dtype))))
+        frames = self.tower.pool(tokens.to(self.tower.dtype)).to(z_cls.dtype)
+        return self.branch.mix_output(self._project(self._final_norm(z_cls)).to(z_cls.dtype), frames)
 
     def image_embeds(self, pixel_values: Tensor) -> Tensor:
         """The frozen tower's embeddings of still images, ``[n, 3, h, w]`` to ``[n, F]``, without the branch."""
@@ -191,7 +202,8 @@ class BTAdapterVisionModel(nn.Module):
             windows: "full" attends over all frames; "reference" takes the rows as the published code does, T // 2
                 slots wide (for published scores; it needs T ≥ 2, at most 2·``max_frames``, and T // 2 to divide P·T),
                 and the time table as with ``long="published"``.
-            features: stored input of tower layer ``start_layer``, ``[B, T, 1+P, D]``.
+            features: stored input of tower layer ``start_layer``, ``[B, T, 1+P, D]`` (of a DINOv2 with R registers:
+                ``[B, T, 1+P+R, D]``, the registers last).
             start_layer: 0-based; None: L-d, the first layer with a branch layer beside it (20 for ViT-L/14).
             draws: as in :meth:`forward`.
             progress: called with what is done and how much there is, as each chunk of frames leaves a tower layer and
@@ -226,7 +238,7 @@ class BTAdapterVisionModel(nn.Module):
             tokens = features.detach().to(self.tower.dtype, copy=True, memory_format=torch.contiguous_format)
             for layer in range(start, self.first_branch_layer):
                 tokens = self._run_tower_layer(layer, tokens, done)
-        batch, frames, places = tokens.shape[:3]
+        batch, frames, places = *tokens.shape[:2], 1 + self.vision_config.patches
         plan = plan_steps(self.config, frames, "published" if windows == "reference" else long)
         slots = plan.steps if windows == "full" else frames // 2
         too_long = windows == "reference" and frames > 2 * self.config.max_frames
@@ -250,7 +262,7 @@ class BTAdapterVisionModel(nn.Module):
         tokens = self._embed(pixel_values, done)
         for layer in range(self.first_branch_layer, self.vision_config.num_hidden_layers - 1):
             tokens = self._run_tower_layer(layer, tokens, done)
-        mean = tokens.mean(1)
+        mean = self.tower.without_registers(tokens).mean(1)
         return torch.cat([mean[:, 1:], mean[:, :1]], 1)
 
     def pretraining_losses(
@@ -288,11 +300,14 @@ class BTAdapterVisionModel(nn.Module):
         return losses
 
     def branch_embeds(self, output: BTAdapterOutput, visible: VisibleTokens | None = None) -> Tensor:
-        """What MBCA compares with the text: the mean of the branch's patch tokens, projected, ``[B, F]``."""
+        """What MBCA compares with the text: the mean of the branch's patch tokens, projected, ``[B, F]``.
+
+        Beside a SigLIP it passes the final LayerNorm first: the pooling head, which has an MLP, knows no other input.
+        """
         visible = output.visible if visible is None else visible
         real = (visible.index >= 0)[:, :, None]
         mean = (output.branch_tokens[:, 1:] * real).sum(1) / real.sum(1).clamp(min=1)
-        return self._project(mean)
+        return self._project(self._final_norm(mean) if self.vision_config.is_siglip else mean)
 
     def token_alignment(self, output: BTAdapterOutput, visible: VisibleTokens | None = None) -> Tensor:
         """MBTA, not weighted: a scalar. The branch must have an alignment head; no gradient flows to the tower."""
@@ -395,9 +410,10 @@ class BTAdapterVisionModel(nn.Module):
         config = self.vision_config
         if not isinstance(features, Tensor) or not features.is_floating_point():
             raise TypeError(f"features must be a float tensor [B, T, 1+P, D], but is {_describe(features)}")
-        if features.ndim != 4 or features.shape[2:] != (1 + config.patches, config.hidden_size):
+        if features.ndim != 4 or features.shape[2:] != (config.rows, config.hidden_size):
+            rows = "1+P+R" if config.num_register_tokens else "1+P"
             raise ValueError(
-                f"features must be [B, T, 1+P, D] = [any, any, {1 + config.patches}, {config.hidden_size}], but the "
+                f"features must be [B, T, {rows}, D] = [any, any, {config.rows}, {config.hidden_size}], but the "
                 f"shape is {list(features.shape)}"
             )
         if features.shape[1] < 1:
@@ -432,11 +448,11 @@ class BTAdapterVisionModel(nn.Module):
                 done()
 
         z = self._call_branch(states(), visible, None if draws is None else iter(draws), plan=plan)
-        return tokens, z
+        return self.tower.without_registers(tokens), z
 
     def _seen(self, tokens: Tensor, visible: VisibleTokens) -> Tensor:
         """A tower layer's tokens as the branch reads them: means of neighbouring frames where it has fewer steps."""
-        seen = average_frames(tokens, visible.frames)
+        seen = average_frames(self.tower.without_registers(tokens), visible.frames)
         if seen is tokens and not self.config.fused and not tokens.requires_grad:
             return tokens.clone()  # the plain layers keep it for backward, and the tower writes over its own
         return seen

@@ -195,6 +195,10 @@ def _tower_of_clip(clip: nn.Module | str | os.PathLike | None, eva: bool) -> tup
             )
         )
     model = model_from_clip(clip, BTAdapterConfig(depth=1))
+    if model.vision_config.model_type != "clip_vision_model":
+        raise CheckpointError(
+            f"the checkpoint is of a branch beside a CLIP, but clip is of model_type {model.vision_config.model_type!r}"
+        )
     return model.vision_config, model.tower
 
 

@@ -3,21 +3,54 @@
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bt_adapter.hugging_face import load_clip_model
-from bt_adapter.image_settings import read_image_settings
+from bt_adapter import towers
+from bt_adapter.errors import CheckpointError
+from bt_adapter.hugging_face import load_clip_model, load_pretrained, model_kind
+from bt_adapter.towers import open_clip
 
 
 class TextEncoder(nn.Module):
-    """A CLIP's text tower and tokenizer, frozen, in evaluation mode.
+    """A text tower and its tokenizer, frozen, in evaluation mode. Its parameters are shared with the image model's.
+
+    Attributes:
+        tokenizer: of the text tower.
+        context: the longest caption it reads, in tokens.
+        width: F, numbers of an embedding.
+    """
+
+    tokenizer: Any
+    context: int
+    width: int
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @abstractmethod
+    def forward(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings ``[n, F]``, not normalised; captions longer than the tower's context are cut."""
+
+    def too_long(self, captions: Sequence[str]) -> list[int]:
+        """Which of the captions have more tokens than the tower reads."""
+        return [number for number, length in enumerate(self._lengths(list(captions))) if length > self.context]
+
+    def _lengths(self, captions: list[str]) -> list[int]:
+        """Tokens of each caption."""
+        return [len(ids) for ids in self.tokenizer(captions, verbose=False)["input_ids"]]
+
+
+class ClipText(TextEncoder):
+    """The text tower of a Hugging Face CLIP.
 
     Args:
-        clip: a Hugging Face ``CLIPModel`` or ``CLIPTextModelWithProjection``; its parameters are shared.
+        clip: a ``CLIPModel`` or ``CLIPTextModelWithProjection``.
         tokenizer: its tokenizer.
     """
 
@@ -26,12 +59,9 @@ class TextEncoder(nn.Module):
         model: Any = clip
         self.text_model, self.projection = model.text_model, model.text_projection
         self.tokenizer = tokenizer
-        self.context: int = getattr(model.config, "text_config", model.config).max_position_embeddings
+        self.context = getattr(model.config, "text_config", model.config).max_position_embeddings
+        self.width = self.projection.weight.shape[0]
         self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> TextEncoder:
-        """Nothing: it stays in evaluation mode."""
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Tensor:
@@ -42,29 +72,102 @@ class TextEncoder(nn.Module):
         out = self.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return self.projection(out.pooler_output)
 
-    def too_long(self, captions: Sequence[str]) -> list[int]:
-        """Which of the captions have more tokens than the tower reads."""
-        lengths = (len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"])
-        return [number for number, length in enumerate(lengths) if length > self.context]
+
+class SiglipText(TextEncoder):
+    """The text tower of a Hugging Face SigLIP, which reads captions padded to its context, padding and all.
+
+    Args:
+        model: a ``SiglipModel``.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.text_model, self.tokenizer = model.text_model, tokenizer
+        self.context = model.config.text_config.max_position_embeddings
+        self.width = self.text_model.head.out_features
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings ``[n, F]``, not normalised; captions longer than the tower's context are cut."""
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=self.context, return_tensors="pt"
+        )
+        return self.text_model(input_ids=tokens["input_ids"].to(self.text_model.head.weight.device)).pooler_output
+
+
+class OpenClipText(TextEncoder):
+    """The text tower of an open_clip model.
+
+    Args:
+        model: of open_clip.
+        tokenizer: of ``open_clip.get_tokenizer``.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        own = getattr(model, "text", None)
+        if own is None:  # open_clip's class CLIP holds the parts of its text tower itself
+            own = nn.Module()
+            for name in ("token_embedding", "transformer", "ln_final"):
+                own.add_module(name, getattr(model, name))
+            own.positional_embedding, own.text_projection = model.positional_embedding, model.text_projection
+        self.text_model, self.tokenizer = own, tokenizer
+        self._model = [model]  # in a list, as its image tower is no part of this module
+        self.context = int(tokenizer.context_length)
+        self.requires_grad_(False).eval()
+        self.width = self.forward(["a"]).shape[1]
+
+    @torch.no_grad()
+    def forward(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings ``[n, F]``, not normalised; captions longer than the tower's context are cut."""
+        tokens = self.tokenizer(list(captions)).to(next(self.text_model.parameters()).device)
+        mask = getattr(self._model[0], "attn_mask", None)
+        if mask is not None and mask.device != tokens.device:  # a buffer of the whole model, which stays where it was
+            self._model[0].attn_mask = mask.to(tokens.device)
+        return self._model[0].encode_text(tokens)
+
+    def _lengths(self, captions: list[str]) -> list[int]:
+        inner = getattr(self.tokenizer, "tokenizer", None)  # of Hugging Face, where the model has such a one
+        if inner is not None:
+            return [len(ids) for ids in inner(captions)["input_ids"]]
+        return [len(self.tokenizer.encode(caption)) + 2 for caption in captions]  # beginning and end
 
 
 def load_clip(name: str | os.PathLike[str]) -> tuple[nn.Module, TextEncoder]:
-    """A CLIP with both towers, float32, and its text encoder.
+    """An image model with both its towers, float32, and its text encoder.
 
     Args:
-        name: "mini" (the small CLIP of this package), a local folder, or a hub name.
+        name: "mini" (the small CLIP of this package), a local folder or hub name of a CLIP or SigLIP, or a name of
+            open_clip (``bt_adapter.towers.open_clip``).
 
     Raises:
-        OSError: it is not there. CheckpointError: it holds no CLIP, or one that lacks weights.
+        OSError: it is not there.
+        CheckpointError: it is no such model, has no text tower (a DINOv2), or lacks weights.
+        CommandError: it is a model of open_clip, and that is not installed.
     """
-    if os.fspath(name) == "mini":
+    from transformers import AutoTokenizer, CLIPModel, SiglipModel
+
+    name = os.fspath(name)
+    if name == "mini":
         from bt_adapter.mini.clip import load_clip as load_mini
 
-        clip, tokenizer = load_mini()
-    else:
-        from transformers import AutoTokenizer, CLIPModel
-
-        clip: Any = load_clip_model(CLIPModel, name)  # type: ignore[no-redef]
-        clip.image_settings = read_image_settings(name, clip.config.vision_config.image_size)
-        tokenizer = AutoTokenizer.from_pretrained(os.fspath(name))
-    return clip, TextEncoder(clip, tokenizer)
+        mini, tokenizer = load_mini()
+        return mini, ClipText(mini, tokenizer)
+    if open_clip.is_name(name):
+        model = open_clip.load(name)
+        return model, OpenClipText(model, open_clip.load_tokenizer(name))
+    kind = model_kind(name)
+    if kind in towers.CLIP:
+        model = towers.with_image_settings(load_clip_model(CLIPModel, name), name)
+        return model, ClipText(model, AutoTokenizer.from_pretrained(name))
+    if kind in towers.SIGLIP:
+        model = towers.with_image_settings(load_pretrained(SiglipModel, name), name)
+        return model, SiglipText(model, AutoTokenizer.from_pretrained(name))
+    if kind in towers.DINOV2:
+        raise CheckpointError(
+            f"{name} is a DINOv2, which has no text tower: a branch beside it can be neither pretrained on captions nor "
+            "evaluated, and gives video tokens alone (BTAdapterVisionModel.from_clip). Give a CLIP or a SigLIP"
+        )
+    raise towers.other_kind(name, kind)

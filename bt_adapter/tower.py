@@ -1,6 +1,7 @@
-"""The frozen tower: a CLIP or EVA-CLIP vision transformer, layer by layer.
+"""The frozen tower: a CLIP, EVA-CLIP, SigLIP or DINOv2 vision transformer, layer by layer.
 
-Legend: n images, P patches of an image, D width, H heads, E head width, F width of the shared video-text space.
+Legend: n images, P patches of an image, R registers (of DINOv2; 0 elsewhere), in rows CLS, patches, registers; D width,
+H heads, E head width, F width of the shared video-text space.
 """
 
 from __future__ import annotations
@@ -120,17 +121,15 @@ class LayerWeights(nn.Module):
         self.norm2 = nn.LayerNorm(config.hidden_size, eps)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.quick = config.hidden_act == "quick_gelu"
+        self.act = config.hidden_act
 
     def mlp_weights(self) -> mlp.Weights:
         """The parameters of :meth:`mlp`."""
         return mlp.Weights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
     def mlp(self, x: Tensor) -> Tensor:
-        """``fc2(act(fc1(x)))``; quick-GELU is x·sigmoid(1.702·x)."""
-        hidden = self.fc1(x)
-        hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick else F.gelu(hidden)
-        return self.fc2(hidden)
+        """``fc2(act(fc1(x)))``, by calling both layers as modules."""
+        return self.fc2(mlp.activate(self.fc1(x), self.act))
 
 
 class TowerLayer(LayerWeights):
@@ -152,11 +151,64 @@ class TowerLayer(LayerWeights):
         out = self.attention.out_proj
         x += linear(attended, out.weight, out.bias)
         del attended
-        mlp.add_(x, self.norm2(x), self.mlp_weights(), self.quick)
+        mlp.add_(x, self.norm2(x), self.mlp_weights(), self.act)
         return x
 
 
-PLAIN_PARTS = (TowerLayer, ClipAttention, EvaAttention, Fp8Weight)
+class SiglipLayer(TowerLayer):
+    """A layer of a tower without CLS: the patches attend to each other, and row 0 becomes their mean.
+
+    So the branch finds a row for the whole frame in the place where CLIP has its CLS. No patch ever reads that row.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, 1+P, D]`` to the same shape, written over ``x`` where :class:`TowerLayer` would do so."""
+        patches = x[:, 1:]
+        result = super().forward(patches)
+        if result is not patches:
+            return _with_mean(result)
+        x[:, 0] = patches.mean(1)
+        return x
+
+
+def _with_mean(patches: Tensor) -> Tensor:
+    """Patches ``[n, P, D]`` with their mean before them, ``[n, 1+P, D]``."""
+    return torch.cat([patches.mean(1, keepdim=True), patches], 1)
+
+
+class PoolingHead(nn.Module):
+    """SigLIP's attention-pooling head: a learned query attends to the patches, and an MLP stands behind it."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(config.hidden_size) * 0.02)
+        self.attention = ClipAttention(config.hidden_size, config.num_attention_heads)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = config.hidden_act
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Each of the tokens ``[..., D]`` pooled by itself: attention over a sequence of one returns its value."""
+        return self._finish(self.attention.out_proj(self.attention.v_proj(tokens)))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """All tokens of each image, ``[..., P, D]``, pooled to ``[..., D]``."""
+        heads = (self.attention.heads, -1)
+        query = self.attention.q_proj(self.probe).unflatten(-1, heads)[:, None]
+        query = query.expand(*tokens.shape[:-2], *query.shape)
+        key, value = (
+            part(tokens).unflatten(-1, heads).transpose(-2, -3)
+            for part in (self.attention.k_proj, self.attention.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self._finish(self.attention.out_proj(attended.flatten(-3)))
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return x + self.fc2(mlp.activate(self.fc1(self.norm(x)), self.act))
+
+
+PLAIN_PARTS = (TowerLayer, SiglipLayer, ClipAttention, EvaAttention, Fp8Weight)
 
 
 def _attend_within_images(qkv: Tensor) -> Tensor:
@@ -166,7 +218,7 @@ def _attend_within_images(qkv: Tensor) -> Tensor:
 
 
 class Tower(nn.Module):
-    """A frozen CLIP or EVA-CLIP vision tower on single images.
+    """A frozen CLIP, EVA-CLIP, SigLIP or DINOv2 vision tower on single images.
 
     With ``only_layers`` = (first, stop) it holds these layers alone and no embeddings, final norm or projection: what
     a model of stored features needs. It never trains: ``requires_grad_(True)`` leaves its own parameters frozen and
@@ -179,15 +231,24 @@ class Tower(nn.Module):
         self.config = config
         width, eps = config.hidden_size, config.layer_norm_eps
         self.first_layer, stop = only_layers or (0, config.num_hidden_layers)
-        self.layers = nn.ModuleList(TowerLayer(config, eps) for _ in range(self.first_layer, stop))
+        layer = SiglipLayer if config.is_siglip else TowerLayer
+        self.layers = nn.ModuleList(layer(config, eps) for _ in range(self.first_layer, stop))
         self.position = nn.Parameter(torch.randn(1 + config.patches, width) * 0.02)
         if only_layers is None:
-            self.class_embedding = nn.Parameter(torch.randn(width) * 0.02)
-            self.patch_embedding = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=config.is_eva)
-            self.pre_norm = nn.Identity() if config.is_eva else nn.LayerNorm(width, eps)
+            is_clip = config.model_type == "clip_vision_model"
+            if not config.is_siglip:
+                self.class_embedding = nn.Parameter(torch.randn(width) * 0.02)
+            if config.num_register_tokens:
+                self.registers = nn.Parameter(torch.randn(config.num_register_tokens, width) * 0.02)
+            self.patch_embedding = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=not is_clip)
+            self.pre_norm = nn.LayerNorm(width, eps) if is_clip else nn.Identity()
             self.final_norm = nn.LayerNorm(width, eps)
             if config.projection_dim is not None:
-                self.projection = nn.Linear(width, config.projection_dim, bias=config.is_eva)
+                self.projection: Any = (
+                    PoolingHead(config)
+                    if config.is_siglip
+                    else nn.Linear(width, config.projection_dim, bias=config.is_eva)
+                )
         self.chunk = 32
         self._recorded: Recorded | None = None
         self.shared_from: list[Any] = []  # whose tensors these are, where they are another model's (chat/pairing.py)
@@ -270,10 +331,19 @@ class Tower(nn.Module):
         return self
 
     def embed(self, images: Tensor) -> Tensor:
-        """Normalised images ``[n, 3, h, w]`` to the input of layer 0, ``[n, 1+P, D]``."""
+        """Normalised images ``[n, 3, h, w]`` to the input of layer 0, ``[n, 1+P+R, D]``."""
         patches = self.patch_embedding(images.to(self.dtype)).flatten(2).transpose(1, 2)
+        if self.config.is_siglip:
+            return _with_mean(patches + self.position[1:])
         cls = self.class_embedding.expand(len(images), 1, -1)
-        return self.pre_norm(torch.cat([cls, patches], 1) + self.position)
+        rows = self.pre_norm(torch.cat([cls, patches], 1) + self.position)
+        if self.config.num_register_tokens:
+            rows = torch.cat([rows, self.registers.expand(len(images), -1, -1)], 1)
+        return rows
+
+    def without_registers(self, tokens: Tensor) -> Tensor:
+        """``[..., 1+P+R, D]`` to CLS and patches alone, ``[..., 1+P, D]``: what the branch reads."""
+        return tokens[..., : 1 + self.config.patches, :].contiguous() if self.config.num_register_tokens else tokens
 
     @property
     def device(self) -> torch.device:
@@ -288,7 +358,7 @@ class Tower(nn.Module):
         return asked
 
     def run(self, images: Tensor, stop: int, done: Callable[[], None] = nothing) -> Tensor:
-        """Normalised images ``[n, 3, h, w]`` to the input of layer ``stop``, a chunk at a time: ``[n, 1+P, D]``.
+        """Normalised images ``[n, 3, h, w]`` to the input of layer ``stop``, a chunk at a time: ``[n, 1+P+R, D]``.
 
         ``done`` is called as each chunk leaves a layer.
         """
@@ -308,7 +378,7 @@ class Tower(nn.Module):
             recorded = self._replays()
             if len(images) <= self.chunk and not recorded:
                 return first_layers(images)
-            state = self.position.new_empty(len(images), *self.position.shape)
+            state = self.position.new_empty(len(images), self.config.rows, self.config.hidden_size)
             for start in range(0, len(images), self.chunk):
                 piece = images[start : start + self.chunk]
                 state[start : start + self.chunk] = self._run(("first", stop), first_layers, piece, recorded)
@@ -317,7 +387,7 @@ class Tower(nn.Module):
             return state
 
     def run_layer(self, layer: int, x: Tensor, done: Callable[[], None] = nothing) -> Tensor:
-        """Output of layer ``layer`` (0-based in the whole tower) on ``[n, 1+P, D]``.
+        """Output of layer ``layer`` (0-based in the whole tower) on ``[n, 1+P+R, D]``.
 
         Written over ``x``, unless gradients are asked for (:meth:`learns`).
         """
@@ -353,6 +423,8 @@ class Tower(nn.Module):
     def project(self, tokens: Tensor) -> Tensor:
         """``[..., D]`` to the shared space ``[..., F]``, without the final LayerNorm.
 
+        Of a SigLIP: each token through the pooling head by itself.
+
         Raises:
             ValueError: the tower has no projection (``projection_dim`` None).
         """
@@ -360,7 +432,18 @@ class Tower(nn.Module):
             raise ValueError("this tower has no projection (projection_dim is None): only video_tokens can be computed")
         return self.projection(tokens)
 
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Last state of each image, ``[..., 1+P, D]``, to the image model's own embedding of it, ``[..., F]``.
+
+        After the final LayerNorm a CLIP and an EVA-CLIP project the CLS; a SigLIP's pooling head attends to all patches.
+
+        Raises:
+            ValueError: as :meth:`project`.
+        """
+        if self.config.is_siglip and self.config.projection_dim is not None:
+            return self.projection.pool(self.final_norm(tokens[..., 1:, :]))
+        return self.project(self.final_norm(tokens[..., 0, :]))
+
     def image_embeds(self, images: Tensor) -> Tensor:
-        """Embeddings of single images, ``[n, 3, h, w]`` to ``[n, F]``: plain CLIP."""
-        x = self.run(images, len(self.layers))
-        return self.project(self.final_norm(x[:, 0]))
+        """Embeddings of single images, ``[n, 3, h, w]`` to ``[n, F]``: those of the model without a branch."""
+        return self.pool(self.run(images, len(self.layers)))

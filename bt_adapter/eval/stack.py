@@ -20,6 +20,7 @@ from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.published import load_reference_checkpoint
 from bt_adapter.published_files import read_tensors
 from bt_adapter.text import TextEncoder, load_clip
+from bt_adapter.towers import read_tower
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,10 @@ def load_stack(clip: str | None, branch: str | None, use_branch: bool = True) ->
             model, text = _load_branch(branch, found, text)
         except (ValueError, TypeError) as error:
             raise CommandError(f"--branch {branch} with --clip {clip}: {error}") from error
-    width = text.projection.weight.shape[0]
-    if model.vision_config.projection_dim != width:
+    if model.vision_config.projection_dim != text.width:
         raise CommandError(
             f"--branch {branch} embeds videos in {model.vision_config.projection_dim} numbers, but the text encoder of "
-            f"--clip {clip} texts in {width}"
+            f"--clip {clip} texts in {text.width}"
         )
     return Stack(model, text, use_branch, clip, branch, fingerprint(model, use_branch))
 
@@ -102,7 +102,7 @@ def _load_branch(branch: str, clip: Any, text: TextEncoder) -> tuple[BTAdapterVi
     else:
         tensors = read_tensors(branch)
         eva = any(name.removeprefix("backbone.").startswith("blocks.") for name in tensors)
-        config = None if eva else clip.config.vision_config  # EVA's towers say all of themselves
+        config = None if eva else read_tower(clip).config  # EVA's towers say all of themselves
         model = load_reference_checkpoint(tensors, config, clip)
         text = published_text(tensors, text)
     if model.chat_only:

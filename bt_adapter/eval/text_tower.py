@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from bt_adapter.checkpoint import CheckpointError, load_exactly
-from bt_adapter.text import TextEncoder
+from bt_adapter.text import ClipText, OpenClipText, TextEncoder
 
 _PREFIX = "text_backbone."
 _HEAD_WIDTH = 64
@@ -32,15 +32,25 @@ def published_text(tensors: Mapping[str, Tensor], text: TextEncoder) -> TextEnco
     Args:
         tensors: of the checkpoint, under their published names.
         text: of the CLIP the checkpoint belongs to; its tokenizer is used. A CLIP checkpoint's tower takes the place of
-            the one in it; an EVA checkpoint's (GELU, heads 64 wide) says all of itself.
+            the one in it; an EVA checkpoint's (GELU, heads 64 wide) says all of itself, and takes the place of
+            open_clip's EVA01-g-14 too.
 
     Raises:
-        CheckpointError: names or shapes that do not fit.
+        CheckpointError: names or shapes that do not fit, or ``text`` is of another kind.
     """
     own = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
     if not own:
         return text
-    if "ln_final.weight" in own:
+    is_eva = "ln_final.weight" in own
+    if isinstance(text, OpenClipText) and is_eva:
+        load_exactly(text.text_model, own, "the checkpoint's text tower")
+        return text
+    if not isinstance(text, ClipText):
+        raise CheckpointError(
+            f"the checkpoint brings a text tower of {'EVA-CLIP' if is_eva else 'CLIP'}, but that of clip is a "
+            f"{type(text).__name__}: give the Hugging Face CLIP that the checkpoint belongs to"
+        )
+    if is_eva:
         return _eva_text(own, text)
     state = {
         name.replace("text_projection.", "projection."): tensor
@@ -63,7 +73,7 @@ def _eva_text(own: Mapping[str, Tensor], text: TextEncoder) -> TextEncoder:
             state[_eva_name(name)] = tensor
     model = CLIPTextModelWithProjection(_eva_config(state, text))
     load_exactly(model, state, "the checkpoint's text tower")
-    return TextEncoder(model, text.tokenizer)
+    return ClipText(model, text.tokenizer)
 
 
 def _eva_name(name: str) -> str:

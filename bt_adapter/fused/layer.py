@@ -33,7 +33,7 @@ class Layer(NamedTuple):
     heads: int
     temporal_eps: float
     spatial_eps: float
-    quick: bool
+    act: str
     recompute: str
     backend: str | None
     product: torch.dtype
@@ -83,7 +83,7 @@ def run_layer(
     if not torch.is_grad_enabled():
         recompute = "layer"  # nothing is kept, and each part's tensors are gone before the next begins
     layer = Layer(
-        temporal_layer.attention.heads, temporal_layer.norm.eps, spatial_layer.norm1.eps, spatial_layer.quick,
+        temporal_layer.attention.heads, temporal_layer.norm.eps, spatial_layer.norm1.eps, spatial_layer.act,
         recompute, forced_backend(None), product, tuple(sizes),
     )  # fmt: skip
     norms = (temporal_layer.norm, spatial_layer.norm1, spatial_layer.norm2)
@@ -145,8 +145,8 @@ class _Layer(torch.autograd.Function):
         parts = _Parts(layer, index, frame_counts, scales, weights)
         with torch.autocast(z.device.type, enabled=False):
             n, y, kept = _until_mlp(z, parts, layer.recompute != "layer")
-            hidden = mlp.hidden(n, parts.mlp, layer.quick)
-            out = mlp.finish(y, hidden, parts.mlp, layer.quick)
+            hidden = mlp.hidden(n, parts.mlp, layer.act)
+            out = mlp.finish(y, hidden, parts.mlp, layer.act)
         if kept:
             kept = (y, *kept, hidden) if layer.recompute == "none" else (y, *kept)
         ctx.layer = layer
@@ -166,8 +166,8 @@ class _Layer(torch.autograd.Function):
             qkv, other, x, *attention = kept
             n, *moments = norm(y, parts.norm2)
             n = n.to(product)
-            hidden = attention.pop() if len(attention) == 5 else mlp.hidden(n, parts.mlp, layer.quick)
-            grad_n, mlp_grads = mlp.backward(grad.to(product), n, hidden, parts.mlp, layer.quick)
+            hidden = attention.pop() if len(attention) == 5 else mlp.hidden(n, parts.mlp, layer.act)
+            grad_n, mlp_grads = mlp.backward(grad.to(product), n, hidden, parts.mlp, layer.act)
             del hidden
             grad_rows, *norm2_grads = norm_backward(grad_n, y, *moments, parts.norm2)
             grad = grad_rows.add_(grad)

@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_adapter.checkpoint import CheckpointError, check_fingerprint, image_settings_of, name_of_tower
-from bt_adapter.config import TowerConfig
 from bt_adapter.data import TrainTransform
 from bt_adapter.data.clips import Clip, digest
 from bt_adapter.data.loading import Damaged, SyntheticClips, TrainingClips, batches
@@ -37,6 +36,7 @@ from bt_adapter.pretrain.training_run import TrainingRun
 from bt_adapter.published import load_reference_checkpoint
 from bt_adapter.published_files import read_tensors
 from bt_adapter.text import load_clip
+from bt_adapter.towers import read_tower
 
 NO_GATES: Any = {"merge_gate_slope": None, "output_gate_slope": None}
 LOSSES = ("vtc", "mbca", "mbta")
@@ -94,7 +94,7 @@ class Run(TrainingRun):
             self.clip, self.text = load_clip(recipe.clip)
         except (OSError, ValueError) as error:
             raise CommandError(f"--clip {recipe.clip}: {error}") from error
-        vision = TowerConfig.of(self.clip.config.vision_config)
+        vision = read_tower(self.clip).config
         size = vision.image_size
         if recipe.data == "synthetic":
             self.total = None
@@ -333,10 +333,10 @@ def _start_of(recipe: Recipe, init: str, clip: Any) -> BTAdapterVisionModel:
         if place.is_file():
             tensors = read_tensors(place)
             if any(name.removeprefix("backbone.").startswith(("blocks.", "btadapter_S.")) for name in tensors):
-                raise CheckpointError("an EVA-CLIP's branch; pretraining starts beside a CLIP of transformers alone")
+                raise CheckpointError("a published EVA-CLIP branch; --init takes published CLIP branches and folders")
             gated = recipe.gates or any(name.endswith(("balance1", "balance2")) for name in tensors)
             model = load_reference_checkpoint(
-                tensors, clip.config.vision_config, clip, drop_path=recipe.drop_path, **({} if gated else NO_GATES)
+                tensors, read_tower(clip).config, clip, drop_path=recipe.drop_path, **({} if gated else NO_GATES)
             )
             tower = BTAdapterVisionModel.from_clip(clip, BTAdapterConfig(depth=1), share=True).tower
             check_fingerprint(model, tower.fingerprint(), Path(init))

@@ -20,12 +20,11 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from bt_adapter.chat.families.base import Family, plain_tensors, read_table
 from bt_adapter.chat.families.layers import video_tokens_of_layers
-from bt_adapter.checkpoint import clip_tensors
 from bt_adapter.config import TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
-from bt_adapter.names import to_own
 from bt_adapter.progress import Progress
 from bt_adapter.time_steps import Long
+from bt_adapter.towers import read_tower
 
 
 class Llava(Family):
@@ -54,9 +53,13 @@ class Llava(Family):
         return self.plain_tower.encoder.layers[layer](tokens, attention_mask=None)
 
     def tower(self) -> tuple[dict[str, Tensor], TowerConfig]:
-        _, published, config = clip_tensors(self.plain_tower)
-        own = {to_own(name, False) or name: tensor for name, tensor in plain_tensors(published).items()}
-        return {name.removeprefix("tower."): t for name, t in own.items() if name.startswith("tower.")}, config
+        found = read_tower(self.plain_tower)
+        if found.config.model_type != "clip_vision_model":
+            raise TypeError(
+                f"image_chat_model's vision tower must be a CLIP, but is a {type(self.plain_tower).__name__}: chat takes "
+                "branches beside a CLIP here"
+            )
+        return plain_tensors(found.tensors), found.config
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

@@ -1,0 +1,91 @@
+"""Image models that can be the frozen tower: which they are, and how their tensors become the tower's."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from bt_adapter.errors import CheckpointError
+from bt_adapter.hugging_face import load_clip_model, load_pretrained, model_kind
+from bt_adapter.image_settings import read_image_settings
+from bt_adapter.towers import clip as _clip
+from bt_adapter.towers import dinov2, open_clip, siglip
+from bt_adapter.towers.found import FoundTower as FoundTower
+
+SUPPORTED = (
+    "a CLIP of Hugging Face (CLIPModel, CLIPVisionModelWithProjection, CLIPVisionModel), a SigLIP (SiglipModel, "
+    "SiglipVisionModel), a DINOv2 (Dinov2Model, Dinov2WithRegistersModel), or a model of open_clip"
+)
+# Types of models, as a config.json has them.
+CLIP, SIGLIP, DINOV2 = ("clip", "clip_vision_model"), ("siglip", "siglip_vision_model"), dinov2.MODEL_TYPES
+
+
+def read_tower(clip: nn.Module) -> FoundTower:
+    """The vision tower of a loaded image model.
+
+    Args:
+        clip: a Hugging Face CLIP, SigLIP or DINOv2, or a model of open_clip.
+
+    Raises:
+        TypeError: it is none of these.
+        CheckpointError: it is one of another structure than those that are computed here.
+    """
+    if open_clip.is_model(clip):
+        return open_clip.read(clip)
+    config: Any = getattr(clip, "config", None)
+    config = getattr(config, "vision_config", config)
+    for reader in (_clip, siglip, dinov2):
+        if getattr(config, "model_type", None) in reader.MODEL_TYPES:
+            return reader.read(clip, config)
+    hint = (
+        ", whose pictures have no fixed size" if getattr(config, "model_type", None) == "siglip2_vision_model" else ""
+    )
+    raise TypeError(
+        f"clip must be {SUPPORTED}, but is a {type(clip).__name__} of model_type "
+        f"{getattr(config, 'model_type', None)!r}{hint}"
+    )
+
+
+def load_image_model(name: str | os.PathLike[str]) -> nn.Module:
+    """The image model of a name, float32: what a branch stands beside. Where it can be, without its text tower.
+
+    Args:
+        name: "mini" (the small CLIP of this package), a local folder, a hub name, or a name of open_clip (see
+            ``bt_adapter.towers.open_clip``).
+
+    Raises:
+        OSError: it is not there. CheckpointError: it is no such model, or lacks weights.
+        CommandError: it is a model of open_clip, and that is not installed.
+    """
+    from transformers import CLIPVisionModelWithProjection, SiglipVisionModel
+
+    name = os.fspath(name)
+    if name == "mini":
+        from bt_adapter.mini.clip import load_clip as load_mini
+
+        return load_mini()[0]
+    if open_clip.is_name(name):
+        return open_clip.load(name)
+    kind = model_kind(name)
+    if kind in CLIP:
+        return with_image_settings(load_clip_model(CLIPVisionModelWithProjection, name), name)
+    if kind in SIGLIP:
+        return with_image_settings(load_pretrained(SiglipVisionModel, name), name)
+    if kind in DINOV2:
+        return dinov2.load(name, kind)
+    raise other_kind(name, kind)
+
+
+def with_image_settings(model: Any, name: str) -> Any:
+    """The model, with how its image processor prepares pictures as ``image_settings``."""
+    config = getattr(model.config, "vision_config", model.config)
+    model.image_settings = read_image_settings(name, config.image_size)
+    return model
+
+
+def other_kind(name: str, kind: str | None) -> CheckpointError:
+    """The error for a name that stands for a model of another type."""
+    hint = "; SigLIP 2 is taken in its forms of fixed resolution, not NaFlex" if kind == "siglip2" else ""
+    return CheckpointError(f"{name} is a model of type {kind!r}, expected {SUPPORTED}{hint}")

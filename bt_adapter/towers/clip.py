@@ -1,0 +1,38 @@
+"""The vision tower of a Hugging Face CLIP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bt_adapter.config import TowerConfig
+from bt_adapter.names import to_own
+from bt_adapter.towers.found import FoundTower
+
+MODEL_TYPES = ("clip_vision_model",)
+
+
+def read(clip: Any, config: Any) -> FoundTower:
+    """The tower of a ``CLIPModel``, ``CLIPVisionModelWithProjection`` or ``CLIPVisionModel``; see ``read_tower``.
+
+    Activation, epsilon and sizes are those of ``config``, its ``CLIPVisionConfig``. Parameters that a CLIP does not have
+    (an adapter's) keep their names, which the loading then refuses.
+    """
+    published, projection = {}, None
+    for name, tensor in (*clip.named_parameters(), *clip.named_buffers()):
+        if name.startswith(("text_model.", "text_projection", "logit_scale")) or name.endswith("position_ids"):
+            continue
+        for part in ("vision_model.", "embeddings.", "encoder."):
+            name = name.removeprefix(part)
+        published[name] = tensor
+        if name == "visual_projection.weight":
+            projection = tensor.shape[0]
+    values = {**vars(config), "projection_dim": projection, "model_type": "clip_vision_model"}
+    own = {(to_own(name, False) or name).removeprefix("tower."): tensor for name, tensor in published.items()}
+    return FoundTower(name_of(clip), own, TowerConfig.of(values))
+
+
+def name_of(model: nn.Module) -> str | None:
+    """Folder or hub name that a model was loaded by, where it knows."""
+    return getattr(model, "name_or_path", "") or None
