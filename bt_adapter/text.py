@@ -167,7 +167,7 @@ def load_clip(name: str | os.PathLike[str]) -> tuple[nn.Module, TextEncoder]:
         return model, SiglipText(model, AutoTokenizer.from_pretrained(name))
     if kind in towers.DINOV2:
         raise CheckpointError(
-            f"{name} is a DINOv2, which has no text tower: a branch beside it can be neither pretrained on captions nor "
-            "evaluated, and gives video tokens alone (BTAdapterVisionModel.from_clip). Give a CLIP or a SigLIP"
+            f"{name} is a DINOv2, which has no text tower: a branch beside it can be neither pretrained on captions "
+            "nor evaluated, and gives video tokens alone (BTAdapterVisionModel.from_clip). Give a CLIP or a SigLIP"
         )
     raise towers.other_kind(name, kind)

@@ -435,7 +435,7 @@ class Tower(nn.Module):
     def pool(self, tokens: Tensor) -> Tensor:
         """Last state of each image, ``[..., 1+P, D]``, to the image model's own embedding of it, ``[..., F]``.
 
-        After the final LayerNorm a CLIP and an EVA-CLIP project the CLS; a SigLIP's pooling head attends to all patches.
+        After the final LayerNorm CLIP and EVA-CLIP project the CLS; SigLIP's pooling head attends to all patches.
 
         Raises:
             ValueError: as :meth:`project`.

@@ -36,16 +36,12 @@ def read_tower(clip: nn.Module) -> FoundTower:
         return open_clip.read(clip)
     config: Any = getattr(clip, "config", None)
     config = getattr(config, "vision_config", config)
+    kind = getattr(config, "model_type", None)
     for reader in (_clip, siglip, dinov2):
-        if getattr(config, "model_type", None) in reader.MODEL_TYPES:
+        if kind in reader.MODEL_TYPES:
             return reader.read(clip, config)
-    hint = (
-        ", whose pictures have no fixed size" if getattr(config, "model_type", None) == "siglip2_vision_model" else ""
-    )
-    raise TypeError(
-        f"clip must be {SUPPORTED}, but is a {type(clip).__name__} of model_type "
-        f"{getattr(config, 'model_type', None)!r}{hint}"
-    )
+    hint = ", whose pictures have no fixed size" if kind == "siglip2_vision_model" else ""
+    raise TypeError(f"clip must be {SUPPORTED}, but is a {type(clip).__name__} of model_type {kind!r}{hint}")
 
 
 def load_image_model(name: str | os.PathLike[str]) -> nn.Module:

@@ -16,8 +16,8 @@ MODEL_TYPES = ("clip_vision_model",)
 def read(clip: Any, config: Any) -> FoundTower:
     """The tower of a ``CLIPModel``, ``CLIPVisionModelWithProjection`` or ``CLIPVisionModel``; see ``read_tower``.
 
-    Activation, epsilon and sizes are those of ``config``, its ``CLIPVisionConfig``. Parameters that a CLIP does not have
-    (an adapter's) keep their names, which the loading then refuses.
+    Activation, epsilon and sizes are those of ``config``, its ``CLIPVisionConfig``. Parameters that a CLIP does not
+    have (an adapter's) keep their names, which the loading then refuses.
     """
     published, projection = {}, None
     for name, tensor in (*clip.named_parameters(), *clip.named_buffers()):

@@ -1,8 +1,8 @@
 """The vision tower of a DINOv2, with registers or without (arXiv 2304.07193, 2309.16588): it has no text tower.
 
 Each layer scales what attention and MLP add, channel by channel. The scales are multiplied into the linear layers
-before them, so the tower's layers are CLIP's. Registers take part in every layer, behind the patches (attention does not
-see the order), and the branch does not read them.
+before them, so the tower's layers are CLIP's. Registers take part in every layer, behind the patches (attention does
+not see the order), and the branch does not read them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _NAMES = [
     (r"layernorm\.", "final_norm."),
 ]
 _PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+_LEFT_OUT = ("embeddings.mask_token", "embeddings.position_embeddings", "classifier.")
 _SCALE = re.compile(r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1")
 
 
@@ -85,9 +86,7 @@ def own_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], frozens
             tensors["class_embedding"] = tensor.detach().flatten()
         elif name == "embeddings.register_tokens":
             tensors["registers"] = tensor.detach()[0]
-        elif name not in ("embeddings.mask_token", "embeddings.position_embeddings") and not name.startswith(
-            "classifier."
-        ):
+        elif not name.startswith(_LEFT_OUT):
             tensors[_own_name(name)] = tensor
     changed = set()
     for layer, scale in scales.items():

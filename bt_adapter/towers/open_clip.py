@@ -228,7 +228,8 @@ def _square(size: Any, name: str) -> int:
 
 def _refused(what: str) -> CheckpointError:
     return CheckpointError(
-        f"this model of open_clip cannot be the tower: {what}. Vision transformers with a CLS (ViT-*) and EVA01-g-14 can"
+        f"this model of open_clip cannot be the tower: {what}. Vision transformers with a CLS (ViT-*) and EVA01-g-14 "
+        "can"
     )
 
 
@@ -249,7 +250,8 @@ def _parts(place: str, package: Any) -> tuple[str, str | None]:
     tags = package.list_pretrained_tags_by_model(model)
     if weights not in tags and not os.path.isfile(weights):
         raise CheckpointError(
-            f"{PREFIX}{place}: {model} has no weights {weights!r}; expected a file or one of {', '.join(tags) or 'none'}"
+            f"{PREFIX}{place}: {model} has no weights {weights!r}; expected a file or one of "
+            f"{', '.join(tags) or 'none'}"
         )
     return model, weights
 

@@ -56,8 +56,8 @@ class Llava(Family):
         found = read_tower(self.plain_tower)
         if found.config.model_type != "clip_vision_model":
             raise TypeError(
-                f"image_chat_model's vision tower must be a CLIP, but is a {type(self.plain_tower).__name__}: chat takes "
-                "branches beside a CLIP here"
+                f"image_chat_model's vision tower must be a CLIP, but is a {type(self.plain_tower).__name__}: "
+                "this chat model takes branches beside a CLIP"
             )
         return plain_tensors(found.tensors), found.config
 
