@@ -1,11 +1,12 @@
 # make demo    install into .venv and answer questions about two videos
 # make test    install into .venv and run the test suite
 # make test-full  the same with every combination of the grids of which `make test` runs a part
+# make test-open-clip  the tests of open_clip's models, in an environment beside .venv (.venv-open-clip)
 # make lint    ruff and mypy
 # make wheel   build the two wheels, of the code and of the small stack's weights, into dist/ and check them
 # make test-matrix  the quick part of the tests under other Pythons, torches and transformers (.matrix/, gigabytes)
 # make docs    build the site of the documentation into site/
-# make clean   remove .venv and everything built
+# make clean   remove .venv, .venv-open-clip and everything built
 #
 # Environment: PYTHON; BT_NATIVE, BT_CUDA, BT_CUDA_ARCHS, MAX_JOBS (see setup.py); BT_TRITON=0 leaves Triton out.
 
@@ -27,7 +28,7 @@ SOURCES := Makefile pyproject.toml mini/pyproject.toml setup.py CMakeLists.txt $
 # One stamp per way of installing: another BT_NATIVE or BT_CUDA installs again.
 STAMP := $(VENV)/.installed-$(or $(BT_NATIVE),auto)-$(or $(BT_CUDA),auto)-$(or $(BT_TRITON),auto)
 
-.PHONY: demo test test-full test-matrix lint wheel docs clean install
+.PHONY: demo test test-full test-open-clip test-matrix lint wheel docs clean install
 
 demo: install
 	$(BIN)/bt-adapter demo
@@ -37,6 +38,22 @@ test: install
 
 test-full: install
 	$(BIN)/python -m pytest $(PYTEST_PROCESSES) -m "full or not full"
+
+# An environment of its own: open_clip imports torchvision, whose plain wheel fails beside a CPU build of torch, and then
+# transformers' processors fail too. It sees all of .venv; what open_clip asks for is there already, but for these.
+OPEN_CLIP ?= "open-clip-torch>=3.2,<4" "timm>=1.0.17" "ftfy>=6" wcwidth torchvision
+OPEN_CLIP_VENV ?= .venv-open-clip
+
+test-open-clip: $(OPEN_CLIP_VENV)/.installed
+	$(OPEN_CLIP_VENV)/bin/python -m pytest -n 0 tests/test_open_clip.py
+
+$(OPEN_CLIP_VENV)/.installed: $(STAMP)
+	$(BIN)/python -m venv --without-pip $(OPEN_CLIP_VENV)
+	folder=$$($(OPEN_CLIP_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  $(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	    > "$$folder/beside.pth"; \
+	  $(PIP) install --no-deps --target "$$folder" --upgrade $(OPEN_CLIP)
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -56,7 +73,7 @@ docs: install
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site mini/build *.egg-info mini/*.egg-info bt_kernels/*.so bt_kernels/_native_build.txt
+	rm -rf $(VENV) $(OPEN_CLIP_VENV) build dist site mini/build *.egg-info mini/*.egg-info bt_kernels/*.so bt_kernels/_native_build.txt
 
 install: $(STAMP)
 

@@ -262,7 +262,7 @@ class BTAdapterVisionModel(nn.Module):
         tokens = self._embed(pixel_values, done)
         for layer in range(self.first_branch_layer, self.vision_config.num_hidden_layers - 1):
             tokens = self._run_tower_layer(layer, tokens, done)
-        mean = self.tower.without_registers(tokens).mean(1)
+        mean = self._without_registers(tokens).mean(1)
         return torch.cat([mean[:, 1:], mean[:, :1]], 1)
 
     def pretraining_losses(
@@ -448,11 +448,16 @@ class BTAdapterVisionModel(nn.Module):
                 done()
 
         z = self._call_branch(states(), visible, None if draws is None else iter(draws), plan=plan)
-        return self.tower.without_registers(tokens), z
+        return self._without_registers(tokens), z
+
+    def _without_registers(self, tokens: Tensor) -> Tensor:
+        """``[..., 1+P+R, D]`` to CLS and patches alone, ``[..., 1+P, D]``: what the branch reads."""
+        config = self.vision_config
+        return tokens[..., : 1 + config.patches, :].contiguous() if config.num_register_tokens else tokens
 
     def _seen(self, tokens: Tensor, visible: VisibleTokens) -> Tensor:
         """A tower layer's tokens as the branch reads them: means of neighbouring frames where it has fewer steps."""
-        seen = average_frames(self.tower.without_registers(tokens), visible.frames)
+        seen = average_frames(self._without_registers(tokens), visible.frames)
         if seen is tokens and not self.config.fused and not tokens.requires_grad:
             return tokens.clone()  # the plain layers keep it for backward, and the tower writes over its own
         return seen

@@ -341,10 +341,6 @@ class Tower(nn.Module):
             rows = torch.cat([rows, self.registers.expand(len(images), -1, -1)], 1)
         return rows
 
-    def without_registers(self, tokens: Tensor) -> Tensor:
-        """``[..., 1+P+R, D]`` to CLS and patches alone, ``[..., 1+P, D]``: what the branch reads."""
-        return tokens[..., : 1 + self.config.patches, :].contiguous() if self.config.num_register_tokens else tokens
-
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
