@@ -12,17 +12,18 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
-    SiglipConfig,
-    SiglipModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
-from bt_adapter.checkpoint import CheckpointError, clip_tensors
+from bt_adapter.checkpoint import CheckpointError
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.stack import load_stack
 from bt_adapter.image_settings import ImageSettings, read_image_settings
 from bt_adapter.pretrain.run import with_clip
 from bt_adapter.text import load_clip
+from bt_adapter.towers import load_image_model, read_tower
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_clips_are_float32_whatever_they_were_stored_in(whole, stored):
     CLIPModel.from_pretrained(whole, dtype=stored).save_pretrained(whole)
     model, text = load_clip(whole)
     assert {p.dtype for p in [*model.parameters(), *text.parameters()]} == {torch.float32}
-    assert {t.dtype for t in clip_tensors(whole)[1].values()} == {torch.float32}
+    assert {t.dtype for t in read_tower(load_image_model(whole)).tensors.values()} == {torch.float32}
     assert load_stack(str(whole), None, use_branch=False).model.tower.dtype == torch.float32
 
 
@@ -66,20 +67,12 @@ def test_the_programs_default_dtype_rounds_nothing(tmp_path, vision, default):
 
 
 def test_what_is_no_whole_clip_is_named(tmp_path, vision):
-    SiglipModel(
-        SiglipConfig(
-            text_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-            vision_config={
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-            },
-        )
-    ).save_pretrained(tmp_path / "siglip")
+    ViTModel(
+        ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path / "vit")
     for load in (load_clip, BTAdapterVisionModel.from_clip):
-        with pytest.raises(CheckpointError, match="of type 'siglip', expected a CLIP"):
-            load(tmp_path / "siglip")
+        with pytest.raises(CheckpointError, match="of type 'vit', expected a CLIP"):
+            load(tmp_path / "vit")
         with pytest.raises(FileNotFoundError, match="did you mean .*vision"):
             load(tmp_path / "visoin")
     with pytest.raises(CheckpointError, match="missing: .*text_model"):

@@ -26,7 +26,8 @@ class Evaluation:
     split: str | None = None
     """Part of the data set, where its layout has parts."""
     clip: str | None = None
-    """The CLIP: hub name, local folder, or "mini" (the small one, extra [mini]); default: the one --branch names."""
+    """The image model: a hub name or local folder of a CLIP or SigLIP, open_clip:MODEL/WEIGHTS (extra [open-clip]), or
+    "mini" (the small one, extra [mini]); default: the one --branch names."""
     branch: str | None = None
     """A folder of save_pretrained, or a published checkpoint; mini has its own."""
     no_branch: Annotated[bool, arg(name="no-branch")] = False

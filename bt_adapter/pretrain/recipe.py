@@ -97,7 +97,8 @@ class Recipe(Settings):
     """As --videos, for --validation."""
 
     clip: str | None = None
-    """The CLIP: hub name, local folder, or "mini" (the small one, extra [mini]); default: the one --init names."""
+    """The image model: a hub name or local folder of a CLIP or SigLIP, open_clip:MODEL/WEIGHTS (extra [open-clip]), or
+    "mini" (the small one, extra [mini]); default: the one --init names."""
     init: str | None = None
     """Branch to start from: a folder of save_pretrained or a published checkpoint; default: a fresh one."""
     depth: int = 4

@@ -93,7 +93,8 @@ def own_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], frozens
         for leaf in ("weight", "bias"):
             name = f"{layer}.{leaf}"
             if name in tensors:
-                tensors[name] = tensors[name].detach() * (scale[:, None] if leaf == "weight" else scale)
+                factor = scale[:, None] if leaf == "weight" else scale
+                tensors[name] = tensors[name].detach().float() * factor.float()  # not rounded twice
                 changed.add(name)
     return tensors, frozenset(changed)
 

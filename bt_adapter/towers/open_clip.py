@@ -69,6 +69,7 @@ def load(name: str) -> Any:
         raise CheckpointError(f"{name}: open_clip cannot load it: {error}") from error
     model.name_or_path = name
     model.image_settings = image_settings(model)
+    read(model)  # what cannot be the tower is told here, beside its name
     return model.eval()
 
 
@@ -180,7 +181,8 @@ def _clip_config(visual: Any) -> TowerConfig:
 def _eva_config(visual: Any) -> TowerConfig:
     trunk = visual.trunk
     if type(trunk).__name__ != "Eva":
-        raise _refused(f"its image tower is timm's {type(trunk).__name__}")
+        hint = "; take a SigLIP from Hugging Face" if getattr(trunk, "global_pool", None) == "map" else ""
+        raise _refused(f"its image tower is timm's {type(trunk).__name__}{hint}")
     if getattr(trunk, "rope", None) is not None:
         raise _refused("its image tower has rotary places (EVA02)")
     if trunk.global_pool != "token" or trunk.num_prefix_tokens != 1 or len(visual.head):
