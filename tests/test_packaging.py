@@ -188,6 +188,7 @@ def test_wrong_switch_is_named(sources, tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.full  # compiles the CPU library, as every install does
 @pytest.mark.skipif(
     not (shutil.which("c++") and find_spec("cmake") and find_spec("setuptools")),
     reason="no C++ compiler, cmake or setuptools",

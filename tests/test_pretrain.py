@@ -220,8 +220,8 @@ def test_one_batch_order_whatever_the_workers(manifest, tmp_path):
 
 
 def test_killed_at_random_moments_it_ends_as_if_never_killed(manifest, tmp_path):
-    """Three kills; ``KILLS=20`` for what a release is held to."""
-    kills = int(os.environ.get("KILLS", "3"))
+    """Two kills; ``KILLS=20`` for what a release is held to."""
+    kills = int(os.environ.get("KILLS", "2"))
     script = Path(__file__).parent / "killed.py"
     command = [sys.executable, str(script), str(manifest), str(tmp_path), str(kills), "11", str(8 * kills)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, cwd=Path(__file__).parent.parent)

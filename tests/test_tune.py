@@ -301,6 +301,12 @@ def test_a_signal_stops_it_while_features_are_stored(data, tmp_path, monkeypatch
     assert len(list((tmp_path / "f").glob("*.safetensors"))) == 1
 
 
+def test_it_learns_the_same_whatever_the_workers(data, tmp_path):
+    for workers in (0, 2):
+        run_tuning(recipe(data=str(data), out=tmp_path / str(workers), steps=2, workers=workers), make_video_chat())
+    assert losses(tmp_path / "0") == losses(tmp_path / "2")
+
+
 def test_killed_at_random_moments_it_ends_as_if_never_killed(data, tmp_path):
     script = Path(__file__).parent / "tune_killed.py"
     command = [sys.executable, str(script), str(data), str(tmp_path), "3", "3"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bt_adapter.data.clips import Clip
-from bt_adapter.data.packed import PackedClips
+from bt_adapter.data.packed import Packed
 from bt_adapter.data.patience import read_patiently
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.data.transforms import TrainTransform
@@ -101,7 +101,7 @@ class TrainingClips:
         self, clips: Sequence[Clip], frames: int | Callable[[int], int], transform: TrainTransform, seed: int
     ) -> None:
         self.frames, self.transform, self.seed = frames, transform, seed
-        self._packed = PackedClips(clips)
+        self._packed = Packed(clips)
         self._known: dict[int, tuple[str, str]] = {}  # clips this process found that cannot be read
 
     def __len__(self) -> int:

@@ -1,29 +1,32 @@
-"""Clips in memory that worker processes share."""
+"""Many small objects in memory that worker processes share."""
 
 from __future__ import annotations
 
 import mmap
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable
 from multiprocessing import reduction
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from bt_adapter.data.clips import Clip
+Item = TypeVar("Item")
 
 
-class PackedClips:
-    """Clips as one block of shared memory: millions of objects would be copied into every worker process.
+class Packed(Generic[Item]):
+    """A sequence as one block of shared memory: millions of objects would be copied into every worker process.
 
     A worker that is started with it maps the same memory. The block has no name in ``/dev/shm``, whose size containers
-    limit.
+    limit. An item is unpickled each time that it is asked for.
     """
 
-    def __init__(self, clips: Sequence[Clip]) -> None:
-        parts = [pickle.dumps(clip, pickle.HIGHEST_PROTOCOL) for clip in clips]
+    _file: int | None = None
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        parts = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        file = os.memfd_create("clips")
+        file = os.memfd_create("packed")
         with os.fdopen(os.dup(file), "wb") as out:
             out.write(ends.tobytes())
             out.writelines(parts)
@@ -36,21 +39,23 @@ class PackedClips:
             self._ends = np.frombuffer(self._memory, np.int64, count)
 
     def __reduce__(self) -> tuple:
+        assert self._file is not None
         return _received, (reduction.DupFd(self._file), len(self))
 
     def __del__(self) -> None:
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, number: int) -> Clip:
+    def __getitem__(self, number: int) -> Item:
         first = self._ends.nbytes
         start = int(self._ends[number - 1]) if number else 0
         return pickle.loads(self._memory[first + start : first + int(self._ends[number])])
 
 
-def _received(file: reduction.DupFd, count: int) -> PackedClips:  # type: ignore[valid-type]
-    clips = PackedClips.__new__(PackedClips)
-    clips._map(file.detach(), count)  # type: ignore[attr-defined]
-    return clips
+def _received(file: reduction.DupFd, count: int) -> Packed:  # type: ignore[valid-type]
+    packed: Packed = Packed.__new__(Packed)
+    packed._map(file.detach(), count)  # type: ignore[attr-defined]
+    return packed

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from bt_adapter.data.clips import Clip, Member
 from bt_adapter.data.loading import in_order
-from bt_adapter.data.packed import PackedClips
+from bt_adapter.data.packed import Packed
 from bt_adapter.data.patience import is_full, read_patiently
 from bt_adapter.data.sampling import check_count
 from bt_adapter.data.skipped import Skipped
@@ -97,7 +97,7 @@ class _Shards(Dataset):
         self, clips: Sequence[Clip], folder: Path, per_shard: int, frames: int | None, short_side: int,
         missing: list[int],
     ) -> None:  # fmt: skip
-        self.clips, self.folder, self.per_shard = PackedClips(clips), folder, per_shard
+        self.clips, self.folder, self.per_shard = Packed(clips), folder, per_shard
         self.frames, self.short_side, self.missing = frames, short_side, missing
 
     def __getitem__(self, item: int) -> int:

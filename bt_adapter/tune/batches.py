@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from bt_adapter.data import VideoError, read_image, read_video
 from bt_adapter.data.loading import numbers_seed
+from bt_adapter.data.packed import Packed
 from bt_adapter.data.patience import read_patiently
 from bt_adapter.image_settings import ImageSettings
 from bt_adapter.tune.conversations import Source
@@ -137,7 +138,7 @@ class Steps(Dataset):
     def __init__(
         self, examples: Sequence[Example], order: Order, visuals: VisualReader, rank: int, world: int, parts: int
     ) -> None:
-        self.examples, self.order, self.visuals = examples, order, visuals
+        self.examples, self.order, self.visuals = Packed(examples), order, visuals  # shared with worker processes
         self.rank, self.world, self.parts = rank, world, parts
 
     def __getitem__(self, step: int) -> Step:
