@@ -11,6 +11,7 @@ from bt_adapter.mini.retrieval import mcnemar
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(mini_is_there()), reason=str(mini_is_there()))]
 ASKED, FOUND = 2, 4  # clips of each of nine motions that are asked about, and that are to be found
+longer = pytest.mark.parametrize("longer", [(32,), pytest.param((16, 64, 128), marks=pytest.mark.full)], ids=str)
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +22,11 @@ def stack():
     return chat, prompts
 
 
-def test_answers_about_longer_videos(stack):
+@longer
+def test_answers_about_longer_videos(stack, longer):
     """Untrained rows lose most answers, so that the comparison can fail."""
     told = {}
-    for frames in (8, 16, 32, 64, 128):
+    for frames in (8, *longer):
         shown, labels = long_videos.held_out(frames, ASKED)
         told[frames] = long_videos.answered(*stack, shown, labels)
         assert told[frames].sum() >= told[8].sum() or mcnemar(told[8], told[frames]) > 0.05, frames
@@ -34,13 +36,14 @@ def test_answers_about_longer_videos(stack):
     assert published.sum() < told[8].sum() and mcnemar(told[8], published) < 0.05
 
 
-def test_retrieval_of_longer_videos():
+@longer
+def test_retrieval_of_longer_videos(longer):
     from bt_adapter.mini.pretrain import load_branch_model
 
     model, texts = load_branch_model("pretrained"), long_videos.captions()
     assert model.trained_steps == 8
     found = {}
-    for frames in (8, 16, 32, 64, 128):
+    for frames in (8, *longer):
         shown, labels = long_videos.held_out(frames, FOUND)
         found[frames] = long_videos.retrieved(model, texts, shown, labels)
         assert found[frames].sum() >= found[8].sum() or mcnemar(found[8], found[frames]) > 0.05, frames
