@@ -15,7 +15,7 @@ from bt_adapter.progress import Progress
 
 from ._index import Index
 from ._source import Source, VideoError
-from .orientation import read_orientation
+from .orientation import OrientationReader
 
 # A seek empties the decoder's pipeline, which costs about as much as decoding this many frames.
 _SEEK_COST = 16
@@ -38,6 +38,7 @@ class Taken:
         numbers: place of each frame among all frames of the file.
         order: packet of each frame that was decoded, in order of presentation; None where that is not known.
         damaged: something could not be decoded.
+        orientations: reads how frames are turned or mirrored.
     """
 
     name: str
@@ -48,10 +49,11 @@ class Taken:
     numbers: list[int] = field(default_factory=list)
     order: list[int | None] = field(default_factory=list)
     damaged: bool = False
+    orientations: OrientationReader = field(default_factory=OrientationReader)
 
     def keep(self, frame: av.VideoFrame, number: int) -> None:
         """Store a frame as RGB, upright, in the size of the first one (a stream may change its size)."""
-        orientation = read_orientation(frame)
+        orientation = self.orientations.read(frame)
         if self.size is None:
             upright = (frame.width, frame.height) if orientation.transposed else (frame.height, frame.width)
             self.size = bounded_size(*upright, self.side)
