@@ -199,7 +199,7 @@ def _ask_about(chat: VideoChat, files: list[tuple[Path, str]], console: Console)
     for path, truth in files:
         begin = time.perf_counter()
         with progress_bar(console, f"decoding {path.name}") as progress:
-            video = read(path, 8, progress=progress)
+            video = read(path, 8, progress=progress, side=chat.images.largest_side)
         said = []
         for branch in (True, False):
             with progress_bar(console, f"encoding {path.name}") as progress:

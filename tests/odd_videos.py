@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -85,6 +85,15 @@ def clip(codec: str = "libx264", first: int = 0, count: int = 40, size: tuple[in
     with av.open(io.BytesIO(content.getvalue())) as container:  # as the muxer has formatted them
         written = [(bytes(p), p.is_keyframe) for p in container.demux() if p.size]
     return [Bare(data, *when, key) for (data, key), when in zip(written, times, strict=True)], template
+
+
+def hidden_vp9(bare: Bare) -> Bare:
+    """A packet of :func:`clip`'s VP9 whose picture others refer to, and nobody sees."""
+    head = "".join(f"{byte:08b}" for byte in bare.data[:5])
+    assert head[:4] == "1000" and head[4:7] == "011" and head[-1] == "0", "another header than this encoder's"
+    # not shown; the bit intra_only follows then, for which there is room before the header's end
+    head = head[:6] + "0" + head[7] + "0" + head[8:-1]
+    return replace(bare, data=int(head, 2).to_bytes(5, "big") + bare.data[5:])
 
 
 def mux(path: Path, *clips, packets: Sequence[Sequence[Bare]] | None = None, setup: Callable | None = None, **options):

@@ -1,14 +1,17 @@
 """Pictures and videos that are to be shown turned or mirrored come out upright, for each of the eight orientations."""
 
+import gc
 import io
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
-from bt_adapter.data import read_image, read_video
+from bt_adapter.data import read_image, read_video, write_video
+from bt_adapter.data.orientation import Orientation, OrientationReader
 
 # Upper left red, upper right green, lower left blue, lower right yellow.
 CORNERS = {"R": (255, 0, 0), "G": (0, 255, 0), "B": (0, 0, 255), "Y": (255, 255, 0)}
@@ -74,6 +77,24 @@ def test_videos(tmp_path, suffix, number, scale):
         video = read_video(path, 2, method=method)
         assert video.frames.shape[2:] == ((96, 64) if number > 4 else (64, 96))
         assert [corners(frame) for frame in video.frames] == [seen] * 2
+
+
+def test_frames_that_were_read_are_freed(tmp_path):
+    """PyAV's frames and their side data hold each other, until Python looks for such cycles."""
+    path = tmp_path / "video.mp4"
+    write_video(path, torch.zeros(60, 3, 64, 96, dtype=torch.uint8))
+    reader = OrientationReader()
+    gc.collect()
+    gc.disable()
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                assert reader.read(frame) == Orientation()
+        del frame
+        held = [o for o in gc.get_objects() if isinstance(o, av.VideoFrame) and o.width * o.height > 4]
+        assert len(held) == 0
+    finally:
+        gc.enable()
 
 
 def test_side_data_of_a_kind_that_pyav_does_not_know(tmp_path):

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
 from collections import Counter
 from dataclasses import dataclass, fields
 
+import av
 import pytest
 import torch
 from av.error import err_check
 from PIL import Image
 from test_video import numbered
 
-from bt_adapter.data import TrainTransform, VideoError, patience, read_image, write_video
+from bt_adapter.data import TrainTransform, VideoError, patience, read_image, read_video, write_video
 from bt_adapter.data.clips import Clip, Member
 from bt_adapter.data.loading import TrainingClips, batches
 from bt_adapter.data.patience import StorageError, read_patiently
 from bt_adapter.data.shards import write_shards
+from bt_adapter.data.stream import FrameStream
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.features import ClipFrames, Look
 from bt_adapter.image_settings import ImageSettings
@@ -97,6 +100,62 @@ def test_any_other_error_is_the_files_own(error, waits):
         read_patiently("clip.mp4", read)
     assert read.calls == 1 and waits == []
     assert type(error).__name__ in str(raised.value) or isinstance(error, VideoError | OSError)
+
+
+@pytest.mark.parametrize("error", [TypeError("an argument"), AttributeError("a name"), NameError("a name")])
+def test_a_mistake_of_the_program_is_no_files(error, video, tmp_path, monkeypatch):
+    def mistaken(self, *arguments, **options):
+        raise error
+
+    with pytest.raises(type(error)):
+        read_patiently("clip.mp4", Failing(error))
+    monkeypatch.setattr(Clip, "read", mistaken)
+    with pytest.raises(type(error)):
+        write_shards(clips_of(video), tmp_path / "out", 3)
+    monkeypatch.setattr("bt_adapter.data.images._pixels", mistaken)
+    with pytest.raises(type(error)):
+        read_image(video)
+
+
+def test_an_error_inside_a_parser_is_the_files(video):
+    def parse():
+        av.open(str(video), options=7)  # PyAV's own TypeError or AttributeError
+
+    with pytest.raises(VideoError, match="clip.mp4: cannot be read .(Type|Attribute)Error"):
+        read_patiently(video, parse)
+
+
+class Disk(io.FileIO):
+    """A file of which storage fails to give what is behind a place, so many times."""
+
+    place, failures = 0, 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() + (size or 0) > Disk.place and Disk.failures > 0:
+            Disk.failures -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read(size)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "ts"])
+@pytest.mark.parametrize("frames", [None, 3])
+def test_storage_that_fails_inside_a_file_is_not_its_end(tmp_path, monkeypatch, suffix, frames):
+    """FFmpeg itself goes on as if the file ended there."""
+    path = tmp_path / f"clip.{suffix}"
+    pictures = torch.randint(256, (30, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    write_video(path, pictures, codec="mpeg4" if suffix == "avi" else "libx264", options={})
+    expected = read_video(path, frames)
+    assert not expected.truncated
+    monkeypatch.setattr("bt_adapter.data._source.open", lambda name, *a, **k: Disk(name), raising=False)
+    Disk.place, Disk.failures = path.stat().st_size * 2 // 3, 2
+    found = read_patiently(path, read_video, path, frames)
+    assert Disk.failures == 0 and torch.equal(found.frames, expected.frames) and not found.truncated
+    Disk.failures = 2
+    stream = read_patiently(path, FrameStream, path, frames)
+    assert Disk.failures == 0 and stream.total == expected.total and not stream.truncated
+    Disk.failures = 1000
+    with pytest.raises(StorageError, match=f"clip.{suffix}: cannot be read"):
+        read_patiently(path, read_video, path, frames)
 
 
 def test_memory_is_tried_again_and_then_the_file_is_named():

@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from odd_videos import H264, Odd, clip, edit, even, joined, mux, number, picture
+from odd_videos import H264, Odd, clip, edit, even, hidden_vp9, joined, mux, number, picture
 
 from bt_adapter.data import read_video, write_video
 from bt_adapter.data.stream import FrameStream
@@ -42,6 +42,7 @@ PLAIN = [
     ("libx264", "mp4"), ("libx264", "mkv"), ("libx264", "ts"), ("libx264", "flv"),
     ("libx265", "mp4"), ("libx265", "ts"), ("mpeg4", "avi"), ("mpeg4", "mp4"), ("mpeg4", "mkv"), ("mpeg2video", "mpg"),
     ("mpeg2video", "ts"), ("libvpx-vp9", "webm"), ("libvpx-vp9", "mp4"), ("mjpeg", "avi"), ("mjpeg", "mov"),
+    ("libx264", "nut"), ("mpeg4", "nut"), ("mpeg4", "asf"),
 ]  # fmt: skip
 
 
@@ -253,9 +254,11 @@ many(
 # --- cut files ----------------------------------------------------------------------------------------------------
 
 
-def fragmented(cut: Callable[[bytes], int] | None, numbers: list[int], truncated: bool) -> Callable[[Path], Odd]:
+def fragmented(
+    cut: Callable[[bytes], int] | None, numbers: list[int], truncated: bool, flags: str = "frag_keyframe+empty_moov"
+) -> Callable[[Path], Odd]:
     def make(folder: Path) -> Odd:
-        path = mux(folder / "fragments.mp4", clip(), options={"movflags": "frag_keyframe+empty_moov"})
+        path = mux(folder / "fragments.mp4", clip(), options={"movflags": flags})
         data = path.read_bytes()
         path.write_bytes(data if cut is None else data[: cut(data)])
         return Odd(path, numbers, even(len(numbers)), truncated)
@@ -278,6 +281,52 @@ many(
     fragment_cut_in_mdat=fragmented(lambda data: nth(data, b"mdat", 4) + 5, list(range(30)), True),
     stored_fragment=stored("fragment_cut.mp4", list(range(24)), truncated=True),
 )
+
+many(
+    indexed_fragments=fragmented(None, ALL, False, "frag_keyframe+empty_moov+dash+global_sidx"),
+    indexed_fragment_missing=fragmented(
+        lambda data: nth(data, b"moof", 4) - 4, list(range(30)), True, "frag_keyframe+empty_moov+dash+global_sidx"
+    ),
+)
+
+# --- stamps that contradict the decoder, and pictures that are never shown ----------------------------------------
+
+
+def in_another_order(codec: str, suffix: str, order: Callable[[list[int]], list[int]]) -> Callable[[Path], Odd]:
+    """The stamps of the packets change places, so that they do not tell in which order a decoder shows frames."""
+
+    def make(folder: Path) -> Odd:
+        packets, template = clip(codec)
+        stamps = order([packet.pts for packet in packets])
+        rows = [replace(p, pts=t + 4000, dts=100 * i) for i, (p, t) in enumerate(zip(packets, stamps, strict=True))]
+        return Odd(mux(folder / f"order.{suffix}", (rows, template)), ALL, truncated=None)
+
+    return make
+
+
+many(**{
+    f"{name} stamps {codec}": in_another_order(codec, "mkv", order)
+    for codec in ("libx264", "libx265", "libvpx-vp9")
+    for name, order in {
+        "reversed": lambda stamps: stamps[::-1],
+        "exchanged": lambda stamps: [stamps[i ^ 1] for i in range(len(stamps))],
+        "sorted": sorted,
+    }.items()
+})  # fmt: skip
+
+
+def hidden_pictures(suffix: str) -> Callable[[Path], Odd]:
+    """VP9 pictures that others refer to, and nobody sees, in packets of their own."""
+
+    def make(folder: Path) -> Odd:
+        packets, template = clip("libvpx-vp9")
+        rows = [hidden_vp9(packet) if i in (4, 5) else packet for i, packet in enumerate(packets)]
+        return Odd(mux(folder / f"hidden.{suffix}", (rows, template)), [i for i in ALL if i not in (4, 5)])
+
+    return make
+
+
+many(hidden_mkv=hidden_pictures("mkv"), hidden_mp4=hidden_pictures("mp4"))
 
 # --- several streams ----------------------------------------------------------------------------------------------
 
@@ -353,3 +402,29 @@ def test_all_methods_agree_and_are_right(tmp_path, name):
     few = FrameStream(expected.path, frames=4)
     assert few.numbers == read_video(expected.path, 4).indices.tolist()
     assert [number(frame) for chunk in few for frame in chunk] == [expected.numbers[i] for i in few.numbers]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_stream_goes_on_with_the_right_frames_where_some_cannot_be_decoded(tmp_path, suffix):
+    """A packet is missing in the middle of a group of HEVC: its decoder withholds those that refer to it."""
+    packets, template = clip("libx265")
+    path = mux(tmp_path / f"dropped.{suffix}", (packets[:15] + packets[16:], template))
+    shown = [p.pts // 100 for p in packets[:15] + packets[16:]]
+    there = [number(frame) for frame in read_video(path, None, method="sequential").frames]
+    assert len(there) < 39 and set(there) < set(shown)
+    stream = FrameStream(path, chunk=7)
+    found = [number(frame) for piece in stream for frame in piece]
+    expected = sorted(shown)
+    for place, wanted in enumerate(expected):
+        assert found[place] == (wanted if wanted in there else found[place - 1])
+    assert len(found) == stream.total == 39 and stream.truncated
+    few = FrameStream(path, frames=3, chunk=2)
+    assert [number(frame) for piece in few for frame in piece] == [found[i] for i in few.numbers]
+
+
+@pytest.mark.parametrize("suffix", ["apng", "png"])
+def test_animated_png_is_a_video_too(tmp_path, suffix):
+    path = tmp_path / f"animated.{suffix}"
+    shutil.copy(MEDIA / "animated.png", path)
+    video = read_video(path, None)
+    assert video.total > 1 and torch.equal(torch.cat(list(FrameStream(path))), video.frames)

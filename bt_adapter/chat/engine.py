@@ -195,9 +195,18 @@ class VideoChat:
         return conversation.ask(question, max_new_tokens, on_text)
 
 
-def read(path: str | os.PathLike[str], frames: int, repeat: bool = False, progress: Progress | None = None) -> Video:
-    """Decode `frames` evenly spread frames of a video file (fewer there: `repeat` them). Raises VideoError."""
-    return read_video(Path(path), frames=frames, sampling="middle", repeat=repeat, progress=progress)
+def read(
+    path: str | os.PathLike[str],
+    frames: int,
+    repeat: bool = False,
+    progress: Progress | None = None,
+    side: int | None = None,
+) -> Video:
+    """Decode `frames` evenly spread frames of a video file (fewer there: `repeat` them). Raises VideoError.
+
+    side: the side in pixels that they will be resized to, as for `read_video`.
+    """
+    return read_video(Path(path), frames=frames, sampling="middle", repeat=repeat, progress=progress, side=side)
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:

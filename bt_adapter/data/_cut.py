@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import BinaryIO
 
+_LARGEST_INDEX = 1 << 24  # bytes
+
 
 def is_cut(file: BinaryIO, container: str) -> bool | None:
     """Whether a file breaks off, by the sizes that its container states; None where it states none.
@@ -24,8 +26,11 @@ def is_cut(file: BinaryIO, container: str) -> bool | None:
 
 
 def _cut_fragments(file: BinaryIO, size: int) -> bool | None:
-    """Of a fragmented MP4, whether a fragment reaches beyond the end. Others count their frames in their header."""
-    at, fragmented = 0, False
+    """Of a fragmented MP4, whether a fragment reaches beyond the end, or one is missing that an index ("sidx") names.
+
+    Others count their frames in their header.
+    """
+    at, fragmented, stated = 0, False, 0
     while at + 8 <= size:
         head = _read(file, at, 16)
         length, kind = int.from_bytes(head[:4], "big"), head[4:8]
@@ -36,11 +41,25 @@ def _cut_fragments(file: BinaryIO, size: int) -> bool | None:
         if length < 8:
             return None
         fragmented |= kind == b"moof"
+        if kind == b"sidx" and length <= _LARGEST_INDEX:
+            stated = max(stated, at + length + _indexed(_read(file, at, length)))
         if at + length > size:
             return fragmented or None
         at += length
     # a few bytes that are too few for the head of a box
-    return at < size if fragmented else None
+    return at < size or size < stated if fragmented else None
+
+
+def _indexed(box: bytes) -> int:
+    """Bytes behind a segment index of which it says what they are (ISO/IEC 14496-12, 8.16.3)."""
+    if len(box) < 32:
+        return 0
+    wide = box[8] > 0  # its version
+    at = 36 if wide else 28
+    offset = int.from_bytes(box[28:36] if wide else box[24:28], "big")
+    at += 4
+    sizes = [int.from_bytes(box[place : place + 4], "big") & 0x7FFFFFFF for place in range(at, len(box) - 11, 12)]
+    return offset + sum(sizes)
 
 
 def _cut_segment(file: BinaryIO, size: int) -> bool | None:

@@ -108,6 +108,7 @@ def take_by_seeking(
     steps, cost, position = [], 0, 0
     key_stamps = set(index.keys)
     place = {stamp: i + 1 for i, stamp in enumerate(index.stamps) if stamp in key_stamps}
+    shown = {stamp: n for n, i in enumerate(index.order) if (stamp := index.stamps[i]) in key_stamps}
     for number in wanted:
         packet = index.order[number]
         stamp = index.stamps[packet]
@@ -126,18 +127,21 @@ def take_by_seeking(
         stream = source.stream(container, index.stream)
         decoded = _decode(source, index, container, taken)
         latest: int | None = None
+        reached = -1  # number of the latest frame, as far as frames that come can be counted
         for done, (stamp, number, target) in enumerate(steps, 1):
             if target is not None:
                 container.seek(target, stream=stream)
                 decoded = _decode(source, index, container, taken, until=stamp)
-                latest = None
+                latest, reached = None, shown[target] - 1
             for frame in decoded:
                 if frame.pts is None or (latest is not None and frame.pts <= latest):
                     return False
                 latest = frame.pts
+                reached += target is None or latest >= target  # others refer to pictures before the key frame
                 if frame.pts >= stamp:
                     break
-            if latest != stamp or frame.is_corrupt or taken.damaged:
+            # Where stamps contradict the order in which the decoder shows frames, their count differs.
+            if latest != stamp or reached != number or frame.is_corrupt or taken.damaged:
                 return False
             taken.keep(frame, number)
             if progress is not None:

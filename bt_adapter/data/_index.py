@@ -38,18 +38,18 @@ class _Packets:
     decoded_at: list[int | None] = field(default_factory=list)  # "dts"
     duration: list[int] = field(default_factory=list)
     key: list[bool] = field(default_factory=list)
-    discarded: list[bool] = field(default_factory=list)  # outside of an edit list: decoded, never shown
+    hidden: list[bool] = field(default_factory=list)  # decoded, never shown: outside of an edit list, or by itself
     damaged: list[int] = field(default_factory=list)  # numbers of those that FFmpeg calls corrupt
     empty: int = 0  # packets without content, which stand for no frame
 
-    def add(self, packet: av.Packet) -> None:
+    def add(self, packet: av.Packet, codec: str) -> None:
         if packet.is_corrupt:
             self.damaged.append(len(self.key))
         self.shown_at.append(packet.pts)
         self.decoded_at.append(packet.dts)
         self.duration.append(packet.duration or 0)
         self.key.append(packet.is_keyframe)
-        self.discarded.append(packet.is_discard)
+        self.hidden.append(packet.is_discard or (codec == "vp9" and _is_hidden_vp9(packet)))
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,12 @@ def scan(source: Source) -> Index:
     with source.open() as container:
         streams = source.candidates(container)
         tables = {stream.index: _Packets() for stream in streams}
+        codecs = {stream.index: stream.codec.name for stream in streams}
         try:
             for packet in container.demux(*streams):
                 table = tables[packet.stream_index]
                 if packet.size:
-                    table.add(packet)
+                    table.add(packet, codecs[packet.stream_index])
                 elif packet.dts is not None or packet.pts is not None:
                     table.empty += 1
         except FFmpegError:
@@ -169,6 +170,19 @@ def scan(source: Source) -> Index:
         stream = max(streams, key=lambda stream: _rank(stream, tables[stream.index]))
         source.stream(container, stream.index)  # refuses frames that are too large
         return _index(source, container, stream, tables[stream.index], broken)
+
+
+def _is_hidden_vp9(packet: av.Packet) -> bool:
+    """Whether a packet holds one VP9 picture, and that one is only referred to by others (VP9 bitstream, 6.2 and B)."""
+    content = memoryview(packet)
+    mark = content[-1]
+    index_size = 2 + (mark >> 3 & 3) * (frames := (mark & 7) + 1) + frames
+    if mark & 0xE0 == 0xC0 and index_size <= len(content) and content[-index_size] == mark:
+        return False  # several pictures, of which one is shown
+    first = content[0]
+    profile_3 = first & 0x30 == 0x30  # has a reserved bit more
+    bits = (first << 1 if profile_3 else first) & 0x0F  # show_existing_frame, frame_type, show_frame, error_resilient
+    return not bits & 8 and not bits & 2
 
 
 def _rank(stream: av.VideoStream, packets: _Packets) -> tuple:
@@ -215,8 +229,8 @@ def _index(
     leading = set(range(first_key))
     if first_shown is not None and stream.codec_context.has_b_frames:
         leading.update(i for i, t in enumerate(stamps) if t is not None and t < first_shown and part[i] == 0)
-    order = [i for i in range(count) if not packets.discarded[i]]
-    headless = any(not packets.discarded[i] for i in leading)
+    order = [i for i in range(count) if not packets.hidden[i]]
+    headless = any(not packets.hidden[i] for i in leading)
     if headless:
         order = [i for i in order if i not in leading]
     order = _sorted_by_presentation(order, stamps, part)
@@ -230,13 +244,13 @@ def _index(
     least = least_distance(base, fps)
     step = usual_step(known, base, least)
     origin = Fraction(container.start_time or 0, av.time_base)
-    if known and known[0] * base - origin <= Fraction(1, av.time_base):
-        origin = known[0] * base  # the container rounds to microseconds
+    if known and (container.start_time is None or known[0] * base - origin <= Fraction(1, av.time_base)):
+        origin = known[0] * base  # the container does not say, or rounds to microseconds
     truncated = broken or damaged or headless or _is_cut(source, container, stream, packets, order, fps)
     exact = (
         kind.startswith(_INDEXED_CONTAINERS)
         and stream.codec.name in INDEXED_CODECS
-        and not (truncated or packets.empty or any(packets.discarded))
+        and not (truncated or packets.empty or any(packets.hidden))
         and len(known) == count > 0
         and any(packets.key)
         and (count < 2 or min(map(operator.sub, known[1:], known)) > least)

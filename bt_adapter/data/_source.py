@@ -6,7 +6,7 @@ import io
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -17,7 +17,7 @@ from av.stream import Disposition
 # Containers FFmpeg may take a file for. Without the list it also "plays" text files, and follows playlists to
 # others.
 _CONTAINERS = (
-    "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,flv,asf,ogg,gif,mxf,nut,dv,rm,"
+    "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,flv,asf,ogg,gif,apng,mxf,nut,dv,rm,"
     "yuv4mpegpipe,wav,w64,mp3,aac,flac,aiff"
 )
 # Twice the pixels of 8K. A decoder takes room for several frames, so a small file could ask for any amount of memory.
@@ -95,37 +95,39 @@ class Source:
     def open(self, **options: str) -> Iterator[av.container.InputContainer]:
         """Open a fresh container, with options of FFmpeg's demuxers.
 
-        What PyAV cannot make of the file within the context is a VideoError too, and so is too little memory.
+        What PyAV cannot make of the file within the context is a VideoError too, and so are too little memory and
+        storage that fails: by itself, FFmpeg takes a file for one that ends where it cannot be read.
         """
         options = {"format_whitelist": _CONTAINERS, **options}
-        target = io.BytesIO(self.target) if isinstance(self.target, bytes) else self.target
-        if not isinstance(target, str):
-            target.seek(0)
-        try:
-            # tags of old files are in the code page of who wrote them
-            container = av.open(target, "r", options=options, metadata_errors="replace")
-        except (FFmpegError, OSError, ValueError) as error:
-            raise VideoError(f"{self.name}: cannot be read as a video file ({reason(error)})") from error
-        except MemoryError as error:
-            raise VideoError(f"{self.name}: there is too little memory to open it") from error
-        try:
-            with container:
-                try:
-                    yield container
-                finally:
-                    _settle(container)
-        except VideoError:
-            raise
-        except (FFmpegError, ValueError) as error:
-            raise VideoError(f"{self.name}: cannot be decoded ({reason(error)})") from error
-        except MemoryError as error:
-            raise VideoError(f"{self.name}: there is too little memory to decode it ({reason(error)})") from error
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(self.raw())
+                # tags of old files are in the code page of who wrote them
+                container = av.open(file, "r", options=options, metadata_errors="replace")
+            except (FFmpegError, OSError, ValueError) as error:
+                raise VideoError(f"{self.name}: cannot be read as a video file ({reason(error)})") from error
+            except MemoryError as error:
+                raise VideoError(f"{self.name}: there is too little memory to open it") from error
+            try:
+                with container:
+                    try:
+                        yield container
+                    finally:
+                        _settle(container)
+            except VideoError:
+                raise
+            except (FFmpegError, ValueError) as error:
+                raise VideoError(f"{self.name}: cannot be decoded ({reason(error)})") from error
+            except OSError as error:
+                raise VideoError(f"{self.name}: cannot be read ({reason(error)})") from error
+            except MemoryError as error:
+                raise VideoError(f"{self.name}: there is too little memory to decode it ({reason(error)})") from error
 
     @contextmanager
     def raw(self) -> Iterator[BinaryIO]:
         """The file's bytes, from the first one on."""
         if isinstance(self.target, str):
-            with open(self.target, "rb") as file:
+            with open(self.target, "rb", buffering=0) as file:  # FFmpeg has a buffer of its own
                 yield file
         elif isinstance(self.target, bytes):
             yield io.BytesIO(self.target)

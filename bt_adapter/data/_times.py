@@ -11,6 +11,7 @@ from fractions import Fraction
 
 FAR = 10  # seconds: a clock does not go on by as much from one frame to the next where it may start anew
 _JITTER = 1  # seconds: where a clock does not start anew, frames may be as much out of order
+_ROUNDING = 1e-6  # seconds: a frame that begins in a middle is shown there, whatever sums of floats say
 _STRAYS = 8  # so many stamps in a row may be wrong ones between right ones
 
 
@@ -134,7 +135,7 @@ def shown_at_rate(seconds: list[float], duration: float, fps: float) -> list[int
         return [max(0, bisect.bisect_right(seconds, begin + end / 2) - 1)]
     numbers, tick = [], 0
     while tick < ticks:
-        number = max(0, bisect.bisect_right(seconds, begin + (tick + 0.5) / fps) - 1)
+        number = max(0, bisect.bisect_right(seconds, begin + (tick + 0.5) / fps + _ROUNDING) - 1)
         numbers.append(number)
         tick += 1
         if number + 1 < len(seconds):  # on to about the next frame's first middle, without a step for each between

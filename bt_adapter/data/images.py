@@ -11,6 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from ._source import VideoError
+from .patience import is_mistake
 
 # Pillow's names, and what the formats are called. A format that is not here is not tried: some run other programs.
 FORMATS = {
@@ -65,6 +66,8 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
     except MemoryError as error:
         raise VideoError(f"{name}: takes more memory than there is") from error
     except Exception as error:  # its readers raise many: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+        if is_mistake(error):
+            raise
         words = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise VideoError(f"{name}: cannot be read as an image ({words})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)

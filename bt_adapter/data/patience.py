@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,6 +34,8 @@ _SYSTEM = frozenset(
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # FFmpeg also reports these for the content of a file: a Matroska file that breaks off is an "input/output error".
 _DOUBTFUL_OF_FFMPEG = (errno.EIO, errno.EAGAIN)
+_MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)
+_PARSERS = ("PIL", "av", "tarfile", "struct", "json")
 _ADVICE = {
     errno.EMFILE: "; allow more open files (ulimit -n) or use fewer --workers",
     errno.ENFILE: "; the machine has too many files open",
@@ -49,7 +52,7 @@ def read_patiently(path: str | os.PathLike[str], read: Callable[P, T], *args: P.
 
     An error of the system (too many open files, an I/O error, a network mount that does not answer) is waited for and
     tried again, since a file left out for it would make a run depend on chance. Whatever else goes wrong, whichever
-    exception it is, is the file's own fault.
+    exception it is, is the file's own fault; but mistakes of the program are no file's (:func:`is_mistake`).
 
     Returns:
         The result of ``read``.
@@ -57,7 +60,7 @@ def read_patiently(path: str | os.PathLike[str], read: Callable[P, T], *args: P.
     Raises:
         VideoError: the file is at fault, or takes more memory than there is: leave it out and go on.
         StorageError: the system still fails after all attempts: stop.
-        CommandError: as ``read`` raised it.
+        CommandError, and mistakes of the program: as ``read`` raised them.
         OSError, VideoError: ``read`` also writes, and the disk is full or may not be written to.
     """
     attempt = 0
@@ -69,7 +72,7 @@ def read_patiently(path: str | os.PathLike[str], read: Callable[P, T], *args: P.
             raise
         except Exception as error:
             number = _system_error(error)
-            if is_full(error):
+            if is_full(error) or is_mistake(error):
                 raise
             doubtful = _is_memory(error)
             if number in _DOUBTFUL_OF_FFMPEG and _is_of_ffmpeg(error):
@@ -98,6 +101,23 @@ def is_passing(error: BaseException) -> bool:
 def is_full(error: BaseException) -> bool:
     """Whether there was no room, or no right, to write what was to be written."""
     return _system_error(error) in _FULL
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether an error shows a mistake of the program: a wrong type, name or attribute outside of a parser of files.
+
+    Parsers raise such errors, too, where a damaged file leads them astray.
+    """
+    if not isinstance(error, _MISTAKES):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not frames:
+        return True
+    innermost = frames[-1]
+    file = innermost.f_code.co_filename
+    # compiled modules give their source's name from their package on, and no globals
+    module = innermost.f_globals.get("__name__", "") if os.path.isabs(file) else file.replace("/", ".")
+    return module.partition(".")[0] not in _PARSERS
 
 
 def _check_reachable(path: str | os.PathLike[str]) -> None:

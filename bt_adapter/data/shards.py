@@ -137,7 +137,7 @@ class _Shards(Dataset):
     def _video(self, clip: Clip, aside: Path) -> tuple[str, Member]:
         """Suffix of a clip, and where its bytes are. Raises VideoError, OSError."""
         if self.frames is None:
-            clip.read(1)
+            clip.read(1, side=self.short_side)
             source = clip.source
             if isinstance(source, str):
                 source = Member(source, 0, os.path.getsize(source), source)

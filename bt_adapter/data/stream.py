@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+import av
 import torch
 from torch import Tensor
 
@@ -128,20 +129,26 @@ class FrameStream:
         """The frames from the ``done``-th on, by decoding from the first."""
         noted = Taken(self.path, 0)
         piece, taken = self.numbers[done : done + self._chunk], None
+        before: av.VideoFrame | None = None
         with self._source.open() as container:
-            for number, frame in enumerate(decode_all(self._source, self._index, container, noted)):
-                if number in piece:
-                    taken = taken or self._room(len(set(piece)))
-                    taken.keep(frame, number)
-                if number == piece[-1]:
+            for number, frame in self._numbered(container, noted):
+                while piece:
+                    # Frames that cannot be decoded are represented by the one before, as a player shows it for longer.
+                    behind = -1 if taken is None or not taken.numbers else taken.numbers[-1]
+                    for wanted in (w for w in sorted(set(piece)) if behind < w <= number):
+                        taken = taken or self._room(len(set(piece)))
+                        taken.keep(frame if wanted == number or before is None else before, wanted)
+                    if number < piece[-1]:
+                        break
                     assert taken is not None
                     yield self._frames(taken, piece)
                     done += len(piece)
                     self._tell(done)
                     # a fresh array: what was handed out is the caller's
                     piece, taken = self.numbers[done : done + self._chunk], None
-                    if not piece:
-                        break
+                if not piece:
+                    break
+                before = frame
         self.truncated |= noted.damaged or done < len(self.numbers)
         if taken is not None:
             found = [number for number in piece if number in set(taken.numbers)]
@@ -150,6 +157,22 @@ class FrameStream:
             self._tell(done)
         if done == 0:
             raise VideoError(f"{self.path}: no frame can be decoded")
+
+    def _numbered(self, container: av.container.InputContainer, noted: Taken) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Frames with their numbers, ascending; where packets alone were counted, the decoder may withhold some."""
+        order, checked = self._index.order, not self._index.exact
+        places: dict[int, int] = {}
+        number = -1
+        for frame in decode_all(self._source, self._index, container, noted):
+            number, packet = number + 1, noted.order.pop()
+            if not checked and number < len(order) and packet is not None and packet != order[number]:
+                checked = True
+                if len(self._decoded_order()) < len(order):  # else the stamps have frames in another order
+                    self.truncated = True
+                    places = {packet: place for place, packet in enumerate(order)}
+            if packet is not None:
+                number = max(number, places.get(packet, number))
+            yield number, frame
 
     def _decoded_order(self) -> list[int | None]:
         """The packets of all frames that can be decoded, in order of presentation."""

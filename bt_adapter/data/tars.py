@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from bt_adapter.data.clips import Member
 from bt_adapter.data.finding import SUFFIXES
 from bt_adapter.data.gathering import Gathered, captions_of, seconds
-from bt_adapter.data.patience import is_passing, read_patiently
+from bt_adapter.data.patience import is_mistake, is_passing, read_patiently
 from bt_adapter.data.video import VideoError
 
 VIDEOS = frozenset(suffix[1:] for suffix in SUFFIXES)
@@ -124,7 +124,7 @@ def _list_members(path: str) -> _Found:
                     return found
             end = tar.offset
     except Exception as error:  # of damaged headers tarfile raises much more than its own errors
-        if is_passing(error):
+        if is_passing(error) or is_mistake(error):
             raise
         found.problems[path] = f"is broken as a tar at byte {end} of {size} ({error}): what follows is lost"
         return found

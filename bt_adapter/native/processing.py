@@ -73,10 +73,10 @@ class VideoReader:
         if isinstance(video, str) and "://" in video:
             raise ValueError(f"video must be a local file, but is {video}: download it first")
         if fps is None:
-            return read_video(video, frames=num_frames or self.frames, repeat=True).frames
+            return read_video(video, frames=num_frames or self.frames, repeat=True, side=self.size).frames
         from bt_adapter.data.stream import FrameStream
 
-        return torch.cat(list(FrameStream(video, fps=fps)))
+        return torch.cat(list(FrameStream(video, fps=fps, side=self.size)))
 
     @staticmethod
     def _in_memory(video: Any) -> Tensor:
