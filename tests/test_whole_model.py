@@ -64,16 +64,16 @@ def options_of(folder, **changes):
     )  # fmt: skip
 
 
-def answer_by_transformers(folder, clip) -> tuple[list[int], torch.Tensor]:
+def answer_by_transformers(folder, clip, question=QUESTION, longest=6) -> tuple[list[int], torch.Tensor]:
     """Token ids, and the frames that were taken."""
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
-    parts = [{"type": "video", "path": str(clip)}, {"type": "text", "text": QUESTION}]
+    parts = [{"type": "video", "path": str(clip)}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
     )  # fmt: skip
-    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
     return output[0, inputs["input_ids"].shape[1] :].tolist(), inputs["pixel_values_videos"]
 
 
