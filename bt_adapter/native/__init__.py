@@ -5,6 +5,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from bt_adapter.native.collator import VideoChatCollator
 from bt_adapter.native.modeling import (
+    INNER_CLASSES,
     NATIVE_CLASSES,
     BTAdapterBlip2ForConditionalGeneration,
     BTAdapterInstructBlipForConditionalGeneration,
@@ -46,7 +47,12 @@ for _name, _native in NATIVE_CLASSES.items():
     AutoConfig.register(_config.model_type, _config)
     AutoModelForImageTextToText.register(_config, _native)
     AutoProcessor.register(_config, PROCESSORS[_name])
-    # files have the names that the family's files have: transformers writes a model that it loaded under the names it
-    # found, also one that `attach` made a video chat model
-    if (_names := get_checkpoint_conversion_mapping(_name)) is not None:
-        register_checkpoint_conversion_mapping(_config.model_type, _names, overwrite=True)
+
+# Files have the names of tensors that the family's files have: transformers writes a model that it loaded under the
+# names it found, also one that `attach` made a video chat model. It looks names up by type of model and by class.
+_alike = {name: native.config_class.model_type for name, native in NATIVE_CLASSES.items()}
+for _native in (*NATIVE_CLASSES.values(), *INNER_CLASSES.values()):
+    _alike[_native.__name__.removeprefix("BTAdapter")] = _native.__name__
+for _theirs, _ours in _alike.items():
+    if (_names := get_checkpoint_conversion_mapping(_theirs)) is not None:
+        register_checkpoint_conversion_mapping(_ours, _names, overwrite=True)
