@@ -106,7 +106,7 @@ def answer(
         visuals = encode(video)
         lengths = [len(visual.tokens) for visual in visuals]
         kinds = tuple(visual.kind for visual in visuals)
-        ids = conversation_ids(chat.model, chat.tokenizer, [Turn(QUESTION, kinds)], lengths)
+        ids = conversation_ids(chat.processor, [Turn(QUESTION, kinds)], lengths)
         check_context(context(chat.model), len(ids), sum(lengths), new)
         rows.append(embed(chat.model, ids, visuals))
     embeds = torch.stack(rows)

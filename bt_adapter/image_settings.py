@@ -121,10 +121,11 @@ def read_crop_size(name: str | os.PathLike[str], local: bool = False) -> int | N
     return sizes[0] if sizes[0] == sizes[1] and isinstance(sizes[0], int) else None
 
 
-def settings_of_processor(processor: Any, size: int) -> ImageSettings | None:
-    """The settings of a loaded image processor of transformers; None where it is none (a stand-in without them)."""
-    if processor is None or not hasattr(processor, "to_dict"):
-        return None
+def settings_of_processor(processor: Any, size: int) -> ImageSettings:
+    """The settings of a loaded image processor of transformers, for a tower that takes ``size`` pixels.
+
+    Raises CheckpointError as :func:`read_image_settings`.
+    """
     return _of_processor(type(processor).__name__, processor.to_dict(), size)
 
 

@@ -7,7 +7,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_adapter.chat.attach import attach, attached_branch, branch_enabled, detach
 from bt_adapter.chat.attachment import attachment_of
-from bt_adapter.chat.prompts import expand, video_length
+from bt_adapter.chat.families import family_of
 
 IMAGE_TOKEN = 60
 PATCHES = 9  # 24 px in patches of 8
@@ -61,7 +61,7 @@ def test_video_becomes_projected_video_tokens(chat, videos):
     expected = chat.model.multi_modal_projector(branch.video_tokens(videos))
     attach(chat, branch)
     features = chat.get_image_features(videos).pooler_output
-    assert video_length(chat) == PATCHES + 1
+    assert family_of(chat).video_length == PATCHES + 1
     assert torch.equal(torch.stack(list(features)), expected)
 
     # the language model sees exactly these in the place of the image tokens
@@ -229,12 +229,6 @@ def test_other_refusals(chat, tmp_path):
     chat.model.config.vision_feature_layer = -1
     with pytest.raises(ValueError, match=r"after layers \[4\] of 4"):
         attach(chat, branch)
-
-
-def test_expand_counts():
-    assert expand("a<image>b<image>", "<image>", [2, 1]) == "a<image><image>b<image>"
-    with pytest.raises(ValueError, match="1 image tokens"):
-        expand("a<image>b", "<image>", [2, 1])
 
 
 def test_generation_with_a_branch_fresh_from_training_mode(chat, videos):

@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerFast
 from bt_adapter.chat import session
 from bt_adapter.chat.attach import attach, detach
 from bt_adapter.chat.engine import VideoChat
-from bt_adapter.chat.prompts import image_prompt, video_prompt
+from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.commands.chat import Chat
 from bt_adapter.errors import CommandError
 from bt_adapter.mini import answers, language, llava, lora, questions, trees, weights_folder
 from bt_adapter.mini.items import ITEMS
 from bt_adapter.mini.scenes import COLOURS, MOTIONS
+from bt_adapter.native import make_processor
 from bt_adapter.tune.recipe import TuneRecipe
 from bt_adapter.tune.run import load_chat as load_tuning
 
@@ -49,20 +50,24 @@ def frames() -> torch.Tensor:
 
 def test_prompts_place_p_and_p_plus_one_tokens():
     chat = make_chat()
+    attach(chat, make_branch(chat))
+
+    def ids(tokenizer, kind, question="how is it moving ?"):
+        length = PATCHES + (kind == "video")
+        return conversation_ids(make_processor(chat, tokenizer), [Turn(question, (kind,))], [length])
+
     for template in (
         None,
         "<s>user {% for p in messages[0].content %}{{ '<image>' if p.type == 'image' else p.text }} {% endfor %}",
     ):
         tokenizer = make_tokenizer(template)
-        video = video_prompt(chat, tokenizer, "how is it moving ?", videos=2)["input_ids"]
-        still = image_prompt(chat, tokenizer, "how is it moving ?")["input_ids"]
-        assert (video == IMAGE_TOKEN).sum(1).tolist() == [PATCHES + 1] * 2
-        assert (still == IMAGE_TOKEN).sum().item() == PATCHES
-        assert (video == 61).sum(1).tolist() in ([0, 0], [1, 1])  # an opening token is never doubled
+        assert ids(tokenizer, "video").count(IMAGE_TOKEN) == PATCHES + 1
+        assert ids(tokenizer, "image").count(IMAGE_TOKEN) == PATCHES
+        assert ids(tokenizer, "video").count(61) in (0, 1)  # an opening token is never doubled
     text_only = make_tokenizer("<s>{{ messages[0].content if messages[0].content is string else 'nothing' }}")
-    assert (video_prompt(chat, text_only, "how ?")["input_ids"] == IMAGE_TOKEN).sum().item() == PATCHES + 1
-    with pytest.raises(ValueError, match="question"):
-        video_prompt(chat, tokenizer, "how <image> ?")
+    assert ids(text_only, "video").count(IMAGE_TOKEN) == PATCHES + 1
+    with pytest.raises(PromptError, match="question"):
+        ids(tokenizer, "video", "how <image> ?")
 
 
 def test_engine_answers_as_generate_does(frames):
@@ -73,8 +78,11 @@ def test_engine_answers_as_generate_does(frames):
     assert tokens.shape == (1, PATCHES + 1, 40)
     assert steps == [(i + 1, 5) for i in range(5)]  # tower layers 0-2, two branch layers
     reply = engine.ask(tokens, "how is it moving ?", 6, heard.append)
-    inputs = video_prompt(chat, tokenizer, "how is it moving ?")
-    whole = chat.generate(**inputs, pixel_values=engine.prepare(frames), max_new_tokens=6, do_sample=False)
+    asked = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "how is it moving ?"}]}]
+    text = engine.processor.apply_chat_template(asked, add_generation_prompt=True)
+    inputs = engine.processor(text=text, videos=frames, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values_videos"], engine.prepare(frames))
+    whole = chat.generate(**inputs, max_new_tokens=6, do_sample=False)
     new = whole[0, inputs["input_ids"].shape[1] :]
     assert reply.text == tokenizer.decode(new, skip_special_tokens=True).strip() == "".join(heard).strip()
     assert reply.tokens == len(new)
@@ -272,7 +280,8 @@ def mini() -> VideoChat:
 def test_mini_prompts_are_what_its_template_gives(mini):
     prompts = trees.Prompts(mini.tokenizer, mini.model.config.image_token_id)
     tree = prompts.turns([questions.Turn("How is it moving?", "It is moving left.")], 37)
-    text = mini.tokenizer.decode(video_prompt(mini.model, mini.tokenizer, "How is it moving?")["input_ids"][0])
+    asked = [Turn("How is it moving?", ("video",))]
+    text = mini.tokenizer.decode(conversation_ids(mini.processor, asked, [mini.family.video_length]))
     ids = mini.tokenizer(f"{text}It is moving left.", add_special_tokens=False)["input_ids"]
     assert tree.ids == ids
     assert [token for _, token, _ in tree.targets] == mini.tokenizer("It is moving left.<|im_end|>")["input_ids"]

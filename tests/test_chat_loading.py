@@ -149,7 +149,7 @@ def test_settings_of_generation_are_heeded_or_overridden(folders, monkeypatch):
         for name, value in settings.items():
             setattr(chat.model.generation_config, name, value)
         visual = Visual("video", chat.encode(frames)[0])
-        ids = conversation_ids(chat.model, chat.tokenizer, [Turn("how ?", ("video",))], [len(visual.tokens)])
+        ids = conversation_ids(chat.processor, [Turn("how ?", ("video",))], [len(visual.tokens)])
         (batch,) = answer_batch(chat.model, chat.tokenizer, [(ids, [visual])], 6)
         assert chat.ask(chat.encode(frames), "how ?", 6).text == batch
         return batch
@@ -197,7 +197,7 @@ def test_turns_beyond_a_sliding_window_are_those_of_a_fresh_answer(static, windo
         turns = [*conversation.turns, Turn(question, () if conversation.turns else ("video",))]
         found = conversation.ask(question, 8)
         lengths = [len(visual.tokens) for visual in conversation.visuals]
-        ids = conversation_ids(chat, engine.tokenizer, turns, lengths)
+        ids = conversation_ids(engine.processor, turns, lengths)
         assert found.text == answer_batch(chat, engine.tokenizer, [(ids, conversation.visuals)], 8)[0]
     if window == 200 and not static:
         assert found.fed < found.prompt  # what can be kept is kept

@@ -66,13 +66,24 @@ def messages_of(turns):
     return messages
 
 
-@pytest.mark.parametrize("template", [*TEMPLATES, None])
-def test_any_template_places_videos_beside_stills(template):
+LINES = (
+    "<s>user <image>\nwhat\n<image>\nis assistant left . user <image>\nand assistant "  # of templates for text alone
+)
+TEXTS = [
+    "<s>user <image>  what  <image>  is assistant left . user <image>  and assistant ",
+    "<s>user left <image> right  what  <image>  is assistant left . user left <image> right  and assistant ",
+    *[LINES] * 4,
+    "USER: <image>\nwhat\n<image>\nis ASSISTANT: left .</s>USER: <image>\nand ASSISTANT:",
+]
+
+
+@pytest.mark.parametrize(("template", "expected"), list(zip([*TEMPLATES, None], TEXTS, strict=True)))
+def test_any_template_places_videos_beside_stills(template, expected):
     """The text is that of the image chat model's own template, with the video's token in the places of videos."""
     model, _ = make_native("llava")
     turns = [Turn("* what * is", ("video", "image"), "left ."), Turn("* and", ("video",))]
     placed = [Turn("<video> what <image> is", ("video", "image"), "left ."), Turn("<video> and", ("video",))]
-    expected = conversation_text(model, tokenizer_with(template), placed)
+    assert conversation_text(make_processor(model, tokenizer_with(template)), placed) == expected
     tokenizer = tokenizer_with(with_videos(tokenizer_with(template), IMAGE, VIDEO))
     found = tokenizer.apply_chat_template(messages_of(turns), tokenize=False, add_generation_prompt=True)
     pieces = expected.split(IMAGE)

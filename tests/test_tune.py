@@ -63,7 +63,7 @@ def mixed(tmp_path_factory):
 
 
 def parts_of(chat, path, parts=1, batch=8):
-    examples, _ = make_examples(Tokens(chat.model, chat.tokenizer), read_conversations(path)[0], 200, False)
+    examples, _ = make_examples(Tokens(chat.model, chat.processor), read_conversations(path)[0], 200, False)
     order = Order([example.length for example in examples], batch, 0)
     step = Steps(examples, order, VisualReader(24, 4), 0, 1, parts)[0]
     assert not step.failed

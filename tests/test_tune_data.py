@@ -18,6 +18,7 @@ from bt_adapter.chat.prompts import Turn, conversation_ids
 from bt_adapter.data import VideoError, preprocess, read_video, write_video
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
+from bt_adapter.native import make_processor
 from bt_adapter.pretrain.loop import Stopped
 from bt_adapter.tower import Tower
 from bt_adapter.tune.batches import Order, Part, Steps, VisualReader
@@ -120,7 +121,7 @@ def test_a_broken_line_is_skipped(tmp_path):
 
 def test_targets_are_the_answers_and_nothing_else(video_chat):
     """Against the sequence put together token by token."""
-    tokens = Tokens(video_chat.model, video_chat.tokenizer)
+    tokens = Tokens(video_chat.model, video_chat.processor)
     example = tokens.example(conversation(("how is it moving ?", "it is left ."), ("what colour ?", "red")))
     of = video_chat.tokenizer.convert_tokens_to_ids
     pieces = [(["user", *["<image>"] * (PATCHES + 1), "how", "is", "it", "moving", "?", "assistant"], False)]
@@ -136,7 +137,7 @@ def test_targets_are_the_answers_and_nothing_else(video_chat):
 
 
 def test_every_prompt_is_that_of_inference(video_chat):
-    tokens = Tokens(video_chat.model, video_chat.tokenizer)
+    tokens = Tokens(video_chat.model, video_chat.processor)
     pairs = [("how is it moving ?", "it is left ."), ("what colour ?", "red"), ("and ?", "blue .")]
     ids, targets = tokens.example(conversation(*pairs)).wide()
     turns = [Turn(q, ("video",) if i == 0 else (), a) for i, (q, a) in enumerate(pairs)]
@@ -144,9 +145,7 @@ def test_every_prompt_is_that_of_inference(video_chat):
     assert len(begins) == 3
     for number, begin in enumerate(begins):
         asked = [*turns[:number], Turn(turns[number].question, turns[number].kinds)]
-        assert ids[: begin + 1].tolist() == conversation_ids(
-            video_chat.model, video_chat.tokenizer, asked, [PATCHES + 1]
-        )
+        assert ids[: begin + 1].tolist() == conversation_ids(video_chat.processor, asked, [PATCHES + 1])
 
 
 @pytest.mark.parametrize(
@@ -163,16 +162,17 @@ def test_places_in_a_question_are_those_of_inference(video_chat, tmp_path, asked
     names = {name: ["clip0.mp4"] * kind.count(name) for name in set(kind)}
     (tmp_path / "a.json").write_text(json.dumps([{**names, "conversations": talk(asked, "left .")}]))
     (found,), _ = read_conversations(tmp_path / "a.json")
-    ids, targets = Tokens(video_chat.model, video_chat.tokenizer).example(found).wide()
+    ids, targets = Tokens(video_chat.model, video_chat.processor).example(found).wide()
     begin = int((targets != IGNORED).nonzero()[0])
     lengths = [PATCHES + (name == "video") for name in kind]
-    prompt = conversation_ids(video_chat.model, video_chat.tokenizer, [Turn(expected, tuple(kind))], lengths)
+    prompt = conversation_ids(video_chat.processor, [Turn(expected, tuple(kind))], lengths)
     assert ids[: begin + 1].tolist() == prompt
 
 
 def test_an_answer_without_an_end_in_the_template_ends_with_the_tokenizers(video_chat):
     tokenizer = make_tokenizer(TEMPLATE.replace("</s>", " "))
-    ids, targets = Tokens(video_chat.model, tokenizer).example(conversation(("how ?", "left ."), ("?", "red"))).wide()
+    tokens = Tokens(video_chat.model, make_processor(video_chat.model, tokenizer))
+    ids, targets = tokens.example(conversation(("how ?", "left ."), ("?", "red"))).wide()
     assert EOS not in ids.tolist()
     assert [t for t in targets.tolist() if t != IGNORED] == tokenizer.convert_tokens_to_ids(
         ["left", ".", "</s>", "red", "</s>"]
@@ -182,14 +182,17 @@ def test_an_answer_without_an_end_in_the_template_ends_with_the_tokenizers(video
 def test_templates_that_lose_the_video_or_rewrite_the_past_are_refused(video_chat):
     lost = make_tokenizer("{% for m in messages %}{{ m.role }} nothing {% endfor %}")
     past = make_tokenizer(TEMPLATE.replace("{% for m in", "{{ messages | length }} {% for m in"))
-    for tokenizer, reason in ((lost, "has 0 places for its 1 videos"), (past, "writes past turns otherwise")):
-        tokens = Tokens(video_chat.model, tokenizer)
+    for tokenizer, reason in (
+        (lost, "wrote 0 image tokens"),
+        (past, "writes past turns otherwise"),
+    ):
+        tokens = Tokens(video_chat.model, make_processor(video_chat.model, tokenizer))
         examples, skipped = make_examples(tokens, [conversation(("how ?", "left"), ("?", "red"))], 100, False)
         assert not examples and reason in skipped.report()
 
 
 def test_what_does_not_fit_into_the_context_is_counted_and_named(video_chat):
-    tokens = Tokens(video_chat.model, video_chat.tokenizer)
+    tokens = Tokens(video_chat.model, video_chat.processor)
     both = [conversation(("how ?", "left")), conversation(("how ?", "left " * 30))]
     with pytest.raises(CommandError, match=r"1 of 2 conversations do not fit.* 30 tokens(?s:.*)one"):
         make_examples(tokens, both, 30, False)
@@ -213,7 +216,7 @@ def test_order_is_everything_once_an_epoch_by_length():
 def test_parts_of_all_processes_are_the_step(video_chat, tmp_path):
     data = write_data(tmp_path, 7, broken=(3,))
     conversations, _ = read_conversations(data)
-    examples, _ = make_examples(Tokens(video_chat.model, video_chat.tokenizer), conversations, 100, False)
+    examples, _ = make_examples(Tokens(video_chat.model, video_chat.processor), conversations, 100, False)
     order, visuals = Order([e.length for e in examples], 4, 0), VisualReader(24, 4)
     for step in range(2):
         whole = {examples[n].key for n in order.step(step)}
@@ -229,7 +232,7 @@ def test_parts_of_all_processes_are_the_step(video_chat, tmp_path):
 
 
 def test_padding_and_packing_hold_the_same_tokens(video_chat):
-    tokens = Tokens(video_chat.model, video_chat.tokenizer)
+    tokens = Tokens(video_chat.model, video_chat.processor)
     examples = [tokens.example(conversation(("how ?", answer))) for answer in ("left", "it is moving left .")]
     part = Part(tuple(examples), (), ())
     ids, targets, mask = part.padded(62)

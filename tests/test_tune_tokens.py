@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bt_adapter.chat.attach import attach
 from bt_adapter.chat.prompts import Turn, conversation_ids
+from bt_adapter.native import make_processor
 from bt_adapter.tune.conversations import Exchange, Source, TrainingConversation
 from bt_adapter.tune.tokens import IGNORED, Tokens, make_examples
 
@@ -67,15 +68,16 @@ def test_every_answer_is_learned_after_the_prompt_of_inference(chat, kind, templ
     """And its tokens read as the answer does, whatever the tokenizer joins."""
     tokenizer = make_tokenizer(kind, template)
     chat.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    processor = make_processor(chat, tokenizer)
     pairs = [("how is it moving ?", answer), ("and ?", "right"), ("still ?", answer)]
     turns = [Turn(q, ("video",) if i == 0 else (), a) for i, (q, a) in enumerate(pairs)]
-    examples, skipped = make_examples(Tokens(chat, tokenizer), [conversation(*pairs)], 500, False)
+    examples, skipped = make_examples(Tokens(chat, processor), [conversation(*pairs)], 500, False)
     if len(skipped):
         assert kind != "bytes" and "joins the end of the prompt" in skipped.report()
         return
     learned = []
     for number, turn in enumerate(turns):
-        prompt = conversation_ids(chat, tokenizer, [*turns[:number], Turn(turn.question, turn.kinds)], [PATCHES + 1])
+        prompt = conversation_ids(processor, [*turns[:number], Turn(turn.question, turn.kinds)], [PATCHES + 1])
         example = examples[number if len(examples) > 1 else 0]
         ids, targets = (values.tolist() for values in example.wide())
         assert ids[: len(prompt)] == prompt
@@ -94,11 +96,12 @@ def test_a_prompt_that_ends_in_a_space_keeps_its_tokens(chat):
     """Byte-level BPE would join that space and the answer's first word."""
     tokenizer = make_tokenizer("bytes", SPACE)
     chat.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    processor = make_processor(chat, tokenizer)
     assert len(tokenizer(" left")["input_ids"]) == 1
-    example = Tokens(chat, tokenizer).example(conversation(("how is it moving ?", "left")))
+    example = Tokens(chat, processor).example(conversation(("how is it moving ?", "left")))
     ids = example.wide()[0].tolist()
-    prompt = conversation_ids(chat, tokenizer, [Turn("how is it moving ?", ("video",))], [PATCHES + 1])
+    prompt = conversation_ids(processor, [Turn("how is it moving ?", ("video",))], [PATCHES + 1])
     assert ids[: len(prompt)] == prompt and tokenizer.convert_ids_to_tokens(prompt[-1]) == "Ġ"
     assert tokenizer.decode(ids[len(prompt) :]) == "left </s>"  # this template writes a space after each text
-    two = Tokens(chat, tokenizer).examples(conversation(("how ?", "left"), ("and ?", "right")))
+    two = Tokens(chat, processor).examples(conversation(("how ?", "left"), ("and ?", "right")))
     assert [example.key for example in two] == ["one, answer 1", "one, answer 2"]

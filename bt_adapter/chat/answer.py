@@ -264,7 +264,7 @@ def read_text(path: Path) -> str:
 def _prompt(chat: VideoChat, visual: Visual, question: str, max_new_tokens: int) -> tuple[list[int], list[Visual]]:
     visual = visual.asked(question)
     length = len(visual.tokens)
-    ids = conversation_ids(chat.model, chat.tokenizer, [Turn(question, ("video",))], [length])
+    ids = conversation_ids(chat.processor, [Turn(question, ("video",))], [length])
     check_context(context(chat.model), len(ids), length, max_new_tokens)
     return ids, [visual]
 

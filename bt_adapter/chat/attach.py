@@ -78,6 +78,7 @@ def attach(
     if family.why_not_plain() is None:
         share_tower(model.tower, family)
 
+    video_token = getattr(family.chat.config, "video_token_index", None)  # of a processor that was made before
     detach(image_chat_model)
     device, dtype = family.tower_place()
     before = Before(model.branch, _to_freeze(family))
@@ -85,7 +86,7 @@ def attach(
         parameter.requires_grad_(False)
     model.branch.to(device=device, dtype=dtype).train(family.home.training)
     freeze_unreached(model)
-    image_model = to_video_model(family, model.branch, model.tower_name)
+    image_model = to_video_model(family, model.branch, model.tower_name, video_token)
     family.home.__dict__["_attachment"] = Attachment(family, model, Undo(image_model, before))
     return image_chat_model
 

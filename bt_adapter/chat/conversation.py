@@ -84,13 +84,13 @@ class Conversation:
     was generated, what follows the difference is run again.
 
     Args:
-        model: a chat model. tokenizer: with its image token and chat template.
+        model: a video chat model. processor: its own.
         static: keys and values of a fixed size, the context's but at most 8192 tokens: on a GPU decoding is then
             compiled (at the first turn, which takes minutes).
     """
 
-    def __init__(self, model: Any, tokenizer: Any, static: bool = False) -> None:
-        self.model, self.tokenizer, self.static = model, tokenizer, static
+    def __init__(self, model: Any, processor: Any, static: bool = False) -> None:
+        self.model, self.processor, self.static = model, processor, static
         self._limit = min(context(model), _MOST_STATIC) if static else context(model)
         self._whole = context(model)
         self.reset()
@@ -125,11 +125,11 @@ class Conversation:
         turn = Turn(question, tuple(visual.kind for visual in self.visuals[known:]))
         visuals = [visual.asked(question) for visual in self.visuals]
         lengths = [len(visual.tokens) for visual in visuals]
-        ids = conversation_ids(self.model, self.tokenizer, [*self.turns, turn], lengths)
+        ids = conversation_ids(self.processor, [*self.turns, turn], lengths)
         check_context(self._limit, len(ids), sum(lengths), max_new_tokens, self._whole)
         kept = self._keep(ids)
         embeds = embed(self.model, ids, visuals)[None]
-        streamer = _Stream(self.tokenizer, on_text or (lambda text: None))
+        streamer = _Stream(self.processor.tokenizer, on_text or (lambda text: None))
         try:
             new = generate(
                 self.model,
@@ -138,7 +138,7 @@ class Conversation:
                 max_new_tokens,
                 streamer,
                 self._cache,
-                self.tokenizer,
+                self.processor.tokenizer,
             )
         except BaseException:  # an interrupted answer leaves keys and values of no known tokens
             self._cache, self._cached = None, []
@@ -191,13 +191,9 @@ def check_context(limit: int, prompt: int, visual: int, max_new_tokens: int, who
 
 
 def embed(model: Any, ids: list[int], visuals: Sequence[Visual]) -> Tensor:
-    """``[S, E]``: embeddings of the ids, the visuals' tokens in the place of image tokens."""
-    family = family_of(model)
-    row = torch.tensor(ids, device=model.device)
-    embeds = family.input_embeddings(row)
-    if visuals:
-        embeds[row == family.image_token_id] = torch.cat([visual.tokens for visual in visuals]).to(embeds)
-    return embeds
+    """``[S, E]``: embeddings of the ids, the visuals' tokens in their places."""
+    row = torch.tensor([ids], device=model.device)
+    return family_of(model).home.put_visuals(row, [visual.tokens for visual in visuals])[0]
 
 
 def cache_option(model: Any, cache: Any) -> dict[str, Any]:

@@ -5,55 +5,45 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bt_adapter.chat.attach import attach, attached_branch, branch_enabled, video_tokens
+from bt_adapter.chat.attach import attach, attached_branch, video_tokens
 from bt_adapter.chat.conversation import Conversation, Reply, Visual
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.loading import load_with_branch
 from bt_adapter.chat.quantize import Quantize
 from bt_adapter.data import Video, read_video
-from bt_adapter.image_settings import ImageSettings, settings_of_processor
+from bt_adapter.image_settings import ImageSettings
 from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.native.processing import make_processor
+from bt_adapter.native.saving import save_video_model
 from bt_adapter.progress import Progress
 
 __all__ = ["Reply", "VideoChat", "peak_memory", "read"]
 
 
 class VideoChat:
-    """An image chat model with a branch, its tokenizer, and how frames are normalised for it.
+    """A video chat model with its processor: videos to tokens, questions to answers.
 
     Args:
-        model: a chat model a branch is attached to.
-        tokenizer: with the model's image token and chat template.
-        mean, std: of the frames' normalisation; None: the image processor's, or those of the model's family.
-        image_processor: of the model; frames are resized, cropped and normalised as it does it, and stills cut where
-            the model takes them in pieces (LLaVA-NeXT).
-        question_tokenizer: of the Q-Former that reads the question too (InstructBLIP).
+        model: a chat model with a branch (``bt_adapter.attach``, or loaded as a video chat model).
+        processor: its own; or the image chat model's, or its tokenizer alone, of which `make_processor` makes one.
+            Frames are resized, cropped and normalised as its image processor does it.
+        image_processor, qformer_tokenizer: beside a tokenizer: see `make_processor`.
+
+    Raises:
+        ValueError, TypeError: ``model`` has no branch, or as `make_processor`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        image_processor: Any = None,
-        question_tokenizer: Any = None,
-    ) -> None:
+    def __init__(self, model: Any, processor: Any, image_processor: Any = None, qformer_tokenizer: Any = None) -> None:
         attached_branch(model)  # ValueError unless one is
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.image_processor, self.question_tokenizer = image_processor, question_tokenizer
-        self.family = family_of(model)
-        size = self.family.image_size
-        images = settings_of_processor(image_processor, size)
-        images = images or ImageSettings(size, mean=self.family.mean, std=self.family.std)
-        self.images = replace(images, mean=tuple(mean or images.mean), std=tuple(std or images.std))
+        self.model, self.family = model.eval(), family_of(model)
+        self.processor = make_processor(model, processor, image_processor, qformer_tokenizer)
+        self.images: ImageSettings = self.processor.frame_settings
         self.mean, self.std = self.images.mean, self.images.std
         attached_branch(model).images = self.images  # a branch that is tuned here is stored with them
 
@@ -76,11 +66,13 @@ class VideoChat:
         quantize: Quantize | None = None,
         require_same_tower: bool = True,
     ) -> VideoChat:
-        """An image chat model (local folder or hub name) with a branch, or what a tuning run made of one.
+        """A video chat model by its local folder or hub name.
 
         Args:
-            model: one that `attach` takes, or a folder of tuned parts (``bt_adapter.tune``).
-            branch: a folder, hub name or published checkpoint. May be None where ``model`` is tuned.
+            model: a video chat model that :meth:`save`, or ``save_pretrained`` of model and processor, wrote; an image
+                chat model that `attach` takes; or a folder of tuned parts (``bt_adapter.tune``).
+            branch: a folder, hub name or published checkpoint. An image chat model needs one; given with one of the
+                others, it takes the place of the branch that is there.
             dtype: None for what the model was stored in.
             quantize: the language model in 4 ("nf4") or 8 bits ("int8"); the tower, the projector and the branch
                 stay as they are.
@@ -98,11 +90,24 @@ class VideoChat:
             return tune.load(
                 model, None, branch, device, dtype, quantize=quantize, require_same_tower=require_same_tower
             )
-        if branch is None:
-            raise ValueError(f"model {model} needs a branch, but branch is None")
-        loaded = load_with_branch(model, branch, device, dtype, quantize, require_same_tower)
-        chat, tokenizer, images, questions = loaded
-        return VideoChat(chat, tokenizer, image_processor=images, question_tokenizer=questions)
+        return VideoChat(*load_with_branch(model, branch, device, dtype, quantize, require_same_tower))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write model, branch and processor as a folder that :meth:`load` and transformers' Auto classes read.
+
+        ``AutoModelForImageTextToText`` and ``AutoProcessor`` know it once ``bt_adapter.native`` is imported. The folder
+        appears when it is whole.
+
+        Raises:
+            FileExistsError: there is such a folder, with something in it. ValueError: the model holds adapters that
+                are not merged into its weights.
+        """
+        save_video_model(self.model, self.processor, folder)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer: the image chat model's with a token for videos."""
+        return self.processor.tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -133,30 +138,24 @@ class VideoChat:
         length: `bt_adapter.chat.watch`.
         """
         pixels = self.prepare(video.frames if isinstance(video, Video) else video)
-        with branch_enabled(self.model, branch):
-            tokens = self.project(video_tokens(self.model, pixels, progress), question)
+        tokens = self.project(video_tokens(self.model, pixels, progress, branch=branch), question)
         if tokens.device.type == "cuda":
             torch.cuda.synchronize(tokens.device)
         return tokens
 
     @torch.no_grad()
     def see(self, image: Tensor) -> Visual:
-        """A still, uint8 ``[3, H, W]``, as the image chat model itself takes it.
-
-        Raises ValueError where the model takes stills in pieces and no image processor is there to cut them.
-        """
+        """A still, uint8 ``[3, H, W]``, as the image chat model itself takes it."""
         if self.family.has_qformer:  # it reads the tower's tokens, which are those of a one-frame mean
             return self.visual("image", self.branch.frame_mean_tokens(self.prepare(image[None])))
-        if self.family.name == "llava_next":
-            if self.image_processor is None:
-                raise ValueError("stills need this model's image processor, and its folder brings none that can run")
-            picture = image.cpu().numpy()
-            cut = self.image_processor(images=[picture], return_tensors="pt", input_data_format="channels_first")
-            pixels = cut["pixel_values"].to(self.device, self.branch.tower.dtype)
-            return Visual(
-                "image", torch.cat(list(self.family.home.get_image_features(pixels, cut["image_sizes"]).pooler_output))
+        pixels, sizes = self.prepare(image[None])[0], {}
+        if self.family.name == "llava_next":  # which takes a still in pieces
+            cut = self.processor.image_processor(
+                images=[image.cpu().numpy()], return_tensors="pt", input_data_format="channels_first"
             )
-        return Visual("image", self.family.home.get_image_features(self.prepare(image[None])[0]).pooler_output[0])
+            pixels, sizes = cut["pixel_values"].to(pixels), {"image_sizes": cut["image_sizes"]}
+        (tokens,) = self.family.home.get_image_features(pixels, **sizes).pooler_output
+        return Visual("image", tokens)
 
     @torch.no_grad()
     def visual(self, kind: str, tokens: Tensor) -> Visual:
@@ -173,14 +172,12 @@ class VideoChat:
         """
         if not self.family.needs_question or question is None:
             return self.family.project(tokens)
-        if self.question_tokenizer is None:
-            raise ValueError(f"{self.family.name} needs its Q-Former's tokenizer, but question_tokenizer is None")
-        ids = self.question_tokenizer([question] * len(tokens), return_tensors="pt").to(self.device)
+        ids = self.processor.qformer_tokenizer([question] * len(tokens), return_tensors="pt").to(self.device)
         return self.family.project(tokens, {name: ids[name] for name in ("input_ids", "attention_mask")})
 
     def converse(self, static: bool = False) -> Conversation:
         """A conversation with this model; see `Conversation`."""
-        return Conversation(self.model, self.tokenizer, static)
+        return Conversation(self.model, self.processor, static)
 
     def ask(
         self,

@@ -1,4 +1,4 @@
-"""An image chat model from a folder or the hub: checked against its branch first, then loaded whole."""
+"""A chat model with a branch from a folder or the hub: checked by its configuration first, then loaded whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaConfig, LlavaNextConfig, VipLlavaConfig
 from transformers.utils import cached_file
 
 from bt_adapter.chat.attach import attach
@@ -16,20 +16,25 @@ from bt_adapter.chat.branch_files import check_branch
 from bt_adapter.chat.families import FAMILIES, Family, family_of
 from bt_adapter.chat.quantize import Quantize, quantization
 from bt_adapter.hugging_face import check_place, load_pretrained, locate_branch
+from bt_adapter.native.modeling import NATIVE_CLASSES, VideoModel
 
 
 def load_with_branch(
     name: str | os.PathLike[str],
-    branch: str | os.PathLike[str],
+    branch: str | os.PathLike[str] | None,
     device: str,
     dtype: torch.dtype | None,
     quantize: Quantize | None,
     require_same_tower: bool,
-) -> tuple[Any, Any, Any, Any]:
-    """A chat model with its branch attached, its tokenizer, image processor or None, and Q-Former's tokenizer or None.
+) -> tuple[Any, Any]:
+    """A video chat model and its processor, or the processor or tokenizer of the image chat model it was made of.
+
+    Args:
+        name: of an image chat model, whose branch must be given; or of a video chat model, whose own branch one that is
+            given replaces.
 
     What configurations tell is told before any weights are read: that the model is of another kind, that its tower is
-    no CLIP, and that the branch belongs to a tower of other sizes.
+    no CLIP, and that the branch is missing or belongs to a tower of other sizes.
 
     Raises:
         ValueError: one of these. QuantizeError: the package that quantizes is not installed.
@@ -38,17 +43,21 @@ def load_with_branch(
     """
     name = check_place(name)
     family = read_skeleton(name)
-    place = locate_branch(branch)
-    check_branch(place, family, require_same_tower)
-    tokenizer, images, questions = read_processors(name)
+    if branch is None:
+        if not isinstance(family.chat, VideoModel):
+            raise ValueError(f"model {name} needs a branch, but branch is None: it is an image chat model")
+    else:
+        branch = locate_branch(branch)
+        check_branch(branch, family, require_same_tower)
+    processor = read_processor(name)
     options: dict[str, Any] = {}
     if quantize is not None:
         kept = names_outside_language_model(family)
         options = {"quantization_config": quantization(quantize, kept), "device_map": {"": device}}
-    chat = load_pretrained(family.model_class, name, dtype, **options)
-    if quantize is None:
+    chat = load_pretrained(type(family.chat), name, dtype, **options)
+    if quantize is None and not getattr(chat, "is_quantized", False):  # as stored, or else by accelerate
         chat = chat.to(device)
-    return attach(chat, place, require_same_tower), tokenizer, images, questions
+    return chat if branch is None else attach(chat, branch, require_same_tower), processor
 
 
 def read_skeleton(name: str) -> Family:
@@ -59,14 +68,15 @@ def read_skeleton(name: str) -> Family:
     """
     config = AutoConfig.from_pretrained(name)
     classes: dict[str, Any] = {family.name: family.model_class for family in FAMILIES}
-    if config.model_type not in classes:
+    natives = {native.config_class.model_type: native for native in NATIVE_CLASSES.values()}
+    if config.model_type not in classes | natives:
         kinds = ", ".join(map(repr, classes))
         raise ValueError(f"model {name} is of type {config.model_type!r}, expected {kinds}")
     tower = getattr(config.vision_config, "model_type", None)
-    if config.model_type in ("llava", "llava_next", "vipllava") and tower != "clip_vision_model":
+    if isinstance(config, (LlavaConfig, LlavaNextConfig, VipLlavaConfig)) and tower != "clip_vision_model":
         raise ValueError(f"model {name} has a vision tower of type {tower!r}, expected a CLIP ('clip_vision_model')")
     with torch.device("meta"):
-        return family_of(classes[config.model_type](config))
+        return family_of((classes | natives)[config.model_type](config))
 
 
 def names_outside_language_model(family: Family) -> list[str]:
@@ -88,8 +98,8 @@ def names_outside_language_model(family: Family) -> list[str]:
     return names
 
 
-def read_processors(name: str) -> tuple[Any, Any, Any]:
-    """A model's tokenizer with its chat template, its image processor or None, its Q-Former's tokenizer or None.
+def read_processor(name: str) -> Any:
+    """A model's processor; where it has none, its tokenizer with its chat template.
 
     Raises:
         ImportError: the image processor needs a package that is not installed. OSError: there is no tokenizer.
@@ -99,12 +109,8 @@ def read_processors(name: str) -> tuple[Any, Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name)
         if not tokenizer.chat_template and (template := _file(name, "chat_template.json")):
             tokenizer.chat_template = json.loads(Path(template).read_text(encoding="utf-8"))["chat_template"]
-        return tokenizer, None, None
-    processor = AutoProcessor.from_pretrained(name)
-    tokenizer, images = processor.tokenizer, processor.image_processor
-    if getattr(processor, "chat_template", None):
-        tokenizer.chat_template = processor.chat_template
-    return tokenizer, images, getattr(processor, "qformer_tokenizer", None)
+        return tokenizer
+    return AutoProcessor.from_pretrained(name)
 
 
 def _file(name: str, file: str) -> str | None:

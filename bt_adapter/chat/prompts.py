@@ -1,79 +1,19 @@
-"""Prompts with the right number of visual tokens: of one question, or of a conversation."""
+"""Prompts of a conversation, by the chat template of a video chat model's processor."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 
-from bt_adapter.chat.families import family_of
-
 _PLACE = re.compile(r"(<video>|<image>)")
-_Part = tuple[str, str]  # "text" and the text; "video" or "image" and nothing
 
 
 class PromptError(ValueError):
     """A question cannot be put to the model as it is."""
-
-
-def patches(chat: Any) -> int:
-    """P, the patch tokens of one image or frame."""
-    return family_of(chat).patches
-
-
-def video_length(chat: Any) -> int:
-    """The tokens of one video, whatever its number of frames: P+1, or a Q-Former's queries."""
-    return family_of(chat).video_length
-
-
-def image_token(chat: Any, tokenizer: Any) -> str:
-    """The text of the chat model's image token. Raises ValueError when the tokenizer does not know it."""
-    return family_of(chat).image_token(tokenizer)
-
-
-def expand(text: str, token: str, lengths: Sequence[int]) -> str:
-    """Replace the i-th image token in a prompt by lengths[i] of them.
-
-    Raises ValueError when the prompt holds another number of image tokens than there are lengths.
-    """
-    pieces = text.split(token)
-    if len(pieces) - 1 != len(lengths):
-        raise ValueError(f"text holds {len(pieces) - 1} image tokens ({token!r}), but lengths names {len(lengths)}")
-    return pieces[0] + "".join(token * n + piece for n, piece in zip(lengths, pieces[1:], strict=True))
-
-
-def prompt_text(chat: Any, tokenizer: Any, question: str, kind: str = "video") -> str:
-    """One question about one "image" or "video" as the model's chat template has it, with a single image token."""
-    return conversation_text(chat, tokenizer, [Turn(question, (kind,))])
-
-
-def video_prompt(chat: Any, tokenizer: Any, question: str, videos: int = 1) -> Any:
-    """Token ids of the same question about each of `videos` videos, ``[videos, S]``, with P+1 image tokens each.
-
-    Goes with ``pixel_values [videos, T, 3, h, w]`` into ``chat.generate``.
-    """
-    return _tokenize(
-        tokenizer, prompt_text(chat, tokenizer, question), image_token(chat, tokenizer), video_length(chat), videos
-    )
-
-
-def image_prompt(chat: Any, tokenizer: Any, question: str, images: int = 1) -> Any:
-    """The same for still images (not LLaVA-NeXT's, whose number of tokens is their size's)."""
-    text, length = prompt_text(chat, tokenizer, question, "image"), family_of(chat).image_length()
-    return _tokenize(tokenizer, text, image_token(chat, tokenizer), length, images)
-
-
-def _tokenize(tokenizer: Any, text: str, token: str, length: int, count: int) -> Any:
-    text = expand(text, token, [length])
-    return tokenizer([text] * count, return_tensors="pt", add_special_tokens=_adds_special(tokenizer, text))
-
-
-def _adds_special(tokenizer: Any, text: str) -> bool:
-    """Not after a template that wrote the opening token itself."""
-    return not text.startswith(tokenizer.bos_token or "\0")
 
 
 @dataclass(frozen=True)
@@ -89,28 +29,56 @@ class Turn:
     answer: str | None = None
 
 
-def conversation_ids(chat: Any, tokenizer: Any, turns: Sequence[Turn], lengths: Sequence[int]) -> list[int]:
-    """Token ids of a conversation up to the place of the last turn's answer, the i-th visual taking lengths[i] tokens.
+def conversation_ids(processor: Any, turns: Sequence[Turn], lengths: Sequence[int]) -> list[int]:
+    """Token ids of a conversation up to the place of the last turn's answer.
 
-    Raises PromptError: a question is empty, holds the image token, or has other places than visuals; or the chat
-    template leaves a visual out or refuses the conversation.
+    Args:
+        processor: of a video chat model. turns: the last one is to be answered.
+        lengths: tokens of each video and still, in order. All of them are image tokens, which the language model
+            knows.
+
+    Raises:
+        PromptError: as :func:`conversation_text`.
     """
-    token = image_token(chat, tokenizer)
-    text = conversation_text(chat, tokenizer, turns)
-    found = text.count(token)
-    if found != len(lengths):
-        raise PromptError(f"the chat template has {found} places for {len(lengths)} videos and images")
-    return tokenizer(expand(text, token, lengths), add_special_tokens=_adds_special(tokenizer, text))["input_ids"]
+    token = str(processor.image_token)
+    pieces = conversation_text(processor, turns).split(token)
+    text = pieces[0] + "".join(token * n + piece for n, piece in zip(lengths, pieces[1:], strict=True))
+    return text_ids(processor.tokenizer, text)
 
 
-def conversation_text(chat: Any, tokenizer: Any, turns: Sequence[Turn]) -> str:
-    """The text behind :func:`conversation_ids`, with one image token for every visual."""
-    token = image_token(chat, tokenizer)
-    return _conversation_text(tokenizer, [(_parts(turn, token), turn.answer) for turn in turns], token)
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of what a chat template wrote, which may begin with the opening token already."""
+    opened = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not opened)["input_ids"]
 
 
-def _parts(turn: Turn, token: str) -> list[_Part]:
-    """The pieces of a question in order."""
+def conversation_text(processor: Any, turns: Sequence[Turn]) -> str:
+    """The text up to the place of the last turn's answer, with one image token for every video and still.
+
+    Raises:
+        PromptError: a question is empty, holds the image token, or has other places than visuals; an answer holds the
+            token of a visual; or the chat template leaves a visual out or refuses the conversation.
+    """
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        messages.append({"role": "user", "content": _parts(turn, str(processor.image_token))})
+        if turn.answer is not None:
+            if processor.video_token in turn.answer:
+                raise PromptError(f"an earlier answer holds {processor.video_token!r}, which stands for a video")
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+    try:
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    except (TypeError, TemplateError) as error:
+        raise PromptError(f"the chat template cannot write this conversation: {error}") from error
+    text = text.replace(processor.video_token, str(processor.image_token))
+    found, visuals = text.count(str(processor.image_token)), sum(len(turn.kinds) for turn in turns)
+    if found != visuals:
+        raise PromptError(f"the chat template has {found} places for {visuals} videos and stills")
+    return text
+
+
+def _parts(turn: Turn, token: str) -> list[dict[str, str]]:
+    """The content of a question's message: its texts and visuals in order."""
     if not turn.question.strip():
         raise PromptError("the question is empty")
     pieces = _PLACE.split(turn.question)
@@ -118,7 +86,7 @@ def _parts(turn: Turn, token: str) -> list[_Part]:
     if any(token in text for text in texts):
         raise PromptError(f"the question holds the model's image token {token!r}; ask in plain text")
     if not places:
-        return [*((kind, "") for kind in turn.kinds), ("text", turn.question)]
+        return [*({"type": kind} for kind in turn.kinds), {"type": "text", "text": turn.question}]
     for kind in ("video", "image"):
         if places.count(kind) != turn.kinds.count(kind):
             raise PromptError(
@@ -127,46 +95,7 @@ def _parts(turn: Turn, token: str) -> list[_Part]:
             )
     if tuple(places) != turn.kinds:
         raise PromptError(f"the question's places are {', '.join(places)}, but what comes is {', '.join(turn.kinds)}")
-    parts: list[_Part] = [("text", texts[0])]
+    parts = [{"type": "text", "text": texts[0]}]
     for kind, text in zip(places, texts[1:], strict=True):
-        parts += [(kind, ""), ("text", text)]
-    return [part for part in parts if part != ("text", "")]
-
-
-def _conversation_text(tokenizer: Any, turns: list[tuple[list[_Part], str | None]], token: str) -> str:
-    """The chat template's text with one image token for every visual."""
-    plain = ["\n".join(text.strip() if kind == "text" else token for kind, text in parts) for parts, _ in turns]
-    answers = [answer for _, answer in turns]
-    if not getattr(tokenizer, "chat_template", None):
-        end = tokenizer.eos_token or ""
-        said = ["" if answer is None else f" {answer}{end}" for answer in answers]
-        return "".join(f"USER: {text} ASSISTANT:{after}" for text, after in zip(plain, said, strict=True))
-    visuals = sum(kind != "text" for parts, _ in turns for kind, _ in parts)
-    # templates that tell videos from stills, those that know stills alone, those that know nothing but text
-    for known in ("video", "image"):
-        contents = [[_content(kind, text, known) for kind, text in parts] for parts, _ in turns]
-        try:
-            text = _templated(tokenizer, contents, answers, lambda answer: [{"type": "text", "text": answer}])
-        except (TypeError, TemplateError):  # one for text alone, or one that refuses what it does not know
-            continue
-        if text.count(token) == visuals and all(answer is None or answer in text for answer in answers):
-            return text
-    try:
-        return _templated(tokenizer, plain, answers, lambda answer: answer)
-    except (TypeError, TemplateError) as error:
-        raise PromptError(f"the chat template cannot write this conversation: {error}") from error
-
-
-def _content(kind: str, text: str, known: str) -> dict[str, str]:
-    return {"type": "text", "text": text} if kind == "text" else {"type": kind if known == "video" else known}
-
-
-def _templated(
-    tokenizer: Any, contents: Sequence[Any], answers: Sequence[str | None], content_of: Callable[[str], Any]
-) -> str:
-    messages = []
-    for content, answer in zip(contents, answers, strict=True):
-        messages.append({"role": "user", "content": content})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": content_of(answer)})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        parts += [{"type": kind}, {"type": "text", "text": text}]
+    return [part for part in parts if part != {"type": "text", "text": ""}]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bt_adapter.chat.ahead import DecodedVideo
-from bt_adapter.chat.attach import branch_enabled, video_tokens
+from bt_adapter.chat.attach import video_tokens
 from bt_adapter.chat.conversation import Visual, context, video_room
 from bt_adapter.chat.streaming import WINDOW_ROWS, video_tokens_streamed
 from bt_adapter.data import VideoError, read_image
@@ -142,5 +142,4 @@ def _whole(chat: VideoChat, pieces: Iterator[Tensor], stream: FrameStream | Deco
             f"{stream.path}: this model reads several layers of its tower, so that a video is one window of at most "
             f"{most} frames; {len(stream)} frames in {sampling.windows or 'automatic'} windows were asked for"
         )
-    with branch_enabled(chat.model, sampling.branch):
-        return video_tokens(chat.model, torch.cat(list(pieces))[None], long=sampling.long)
+    return video_tokens(chat.model, torch.cat(list(pieces))[None], long=sampling.long, branch=sampling.branch)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bt_adapter.chat.prompts import text_ids
+
 _IGNORED = -100  # the label that losses leave out
 
 
@@ -73,9 +75,7 @@ class VideoChatCollator:
     def _ids_of(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
         """Token ids with one token for each visual."""
         text = self.processor.apply_chat_template(messages, **options)
-        tokenizer = self.processor.tokenizer
-        starts = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        return tokenizer(text, add_special_tokens=not starts)["input_ids"]
+        return text_ids(self.processor.tokenizer, text)
 
     def _places(self, short: list[int], ids: list[int]) -> list[int]:
         """For each of the ``short`` ids, and for their end, the place among ``ids``, where visuals take many."""

@@ -31,8 +31,10 @@ def _native_class(image_class: type, native: type) -> type:
     return native if image_class in native.__mro__ else derive(native, image_class)
 
 
-def to_video_model(family: Family, branch: Branch, tower_name: str | None) -> ImageModel:
+def to_video_model(family: Family, branch: Branch, tower_name: str | None, video_token: int | None) -> ImageModel:
     """Make ``family.chat`` a video chat model with this branch, in place: no weight is copied.
+
+    video_token: id that stands for a video in prompts; None: the image token's, until `make_processor` names one.
 
     Returns what `to_image_model` wants.
     """
@@ -42,6 +44,7 @@ def to_video_model(family: Family, branch: Branch, tower_name: str | None) -> Im
     config.__class__ = native.config_class
     config.__dict__ |= VIDEO_FIELDS
     config.bt_adapter = describe(branch, tower_name)
+    config.video_token_index = video_token
     wanted = {
         module: _native_class(image_class, native if module is family.chat else INNER_CLASSES[family.name])
         for module, image_class in before.classes.items()

@@ -11,7 +11,7 @@ language model.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -194,6 +194,19 @@ class VideoPrompts:
         token = self.config.video_token_index
         if ids is not None and token is not None and (count := int((ids == token).sum())):
             raise ValueError(f"input_ids have {count} video tokens, but pixel_values_videos is None")
+
+    def put_visuals(self, input_ids: Tensor, visuals: Sequence[Tensor]) -> Tensor:
+        """Prompts ``[B, S]`` to embeddings ``[B, S, W]``, with features of stills and videos that are there already.
+
+        Args:
+            visuals: features ``[tokens, W]``, in the order of their places, which image and video tokens mark.
+
+        Raises:
+            ValueError: the prompts have another number of places than the visuals have tokens.
+        """
+        embeds = self.get_input_embeddings()(self.known_ids(input_ids))  # type: ignore[attr-defined]
+        places = self.known_ids(input_ids) == self.config.image_token_id
+        return _put(embeds, places, visuals, "visual") if len(visuals) else embeds
 
     def known_ids(self, ids: Tensor) -> Tensor:
         """Ids of the vocabulary, with the image token in the places of videos."""
@@ -408,7 +421,7 @@ def _after_prompts(ids: Tensor, output: Any) -> Any:
     return output
 
 
-def _put(embeds: Tensor, places: Tensor, features: list[Tensor], kind: str) -> Tensor:
+def _put(embeds: Tensor, places: Tensor, features: Sequence[Tensor], kind: str) -> Tensor:
     """``embeds`` with the features, one after the other, in the places."""
     rows = torch.cat([feature.flatten(0, -2) for feature in features]).to(embeds.device, embeds.dtype)
     if (count := int(places.sum())) != len(rows):

@@ -23,8 +23,9 @@ from transformers import (
 )
 from transformers.image_utils import make_flat_list_of_images
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from bt_adapter.chat.families import family_of
+from bt_adapter.chat.families import Family, family_of
 from bt_adapter.data import read_video
 from bt_adapter.image_settings import ImageSettings, settings_of_processor
 from bt_adapter.native.template import with_videos
@@ -135,7 +136,7 @@ class VideoProcessing:
 
         Raises CheckpointError where the image processor's frames would not have the tower's size.
         """
-        return settings_of_processor(self.image_processor, self.video_size) or ImageSettings(self.video_size)
+        return settings_of_processor(self.image_processor, self.video_size)
 
     @property
     def video_processor(self) -> VideoReader:
@@ -344,33 +345,66 @@ def make_processor(model: Any, processor: Any, image_processor: Any = None, qfor
 
     Args:
         model: one of this package's video chat models.
-        processor: of the image chat model, or its tokenizer alone, with the chat template where there is one.
-        image_processor: beside a tokenizer; None: CLIP's, with the family's mean and deviation.
+        processor: of the image chat model, or its tokenizer alone, with the chat template where there is one. One that
+            was made here before is returned as it is.
+        image_processor: beside a tokenizer; None: CLIP's (LLaVA-NeXT: its own), with the family's mean and deviation.
         qformer_tokenizer: beside a tokenizer, of InstructBLIP.
 
     Raises:
-        TypeError: ``model`` is of no family. ValueError: InstructBLIP without the tokenizer of its Q-Former, or a
-            tokenizer that lacks the model's image token.
+        TypeError: ``model`` is of no family. ValueError: InstructBLIP without the tokenizer of its Q-Former, a
+            tokenizer that lacks the model's image token, or a processor made for another model.
     """
     family = family_of(model)
+    made = processor if isinstance(processor, VideoProcessing) else None
+    if made is None:
+        made = _make(family, processor, image_processor, qformer_tokenizer)
+    elif wrong := _differences(made, family):
+        raise ValueError(f"processor was made for another model than this {family.name}: {'; '.join(wrong)}")
+    family.chat.config.video_token_index = made.video_token_id
+    return made
+
+
+def _differences(processor: VideoProcessing, family: Family) -> list[str]:
+    """Say in what a processor of videos does not fit a model."""
+    wanted = {
+        "class": PROCESSORS[family.name].__name__, "video_size": family.image_size,
+        "video_length": family.video_length, "image token": family.image_token_id,
+    }  # fmt: skip
+    token = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
+    found = {
+        "class": type(processor).__name__, "video_size": processor.video_size,
+        "video_length": processor.video_length, "image token": token,
+    }  # fmt: skip
+    return [f"{name} {found[name]}, expected {value}" for name, value in wanted.items() if found[name] != value]
+
+
+def _image_processor(family: Family) -> Any:
+    """The image processor of a model whose folder brings none."""
+    size = {"height": family.image_size, "width": family.image_size}
+    options: dict[str, Any] = {
+        "size": {"shortest_edge": family.image_size}, "crop_size": size, "image_mean": family.mean,
+        "image_std": family.std,
+    }  # fmt: skip
+    if family.name == "llava_next":
+        return LlavaNextImageProcessorPil(image_grid_pinpoints=family.chat.config.image_grid_pinpoints, **options)
+    return CLIPImageProcessorPil(**options)
+
+
+def _make(family: Family, processor: Any, image_processor: Any, qformer_tokenizer: Any) -> Any:
+    config = family.chat.config
     tokenizer = copy.deepcopy(getattr(processor, "tokenizer", processor))
     image_processor = getattr(processor, "image_processor", image_processor)
     qformer_tokenizer = getattr(processor, "qformer_tokenizer", qformer_tokenizer)
     tokenizer.chat_template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
-    if image_processor is None:
-        size = {"height": family.image_size, "width": family.image_size}
-        image_processor = CLIPImageProcessorPil(
-            size={"shortest_edge": family.image_size}, crop_size=size, image_mean=family.mean, image_std=family.std
-        )
     image_token = family.image_token(tokenizer)
     template = with_videos(tokenizer, image_token, VIDEO_TOKEN)
     shared = {
-        "image_processor": image_processor, "tokenizer": tokenizer, "chat_template": template,
-        "video_size": family.image_size, "video_length": family.video_length,
+        "image_processor": image_processor or _image_processor(family), "tokenizer": tokenizer,
+        "chat_template": template, "video_size": family.image_size, "video_length": family.video_length,
     }  # fmt: skip
     if family.name in ("blip-2", "instructblip"):
         tokenizer.image_token = image_token
-        own: dict[str, Any] = {"num_query_tokens": model.config.num_query_tokens}
+        own: dict[str, Any] = {"num_query_tokens": config.num_query_tokens}
         if family.needs_question:
             if qformer_tokenizer is None:
                 raise ValueError("qformer_tokenizer must be given: InstructBLIP's Q-Former reads the question")
@@ -378,11 +412,9 @@ def make_processor(model: Any, processor: Any, image_processor: Any = None, qfor
     else:
         # the model's own: processors that were saved before transformers asked for them lack both
         own = {
-            "patch_size": model.config.vision_config.patch_size,
-            "vision_feature_select_strategy": getattr(model.config, "vision_feature_select_strategy", "default"),
+            "patch_size": config.vision_config.patch_size,
+            "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", "default"),
             "num_additional_image_tokens": 1,
             "image_token": image_token,
         }
-    made = PROCESSORS[family.name](**shared, **own)
-    model.config.video_token_index = made.video_token_id
-    return made
+    return PROCESSORS[family.name](**shared, **own)

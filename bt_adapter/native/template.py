@@ -11,7 +11,7 @@ _PLAIN = """\
 {%- for message in messages -%}
   {%- set text = message['content'] | trim -%}
   {%- if message['role'] == 'user' -%}{{- 'USER: ' + text -}}
-  {%- elif message['role'] == 'assistant' -%}{{- ' ASSISTANT: ' + text + eos_token -}}
+  {%- elif message['role'] == 'assistant' -%}{{- ' ASSISTANT: ' + text + (eos_token or '') -}}
   {%- else -%}{{- text + ' ' -}}
   {%- endif -%}
 {%- endfor -%}

@@ -80,7 +80,7 @@ class Run(TrainingRun):
     def _data(self, conversations: Sequence[Any]) -> None:
         recipe, chat = self.recipe, self.chat
         most = recipe.context or context(chat.model)
-        examples, unusable = make_examples(Tokens(chat.model, chat.tokenizer), conversations, most, recipe.skip_long)
+        examples, unusable = make_examples(Tokens(chat.model, chat.processor), conversations, most, recipe.skip_long)
         self._note(unusable)
         if not examples:
             raise CommandError(f"--data {recipe.data} holds no usable conversation; {unusable.report(10)}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bt_adapter.chat.families import family_of
-from bt_adapter.chat.prompts import PromptError, Turn, conversation_text
+from bt_adapter.chat.prompts import PromptError, Turn, conversation_text, text_ids
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 from bt_adapter.tune.conversations import Source, TrainingConversation
@@ -61,18 +61,19 @@ class Tokens:
     """Conversations to examples, by a chat model's own template and tokenizer.
 
     Args:
-        chat: a chat model with a branch. tokenizer: its tokenizer, a fast one.
+        chat: a video chat model. processor: its own, with a fast tokenizer.
 
     Raises:
         CommandError: the tokenizer is not a fast one, or has no token that ends an answer.
     """
 
-    def __init__(self, chat: Any, tokenizer: Any) -> None:
+    def __init__(self, chat: Any, processor: Any) -> None:
+        tokenizer = processor.tokenizer
         if not getattr(tokenizer, "is_fast", False):
             raise CommandError(f"the model's tokenizer must be a fast one, but is {type(tokenizer).__name__}")
         if tokenizer.eos_token_id is None:
             raise CommandError("the model's tokenizer has no eos_token, by which an answer ends")
-        self.chat, self.tokenizer, self.family = chat, tokenizer, family_of(chat)
+        self.processor, self.tokenizer, self.family = processor, tokenizer, family_of(chat)
         self.image_token = self.family.image_token(tokenizer)
         self.special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
 
@@ -85,7 +86,7 @@ class Tokens:
         Raises PromptError as :meth:`example`.
         """
         turns = self._turns(conversation)
-        text, answers = self._text(conversation, turns)
+        text, answers = self._text(turns)
         if (whole := self._coded(text, answers, turns)) is not None:
             return [self._example(conversation, *whole)]
         found = []
@@ -110,25 +111,19 @@ class Tokens:
             raise PromptError("the tokenizer joins prompts and answers: each answer needs a sequence of its own")
         return found[0]
 
-    def _ids(self, text: str) -> list[int]:
-        """Token ids of a text from its very beginning, as inference has them."""
-        return self.tokenizer(text, add_special_tokens=not text.startswith(self.tokenizer.bos_token or "\0"))[
-            "input_ids"
-        ]
-
     def _prompt_ids(self, turns: Sequence[Turn]) -> list[int]:
         """Token ids of the prompt that the last turn is answered to."""
         asked = Turn(turns[-1].question, turns[-1].kinds)
-        return self._ids(conversation_text(self.chat, self.tokenizer, [*turns[:-1], asked]))
+        return text_ids(self.tokenizer, conversation_text(self.processor, [*turns[:-1], asked]))
 
     def _coded(
         self, text: str, answers: Sequence[tuple[int, int, bool]], turns: Sequence[Turn]
     ) -> tuple[list[int], list[int]] | None:
         """Ids and targets of all turns in one sequence; None where a prompt of inference is no beginning of it."""
-        ids = self._ids(text)
+        ids = text_ids(self.tokenizer, text)
         targets = [IGNORED] * len(ids)
         for number, (_, end, closed) in enumerate(answers, 1):
-            prompt, upto = self._prompt_ids(turns[:number]), self._ids(text[:end])
+            prompt, upto = self._prompt_ids(turns[:number]), text_ids(self.tokenizer, text[:end])
             if ids[: len(prompt)] != prompt or ids[: len(upto)] != upto:
                 return None
             self._put_targets(targets, ids, len(prompt), len(upto), closed)
@@ -142,7 +137,7 @@ class Tokens:
         Raises PromptError where no tokens of the answer, written after the prompt, read as the text does.
         """
         begin, end, closed = answer
-        prompt, upto = self._prompt_ids(turns), self._ids(text[:end])
+        prompt, upto = self._prompt_ids(turns), text_ids(self.tokenizer, text[:end])
         wanted = self._read(upto)
         for own in self._continuations(text[begin:end], prompt, upto):
             if own and self._read(prompt + own) == wanted:
@@ -192,19 +187,14 @@ class Tokens:
             kinds = kinds[exchange.visuals :]
         return turns
 
-    def _text(
-        self, conversation: TrainingConversation, turns: Sequence[Turn]
-    ) -> tuple[str, list[tuple[int, int, bool]]]:
+    def _text(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int, bool]]]:
         """The text up to the end of the last answer, and of every answer begin, end and whether the end is a token."""
         # one more question shows what the template writes after the last answer
-        text = conversation_text(self.chat, self.tokenizer, [*turns, Turn("?")])
-        visuals = len(conversation.sources)
-        if (found := text.count(self.image_token)) != visuals:
-            raise PromptError(f"the model's chat template has {found} places for its {visuals} videos and stills")
+        text = conversation_text(self.processor, [*turns, Turn("?")])
         answers = []
         for number, turn in enumerate(turns):
             asked = Turn(turn.question, turn.kinds)
-            prompt = conversation_text(self.chat, self.tokenizer, [*turns[:number], asked])
+            prompt = conversation_text(self.processor, [*turns[:number], asked])
             assert turn.answer is not None
             begin = text.find(turn.answer, len(prompt))
             if not text.startswith(prompt) or text[len(prompt) : begin].strip() or begin < 0:
