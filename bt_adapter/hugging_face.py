@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from bt_adapter.errors import CheckpointError
+from bt_adapter.model_folders import is_hub_name
 
 _SHOWN = 8  # names of tensors in an error
 
@@ -100,12 +100,6 @@ def check_place(name: str | os.PathLike[str]) -> str:
         hint = "" if path.parent != Path() else ", and is no hub name (owner/name)"
         raise FileNotFoundError(f"{text} is not there{hint}{_near(path)}")
     return text
-
-
-def is_hub_name(text: str | os.PathLike[str]) -> bool:
-    """Whether a name can be one on the hub (owner/name) and is no local path: there is neither it nor its folder."""
-    match = re.fullmatch(r"([\w-][\w.-]*)/[\w-][\w.-]*", os.fspath(text))
-    return match is not None and not Path(text).exists() and not Path(match[1]).is_dir()
 
 
 def locate_branch(source: str | os.PathLike[str]) -> Path:

@@ -296,8 +296,10 @@ def test_lines_end_at_line_ends_alone(folder, tmp_path):
 
 
 def test_answer_is_checked_before_anything_is_loaded(folder):
-    with pytest.raises(CommandError, match="needs --branch"):
-        Answer(questions=folder / "questions.jsonl", videos=folder, model="somewhere/llava").check()
+    for model in ("somewhere", str(folder)):
+        with pytest.raises(CommandError, match="needs --branch"):
+            Answer(questions=folder / "questions.jsonl", videos=folder, model=model).check()
+    Answer(questions=folder / "questions.jsonl", videos=folder, model="owner/name").check()  # it may bring its own
 
 
 # --- chat line by line

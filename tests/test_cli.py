@@ -50,7 +50,7 @@ def test_bad_arguments_are_one_line_and_exit_2(capsys, clip, tmp_path):
     for arguments, message in (
         (("--frames", "0"), "--frames"),
         (("--max-new-tokens", "-1"), "--max-new-tokens"),
-        (("--model", "somewhere/llava"), "--branch"),
+        (("--model", str(tmp_path)), "--branch"),
         (("--device", "cuda:99" if not torch.cuda.is_available() else "nodevice"), "--device"),
     ):
         code, out, err = run(capsys, "chat", "--video", str(clip), *arguments, "How?")

@@ -358,7 +358,7 @@ def test_values_that_cannot_be():
         ({"data": "x", "learn": ("branch", "branch")}, "--learn must name"),
         ({"data": "x", "frames": 0}, "--frames must be above 0"),
         ({"data": "x", "warmup": 2.0}, "--warmup must lie"),
-        ({"data": "x", "model": "liuhaotian/llava", "branch": None}, "needs --branch"),
+        ({"data": "x", "model": "./llava", "branch": None}, "needs --branch"),
         ({"data": "x", "batch": 1}, "--batch must be at least"),
     ):
         with pytest.raises(CommandError, match=message):

@@ -1,6 +1,7 @@
 """How videos were sampled when a model or branch was trained: the default of the commands that ask it about videos.
 
-``tuned.json`` of a tuned folder and ``pretrained.json`` of a pretrained branch say it under "sampling". Without torch.
+``tuned.json`` of a tuned folder and ``pretrained.json`` of a pretrained branch say it under "sampling";
+``processor_config.json`` of a video chat model says how many frames it takes. Without torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bt_adapter.errors import CommandError
+from bt_adapter.model_folders import is_native, read_json
 
 if TYPE_CHECKING:
     from bt_adapter.commands.chat import ChatModel
@@ -54,7 +56,14 @@ def settle_sampling(command: ChatModel) -> tuple[dict[str, Any], list[str]]:
 
 
 def read_sampling(model: str, branch: str | None) -> tuple[dict[str, Any], str]:
-    """Read the sampling of training: of a tuned folder, or else of a pretrained branch. Also which of them says it."""
+    """Read the sampling of training: of a tuned folder, a video chat model, or a pretrained branch.
+
+    Returns:
+        The values by name, and which of the folders says them.
+    """
+    if branch is None and is_native(model):
+        frames = read_json(Path(model) / "processor_config.json").get("video_frames")
+        return ({"frames": frames, "repeat": True} if isinstance(frames, int) else {}), model  # as its processor does
     for name, file in ((model, TUNED), (branch, PRETRAINED)):
         path = Path(name or "") / file
         if name is None or not path.is_file():

@@ -228,7 +228,8 @@ def load(command: ChatModel) -> VideoChat:
     except QuantizeError as error:
         raise CommandError(f"--{error}") from error
     except (ValueError, TypeError, ImportError) as error:
-        raise CommandError(f"--model {command.model} with --branch {command.branch}: {error}") from error
+        branch = "" if command.branch is None else f" with --branch {command.branch}"
+        raise CommandError(f"--model {command.model}{branch}: {error}") from error
 
 
 def summary(seen: list[Watched], seconds: dict[str, float], reply: Reply, memory: int) -> str:

@@ -10,6 +10,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from bt_adapter.errors import CommandError
 from bt_adapter.limits import COUNT, POSITIVE, check_numbers
+from bt_adapter.model_folders import needs_branch
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,12 @@ class ChatModel:
     """Which model answers, and how it sees a video."""
 
     model: str = "mini"
-    """Image chat model: "mini" (the small one, extra [mini]; "mini:projector": before it saw a video), a folder, a hub
-    name, or a folder of a tuning run."""
+    """Chat model: "mini" (the small one, extra [mini]; "mini:projector": before it saw a video), a folder, a hub name,
+    or a folder of a tuning run. An image chat model needs --branch; a video chat model, as save_pretrained writes it,
+    has its own."""
     branch: str | None = None
-    """Branch to attach: a folder of save_pretrained, its hub name, or a published checkpoint; mini has its own."""
+    """Branch to attach: a folder of save_pretrained, its hub name, or a published checkpoint. It takes the place of the
+    one that mini, a tuned model or a video chat model has."""
     other_tower: bool = False
     """Take a branch trained beside another CLIP than the model's, of the same shape but for the resolution."""
     frames: int | None = None
@@ -58,10 +61,7 @@ class ChatModel:
         if self.model.partition(":")[0] == "mini":
             if self.quantize is not None:
                 raise CommandError("--quantize is for models of a folder or the hub; mini is small enough")
-            return
-        from bt_adapter import tune
-
-        if self.branch is None and not tune.is_tuned(self.model):
+        if self.branch is None and needs_branch(self.model):
             raise CommandError(f"--model {self.model} needs --branch: a branch pretrained on its CLIP")
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from bt_adapter.branch import Branch
 from bt_adapter.chat.families import Family
 from bt_adapter.native.config import VIDEO_FIELDS
-from bt_adapter.native.modeling import INNER_CLASSES, NATIVE_CLASSES, derive
+from bt_adapter.native.modeling import INNER_CLASSES, NATIVE_CLASSES, NOT_SAVED, WHOLE, derive
 
 
 class ImageModel(NamedTuple):
@@ -50,6 +50,7 @@ def to_video_model(family: Family, branch: Branch, tower_name: str | None, video
         for module, image_class in before.classes.items()
     }
     _change(family, config, wanted)
+    _note_branch(family, True)
     family.home.bt_adapter = branch
     return before
 
@@ -59,6 +60,7 @@ def to_image_model(family: Family, before: ImageModel) -> None:
     del family.home.bt_adapter
     family.home.__dict__.pop("_attachment", None)
     _change(family, before.config, before.classes)
+    _note_branch(family, False)
 
 
 def image_model_of(family: Family) -> ImageModel:
@@ -75,6 +77,14 @@ def describe(branch: Branch, tower_name: str | None) -> dict[str, Any]:
     """The configuration's ``bt_adapter``."""
     about = {"branch": branch.config.to_dict(), "layers": len(branch.temporal)}
     return about if tower_name is None else about | {"tower_name": tower_name}
+
+
+def _note_branch(family: Family, there: bool) -> None:
+    """Tell a model, as transformers does when it makes one, which layers stay on one device and what is not saved."""
+    for module in _modules(family):
+        for attribute, own in (("_no_split_modules", WHOLE), ("_keys_to_ignore_on_save", NOT_SAVED)):
+            noted = set(getattr(module, attribute, None) or ())
+            setattr(module, attribute, noted | set(own) if there else noted - set(own))
 
 
 def _modules(family: Family) -> list[nn.Module]:

@@ -43,6 +43,14 @@ from bt_adapter.native.video_features import encode_videos, split_videos
 
 _IGNORED = -100  # the label that the loss leaves out
 _VIDEO_ARGUMENTS = ("pixel_values_videos", "video_frame_counts", "use_branch")
+# Layers that device maps and sharding by transformer layers leave whole.
+WHOLE = ("TemporalLayer", "SpatialLayer")
+# Video tokens do not reach the alignment head, and a chat model has no space in which it could align.
+NOT_SAVED = [
+    f"{home}bt_adapter.alignment_head.{name}"
+    for home in ("", "model.")
+    for name in ("0.weight", "0.bias", "1.weight", "1.bias")
+]
 # What `VideoPrompts.embed_prompts` uses up; the language model is given the rest of a call's arguments.
 _VISUAL_ARGUMENTS = (
     *_VIDEO_ARGUMENTS, "pixel_values", "image_sizes", "interpolate_pos_encoding", "vision_feature_layer",
@@ -263,12 +271,7 @@ class VideoModel:
     """The part that every video chat model has: the branch that ``config.bt_adapter`` describes."""
 
     config: Any
-    # Video tokens do not reach the alignment head, and a chat model has no space in which it could align.
-    _keys_to_ignore_on_save = [
-        f"{home}bt_adapter.alignment_head.{name}"
-        for home in ("", "model.")
-        for name in ("0.weight", "0.bias", "1.weight", "1.bias")
-    ]
+    _keys_to_ignore_on_save = NOT_SAVED
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -388,8 +391,7 @@ def _set_methods(cls: Any, base: Any, *methods: Any) -> Any:
             f"{cls.__name__}.{method.__name__}",
         )
         setattr(cls, method.__name__, method)
-    # device maps and sharding by transformer layers leave these whole
-    cls._no_split_modules = [*(base._no_split_modules or []), "TemporalLayer", "SpatialLayer"]
+    cls._no_split_modules = [*(base._no_split_modules or []), *WHOLE]
     return cls
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from bt_adapter.errors import CommandError
 from bt_adapter.limits import COUNT, POSITIVE, SHARE_BELOW_1
+from bt_adapter.model_folders import needs_branch
 from bt_adapter.pretrain.recipe import LIMITS, Settings
-from bt_adapter.tune import is_tuned
 
 Part = Literal["projector", "branch", "lora"]
 PARTS: tuple[Part, ...] = ("projector", "branch", "lora")
@@ -158,5 +158,5 @@ class TuneRecipe(Settings):
             raise CommandError(f"--learn must name some of {', '.join(PARTS)}, each once, got {list(self.learn)}")
         if self.batch < world:
             raise CommandError(f"--batch must be at least one conversation a process, got {self.batch} for {world}")
-        if self.branch is None and not self.model.startswith("mini") and not is_tuned(self.model):
+        if self.branch is None and needs_branch(self.model):
             raise CommandError(f"--model {self.model} needs --branch: a branch pretrained on its CLIP")
