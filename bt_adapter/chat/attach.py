@@ -78,7 +78,8 @@ def attach(
     if family.why_not_plain() is None:
         share_tower(model.tower, family)
 
-    video_token = getattr(family.chat.config, "video_token_index", None)  # of a processor that was made before
+    config: Any = family.home.config
+    video_token = getattr(config, "video_token_index", None)  # of a processor that was made before
     detach(image_chat_model)
     device, dtype = family.tower_place()
     before = Before(model.branch, _to_freeze(family))
