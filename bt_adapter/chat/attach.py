@@ -16,7 +16,7 @@ from bt_adapter.chat.branch_files import load_branch
 from bt_adapter.chat.families import Family, family_of
 from bt_adapter.chat.pairing import beside, check_shapes, check_values, loaded, mirrored, share_tower
 from bt_adapter.model import BTAdapterVisionModel
-from bt_adapter.native.conversion import ImageModel, image_model_of, to_image_model, to_video_model
+from bt_adapter.native.conversion import ImageModel, image_model_of, to_image_model, to_video_model, video_fields
 from bt_adapter.progress import Progress
 from bt_adapter.time_steps import Long
 
@@ -78,8 +78,7 @@ def attach(
     if family.why_not_plain() is None:
         share_tower(model.tower, family)
 
-    config: Any = family.home.config
-    video_token = getattr(config, "video_token_index", None)  # of a processor that was made before
+    fields = video_fields(family)  # they hold for another branch too
     detach(image_chat_model)
     device, dtype = family.tower_place()
     before = Before(model.branch, _to_freeze(family))
@@ -87,7 +86,7 @@ def attach(
         parameter.requires_grad_(False)
     model.branch.to(device=device, dtype=dtype).train(family.home.training)
     freeze_unreached(model)
-    image_model = to_video_model(family, model.branch, model.tower_name, video_token)
+    image_model = to_video_model(family, model.branch, model.tower_name, fields)
     family.home.__dict__["_attachment"] = Attachment(family, model, Undo(image_model, before))
     return image_chat_model
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bt_adapter.native import make_processor
 from bt_adapter.native.saving import save_video_model
 from bt_adapter.time_steps import Long
 
@@ -19,9 +18,6 @@ def save_chat(chat: Any, folder: Path, frames: int, long: Long, replace: bool = 
         frames: that the processor takes of a video file unless a call says otherwise.
         long: the configuration's ``long_videos``.
     """
-    processor = getattr(chat, "processor", None) or make_processor(
-        chat.model, chat.tokenizer, chat.image_processor, chat.question_tokenizer
-    )
-    processor.video_frames = frames
+    chat.processor.video_frames = frames
     chat.model.config.long_videos = long
-    save_video_model(chat.model, processor, folder, replace)
+    save_video_model(chat.model, chat.processor, folder, replace)

@@ -1,7 +1,7 @@
 """How videos were sampled when a model or branch was trained: the default of the commands that ask it about videos.
 
 ``tuned.json`` of a tuned folder and ``pretrained.json`` of a pretrained branch say it under "sampling";
-``processor_config.json`` of a video chat model says how many frames it takes. Without torch.
+a video chat model's processor says how many frames it takes, its configuration how long videos are read. Without torch.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def read_sampling(model: str, branch: str | None) -> tuple[dict[str, Any], str]:
     """
     if branch is None and is_native(model):
         frames = read_json(Path(model) / "processor_config.json").get("video_frames")
-        return ({"frames": frames, "repeat": True} if isinstance(frames, int) else {}), model  # as its processor does
+        found = {"frames": frames, "long": read_json(Path(model) / "config.json").get("long_videos"), "repeat": True}
+        return {name: value for name, value in found.items() if value is not None}, model
     for name, file in ((model, TUNED), (branch, PRETRAINED)):
         path = Path(name or "") / file
         if name is None or not path.is_file():

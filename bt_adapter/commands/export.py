@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from bt_adapter.errors import CommandError
 from bt_adapter.limits import COUNT, check_numbers
+from bt_adapter.model_folders import needs_branch
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Export:
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
     """Folder to write. It must not be there."""
     branch: str | None = None
-    """Branch to put in: a folder of save_pretrained, its hub name, or a published checkpoint; tuned folders and mini
-    have their own."""
+    """Branch to put in: a folder of save_pretrained, its hub name, or a published checkpoint. It takes the place of the
+    one that mini, a tuned model or a video chat model has."""
     other_tower: bool = False
     """Take a branch trained beside another CLIP than the model's, of the same shape but for the resolution."""
     frames: int | None = None
@@ -44,9 +45,7 @@ def run(command: Export) -> int:
     check_numbers(command, {"frames": COUNT})
     if command.out.exists():
         raise CommandError(f"OUT {command.out} is already there; give another place")
-    from bt_adapter import tune
-
-    if command.branch is None and command.model.partition(":")[0] != "mini" and not tune.is_tuned(command.model):
+    if command.branch is None and needs_branch(command.model):
         raise CommandError(f"MODEL {command.model} needs --branch: a branch pretrained on its CLIP")
     import torch
 
@@ -63,7 +62,8 @@ def run(command: Export) -> int:
         try:
             chat = load_base(command.model, command.branch, dtype=dtype, require_same_tower=not command.other_tower)
         except (ValueError, TypeError) as error:
-            raise CommandError(f"MODEL {command.model} with --branch {command.branch}: {error}") from error
+            branch = "" if command.branch is None else f" with --branch {command.branch}"
+            raise CommandError(f"MODEL {command.model}{branch}: {error}") from error
     with notes.status("writing"):
         save_chat(chat, command.out, frames, long)
     say(notes, f"{command.out}: {type(chat.model).__name__}; its processor takes {frames} frames of a video")

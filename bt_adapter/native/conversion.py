@@ -31,10 +31,10 @@ def _native_class(image_class: type, native: type) -> type:
     return native if image_class in native.__mro__ else derive(native, image_class)
 
 
-def to_video_model(family: Family, branch: Branch, tower_name: str | None, video_token: int | None) -> ImageModel:
+def to_video_model(family: Family, branch: Branch, tower_name: str | None, fields: dict[str, Any]) -> ImageModel:
     """Make ``family.chat`` a video chat model with this branch, in place: no weight is copied.
 
-    video_token: id that stands for a video in prompts; None: the image token's, until `make_processor` names one.
+    fields: values of the configuration's `VideoFields` that are no defaults.
 
     Returns what `to_image_model` wants.
     """
@@ -42,9 +42,8 @@ def to_video_model(family: Family, branch: Branch, tower_name: str | None, video
     before = ImageModel(family.chat.config, {module: type(module) for module in _modules(family)})
     config = copy.copy(family.chat.config)  # the parts' configurations stay the very same objects
     config.__class__ = native.config_class
-    config.__dict__ |= VIDEO_FIELDS
+    config.__dict__ |= VIDEO_FIELDS | fields
     config.bt_adapter = describe(branch, tower_name)
-    config.video_token_index = video_token
     wanted = {
         module: _native_class(image_class, native if module is family.chat else INNER_CLASSES[family.name])
         for module, image_class in before.classes.items()
@@ -71,6 +70,12 @@ def image_model_of(family: Family) -> ImageModel:
         config.__dict__.pop(name, None)
     classes: Any = (family.model_class, family.inner_class)
     return ImageModel(config, dict(zip(_modules(family), classes, strict=False)))
+
+
+def video_fields(family: Family) -> dict[str, Any]:
+    """What the configuration of a chat model says of videos; nothing where it is an image chat model."""
+    config = family.chat.config
+    return {name: getattr(config, name) for name in VIDEO_FIELDS if hasattr(config, name)}
 
 
 def describe(branch: Branch, tower_name: str | None) -> dict[str, Any]:

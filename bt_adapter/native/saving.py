@@ -32,9 +32,7 @@ def save_video_model(model: Any, processor: Any, folder: str | os.PathLike[str],
     chat = attachment.family.chat
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
-            raise ValueError(
-                f"{name} holds adapters of PEFT: model.merge_and_unload() first puts them into the weights"
-            )
+            raise ValueError(f"{name} holds adapters of PEFT: model.merge_and_unload() puts them into the weights")
     now = attachment.model()
     chat.config.bt_adapter = describe(now.branch, now.tower_name)  # tuning may have changed what it says of frames
     aside = folder.with_name(f".{folder.name}.writing")
