@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -390,7 +391,9 @@ def run_golden(model, prompt: str, features: torch.Tensor, monkeypatch):
         seen["embeds"] = kwargs["inputs_embeds"]
 
     monkeypatch.setattr(
-        model.model, "get_image_features", lambda pixel_values, **_: family.output(list(family.videos(pixel_values)))
+        model.model,
+        "get_image_features",
+        lambda pixel_values, **_: SimpleNamespace(pooler_output=list(family.project(pixel_values))),
     )
     handle = model.model.language_model.register_forward_pre_hook(hear, with_kwargs=True)
     inputs = {key: case[f"{prompt}.inputs.{key}"] for key in ("input_ids", "attention_mask", "labels")}
