@@ -74,10 +74,12 @@ class VideoReader:
         if isinstance(video, str) and "://" in video:
             raise ValueError(f"video must be a local file, but is {video}: download it first")
         if fps is None:
-            return read_video(video, frames=num_frames or self.frames, repeat=True, side=self.size).frames
+            return read_video(
+                video, frames=num_frames or self.frames, repeat=True, side=self.images.largest_side
+            ).frames
         from bt_adapter.data.stream import FrameStream
 
-        return torch.cat(list(FrameStream(video, fps=fps, side=self.size)))
+        return torch.cat(list(FrameStream(video, fps=fps, side=self.images.largest_side)))
 
     @staticmethod
     def _in_memory(video: Any) -> Tensor:
