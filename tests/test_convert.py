@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, CheckpointError, to_reference_state_dict
 from bt_adapter.chat import convert as module
@@ -393,7 +393,7 @@ def run_golden(model, prompt: str, features: torch.Tensor, monkeypatch):
     monkeypatch.setattr(
         model.model,
         "get_image_features",
-        lambda pixel_values, **_: SimpleNamespace(pooler_output=list(family.project(pixel_values))),
+        lambda pixel_values, **_: BaseModelOutputWithPooling(pooler_output=list(family.project(pixel_values))),
     )
     handle = model.model.language_model.register_forward_pre_hook(hear, with_kwargs=True)
     inputs = {key: case[f"{prompt}.inputs.{key}"] for key in ("input_ids", "attention_mask", "labels")}

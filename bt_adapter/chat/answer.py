@@ -191,7 +191,7 @@ def answer_all(
     """
     skipped = Skipped() if skipped is None else skipped
     room = video_room(context(chat.model), 0, max_new_tokens)
-    sampling = replace(sampling, side=chat.family.image_size)
+    sampling = replace(sampling, side=chat.images.largest_side)
     with DecodedAhead(sampling, lambda chunk: chat.prepare(chunk)[0], workers) as ahead:
         videos = _Videos(chat, sampling, batch, room, ahead, [question.video for question in questions])
         for start in range(0, len(questions), batch):

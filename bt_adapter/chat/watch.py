@@ -87,7 +87,7 @@ def watch(
     stream = video if isinstance(video, (FrameStream, DecodedVideo)) else sampling.open(video)
     stream.progress = progress
     if isinstance(stream, FrameStream) and stream.side is None:
-        stream.side = chat.family.image_size
+        stream.side = chat.images.largest_side
     decode = time.perf_counter() - begin
     seen = 0
 
