@@ -1,5 +1,6 @@
 """Video chat models saved as one folder, loaded by name, asked, and taken apart again."""
 
+import doctest
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from chat_models import FAMILIES, SIZE, make_branch, make_chat, videos
 from safetensors.torch import load_file, save_file
 from test_chat import mini_is_there
 from test_hf_models import VIDEO_TOKEN, generated, prompts
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessorPil
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessorPil, LlavaProcessor
 from tuning import make_tokenizer, write_clips
 
 from bt_adapter.chat.attach import attach, attached_branch, detach
@@ -253,6 +254,22 @@ def test_a_loaded_model_is_taken_apart_and_put_together(name, clip, tmp_path):
     assert text == expected
     torch.testing.assert_close(found, tokens, rtol=0, atol=1e-6)
     detach(detach(model))  # nothing is there the second time
+
+
+def test_the_example_of_attach_runs(clip, tmp_path):
+    model = make_chat("llava")
+    make_branch(model).save_pretrained(tmp_path / "branch")
+    model.save_pretrained(tmp_path / "llava")
+    images = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    LlavaProcessor(images, make_tokenizer(), patch_size=8).save_pretrained(tmp_path / "llava")
+    places = {"my-llava": tmp_path / "llava", "my-branch": tmp_path / "branch", "clip.mp4": clip}
+    source = "".join(example.source for example in doctest.DocTestParser().get_examples(attach.__doc__))
+    for name, place in places.items():
+        assert name in source
+        source = source.replace(name, str(place))
+    names: dict = {}
+    exec(source, names)
+    assert type(names["model"]) is NATIVE_CLASSES["llava"] and names["answer"]
 
 
 @pytest.mark.slow

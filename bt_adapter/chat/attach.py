@@ -55,6 +55,19 @@ def attach(
     Returns:
         The same chat model.
 
+    Example:
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> from bt_adapter import attach
+        >>> from bt_adapter.native import make_processor
+        >>> model = attach(AutoModelForImageTextToText.from_pretrained("my-llava"), "my-branch")
+        >>> processor = make_processor(model, AutoProcessor.from_pretrained("my-llava"))
+        >>> parts = [{"type": "video", "path": "clip.mp4"}, {"type": "text", "text": "What is moving?"}]
+        >>> inputs = processor.apply_chat_template(
+        ...     [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        ...     return_tensors="pt",
+        ... )
+        >>> answer = processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :])
+
     Raises:
         TypeError: ``image_chat_model`` is none of these, or ``branch`` nothing of the above.
         FileNotFoundError: there is no such branch.
