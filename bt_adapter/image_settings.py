@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,12 +144,13 @@ def _normalisation(name: str, values: Mapping[str, Any]) -> tuple[tuple[float, .
     """Mean and standard deviation of pixels on the scale [0, 1], whatever the file's own scale is."""
     mean, std = [0.0] * 3, [1.0] * 3
     if values.get("do_normalize", True):
-        mean, std = (
-            list(default if values.get(key) is None else values[key])
-            for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
-        )
+        given = [values.get("image_mean"), values.get("image_std")]
+        mean, std = (_channels(v, clip) for v, clip in zip(given, (CLIP_MEAN, CLIP_STD), strict=True))
         if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
-            raise CheckpointError(f"{name}: image_mean and image_std must be 3 numbers each, got {mean} and {std}")
+            raise CheckpointError(
+                f"{name}: image_mean and image_std must be 3 numbers each, or one for all channels, and image_std "
+                f"above 0, got {given[0]} and {given[1]}"
+            )
     factor = values.get("rescale_factor") or 1 / 255
     scale = 1.0 if not values.get("do_rescale", True) else factor
     if abs(scale * 255 - 1) < 1e-6:
@@ -165,11 +166,22 @@ def _crop(values: Mapping[str, Any]) -> Any:
     return (crop, crop) if isinstance(crop, int) else crop
 
 
+def _channels(value: Any, default: Sequence[float]) -> list[float]:
+    """A number for each channel; a single number stands for all three. Empty where the value holds anything else."""
+    value = default if value is None else value
+    listed = list(value) if isinstance(value, (list, tuple)) else [value] * 3
+    fitting = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in listed)
+    return listed if fitting else []
+
+
 def _resize(name: str, values: Mapping[str, Any], size: int) -> int | tuple[int, int] | None:
     """What a picture is resized to so that a crop, or nothing, gives the tower's size."""
     target: Any = values.get("size")
     if isinstance(target, Mapping):
         target = target.get("shortest_edge") or (target.get("height"), target.get("width"))
+        if target == (None, None):
+            wanted = "shortest_edge, or height and width"
+            raise CheckpointError(f"{name}: size is {dict(values['size'])}, expected {wanted}")
     crop = _crop(values)
     cropped = bool(values.get("do_center_crop", crop is not None)) and crop is not None
     if not values.get("do_resize", True):

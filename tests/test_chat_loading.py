@@ -3,6 +3,7 @@ of generation and of processors, caches of sliding windows."""
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -169,6 +170,26 @@ def test_settings_of_generation_are_heeded_or_overridden(folders, monkeypatch):
     chat.model.generation_config.stop_strings = ["left"]
     answer_batch(chat.model, chat.tokenizer, [([61, 5], [])], 6)
     assert told[0]["tokenizer"] is chat.tokenizer  # which transformers needs to find them
+
+
+def test_settings_of_generation_that_transformers_refuses_to_read(folders, tmp_path):
+    chat, branch = folders
+    frames = torch.full((4, 3, 30, 30), 90, dtype=torch.uint8)
+
+    def reply(**settings) -> str:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(chat, tmp_path / "copy")
+        file = tmp_path / "copy" / "generation_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+        model = VideoChat.load(tmp_path / "copy", branch)
+        return model.ask(model.encode(frames), "how ?", 6).text
+
+    before = reply()
+    assert reply(num_return_sequences=2) == before
+    assert reply(compile_config={"mode": "default"}, num_return_sequences=3) == before
+    assert reply(is_assistant=True) == before
+    with pytest.raises(CheckpointError, match=r"generation_config.json is refused by transformers: .*max_new_tokens"):
+        reply(max_new_tokens=-1)
 
 
 def sliding(window: int) -> MistralConfig:

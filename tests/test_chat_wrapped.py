@@ -163,6 +163,29 @@ def test_changes_of_the_tower_before_attach_are_heeded(name, change):
 
 
 @towers
+def test_a_layer_that_stands_in_two_places_is_run_in_both(name):
+    chat = attached(name)
+    before = check_heeded(chat, None)
+    layers_of(chat)[0] = layers_of(chat)[1]
+    same = check_heeded(chat, before)
+    chat.double().float()  # the numbers lie elsewhere now
+    torch.testing.assert_close(check_heeded(chat, before), same)
+    branch = make_branch(make_chat(name), drop_path=0.0)
+    check_heeded(attach(detach(chat), branch, require_same_tower=False), before)
+
+
+@towers
+def test_a_hook_on_the_whole_branch_changes_what_it_returns(name):
+    chat = attached(name)
+    with torch.no_grad():
+        before = video_tokens(chat, videos())
+        with family_of(chat).home.bt_adapter.register_forward_hook(lambda module, given, z: 2 * z):
+            changed = video_tokens(chat, videos())
+        assert (changed - before).abs().max() > 1e-3
+        assert torch.equal(video_tokens(chat, videos()), before)
+
+
+@towers
 def test_hooks_around_the_whole_tower_are_heeded(name):
     chat, calls = attached(name), []
     family_of(chat).vision_tower.register_forward_pre_hook(lambda *_: calls.append(1))

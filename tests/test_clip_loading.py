@@ -90,6 +90,7 @@ def test_what_is_no_whole_clip_is_named(tmp_path, vision):
 
 SETTINGS = [
     {"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    {"image_mean": 0.4, "image_std": 0.3},
     {"size": {"shortest_edge": 20}},
     {"size": {"height": 16, "width": 16}, "do_center_crop": False},
     {"resample": 2},
@@ -126,6 +127,10 @@ def test_frames_are_prepared_as_the_folders_own_processor_does(vision, values):
         ({"resample": 1, "size": {"shortest_edge": 20}}, "resample is 1"),
         ({"size": {"shortest_edge": 12}}, "size is 12"),
         ({"image_std": [0.0, 1.0, 1.0]}, "image_std"),
+        ({"image_std": 0}, "image_std"),
+        ({"image_mean": "half"}, "image_mean"),
+        ({"image_mean": [[0.5], [0.5], [0.5]]}, "image_mean"),
+        ({"size": {"longest_edge": 16}}, "size is"),
     ],
 )
 def test_settings_that_cannot_be_had_are_refused(vision, values, message):

@@ -186,6 +186,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         if path != "/v1/chat/completions":
             what = 404
+        if what == "deep":
+            self.answer(200, b"[" * 200_000, {})
+            return
         if isinstance(what, int):
             self.answer(what, {"error": "no"}, {"Retry-After": "0.01"})
             return
@@ -196,7 +199,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.answer(200, reply, {})
 
     def answer(self, code, body, headers):
-        data = b"<html>" if body is None else json.dumps(body).encode()
+        data = body if isinstance(body, bytes) else b"<html>" if body is None else json.dumps(body).encode()
         self.send_response(code)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -490,7 +493,7 @@ def test_a_signal_ends_with_scores(command, stand, tmp_path, capsys):
     assert scores["judge"]["aspects"]["correctness"]["judged"] == 1
 
 
-def test_a_judge_that_is_down_leaves_the_exact_scores(command, stand, tmp_path, capsys):
+def test_a_judge_that_is_down_leaves_the_exact_scores(command, stand, tmp_path, capsys, monkeypatch):
     server = stand(lambda right, n: 403)
     assert command(GENERIC, "--judge-url", server.url, "--judge-model", "judge") == 2
     assert "answers 403" in capsys.readouterr().err
@@ -498,9 +501,24 @@ def test_a_judge_that_is_down_leaves_the_exact_scores(command, stand, tmp_path, 
     for arguments, message in (
         (("--judge-url", server.url), "--judge-model go together"),
         (("--judge-url", "ftp://x", "--judge-model", "m"), "--judge-url must begin"),
+        (("--judge-url", "http://", "--judge-model", "m"), "--judge-url must begin"),
+        (("--judge-url", "http://[::1/v1", "--judge-model", "m"), "--judge-url must begin"),
+        (("--judge-url", "http://h:99999/v1", "--judge-model", "m"), "--judge-url must begin"),
+        (("--judge-url", "http://a b/v1", "--judge-model", "m"), "--judge-url must begin"),
         (("--judge-parallel", "0"), "--judge-parallel must be above 0"),
         (("--judge-timeout", "nan"), "--judge-timeout must be a finite number, above 0"),
         (("--judge-temperature", "-1"), "--judge-temperature must be 0 or more"),
         (("--answers", "gone.json"), "--answers gone.json"),
     ):
         assert command(GENERIC, *arguments) == 2 and message in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setenv("ODD_KEY", "two\nlines")
+    asked = ("--judge-url", server.url, "--judge-model", "m", "--judge-key", "ODD_KEY")
+    assert command(GENERIC, *asked) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "environment variable ODD_KEY must be ASCII" in said and "lines" not in said.partition("ASCII")[0]
+
+
+def test_replies_that_are_no_json_are_nonsense(stand, tmp_path):
+    server = stand(lambda right, n: "deep" if right == "right 0" and n == 1 else "good")
+    skipped, found = judged(tmp_path, Judge(server.url, "judge", pause=0.01, tries=2), CASES[:2])
+    assert not len(skipped) and found["judged"] == 2 and found["failures"] == 1

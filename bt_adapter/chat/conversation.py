@@ -23,13 +23,13 @@ _RESERVE = 512
 
 
 # Settings of generation that a model's folder may bring, and what makes a greedy search and a plain result of them.
-_GREEDY: dict[str, Any] = {
+GREEDY: dict[str, Any] = {
     "do_sample": False, "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "penalty_alpha": None,
     "constraints": None, "force_words_ids": None, "dola_layers": None, "low_memory": None, "guidance_scale": None,
     "prompt_lookup_num_tokens": None, "assistant_early_exit": None, "use_mtp": None, "token_healing": False,
     "return_dict_in_generate": False, "output_scores": False, "output_logits": False, "output_attentions": False,
     "output_hidden_states": False, "use_cache": True, "cache_implementation": None, "cache_config": None,
-    "max_length": None, "prefill_chunk_size": None,
+    "max_length": None, "prefill_chunk_size": None, "is_assistant": False, "compile_config": None,
 }  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def generate(
     """
     generator = family_of(model).generator
     settings = generator.generation_config
-    options: dict[str, Any] = {name: value for name, value in _GREEDY.items() if hasattr(settings, name)}
+    options: dict[str, Any] = {name: value for name, value in GREEDY.items() if hasattr(settings, name)}
     options |= {} if cache is None else cache_option(generator, cache)
     if getattr(settings, "stop_strings", None):
         options["tokenizer"] = tokenizer

@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaConfig, LlavaNextConfig, VipLlavaConfig
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    VipLlavaConfig,
+)
 from transformers.utils import cached_file
 
 from bt_adapter.chat.attach import attach
 from bt_adapter.chat.branch_files import check_branch
+from bt_adapter.chat.conversation import GREEDY
 from bt_adapter.chat.families import FAMILIES, Family, family_of
 from bt_adapter.chat.quantize import Quantize, quantization
+from bt_adapter.errors import CheckpointError
 from bt_adapter.hugging_face import check_place, load_pretrained, locate_branch
 from bt_adapter.native.modeling import NATIVE_CLASSES, VideoModel
 
@@ -54,6 +64,8 @@ def load_with_branch(
     if quantize is not None:
         kept = names_outside_language_model(family)
         options = {"quantization_config": quantization(quantize, kept), "device_map": {"": device}}
+    if (settings := generation_settings(name)) is not None:
+        options["generation_config"] = settings
     chat = load_pretrained(type(family.chat), name, dtype, **options)
     if quantize is None and not getattr(chat, "is_quantized", False):  # as stored, or else by accelerate
         chat = chat.to(device)
@@ -77,6 +89,29 @@ def read_skeleton(name: str) -> Family:
         raise ValueError(f"model {name} has a vision tower of type {tower!r}, expected a CLIP ('clip_vision_model')")
     with torch.device("meta"):
         return family_of((classes | natives)[config.model_type](config))
+
+
+def generation_settings(name: str) -> GenerationConfig | None:
+    """The settings of a model's ``generation_config.json`` where transformers refuses them as they stand; else None.
+
+    What a greedy search overrides anyway is left out of them.
+
+    Raises:
+        CheckpointError: it is something else that is refused.
+    """
+    file = _file(name, "generation_config.json")
+    try:
+        values = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    try:
+        GenerationConfig.from_dict(values)
+    except ValueError:
+        try:
+            return GenerationConfig.from_dict({key: value for key, value in values.items() if key not in GREEDY})
+        except ValueError as error:
+            raise CheckpointError(f"{file} is refused by transformers: {error}") from error
+    return None
 
 
 def names_outside_language_model(family: Family) -> list[str]:

@@ -125,7 +125,7 @@ def enlarge(position: Tensor, length: int) -> Tensor:
 def share_tower(tower: Tower, family: Family) -> None:
     """Make the chat model's tower tensors ``tower``'s own. What the chat model lacks stays as it is."""
     tensors, config = family.tower()
-    mine = dict(tower.named_parameters())
+    mine = dict(tower.named_parameters(remove_duplicate=False))
     removed = [f"layers.{config.num_hidden_layers + i}." for i in range(family.layers_removed)]
     unneeded = ("projection", "final_norm", *removed)
     if lacking := [name for name in mine if name not in tensors and not name.startswith(unneeded)]:
@@ -146,8 +146,8 @@ def is_shared(tower: Tower, family: Family) -> bool:
 
 def _where_they_lie(family: Family) -> list[tuple[int, int, torch.dtype, torch.device]]:
     """Of each parameter of the chat model's tower: which it is, and where its numbers are; ``to`` moves them."""
-    parameters = family.vision_tower.parameters()
-    return [(id(p), p.data_ptr(), p.dtype, p.device) for p in parameters if not p.is_meta]
+    named = family.vision_tower.named_parameters(remove_duplicate=False)
+    return [(id(p), p.data_ptr(), p.dtype, p.device) for _, p in named if not p.is_meta]
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from tyro.conf import arg
 
@@ -69,8 +71,30 @@ def run(command: Qa) -> int:
         raise CommandError(f"--videos {command.videos}: there is no such folder")
     if (command.judge_url is None) != (command.judge_model is None):
         raise CommandError("--judge-url and --judge-model go together")
-    if command.judge_url is not None and not command.judge_url.startswith(("http://", "https://")):
-        raise CommandError(f"--judge-url must begin with http:// or https://, got {command.judge_url}")
+    if command.judge_url is not None:
+        check_endpoint(command.judge_url, os.environ.get(command.judge_key), command.judge_key)
     from bt_adapter.eval.qa import evaluate_qa
 
     return until_stopped(lambda: evaluate_qa(command))
+
+
+def check_endpoint(url: str, key: str | None, variable: str) -> None:
+    """Raise CommandError for an address or a key that no request can be sent with; no request is sent.
+
+    Args:
+        url: of ``--judge-url``. key: of the environment ``variable``, or None; it is not shown.
+    """
+    try:
+        parts = urlsplit(url)
+        complete = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # an open bracket, or a port that is no number
+        complete = False
+    if not complete or any(letter.isspace() or not letter.isprintable() for letter in url):
+        raise CommandError(
+            f"--judge-url must begin with http:// or https:// and a host, as http://localhost:8000/v1, got {url!r}"
+        )
+    if key and not all("!" <= letter <= "~" for letter in key):
+        raise CommandError(
+            f"the judge's key in the environment variable {variable} must be ASCII letters, digits and signs without "
+            "spaces or line breaks, but holds other characters"
+        )

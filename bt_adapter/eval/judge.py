@@ -119,7 +119,7 @@ class Judge:
                 last = error
             except (OSError, HTTPException) as error:  # refused, timed out, cut off
                 said = getattr(error, "reason", None) or error
-                last = _Unreachable(f"is not reached: {str(said) or type(error).__name__}")
+                last = _Unreachable(f"is not reached: {' '.join(str(said).split()) or type(error).__name__}")
             last.tries = attempt
             pause = min(self.pause * 2 ** (attempt - 1), _LONGEST_PAUSE) if last.pause is None else last.pause
             if isinstance(last, (_Refused, _Denied)) or attempt == self.tries or stop.wait(pause):
@@ -140,7 +140,7 @@ class Judge:
             raise _of_status(error) from error
         try:
             return json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # nested too deeply is the latter
             raise _Nonsense(f"not JSON: {data[:100]!r}") from error
 
 

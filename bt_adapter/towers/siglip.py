@@ -36,7 +36,7 @@ def read(clip: Any, config: Any) -> FoundTower:
     A model without a pooling head (``vision_use_head`` false) gives a tower without a projection.
     """
     state = {}
-    for name, tensor in clip.named_parameters():
+    for name, tensor in clip.named_parameters(remove_duplicate=False):
         if name.startswith(("text_model.", "logit_")):
             continue
         state[re.sub(r"^(vision_model\.)*(embeddings\.|encoder\.)?", "", name)] = tensor

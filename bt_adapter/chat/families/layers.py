@@ -73,14 +73,17 @@ def video_tokens_of_layers(
             done()
 
     def read_both(number: int, z: Tensor) -> None:
-        if (layer := first + 1 + number) in layers:
+        if (layer := first + 1 + number) in layers and layer != last:
             read[layer] = pool_video_tokens(x.to(z.dtype), z, visible)
 
     for layer in climb(min(first, last) if branch else last):
         if layer in layers:
             read[layer] = _mean(x)
     if branch and last > first:
-        model._call_branch(beside_branch(), visible, None if draws is None else iter(draws), after=read_both, plan=plan)
+        drawn = None if draws is None else iter(draws)
+        # a hook on the branch as a whole may change what it returns: the last layer is read from there
+        z = model._call_branch(beside_branch(), visible, drawn, after=read_both, plan=plan)
+        read[last] = pool_video_tokens(x.to(z.dtype), z, visible)
     return torch.cat([read[layer].to(read[last].dtype) for layer in layers], -1)
 
 

@@ -69,7 +69,9 @@ class Blip2(Family):
         config: Any = self.plain_tower.config
         width = config.hidden_size
         tensors: dict[str, Tensor] = {}
-        for name, tensor in plain_tensors(dict(self.plain_tower.named_parameters())).items():
+        # a layer that stands in several places counts in each of them
+        named = self.plain_tower.named_parameters(remove_duplicate=False)
+        for name, tensor in plain_tensors(dict(named)).items():
             if name in _TOP:
                 shape = {"class_embedding": (width,), "position": (-1, width)}.get(_TOP[name], tensor.shape)
                 tensors[_TOP[name]] = tensor if shape == tensor.shape else tensor.detach().view(shape)
