@@ -14,7 +14,7 @@ from tyro.conf import subcommand
 from bt_adapter.commands import answer, chat, convert, demo, eval, export, mini, pretrain, qa, shards, tune
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.recipe import Recipe
-from bt_adapter.terminal import replace_unencodable
+from bt_adapter.terminal import prepare_output
 from bt_adapter.tune.recipe import TuneRecipe
 
 DESCRIPTION = "Video for image chat models: chat, pretraining of the branch, zero-shot evaluation, and the demo."
@@ -48,7 +48,7 @@ def commands(recipe: Recipe, tuning: TuneRecipe) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns 0, or 2 after printing one line on what was wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    replace_unencodable()
+    prepare_output()
     try:
         if argv[:1] == ["mini"] and len(argv) > 1 and argv[1] in mini.PARTS:
             return mini.run_part(argv[1], argv[2:])

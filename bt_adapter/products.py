@@ -2,6 +2,11 @@
 
 On a CPU with AVX-512 that is not Intel's, MKL, which torch asks for float32 products, stays with AVX2; oneDNN, which
 comes with torch too, does not, and is 1.1-1.6 times as fast (``bench/NOTES.md``).
+
+The choice follows from the processor alone and is not measured, unlike that of a dtype (``dtypes.py``): the two
+libraries round differently, and the gap between them is within what other programs on the machine do to a short
+measurement. Two processes of one run, or a run and its resumption, could so choose differently, and their losses would
+no longer be equal bit for bit.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ prints with rich goes through the consoles and bars made here, which are told.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,14 @@ from rich.table import Table
 _WIDE = 10_000  # columns where no terminal limits them: nothing in a file or pipe is cut or wrapped
 
 
-def replace_unencodable() -> None:
-    """Let stdout write "?" for characters that its encoding lacks, instead of raising UnicodeEncodeError."""
+def prepare_output() -> None:
+    """Let stdout write "?" for characters that its encoding lacks, and take what is written where it is closed.
+
+    Python has None in the place of a stdout or stderr that was closed before the program began (``>&-`` in a shell).
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     reconfigure = getattr(sys.stdout, "reconfigure", None)  # what a test or a notebook put there may have none
     if reconfigure is not None:
         reconfigure(errors="replace")

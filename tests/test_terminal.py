@@ -168,7 +168,7 @@ def test_any_encoding_as_a_program(arguments):
 def test_tables_are_shown_in_any_encoding(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    terminal.replace_unencodable()
+    terminal.prepare_output()
     terminal.print_table(["\u88c1\u5224", "%"], [["r\u00e9d", "1.0"]])
     sys.stdout.flush()
     assert b"r?d" in written.getvalue() and b"1.0" in written.getvalue()
@@ -176,5 +176,14 @@ def test_tables_are_shown_in_any_encoding(monkeypatch):
 
 def test_a_stream_that_cannot_be_told_is_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    terminal.replace_unencodable()
+    terminal.prepare_output()
     assert isinstance(sys.stdout, io.StringIO)
+
+
+def test_a_closed_output_ends_no_command(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    terminal.prepare_output()
+    with sys.stdout, sys.stderr:
+        print("an answer", flush=True)
+        terminal.make_console(stderr=True).print("a note")
