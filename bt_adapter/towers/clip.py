@@ -20,6 +20,7 @@ def read(clip: Any, config: Any) -> FoundTower:
     have (an adapter's) keep their names, which the loading then refuses.
     """
     published, projection = {}, None
+    # a layer that stands in several places counts in each of them
     for name, tensor in (*clip.named_parameters(remove_duplicate=False), *clip.named_buffers()):
         if name.startswith(("text_model.", "text_projection", "logit_scale")) or name.endswith("position_ids"):
             continue

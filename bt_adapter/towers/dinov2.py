@@ -61,7 +61,10 @@ def read(model: Any, config: Any) -> FoundTower:
             "computed here; small, base and large are"
         )
     size = _picture_size(model, config)
-    state = {re.sub(r"^(?:dinov2|dinov2_with_registers)\.", "", n): t for n, t in model.named_parameters()}
+    state = {
+        re.sub(r"^(?:dinov2|dinov2_with_registers)\.", "", n): t
+        for n, t in model.named_parameters(remove_duplicate=False)
+    }
     tensors, scaled = own_tensors(state)
     tensors["position"] = _position(model, config, size)
     values = {

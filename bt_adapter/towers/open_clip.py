@@ -87,7 +87,7 @@ def read(model: Any) -> FoundTower:
     """
     visual = model.visual
     trunk = getattr(visual, "trunk", None)
-    state = dict((visual if trunk is None else trunk).named_parameters())
+    state = dict((visual if trunk is None else trunk).named_parameters(remove_duplicate=False))
     if trunk is None:
         config, tensors = _clip_config(visual), clip_tensors(state)
     else:
