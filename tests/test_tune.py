@@ -136,7 +136,7 @@ def test_loss_is_that_of_other_families_too(data, name):
 
 def test_families_whose_tokens_depend_on_the_question_are_refused(data):
     model = families.make_chat("instructblip")
-    chat = VideoChat(attach(model, families.make_branch(model)), make_tokenizer())
+    chat = VideoChat(attach(model, families.make_branch(model)), make_tokenizer(), None, make_tokenizer())
     with pytest.raises(CommandError, match="depend on the question"):
         Tuning(chat, recipe())
 
