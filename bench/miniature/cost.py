@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bt_adapter.mini.clip import load_clip
 from bt_adapter.mini.pretrain import PATCHES
-from bt_adapter.pretrain.step import Pretraining, backward, draw_visible
+from bt_adapter.pretrain.step import Pretraining, backward, draw_depth, draw_visible
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 0.9)
 BATCH = 16
@@ -33,10 +33,11 @@ def step_of(system: System) -> tuple[Callable[[], Tensor], Pretraining]:
     frames = torch.randint(256, (BATCH, FRAMES, 3, 48, 48), generator=generator, dtype=torch.uint8)
     words = torch.randn(BATCH, clip.config.projection_dim, generator=generator)
     visible = draw_visible(recipe, PATCHES, 0, 0, 1, torch.device("cpu"))
+    draws = draw_depth(module.model.config, recipe, visible, 0, 0, torch.device("cpu"))
 
     def step() -> Tensor:
         module.zero_grad(set_to_none=True)
-        return backward(module, frames, visible, words, recipe)
+        return backward(module, frames, visible, draws, words, recipe)
 
     return step, module
 

@@ -15,7 +15,7 @@ from bt_adapter.mini import training
 from bt_adapter.mini.pretrain import FRAMES, PATCHES, TIME_STD, branch_groups
 from bt_adapter.mini.scenes import TEMPLATES
 from bt_adapter.pretrain.recipe import Recipe
-from bt_adapter.pretrain.step import Pretraining, backward, draw_visible, mix
+from bt_adapter.pretrain.step import Pretraining, backward, draw_depth, draw_visible, mix
 from bt_kernels import VisibleTokens
 
 RATIO = 0.7
@@ -131,7 +131,9 @@ def train(
         template = torch.randint(len(TEMPLATES), (batch,), generator=torch.Generator().manual_seed(mix(seed, step, 2)))
         captions = texts[template, which[replay.rows]]
         optimizer.zero_grad(set_to_none=True)
-        losses = backward(module, pool.frames[replay.rows], visible_of(system, recipe, step), captions, recipe)
+        visible = visible_of(system, recipe, step)
+        draws = draw_depth(model.config, recipe, visible, step + 1, 0, visible.index.device)
+        losses = backward(module, pool.frames[replay.rows], visible, draws, captions, recipe)
         nn.utils.clip_grad_norm_(model.branch.parameters(), recipe.grad_norm)
         optimizer.step()
         if step >= steps - max(1, steps // 10):
