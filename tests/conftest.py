@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many GPU tests were skipped, so that a green run never reads as a run on a GPU."""
-    skipped = sum("gpu" in report.keywords for report in terminalreporter.stats.get("skipped", []))
+    skipped = sum("gpu" in getattr(report, "keywords", ()) for report in terminalreporter.stats.get("skipped", []))
     if skipped:
         terminalreporter.write_line(f"{skipped} GPU tests did not run: no GPU", yellow=True)
 
