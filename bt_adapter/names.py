@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,10 +77,15 @@ def _layer_to_own(name: str, eva: bool, temporal: bool) -> str:
     if temporal:
         name = re.sub(r"^(layer_norm1|norm1)\.", "norm.", name)
         name = name.replace("temporal_fc.", "fc.")
-    for pattern, replacement in _LAYER_EVA if eva else _LAYER_CLIP:
-        name, changed = re.subn(rf"^{pattern}", replacement, name)
+    return rename(name, _LAYER_EVA if eva else _LAYER_CLIP)
+
+
+def rename(name: str, patterns: Sequence[tuple[str, str]]) -> str:
+    """``name`` with its beginning replaced by the first pattern (a regular expression) that it begins with."""
+    for pattern, replacement in patterns:
+        found, changed = re.subn(rf"^{pattern}", replacement, name)
         if changed:
-            break
+            return found
     return name
 
 

@@ -6,7 +6,6 @@ a video chat model's processor says how many frames it takes, its configuration 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +68,10 @@ def read_sampling(model: str, branch: str | None) -> tuple[dict[str, Any], str]:
         path = Path(name or "") / file
         if name is None or not path.is_file():
             continue
+        about = read_json(path)
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
             found = about.get("sampling") or {"frames": about["recipe"]["frames"], "repeat": True}
             return {key: found[key] for key in DEFAULTS if key in found}, str(name)
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (KeyError, TypeError):
             continue  # who loads the folder says what is wrong with it
     return {}, ""

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from bt_adapter.checkpoint import CheckpointError, load_exactly
+from bt_adapter.names import rename
 from bt_adapter.text import ClipText, OpenClipText, TextEncoder
 
 _PREFIX = "text_backbone."
@@ -70,18 +71,10 @@ def _eva_text(own: Mapping[str, Tensor], text: TextEncoder) -> TextEncoder:
         elif name == "text_projection":
             state["text_projection.weight"] = tensor.T
         else:
-            state[_eva_name(name)] = tensor
+            state[rename(name, _EVA)] = tensor
     model = CLIPTextModelWithProjection(_eva_config(state, text))
     load_exactly(model, state, "the checkpoint's text tower")
     return ClipText(model, text.tokenizer)
-
-
-def _eva_name(name: str) -> str:
-    for pattern, replacement in _EVA:
-        found, changed = re.subn(rf"^{pattern}", replacement, name)
-        if changed:
-            return found
-    return name
 
 
 def _eva_config(state: Mapping[str, Tensor], text: TextEncoder) -> CLIPTextConfig:

@@ -212,9 +212,9 @@ class VideoPrompts:
         Raises:
             ValueError: the prompts have another number of places than the visuals have tokens.
         """
-        embeds = self.get_input_embeddings()(self.known_ids(input_ids))  # type: ignore[attr-defined]
-        places = self.known_ids(input_ids) == self.config.image_token_id
-        return _put(embeds, places, visuals, "visual") if len(visuals) else embeds
+        ids = self.known_ids(input_ids)
+        embeds = self.get_input_embeddings()(ids)  # type: ignore[attr-defined]
+        return _put(embeds, ids == self.config.image_token_id, visuals, "visual") if len(visuals) else embeds
 
     def known_ids(self, ids: Tensor) -> Tensor:
         """Ids of the vocabulary, with the image token in the places of videos."""

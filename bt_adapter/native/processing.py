@@ -62,7 +62,7 @@ class VideoReader:
         if isinstance(video, (str, os.PathLike, bytes)):
             frames = self._decode(video, num_frames, fps)
         else:
-            frames = self._in_memory(video)
+            frames = self.in_memory(video)
             if fps is not None:
                 raise ValueError("fps must not be given with frames in memory, whose times are not known")
             if num_frames is not None and num_frames != len(frames):
@@ -82,7 +82,8 @@ class VideoReader:
         return torch.cat(list(FrameStream(video, fps=fps, side=self.images.largest_side)))
 
     @staticmethod
-    def _in_memory(video: Any) -> Tensor:
+    def in_memory(video: Any) -> Tensor:
+        """Frames that were decoded elsewhere as uint8 ``[T, 3, H, W]``. Raises TypeError for anything else."""
         if isinstance(video, (list, tuple)):
             video = np.stack(
                 [np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame) for frame in video]
@@ -226,7 +227,7 @@ class _LlavaProcessing(VideoProcessing):
         """
         if videos is not None:  # transformers checks the number of places by its own idea of a video
             videos = [os.fspath(v) if isinstance(v, os.PathLike) else v for v in flat_videos(videos)]
-            videos = [self.video_processor._in_memory(v) if isinstance(v, (list, tuple)) else v for v in videos]
+            videos = [VideoReader.in_memory(v) if isinstance(v, (list, tuple)) else v for v in videos]
         if isinstance(text, list):
             text = list(text)  # transformers writes into it
         return super().__call__(images=images, text=text, videos=videos, **kwargs)  # type: ignore[misc]

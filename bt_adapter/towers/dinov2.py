@@ -18,6 +18,7 @@ from bt_adapter.config import TowerConfig
 from bt_adapter.errors import CheckpointError
 from bt_adapter.hugging_face import load_pretrained
 from bt_adapter.image_settings import read_crop_size, read_image_settings
+from bt_adapter.names import rename
 from bt_adapter.towers.clip import name_of
 from bt_adapter.towers.found import FoundTower
 
@@ -103,11 +104,7 @@ def own_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], frozens
 
 
 def _own_name(name: str) -> str:
-    for pattern, replacement in _NAMES:
-        found, changed = re.subn(rf"^{pattern}", replacement, name)
-        if changed:
-            return re.sub(r"\.(query|key|value)\.", lambda match: f".{_PROJECTIONS[match[1]]}.", found)
-    return name
+    return re.sub(r"\.(query|key|value)\.", lambda match: f".{_PROJECTIONS[match[1]]}.", rename(name, _NAMES))
 
 
 def _picture_size(model: Any, config: Any) -> int:

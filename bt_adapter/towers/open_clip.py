@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bt_adapter.config import TowerConfig
 from bt_adapter.errors import CheckpointError, CommandError
 from bt_adapter.image_settings import ImageSettings
-from bt_adapter.names import to_own
+from bt_adapter.names import rename, to_own
 from bt_adapter.towers.clip import name_of
 from bt_adapter.towers.found import FoundTower
 
@@ -105,7 +105,7 @@ def clip_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name == "proj":
             tensors["projection.weight"] = tensor.detach().T
         else:
-            tensors[_own_name(name)] = tensor
+            tensors[rename(name, _NAMES)] = tensor
     return tensors
 
 
@@ -144,14 +144,6 @@ def image_settings(model: Any) -> ImageSettings:
         tuple(map(float, values.get("mean") or plain.mean)),
         tuple(map(float, values.get("std") or plain.std)),
     )
-
-
-def _own_name(name: str) -> str:
-    for pattern, replacement in _NAMES:
-        found, changed = re.subn(rf"^{pattern}", replacement, name)
-        if changed:
-            return found
-    return name
 
 
 def _clip_config(visual: Any) -> TowerConfig:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bt_adapter.config import TowerConfig
+from bt_adapter.names import rename
 from bt_adapter.towers.clip import name_of
 from bt_adapter.towers.found import FoundTower
 
@@ -63,13 +64,5 @@ def own_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for part, piece in zip("qkv", tensor.detach().chunk(3), strict=True):
                 tensors[f"projection.attention.{part}_proj.{match[1]}"] = piece
         else:
-            tensors[_own_name(name)] = tensor
+            tensors[rename(name, _NAMES)] = tensor
     return tensors
-
-
-def _own_name(name: str) -> str:
-    for pattern, replacement in _NAMES:
-        found, changed = re.subn(rf"^{pattern}", replacement, name)
-        if changed:
-            return found
-    return name
