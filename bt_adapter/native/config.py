@@ -33,6 +33,10 @@ class VideoFields:
     use_branch: bool = True
     long_videos: Long = "average"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        cls.attribute_map = cls.attribute_map | {"video_token_id": "video_token_index"}  # type: ignore[attr-defined]
+        super().__init_subclass__(**kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         check_long(self.long_videos)
@@ -59,32 +63,27 @@ class BTAdapterLlavaConfig(VideoFields, LlavaConfig):
     """The configuration of LLaVA-1.5 (or a converted LLaVA v1) with a branch."""
 
     model_type = "bt_adapter_llava"
-    attribute_map = LlavaConfig.attribute_map | {"video_token_id": "video_token_index"}
 
 
 class BTAdapterLlavaNextConfig(VideoFields, LlavaNextConfig):
     """The configuration of LLaVA-NeXT with a branch."""
 
     model_type = "bt_adapter_llava_next"
-    attribute_map = LlavaNextConfig.attribute_map | {"video_token_id": "video_token_index"}
 
 
 class BTAdapterVipLlavaConfig(VideoFields, VipLlavaConfig):
     """The configuration of ViP-LLaVA with a branch."""
 
     model_type = "bt_adapter_vipllava"
-    attribute_map = VipLlavaConfig.attribute_map | {"video_token_id": "video_token_index"}
 
 
 class BTAdapterBlip2Config(VideoFields, Blip2Config):
     """The configuration of BLIP-2 with a branch."""
 
     model_type = "bt_adapter_blip_2"
-    attribute_map = Blip2Config.attribute_map | {"video_token_id": "video_token_index"}
 
 
 class BTAdapterInstructBlipConfig(VideoFields, InstructBlipConfig):
     """The configuration of InstructBLIP with a branch."""
 
     model_type = "bt_adapter_instructblip"
-    attribute_map = InstructBlipConfig.attribute_map | {"video_token_id": "video_token_index"}
