@@ -1,0 +1,252 @@
+"""The small world: one tinted item on a dim background, in clips where something happens and in stills that show it.
+
+The item and its colour show in any frame. Events come in pairs, neighbours in ``EVENTS``, whose clips hold **the same
+frames in another order**, so that no function of the set of frames, a frame mean least of all, tells the two apart
+better than by chance:
+
+- motion and size: the counterpart is the exact time reversal;
+- order of two events: there and back on the same way, begun at the other end. Each clip is its own time reversal, so
+  that the direction of time does not tell them apart;
+- speed: a swing at eight phases of its period, visited one at a time (one swing a clip) or every third (three swings).
+
+A still in which an event shows (:func:`exposures`) is a weighted mean of the event's frames, as a shutter or a flash
+weighs them. Labels are int64 ``[n, 3]``: item, colour and event, the event -1 where a still shows none. Images are
+uint8 RGB of 48 x 48 pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from miniature.items import ITEMS, Items
+from torch import Tensor
+
+SIZE = 48
+FRAMES = 8
+FAST = 3  # phases between two frames of a quick swing; coprime to FRAMES, so that all phases are visited
+COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+TEMPLATES = ("a {}", "the {}", "a photo of a {}", "a picture of a {}")
+RGB = ((0.95, 0.12, 0.12), (0.1, 0.85, 0.15), (0.15, 0.3, 1.0), (0.95, 0.9, 0.1), (0.7, 0.15, 0.85), (0.95, 0.95, 0.95))
+
+
+class Event(NamedTuple):
+    """What happens in a clip: its words, the kind of question it answers, what changes, and how in [0, 1]."""
+
+    phrase: str
+    kind: str
+    channel: str
+    profile: str
+
+
+EVENTS = (
+    Event("moving left", "motion", "x", "fall"),
+    Event("moving right", "motion", "x", "rise"),
+    Event("moving up", "motion", "y", "fall"),
+    Event("moving down", "motion", "y", "rise"),
+    Event("appearing", "motion", "opacity", "rise"),
+    Event("disappearing", "motion", "opacity", "fall"),
+    Event("growing", "size", "size", "rise"),
+    Event("shrinking", "size", "size", "fall"),
+    Event("moving left then right", "order", "x", "dip"),
+    Event("moving right then left", "order", "x", "peak"),
+    Event("moving up then down", "order", "y", "dip"),
+    Event("moving down then up", "order", "y", "peak"),
+    Event("growing then shrinking", "order", "size", "peak"),
+    Event("shrinking then growing", "order", "size", "dip"),
+    Event("appearing then disappearing", "order", "opacity", "peak"),
+    Event("disappearing then appearing", "order", "opacity", "dip"),
+    Event("moving slowly", "speed", "swing", "slow"),
+    Event("moving quickly", "speed", "swing", "fast"),
+)
+KINDS = tuple(dict.fromkeys(event.kind for event in EVENTS))
+SINGLE = tuple(number for number, event in enumerate(EVENTS) if event.kind in ("motion", "size"))
+EXPOSURES = ("ramp", "rear flash", "front flash", "ghosts", "late shutter")
+
+
+def of_kind(*kinds: str) -> tuple[int, ...]:
+    """Numbers in EVENTS of the events of these kinds."""
+    return tuple(number for number, event in enumerate(EVENTS) if event.kind in kinds)
+
+
+def caption(item: int, colour: int, event: int = -1, template: int = 0) -> str:
+    """The caption of a label, as "a red sneaker moving left"; a negative item, colour or event is left unnamed."""
+    words = (
+        COLOURS[colour] if colour >= 0 else "",
+        ITEMS[item] if item >= 0 else "thing",
+        EVENTS[event].phrase if event >= 0 else "",
+    )
+    return TEMPLATES[template].format(" ".join(filter(None, words)))
+
+
+def random_labels(n: int, events: Sequence[int], generator: torch.Generator) -> Tensor:
+    """``n`` labels, uniform over items, colours and the given events (-1 among them: none)."""
+    columns = (torch.arange(len(ITEMS)), torch.arange(len(COLOURS)), torch.tensor(list(events)))
+    return torch.stack([values[torch.randint(len(values), (n,), generator=generator)] for values in columns], 1)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All that is random in ``n`` scenes but item, colour and event: a row serves any event, and both of a pair."""
+
+    sprite: Tensor  # uint8 [n, 28, 28]
+    travel: Tensor  # [n], pixels of a motion
+    place: Tensor  # [n, 2], centre of the motion
+    rest: Tensor  # [n, 2], offset from that centre along an axis on which nothing moves
+    size: Tensor  # [n], of what keeps its size, in pixels
+    mean_size: Tensor  # [n], of what grows
+    growth: Tensor  # [n], ratio of its largest to its smallest size
+    opacity: Tensor  # [n], of what does not fade
+    faint: Tensor  # [n], least opacity of what fades
+    full: Tensor  # [n], greatest opacity of what fades
+    phase: Tensor  # [n], of a swing
+    vertical: Tensor  # bool [n], whether a swing is
+    tint: Tensor  # [n, 3]
+    background: Tensor  # [n, 3, 48, 48]
+
+    def repeat(self, times: int) -> Draws:
+        """Every row ``times`` times, one after the other."""
+        return Draws(**{name: value.repeat_interleave(times, 0) for name, value in vars(self).items()})
+
+
+def draw(items: Items, labels: Tensor, generator: torch.Generator) -> Draws:
+    """The draws of scenes with these items and colours."""
+    n = len(labels)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(n, *shape, generator=generator) * (high - low) + low
+
+    travel = uniform(12, 24)
+    coarse = uniform(0, 1, 3, 6, 6) * uniform(0.05, 0.3, 1, 1, 1)
+    return Draws(
+        sprite=items.draw(labels[:, 0], generator),
+        travel=travel,
+        place=SIZE / 2 + uniform(-1, 1, 2) * (14 - travel[:, None] / 2),
+        rest=uniform(-0.5, 0.5, 2) * travel[:, None],
+        size=uniform(16, 32),
+        mean_size=uniform(18, 26),
+        growth=uniform(1.6, 2.2),
+        opacity=uniform(0.6, 1),
+        faint=uniform(0, 0.15),
+        full=uniform(0.8, 1),
+        phase=uniform(0, 2 * math.pi),
+        vertical=torch.rand(n, generator=generator) < 0.5,
+        tint=(torch.tensor(RGB)[labels[:, 1]] + uniform(-0.08, 0.08, 3)).clamp(0, 1),
+        background=F.interpolate(coarse, size=(SIZE, SIZE), mode="bilinear", align_corners=False),
+    )
+
+
+def render(draws: Draws, event: Tensor) -> Tensor:
+    """The clips of these draws and events (int64 ``[n]``): uint8 ``[n, 8, 3, 48, 48]``."""
+    return _bytes(_scenes(draws, event))
+
+
+def clips(items: Items, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """One clip a label: uint8 ``[n, 8, 3, 48, 48]``."""
+    return render(draw(items, labels, generator), labels[:, 2])
+
+
+def plain_stills(items: Items, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """One still a label in which nothing happens: uint8 ``[n, 3, 48, 48]``. The item is anywhere, 17 to 36 px wide."""
+    draws, n = draw(items, labels, generator), len(labels)
+    size = torch.rand(n, generator=generator) * 19 + 17
+    margin = (size * 0.42).clamp(max=SIZE / 2)[:, None]
+    centre = margin + torch.rand(n, 2, generator=generator) * (SIZE - 2 * margin)
+    return _bytes(_compose(draws, centre[:, None], size[:, None], draws.opacity[:, None])[:, 0])
+
+
+def exposures(items: Items, labels: Tensor, generator: torch.Generator, kinds: Sequence[str] = EXPOSURES) -> Tensor:
+    """One still a label in which its event shows: uint8 ``[n, 3, 48, 48]``, each of a random one of ``kinds``."""
+    draws = draw(items, labels, generator)
+    return _bytes(_scenes(draws, labels[:, 2], exposure_weights(len(labels), generator, kinds)))
+
+
+def exposure_weights(n: int, generator: torch.Generator, kinds: Sequence[str] = EXPOSURES) -> Tensor:
+    """How much each of the eight frames counts in ``n`` stills, ``[n, 8]``, each row of sum 1.
+
+    In every kind the end of the event weighs more than its beginning, so that a still tells which of a pair it shows:
+    "ramp": a long exposure under a brightening light; "rear flash": an even exposure and a flash at its end; "front
+    flash": a weak flash at the beginning, then a ramp; "ghosts": three instants of growing weight; "late shutter": a
+    ramp over the last four to six frames.
+    """
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(n, 1, generator=generator) * (high - low) + low
+
+    number = torch.arange(FRAMES)
+    ramp = (0.12 + 0.88 * number / (FRAMES - 1)) ** uniform(1, 3)
+    first, last = (number == 0).float(), (number == FRAMES - 1).float()
+    flash, share = uniform(0.35, 0.65), uniform(0.2, 0.35)
+    middle = (number == torch.randint(2, 6, (n, 1), generator=generator)).float()
+    opened = torch.randint(2, 5, (n, 1), generator=generator)
+    table = {
+        "ramp": ramp,
+        "rear flash": flash * last + (1 - flash) / FRAMES,
+        "front flash": 0.2 * first + 0.8 * ramp / ramp.sum(1, keepdim=True),
+        "ghosts": share / 2 * first + share * middle + (1 - 1.5 * share) * last,
+        "late shutter": ramp * (number >= opened),
+    }
+    weights = torch.stack([table[kind] for kind in kinds], 1)
+    chosen = weights[torch.arange(n), torch.randint(len(kinds), (n,), generator=generator)]
+    return chosen / chosen.sum(1, keepdim=True)
+
+
+def _scenes(draws: Draws, event: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The frames of the events as floats in 0..1, or with weights ``[n, 8]`` their weighted mean."""
+    value = _profiles(draws.phase, event)  # how far each event is in each frame
+
+    def changes(channel: str) -> Tensor:
+        return torch.tensor([known.channel == channel for known in EVENTS])[event]
+
+    swing, centre = changes("swing"), []
+    for axis, moves in enumerate((changes("x") | swing & ~draws.vertical, changes("y") | swing & draws.vertical)):
+        step = (value - 0.5) * draws.travel[:, None]
+        centre.append(draws.place[:, axis, None] + torch.where(moves[:, None], step, draws.rest[:, axis, None]))
+    grown = draws.mean_size[:, None] * draws.growth[:, None] ** (value - 0.5)
+    size = torch.where(changes("size")[:, None], grown, draws.size[:, None])
+    faded = draws.faint[:, None] + (draws.full - draws.faint)[:, None] * value
+    opacity = torch.where(changes("opacity")[:, None], faded, draws.opacity[:, None])
+    return _compose(draws, torch.stack(centre, -1), size, opacity, weights)
+
+
+def _profiles(phase: Tensor, event: Tensor) -> Tensor:
+    """How far each clip's event is in each frame, ``[n, 8]`` in [0, 1]."""
+    half = FRAMES // 2
+    rise, back = torch.arange(FRAMES) / (FRAMES - 1), torch.arange(half) / (half - 1)
+    dip, peak = torch.cat([back.flip(0), back]), torch.cat([back, back.flip(0)])
+    known = {"rise": rise, "fall": rise.flip(0), "dip": dip, "peak": peak}
+    for name, ahead in (("slow", 1), ("fast", FAST)):
+        # phases are numbered modulo 8 before the cosine is taken, so that both speeds give the very same floats
+        turn = (torch.arange(FRAMES) * ahead) % FRAMES * (2 * math.pi / FRAMES)
+        known[name] = 0.5 + 0.5 * torch.cos(phase[:, None] + turn)
+    table = torch.stack([known[one.profile].expand(len(phase), -1) for one in EVENTS], 1)
+    return table[torch.arange(len(event)), event]
+
+
+def _compose(draws: Draws, centre: Tensor, size: Tensor, opacity: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The sprites placed at ``centre`` [n, T, 2] with ``size`` and ``opacity`` [n, T]: float [n, T, 3, 48, 48].
+
+    With weights [n, T] the weighted mean over T, [n, 3, 48, 48]; a frame is linear in cover and light, so these are
+    averaged, which is a third of the work.
+    """
+    n, frames = size.shape
+    theta = torch.zeros(n, frames, 2, 3)
+    theta[..., 0, 0] = theta[..., 1, 1] = SIZE / size
+    theta[..., :, 2] = (SIZE - 2 * centre) / size[..., None]
+    grid = F.affine_grid(theta.flatten(0, 1), [n * frames, 1, SIZE, SIZE], align_corners=False)
+    sprite = (draws.sprite.float() / 255)[:, None, None].expand(n, frames, 1, 28, 28).flatten(0, 1)
+    value = F.grid_sample(sprite, grid, align_corners=False).view(n, frames, SIZE, SIZE)
+    cover = (value * 3).clamp_(max=1) * opacity[..., None, None]
+    light = (value * 0.75 + 0.25) * cover
+    if weights is not None:
+        cover, light = ((part * weights[..., None, None]).sum(1, keepdim=True) for part in (cover, light))
+    image = draws.background[:, None] * (1 - cover[:, :, None]) + light[:, :, None] * draws.tint[:, None, :, None, None]
+    return image if weights is None else image[:, 0]
+
+
+def _bytes(frames: Tensor) -> Tensor:
+    return (frames * 255).round_().clamp_(0, 255).to(torch.uint8)
