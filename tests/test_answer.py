@@ -26,6 +26,7 @@ from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.watch import Sampling
 from bt_adapter.commands.answer import Answer
 from bt_adapter.data import write_video
+from bt_adapter.data.finding import VisualFolder
 from bt_adapter.data.workers import worker_context
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
@@ -81,7 +82,7 @@ def test_answers_are_those_of_single_questions(chat, folder, expected, tmp_path)
     assert found[1] == {"id": "q1", "video": "a", "question": QUESTIONS[1], "answer": "left",
                         "prediction": found[1]["prediction"]}  # fmt: skip
     for row in found:
-        tokens = watch.watch(chat, answer.find_video(folder, row["video"]), Sampling(frames=4)).tokens
+        tokens = watch.watch(chat, VisualFolder(folder).find(row["video"], "video")[0], Sampling(frames=4)).tokens
         assert chat.ask(tokens[None], row["question"], 6).text == row["prediction"]
     assert len({row["prediction"] for row in found}) > 1
     assert set(skipped.reasons) == {"3 (broken.mp4)", "q5 (none.mp4)", "q7 (broken.mp4)"}
@@ -172,7 +173,7 @@ def test_rows_of_other_runs_are_refused(folder, tmp_path):
     [
         (b'{"video": "a", "question": "how ?"}\n{"video": "b", "question": "\xff"}\n', "line 2: not UTF-8"),
         (b'{"video": "a", "question": "how ?"}\n{"video": \n', "line 2: not JSON"),
-        (b'{"video": "a"}\n', "line 1: expected an object with the texts video and question"),
+        (b'{"video": "a"}\n', "line 1: expected an object with the texts video .or image. and question"),
         (b"[1]\n", "line 1: expected an object"),
         (b'\n{"video": "a", "question": "  "}\n', "line 2: the question is empty"),
         (b'{"id": 1, "video": "a", "question": "x"}\n{"id": "1", "video": "a", "question": "y"}\n', "id '1' is there"),

@@ -8,7 +8,7 @@ import pytest
 from tuning import write_clips
 
 from bt_adapter.chat.answer import read_questions
-from bt_adapter.data.finding import SUFFIXES, VideoFolder, find_video
+from bt_adapter.data.finding import SUFFIXES, VideoFolder, VisualFolder
 from bt_adapter.data.video import VideoError
 from bt_adapter.eval import qa
 from bt_adapter.tune.conversations import read_conversations
@@ -59,10 +59,10 @@ def test_one_rule(folder, files, name, found):
     if found in (None, "twice"):
         with pytest.raises(VideoError, match="there is no .*" if found is None else "2 times .*name its folder"):
             VideoFolder(root).find(name)
-        assert find_video(root, name) == root / name
+        assert VisualFolder(root).find(name, "video") == (root / name, "video")
     else:
         assert VideoFolder(root).find(name) == str(root / found)
-        assert find_video(root, name) == qa._find(root, name) == root / found
+        assert VisualFolder(root).find(name, "video") == qa._find(VisualFolder(root), name) == (root / found, "video")
 
 
 def test_every_suffix_is_found_and_a_folder_of_that_name_is_no_video(folder):
@@ -75,7 +75,7 @@ def test_every_suffix_is_found_and_a_folder_of_that_name_is_no_video(folder):
 
 def test_what_may_stand_before_a_name(folder):
     root = folder("v_abc.mp4", "video7.mp4", "part/vid8.avi", "9.srt", "vid9.avi")
-    names = [qa._find(VideoFolder(root), name).relative_to(root).as_posix() for name in ("abc", "7", "8", "9")]
+    names = [qa._find(VisualFolder(root), name)[0].relative_to(root).as_posix() for name in ("abc", "7", "8", "9")]
     assert names == ["v_abc.mp4", "video7.mp4", "part/vid8.avi", "vid9.avi"]
 
 

@@ -15,6 +15,7 @@ from test_answer import chat, folder  # noqa: F401 (fixtures)
 from bt_adapter import cli
 from bt_adapter.chat import answer
 from bt_adapter.chat.rows import Rows
+from bt_adapter.data.finding import VisualFolder
 from bt_adapter.errors import CommandError
 from bt_adapter.eval import judge, qa
 from bt_adapter.eval.judge import Case, Judge, JudgeError, judge_all, summary
@@ -49,7 +50,7 @@ def test_every_benchmarks_records(tmp_path):
     assert qa.aspects_of(two, tmp_path / "x") == ("consistency",) and qa.aspects_of(four, tmp_path / "x") == ("match",)
     for name, written in (("7.mp4", "7"), ("vid7.avi", "7"), ("video7.mp4", "7"), ("v_xyz.mkv", "xyz")):
         (tmp_path / name).write_bytes(b"x")
-        assert qa._find(tmp_path, written).name == name
+        assert qa._find(VisualFolder(tmp_path), written)[0].name == name
         (tmp_path / name).unlink()
 
 

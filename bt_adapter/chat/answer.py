@@ -1,4 +1,4 @@
-"""Answers to a list of questions about videos, in batches, in a file that survives being killed."""
+"""Answers to a list of questions about videos and stills, in batches, in a file that survives being killed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.session import chosen_dtype, load, sampling_of, say_choices
 from bt_adapter.chat.shares import SharedRows, share_of
-from bt_adapter.chat.watch import Sampling, watch
-from bt_adapter.data.finding import VideoFolder, find_video
+from bt_adapter.chat.watch import Sampling, Watched, look, watch
+from bt_adapter.data.finding import VisualFolder
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
 from bt_adapter.dtypes import ChosenDtype
@@ -40,10 +40,11 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a video file.
+    """A question about a file: a video, or a still, which is asked about as the image chat model takes it.
 
-    id: unique; what its answer is found by. extra: copied into the answer's row. given: the video as it was asked for,
-    which tells files of one name in two folders apart; None: its file name.
+    id: unique; what its answer is found by. video: the file. extra: copied into the answer's row. given: the file as it
+    was asked for, which tells files of one name in two folders apart; None: its name. kind: "video" or "image"; the
+    answer's row names the file under this.
     """
 
     id: str
@@ -51,10 +52,11 @@ class Question:
     text: str
     extra: dict[str, Any] = field(default_factory=dict)
     given: str | None = None
+    kind: str = "video"
 
     @property
     def name(self) -> str:
-        """Of the video."""
+        """The name of the video or still."""
         return self.video.name if self.given is None else self.given
 
 
@@ -105,10 +107,10 @@ def answer_with(
     """
     for question in questions:
         row = rows.done.get(question.id)
-        if row is not None and (row["question"], row["video"]) != (question.text, question.name):
+        if row is not None and (row["question"], row.get(question.kind)) != (question.text, question.name):
             raise CommandError(
-                f"{rows.path}: the answer of id {question.id!r} is to {row['question']!r} about {row['video']}, but "
-                f"the question now is {question.text!r} about {question.name}"
+                f"{rows.path}: the answer of id {question.id!r} is to {row['question']!r} about "
+                f"{row.get('video', row.get('image'))}, but the question now is {question.text!r} about {question.name}"
             )
     pending = [question for question in questions if question.id not in rows.done]
     if len(pending) < len(questions):
@@ -183,9 +185,10 @@ def answer_all(
 ) -> Skipped:
     """Greedy answers, ``batch`` prompts at a time, each batch on disk before the next begins.
 
-    Videos are encoded once for questions that stand together, and decoded by ``workers`` threads beside the model's
-    work. A row: id, video, question, prediction, and the extra fields. Returns ``skipped`` (None: a new one) with the
-    questions that could not be put: broken or missing video, one of more frames than the model takes, prompt too long.
+    Videos and stills are encoded once for questions that stand together; videos are decoded by ``workers`` threads
+    beside the model's work. A row: id, video or image, question, prediction, and the extra fields. Returns ``skipped``
+    (None: a new one) with the questions that could not be put: broken or missing file, a video of more frames than the
+    model takes, prompt too long.
 
     Raises StorageError where a video cannot be reached and the file is not known to be broken.
     """
@@ -193,13 +196,13 @@ def answer_all(
     room = video_room(context(chat.model), 0, max_new_tokens)
     sampling = replace(sampling, side=chat.images.largest_side)
     with DecodedAhead(sampling, lambda chunk: chat.prepare(chunk)[0], workers) as ahead:
-        videos = _Videos(chat, sampling, batch, room, ahead, [question.video for question in questions])
+        files = _Files(chat, sampling, batch, room, ahead, questions)
         for start in range(0, len(questions), batch):
             asked, prompts = [], []
             for question in questions[start : start + batch]:
                 name = f"{question.id} ({question.name})"
                 try:
-                    visual = videos.get(question.video)
+                    visual = files.get(question)
                 except ValueError as error:
                     skipped.add(name, str(error))
                     continue
@@ -211,7 +214,7 @@ def answer_all(
             if asked:
                 texts = answer_batch(chat.model, chat.tokenizer, prompts, max_new_tokens)
                 rows.append([
-                    {"id": q.id, "video": q.name, "question": q.text, **q.extra, "prediction": text}
+                    {"id": q.id, q.kind: q.name, "question": q.text, **q.extra, "prediction": text}
                     for q, text in zip(asked, texts, strict=True)
                 ])  # fmt: skip
             if progress is not None:
@@ -220,14 +223,17 @@ def answer_all(
 
 
 def read_questions(path: Path, videos: Path) -> list[Question]:
-    """The questions of a JSON-lines file: {"video", "question"}, optionally "id" (else the line's number) and "answer".
+    """The questions of a JSON-lines file: {"video" or "image", "question"}, optionally "id" (else the line's number)
+    and "answer".
 
-    ``videos``: the folder of the files named (a name may lack its suffix), or the one file that all are about.
+    ``videos``: the folder of the files named (a name may lack its suffix), or the one file that all are about. A file
+    named as a video that is a picture is asked about as a still.
 
-    Raises CommandError naming the line: not UTF-8, not JSON, a field missing, an empty question, an id twice.
+    Raises CommandError naming the line: not UTF-8, not JSON, a field missing, both a video and a still, an empty
+    question, an id twice.
     """
     questions: dict[str, Question] = {}
-    folder = VideoFolder(videos)
+    folder = VisualFolder(videos.parent if videos.is_file() else videos)
     for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON may hold U+2028 and the like as they are
         if not line.strip():
             continue
@@ -236,17 +242,22 @@ def read_questions(path: Path, videos: Path) -> list[Question]:
             row = json.loads(line)
         except ValueError as error:
             raise CommandError(f"{where}: not JSON ({error})") from error
-        wanted = ("question",) if videos.is_file() else ("video", "question")
+        kind = "image" if isinstance(row, dict) and row.get("image") is not None else "video"
+        wanted = ("question",) if videos.is_file() else (kind, "question")
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in wanted):
+            wanted = wanted if videos.is_file() else ("video (or image)", "question")
             raise CommandError(f"{where}: expected an object with the texts {' and '.join(wanted)}")
+        if kind == "image" and row.get("video") is not None:
+            raise CommandError(f"{where}: names a video and an image; a question is about one of them")
         if not row["question"].strip():
             raise CommandError(f"{where}: the question is empty")
         key = str(row.get("id", number))
         if key in questions:
             raise CommandError(f"{where}: id {key!r} is there twice")
-        given = None if videos.is_file() else row["video"]
-        video = videos if given is None else find_video(folder, given)
-        questions[key] = Question(key, video, row["question"], {k: row[k] for k in ("answer",) if k in row}, given)
+        given = None if videos.is_file() else row[kind]
+        path, kind = folder.find(videos.name, "video") if given is None else folder.find(given, kind)
+        extra = {k: row[k] for k in ("answer",) if k in row}
+        questions[key] = Question(key, path, row["question"], extra, given, kind)
     if not questions:
         raise CommandError(f"{path}: holds no question")
     return list(questions.values())
@@ -264,50 +275,61 @@ def read_text(path: Path) -> str:
 def _prompt(chat: VideoChat, visual: Visual, question: str, max_new_tokens: int) -> tuple[list[int], list[Visual]]:
     visual = visual.asked(question)
     length = len(visual.tokens)
-    ids = conversation_ids(chat.processor, [Turn(question, ("video",))], [length])
+    ids = conversation_ids(chat.processor, [Turn(question, (visual.kind,))], [length])
     check_context(context(chat.model), len(ids), length, max_new_tokens)
     return ids, [visual]
 
 
-class _Videos:
-    """The last videos' tokens, and the names of those that cannot be read.
+class _Files:
+    """The tokens of the last videos and stills, and the names of those that cannot be read.
 
-    chat, sampling, room: how they are watched. most: how many are kept. ahead: what decodes them. order: the video of
-    each question, in the order in which they are asked for.
+    chat, sampling, room: how videos are watched. most: how many files' tokens are kept. ahead: decodes the videos.
+    asked: the questions, in the order in which their files will be asked for.
     """
 
     def __init__(
-        self, chat: VideoChat, sampling: Sampling, most: int, room: int, ahead: DecodedAhead, order: Sequence[Path]
+        self, chat: VideoChat, sampling: Sampling, most: int, room: int, ahead: DecodedAhead, asked: Sequence[Question]
     ) -> None:
         self.chat, self.sampling, self.most, self.room, self.ahead = chat, sampling, most, room, ahead
-        self.order = [path for path, _ in groupby(order)]
+        self.order = [file for file, _ in groupby((question.kind, question.video) for question in asked)]
         self.place = 0  # in the order
-        self.seen: dict[Path, Visual] = {}
-        self.broken: dict[Path, str] = {}
+        self.seen: dict[tuple[str, Path], Visual] = {}
+        self.broken: dict[tuple[str, Path], str] = {}
 
-    def get(self, path: Path) -> Visual:
-        """The video's tokens; those of the next ones are decoded meanwhile.
+    def get(self, question: Question) -> Visual:
+        """Tokens of the question's file; the next videos are decoded meanwhile.
 
         Raises ValueError (VideoError), each time one is asked for that cannot be read or is more than fits.
         """
-        if self.order[self.place] != path:
+        file = (question.kind, question.video)
+        if self.order[self.place] != file:
             self.place += 1
-        if path in self.broken:
-            raise ValueError(self.broken[path])
-        if path not in self.seen:
+        if file in self.broken:
+            raise ValueError(self.broken[file])
+        if file not in self.seen:
             if len(self.seen) >= self.most:
                 del self.seen[next(iter(self.seen))]
-            video = self.ahead.take(path)
-            self._begin_next()
+            read = self._watch if question.kind == "video" else self._look
             try:
-                self.seen[path] = watch(self.chat, video, self.sampling, room=self.room)
+                self.seen[file] = read(question.video)
             except ValueError as error:  # VideoError, or more frames than this model takes of a video
-                self.broken[path] = str(error)
+                self.broken[file] = str(error)
                 raise
-            finally:
-                video.close()
-        return self.seen[path]
+        return self.seen[file]
+
+    def _watch(self, path: Path) -> Watched:
+        video = self.ahead.take(path)
+        self._begin_next()
+        try:
+            return watch(self.chat, video, self.sampling, room=self.room)
+        finally:
+            video.close()
+
+    def _look(self, path: Path) -> Watched:
+        self._begin_next()
+        return look(self.chat, path)
 
     def _begin_next(self) -> None:
         following = self.order[self.place + 1 : self.place + 1 + self.most + self.ahead.workers]
-        self.ahead.begin(path for path in following if path not in self.seen and path not in self.broken)
+        known = self.seen.keys() | self.broken.keys()
+        self.ahead.begin(path for kind, path in following if kind == "video" and (kind, path) not in known)

@@ -16,6 +16,7 @@ from bt_adapter.chat.attach import video_tokens
 from bt_adapter.chat.conversation import Visual, context, video_room
 from bt_adapter.chat.streaming import WINDOW_ROWS, video_tokens_streamed
 from bt_adapter.data import VideoError, read_image
+from bt_adapter.data.patience import read_patiently
 from bt_adapter.data.stream import FrameStream
 from bt_adapter.progress import Progress
 from bt_adapter.time_steps import Long
@@ -124,9 +125,12 @@ def watch(
 
 @torch.no_grad()
 def look(chat: VideoChat, path: str | Path) -> Watched:
-    """A still image's tokens, by the image chat model's own path. Raises VideoError where it cannot be read."""
+    """A still image's tokens, by the image chat model's own path.
+
+    Raises VideoError where the file cannot be read, StorageError where its storage cannot be reached.
+    """
     begin = time.perf_counter()
-    image = read_image(path)
+    image = read_patiently(path, read_image, path)
     decode = time.perf_counter() - begin
     visual, name = chat.see(image), Path(path).name
     return Watched(

@@ -15,18 +15,18 @@ from bt_adapter.limits import COUNT, check_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(ChatModel):
-    """Answer a list of questions about videos, in batches; run again after a kill, it goes on.
+    """Answer a list of questions about videos and stills, in batches; run again after a kill, it goes on.
 
     Under torchrun each process answers its share, and all answers come into one file in the end.
 
-    Questions: one JSON object a line, {"video": …, "question": …}, optionally "id" and "answer" (copied). Videos that
-    cannot be read, and prompts that do not fit into the model's context, are skipped, counted and named at the end.
+    Questions: one JSON object a line, {"video": …, "question": …}, optionally "id" and "answer" (copied); {"image": …}
+    in the place of the video asks about a still, as the image chat model takes it. Files that cannot be read, and prompts that do not fit into the model's context, are skipped, counted and named at the end.
     """
 
     questions: Positional[Annotated[Path, arg(metavar="FILE")]]
     """The questions."""
     videos: Annotated[Path, arg(metavar="PATH")]
-    """Folder of the videos, or the one video that all questions are about."""
+    """Folder of the videos and stills, or the one file that all questions are about."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("answers.jsonl")
     """Answers, one JSON object a line, appended as they come."""
     batch: int = 8

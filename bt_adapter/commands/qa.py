@@ -25,14 +25,17 @@ class Qa(ChatModel):
     Under torchrun each process answers its share; the first one scores.
 
     Takes Video-ChatGPT's generic, temporal and consistency questions, ActivityNet-QA, MSVD-QA and MSRVTT-QA as they are
-    published. Scores: exact match, and with --judge-url what a language model says. The judge's wording is this
-    package's own: its scores compare with one another, not with published ones.
+    published, and lists of {"id", "question", "answer", "video_id"}. With "image" in the place of the video's name, or
+    where the file named is a picture, a question is about a still, as the image chat model takes it.
+
+    Scores: exact match, also for each "type" of record apart, and with --judge-url what a language model says. The
+    judge's wording is this package's own: its scores compare with one another, not with published ones.
     """
 
     data: Annotated[Path, arg(metavar="FILE")]
     """The questions: generic_qa.json, temporal_qa.json, consistency_qa.json, test_q.json, test_qa.json."""
     videos: Annotated[Path, arg(metavar="FOLDER")]
-    """Folder of the videos."""
+    """Folder of the videos and stills."""
     answers: Annotated[Path | None, arg(metavar="FILE")] = None
     """The right answers where they stand apart (ActivityNet-QA's test_a.json)."""
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("qa")

@@ -18,6 +18,12 @@ FORMATS = {
     "JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP", "DIB": "BMP", "TIFF": "TIFF",
     "JPEG2000": "JPEG 2000", "AVIF": "AVIF", "PPM": "PPM",
 }  # fmt: skip
+# of files of these formats; animations among them are videos too, and GIF counts as a video by its name
+STILL_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".jp2", ".j2k", ".avif",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+_ANIMATED = ("PNG", "WEBP", "AVIF")  # formats of STILL_SUFFIXES that may hold an animation
 _ORIENTATION_TAG = 0x0112  # of EXIF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -71,6 +77,21 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
         words = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise VideoError(f"{name}: cannot be read as an image ({words})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def is_animation(path: str | os.PathLike[str]) -> bool:
+    """Whether a picture file holds an animation (PNG, WebP or AVIF of several frames); False where it cannot be read.
+
+    Only the file's head is read.
+    """
+    try:
+        Image.init()
+        with Image.open(path, formats=_ANIMATED) as image:
+            return bool(getattr(image, "is_animated", False))
+    except Exception as error:  # whoever reads the picture itself says what is wrong with it
+        if is_mistake(error):
+            raise
+        return False
 
 
 def _pixels(file: BinaryIO) -> np.ndarray:

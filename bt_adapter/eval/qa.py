@@ -2,7 +2,8 @@
 
 What a record is, is told by its fields: Video-ChatGPT's generic and temporal questions (Q, A, video_name), its
 consistency questions (Q1, Q2, A, video_name), ActivityNet-QA (question_id, question, video_name; answers in a second
-file), MSVD-QA and MSRVTT-QA (id, question, answer, video_id).
+file), MSVD-QA and MSRVTT-QA (id, question, answer, video_id). In the place of the video's name any of them may hold
+"image", a still's. A "type" is what a record is counted under.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bt_adapter.chat.answer import Question, about, answer_with, begin_processes
 from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.shares import SharedRows
 from bt_adapter.commands.qa import Qa
-from bt_adapter.data.finding import VideoFolder, find_video
+from bt_adapter.data.finding import VisualFolder
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.dtypes import ChosenDtype
 from bt_adapter.errors import CommandError
@@ -30,6 +31,7 @@ from bt_adapter.eval.judge import ASPECTS, PROMPTS, Case, Judge, judge_all, summ
 from bt_adapter.eval.report import check_overwriting, versions, write_json
 from bt_adapter.terminal import make_console, print_table, progress_bar, say
 
+_VIDEO_FIELDS = ("video_name", "video_id", "video")
 _ARTICLES = {"a", "an", "the"}
 _APOSTROPHES = re.compile("['\u2018\u2019\u02bc`]")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
@@ -40,7 +42,11 @@ _MARKS = re.compile(r"(?<!\d)\.|\.(?!\d)|(?<=\w)-|-(?!\d)")
 
 @dataclass(frozen=True)
 class Item:
-    """A record of a benchmark. questions: one, or two that mean the same. kind: a type it is counted under, or None."""
+    """A record of a benchmark.
+
+    video: name of the video or still it asks about. questions: one, or two that mean the same. kind: a type it is
+    counted under, or None. visual: what the record calls the file, "video" or "image".
+    """
 
     id: str
     video: str
@@ -48,6 +54,7 @@ class Item:
     answer: str
     record: dict[str, Any]
     kind: str | None = None
+    visual: str = "video"
 
 
 def evaluate_qa(command: Qa) -> int:
@@ -57,7 +64,7 @@ def evaluate_qa(command: Qa) -> int:
     """
     notes = make_console(stderr=True)
     items = read_items(command.data, command.answers)
-    folder = VideoFolder(command.videos)
+    folder = VisualFolder(command.videos)
     asked = [question for item in items for question in _questions(item, folder)]
     processes = begin_processes(command.device)
     try:
@@ -155,6 +162,8 @@ def write_predictions(path: Path, items: Sequence[Item], given: dict[str, str]) 
         if len(keys) == 1 and "Q" not in record:
             front = {"id": record.get("question_id", item.id), "video_name": item.video}
             record = front | record | {"Q": item.questions[0], "A": item.answer}
+        elif item.visual == "image":
+            record = {"video_name": item.video} | record
         rows.append(record | {n: given[k] for n, k in zip(names, keys, strict=True)})
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
@@ -247,10 +256,10 @@ def _stored(folder: Path, cases: Sequence[Case]) -> dict[str, Any]:
     return {"judge": {"aspects": found}} if found else {}
 
 
-def _questions(item: Item, folder: VideoFolder) -> list[Question]:
-    video = _find(folder, item.video)
+def _questions(item: Item, folder: VisualFolder) -> list[Question]:
+    path, kind = _find(folder, item.video, item.visual)
     return [
-        Question(key, video, text, {"answer": item.answer}, item.video)
+        Question(key, path, text, {"answer": item.answer}, item.video, kind)
         for key, text in zip(_keys(item), item.questions, strict=True)
     ]
 
@@ -259,9 +268,12 @@ def _keys(item: Item) -> list[str]:
     return [item.id] if len(item.questions) == 1 else [f"{item.id}/{i}" for i in range(1, len(item.questions) + 1)]
 
 
-def _find(folder: VideoFolder | Path, name: str) -> Path:
-    """The file of a benchmark's video: ActivityNet's are named v_…, MSRVTT-QA's video7, MSVD-QA's vid7."""
-    return find_video(folder, name, ("", "v_", "video", "vid"))
+def _find(folder: VisualFolder, name: str, visual: str = "video") -> tuple[Path, str]:
+    """The file of a benchmark's video or still, and which of both it is: "video" or "image".
+
+    ActivityNet's videos are named v_…, MSRVTT-QA's video7, MSVD-QA's vid7.
+    """
+    return folder.find(name, visual, ("", "v_", "video", "vid") if visual == "video" else ("",))
 
 
 def _records(option: str, path: Path) -> list[Any]:
@@ -286,7 +298,7 @@ def _records(option: str, path: Path) -> list[Any]:
 def _item(where: str, number: int, record: Any, right: dict[str, Any] | None) -> Item:
     if not isinstance(record, dict):
         raise CommandError(f"{where}: expected an object, got {type(record).__name__}")
-    kind = None
+    kind = record.get("type")
     fields: tuple[str, ...]
     if "Q1" in record:
         key, fields = str(number), ("video_name", "Q1", "Q2", "A")
@@ -299,18 +311,26 @@ def _item(where: str, number: int, record: Any, right: dict[str, Any] | None) ->
         if right is not None:
             if key not in right:
                 raise CommandError(f"{where}: --answers has no answer to question {key!r}")
-            record, kind = {**record, "answer": right[key]["answer"]}, right[key].get("type")
+            record, kind = {**record, "answer": right[key]["answer"]}, right[key].get("type", kind)
     else:
         key, fields = (
             str(record.get("id", number)),
             ("video_id" if "video_id" in record else "video", "question", "answer"),
         )
-    if missing := [field for field in fields if field not in record]:
+    visual = "image" if record.get("image") is not None else "video"
+    if visual == "image":
+        if both := [name for name in _VIDEO_FIELDS if record.get(name) is not None]:
+            raise CommandError(f"{where}: names a video ({both[0]}) and an image; a record is about one of them")
+        if not isinstance(record["image"], str):
+            found = type(record["image"]).__name__
+            raise CommandError(f"{where}: image must be the file name of one still, but is of type {found}")
+        fields = ("image", *fields[1:])
+    if missing := [field for field in fields if field not in record or (field == fields[0] and record[field] is None)]:
         raise CommandError(f"{where}: holds no {', '.join(missing)}")
     video, *questions, answer = (str(record[field]) for field in fields)
     if not all(question.strip() for question in questions):
         raise CommandError(f"{where}: the question is empty")
-    return Item(key, video, tuple(questions), answer, record, None if kind is None else str(kind))
+    return Item(key, video, tuple(questions), answer, record, None if kind is None else str(kind), visual)
 
 
 def _print(scores: dict[str, Any]) -> None:
