@@ -20,7 +20,8 @@ class Answer(ChatModel):
     Under torchrun each process answers its share, and all answers come into one file in the end.
 
     Questions: one JSON object a line, {"video": …, "question": …}, optionally "id" and "answer" (copied); {"image": …}
-    in the place of the video asks about a still, as the image chat model takes it. Files that cannot be read, and prompts that do not fit into the model's context, are skipped, counted and named at the end.
+    in the place of the video asks about a still, as the image chat model takes it. Files that cannot be read, and
+    prompts that do not fit into the model's context, are skipped, counted and named at the end.
     """
 
     questions: Positional[Annotated[Path, arg(metavar="FILE")]]
