@@ -320,7 +320,9 @@ def test_quick_is_the_same_without_a_cache_and_names_what_it_leaves_out(model, c
     assert list(failed) == ["junk"] and "junk.mp4" in failed["junk"] and damaged == []
     assert model.training and torch.equal(state, torch.get_rng_state())
     model.eval()
-    expected = figures(run(model, clips), clips, Words(), None)
+    features = run(model, clips)
+    captions = [clips[number].captions for number in features.kept]
+    expected = figures(score(features.vectors, captions, Words()), captions, Words(), None)
     assert expected["text_to_video"] == to_video.to_dict() and expected["video_to_text"] == to_text.to_dict()
     assert expected["captions"] == 8 and expected["captions_of_several_videos"] == 4
 

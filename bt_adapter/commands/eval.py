@@ -73,6 +73,9 @@ class Retrieval(Evaluation):
     """Also report figures with scores that all queries of the set compete for (not comparable with others)."""
     temperature: float = 0.01
     """Of the dual softmax."""
+    scores: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Also write the similarity of each caption to each clip, with the captions, the clips' keys and which clip is
+    right: FILE.safetensors or FILE.npz. With it two systems can be compared query by query."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,8 @@ def run(command: Evaluation) -> int:
     check_numbers(command, {"frames": COUNT, "views": COUNT, "batch": COUNT, "workers": NATURAL})
     if isinstance(command, Retrieval):
         check_numbers(command, {"temperature": POSITIVE})
+        if command.scores is not None and command.scores.suffix not in (".safetensors", ".npz"):
+            raise CommandError(f"--scores {command.scores}: must be named FILE.safetensors or FILE.npz")
     if not command.data.exists() and not any(mark in str(command.data) for mark in "*?["):
         raise CommandError(f"--data {command.data}: there is no such file or folder")
     if command.videos is not None and not command.videos.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,19 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def check_overwriting(path: Path, settings: dict[str, Any], advice: str, part: str | None = None) -> None:
+def read_json(path: Path) -> Any:
+    """The JSON value of a file. Raises ValueError where it is none."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_overwriting(
+    path: Path,
+    settings: dict[str, Any],
+    advice: str,
+    part: str | None = None,
+    option: str = "out",
+    read: Callable[[Path], Any] = read_json,
+) -> None:
     """See that a result that is there already was made with the same settings: only such a one may be overwritten.
 
     Args:
@@ -40,27 +53,29 @@ def check_overwriting(path: Path, settings: dict[str, Any], advice: str, part: s
         settings: JSON values that stand in the result too. Weights, data and options, but not the machine.
         advice: ends the message of the error: what to do.
         part: name of the object inside the result that holds the settings; None: the result itself.
+        option: which names the file on the command line.
+        read: returns what a file holds, or raises ValueError where it is no such result.
 
     Raises:
         CommandError: the file was made with other settings, each of which is named; or it is no such result.
     """
     if path.is_dir():
-        raise CommandError(f"--out {path}: is a folder, but a file is written")
+        raise CommandError(f"--{option} {path}: is a folder, but a file is written")
     if not path.exists():
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read(path)
     except ValueError:
         before = None
     if part is not None and isinstance(before, dict):
         before = before.get(part)
     if not isinstance(before, dict) or not settings.keys() & before.keys():
-        raise CommandError(f"--out {path} is there already and holds no result of this command: {advice}")
+        raise CommandError(f"--{option} {path} is there already and holds no result of this command: {advice}")
     now = json.loads(json.dumps(settings))
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         told = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in changed)
-        raise CommandError(f"--out {path} holds a result that was made with {told}: {advice}")
+        raise CommandError(f"--{option} {path} holds a result that was made with {told}: {advice}")
 
 
 def _commit() -> str | None:

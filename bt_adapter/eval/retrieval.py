@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bt_adapter.data.clips import Clip
-from bt_adapter.eval.features import Features, Look, extract
+from bt_adapter.eval.features import Look, extract
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.ranking import Retrieval, dual_softmax, retrieval
 from bt_adapter.text import TextEncoder
@@ -77,10 +77,11 @@ def encode_all(texts: Sequence[str], encode: Encode) -> Tensor:
     return F.normalize(torch.cat(parts).float(), dim=-1)
 
 
-def figures(features: Features, clips: Sequence[Clip], text: TextEncoder, temperature: float | None) -> dict[str, Any]:
-    """All that is reported of the features of ``clips``; with a ``temperature`` those of the dual softmax apart."""
-    captions = [clips[number].captions for number in features.kept]
-    scores = score(features.vectors, captions, text)
+def figures(
+    scores: Scores, captions: Sequence[Sequence[str]], text: TextEncoder, temperature: float | None
+) -> dict[str, Any]:
+    """All that is reported of the scores of clips with these captions; with a ``temperature`` also, apart from the
+    others, the figures of the dual softmax."""
     result: dict[str, Any] = {
         "captions": len(scores.text),
         "captions_of_several_videos": scores.shared(),

@@ -21,6 +21,7 @@ from bt_adapter.eval import recognition, retrieval
 from bt_adapter.eval.cache import FeatureCache
 from bt_adapter.eval.features import Features, Look, extract
 from bt_adapter.eval.report import check_overwriting, device_name, versions, write_json
+from bt_adapter.eval.similarities import read_settings, write_similarities
 from bt_adapter.eval.stack import Stack, load_stack
 from bt_adapter.image_settings import ImageSettings
 from bt_adapter.progress import Progress
@@ -62,6 +63,11 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     if not command.overwrite:
         advice = "name another file, or overwrite it by --overwrite"
         processes.check_in_first(lambda: check_overwriting(command.out, settings, advice))
+        if isinstance(command, Retrieval) and command.scores is not None:
+            path = command.scores
+            processes.check_in_first(
+                lambda: check_overwriting(path, _of_features(settings), advice, option="scores", read=read_settings)
+            )
     cache = FeatureCache(None if command.no_cache else command.cache, about)
     began = time.perf_counter()
     with _bar(notes, processes.first) as progress:
@@ -72,7 +78,7 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     if not processes.first:
         return 0
     stack.text.to(processes.device)
-    figures, table = _figures(command, features, clips, stack)
+    figures, table = _figures(command, features, clips, stack, settings)
     for number, reason in features.failed.items():
         skipped.add(clips[number].key, reason)
     result = {
@@ -143,10 +149,23 @@ def _transform(images: ImageSettings) -> str | dict[str, Any]:
     return f"short side and centre {images.size}, bicubic" if usual else images.to_dict()
 
 
-def _figures(command: Evaluation, features: Features, clips: list[Clip], stack: Stack) -> tuple[dict[str, Any], Any]:
+def _of_features(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the similarities of captions and clips depend on."""
+    return {name: value for name, value in settings.items() if name != "dual_softmax_temperature"}
+
+
+def _figures(
+    command: Evaluation, features: Features, clips: list[Clip], stack: Stack, settings: dict[str, Any]
+) -> tuple[dict[str, Any], Any]:
+    """The figures and the table of an evaluation; writes the file of ``--scores``."""
     if isinstance(command, Retrieval):
+        compared = [clips[number] for number in features.kept]
+        captions = [clip.captions for clip in compared]
+        scores = retrieval.score(features.vectors, captions, stack.text)
+        if command.scores is not None:
+            write_similarities(command.scores, scores, compared, _of_features(settings))
         temperature = command.temperature if command.dual_softmax else None
-        figures = retrieval.figures(features, clips, stack.text, temperature)
+        figures = retrieval.figures(scores, captions, stack.text, temperature)
         return figures, retrieval.rows(figures)
     assert isinstance(command, Recognition)
     names, templates = class_names(command.layout, command.data), recognition.read_templates(command.templates)
@@ -161,6 +180,8 @@ def _tell(notes: Console, command: Evaluation, result: dict[str, Any], skipped: 
         f"{result['clips']} clips, {result['frames']} frames; {result['computed']} computed in "
         f"{result['seconds']:.1f} s{speed}; the result is in {command.out}"
     ]
+    if isinstance(command, Retrieval) and command.scores is not None:
+        lines.append(f"the similarities of captions and clips are in {command.scores}")
     if shared := result.get("captions_of_several_videos"):
         lines.append(f"{shared} captions are said of several videos: only a query's own video is right")
     if result["damaged"]:

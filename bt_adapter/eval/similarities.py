@@ -1,0 +1,60 @@
+"""The similarities that retrieval figures come from, as a file: to compare two systems query by query, or to score
+choices among a few captions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from bt_adapter.data.clips import Clip
+from bt_adapter.eval.retrieval import Scores
+
+
+def write_similarities(path: Path, scores: Scores, clips: Sequence[Clip], settings: dict[str, Any]) -> None:
+    """Write the similarity of every caption and every clip; the file appears whole or not at all.
+
+    Both formats hold the arrays ``scores``, float32 ``[Q, V]``, whose row q is the q-th caption's similarity to each
+    clip, and ``clip_of_caption``, int64 ``[Q]``, the one column that is right for it. The lists ``captions`` (of
+    length Q) and ``clips`` (V keys), and the object ``settings``, are JSON texts: entries of the metadata in
+    .safetensors, arrays of one text each in .npz.
+
+    Args:
+        path: named .safetensors or .npz. scores: of the clips.
+        clips: the V clips compared, each with its captions; clips that were skipped are not among them.
+        settings: JSON values that the similarities depend on.
+    """
+    arrays = {  # contiguous: the safetensors writer takes no notice of strides
+        "scores": scores.cosines[scores.text].float().cpu().contiguous().numpy(),
+        "clip_of_caption": scores.video.cpu().contiguous().numpy(),
+    }
+    captions = [caption for clip in clips for caption in clip.captions]
+    lists = {"captions": captions, "clips": [clip.key for clip in clips], "settings": settings}
+    texts = {name: json.dumps(value) for name, value in lists.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".writing")
+    with open(temporary, "wb") as file:
+        if path.suffix == ".npz":
+            contents: dict[str, Any] = {**arrays, **{name: np.array(text) for name, text in texts.items()}}
+            np.savez(file, **contents)
+        else:
+            file.write(save(arrays, texts))
+    os.replace(temporary, path)
+
+
+def read_settings(path: Path) -> Any:
+    """The settings that a file of similarities was written with. Raises ValueError where it is no such file."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as file:
+                return json.loads(str(file["settings"]))
+        with safe_open(path, "np") as file:
+            return json.loads(file.metadata()["settings"])
+    except Exception as error:  # its readers raise many: SafetensorError, KeyError, BadZipFile, TypeError ...
+        raise ValueError(f"{path} holds no similarities ({error})") from error
