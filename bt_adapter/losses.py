@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -75,6 +77,49 @@ def called_alignment(
     found = head(branch[:, 1:].masked_fill(~real[:, :, None], 0)).to(wide)
     loss = (2 - 2 * F.cosine_similarity(found, wanted, dim=-1)) * real
     return (loss.sum() / real.sum().clamp(min=1)).to(branch.dtype)
+
+
+AlignLayer = Literal["last", "chat"]
+
+
+@dataclass(frozen=True)
+class ChatLayer:
+    """What MBCA and MBTA compare at the layer that chat reads.
+
+    Attributes:
+        mean: ``[B, D]``, the mean of a video's patch tokens as a projector reads them: half the tower's, half the
+            branch's (of the visible ones).
+        distance: a scalar in float32 or wider, the mean over the visible tokens of ``2 - 2·cos(branch, tower)``.
+    """
+
+    mean: Tensor
+    distance: Tensor
+
+
+def compare_chat_layer(tower: Tensor, branch: Tensor, visible: VisibleTokens) -> ChatLayer:
+    """Compare tower and branch where a chat model reads them: after tower layer L-2 and branch layer d-2.
+
+    The losses of arXiv 2309.15785 section 3.2 act behind the last layers, which chat never runs. Here they act on the
+    tokens of section 3.3. No head stands between: what chat reads is itself to stay near the tower's tokens.
+
+    Args:
+        tower: ``[B, T, 1+P, D]``, CLS first; no gradient flows to it. branch: ``[B, 1+N, D]``, CLS first.
+        visible: which tokens the branch has.
+
+    Raises:
+        ValueError: ``visible`` says how many frames are real (``frame_counts``), which is not supported here.
+    """
+    if visible.frame_counts is not None:
+        raise ValueError("visible must have no frame_counts where align_layer is 'chat'")
+    wide = torch.promote_types(branch.dtype, torch.float32)
+    index = visible.target_index
+    real = (index >= 0)[:, :, None]
+    count = real.sum(1).clamp(min=1)
+    with torch.no_grad():
+        wanted, tower_mean = patch_rows(tower, index).to(wide), tower[:, :, 1:].to(wide).mean((1, 2))
+    found = branch[:, 1:].to(wide).masked_fill(~real, 0)
+    distance = (2 - 2 * F.cosine_similarity(found, wanted, dim=-1)) * real[:, :, 0]
+    return ChatLayer((tower_mean + found.sum(1) / count) / 2, distance.sum() / count.sum())
 
 
 class _Gathered(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from bt_adapter.branch import Branch, SpatialLayer
 from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.image_settings import ImageSettings
-from bt_adapter.losses import called_alignment, contrastive_loss
+from bt_adapter.losses import AlignLayer, ChatLayer, called_alignment, compare_chat_layer, contrastive_loss
 from bt_adapter.names import pack_qkv
 from bt_adapter.progress import Progress, counter, nothing
 from bt_adapter.time_steps import Long, TimeSteps, average_frames, check_trained, plan_steps
@@ -38,6 +38,7 @@ class BTAdapterOutput:
         video_embeds: ``[B, F]``, their mean over the real frames.
         visible: the tokens the branch saw; its frames are the branch's time steps, fewer than T where neighbouring
             frames were averaged.
+        chat: what MBCA and MBTA compare at the layer that chat reads; None unless ``align_layer`` was "chat".
     """
 
     backbone_tokens: Tensor
@@ -45,6 +46,7 @@ class BTAdapterOutput:
     frame_embeds: Tensor
     video_embeds: Tensor
     visible: VisibleTokens
+    chat: ChatLayer | None = None
 
 
 class BTAdapterVisionModel(nn.Module):
@@ -126,6 +128,7 @@ class BTAdapterVisionModel(nn.Module):
         visible: VisibleTokens | None = None,
         draws: Iterable[Tensor] | None = None,
         long: Long = "average",
+        align_layer: AlignLayer = "last",
     ) -> BTAdapterOutput:
         """Tower on every token, branch on the visible ones.
 
@@ -141,12 +144,19 @@ class BTAdapterVisionModel(nn.Module):
                 branch layer of non-zero rate the temporal ``[B·K]`` and the spatial ``[B·T]`` one (and ``[B]`` with
                 ``drop_block``). None: drawn anew in training mode, none in evaluation mode.
             long: how frames become time steps where ``visible`` is None: see ``bt_adapter.time_steps.plan_steps``.
+            align_layer: at which layer `pretraining_losses` compares the branch with the text (MBCA) and with the tower
+                (MBTA). "last": after the last layers, as published. "chat": after tower layer L-2 and branch layer d-2,
+                whose tokens a chat model reads (`video_tokens`); needs a branch of depth 2 or more.
 
         Raises:
             ValueError, TypeError: an argument has the wrong shape, dtype or device; the message names it.
         """
         if self.chat_only:
             raise ValueError("this model holds what chat needs, not the last branch layer: only video_tokens works")
+        if align_layer not in ("last", "chat"):
+            raise ValueError(f"align_layer must be 'last' or 'chat', but is {align_layer!r}")
+        if align_layer == "chat" and self.config.depth < 2:
+            raise ValueError("align_layer='chat' needs a branch of depth 2 or more, but depth is 1")
         self._check_pixels(pixel_values)
         batch, frames = pixel_values.shape[:2]
         plan = None
@@ -155,7 +165,8 @@ class BTAdapterVisionModel(nn.Module):
             visible = VisibleTokens.all(batch, self.vision_config.patches, plan.steps, pixel_values.device)
         else:
             self._check_visible(visible, batch, frames)
-        tokens, z = self._run(self._embed(pixel_values), visible, self.config.depth, draws, plan)
+        chat: list[ChatLayer] | None = [] if align_layer == "chat" else None
+        tokens, z = self._run(self._embed(pixel_values), visible, self.config.depth, draws, plan, chat=chat)
         frame_embeds = self._frame_embeds(z[:, 0], tokens)
         if visible.frame_counts is None:
             video_embeds = frame_embeds.mean(1)
@@ -163,7 +174,7 @@ class BTAdapterVisionModel(nn.Module):
             weights = visible.step_weights(frame_embeds)[:, :, None]
             # masked and not only weighted: 0 · NaN would let a padding frame through
             video_embeds = (frame_embeds.masked_fill(weights == 0, 0) * weights).sum(1).to(frame_embeds.dtype)
-        return BTAdapterOutput(tokens, z, frame_embeds, video_embeds, visible)
+        return BTAdapterOutput(tokens, z, frame_embeds, video_embeds, visible, chat[0] if chat else None)
 
     def _frame_embeds(self, z_cls: Tensor, tokens: Tensor) -> Tensor:
         """The branch's CLS ``[B, D]`` and the tower's last state ``[B, T, 1+P, D]``, mixed: ``[B, T, F]``.
@@ -282,20 +293,23 @@ class BTAdapterVisionModel(nn.Module):
             text_embeds: of the frozen text encoder, ``[B, F]``, any length.
             visible: None: ``output.visible``.
             temperature: τ of the contrastive losses.
-            mbca_weight: of the branch-text contrastive loss on the mean of the branch's patch tokens.
-            mbta_weight: of the alignment of branch tokens with the tower's.
+            mbca_weight: of the branch-text contrastive loss on the mean of the branch's patch tokens; of an output made
+                with ``align_layer="chat"``, on the mean of the video tokens that chat reads.
+            mbta_weight: of the alignment of branch tokens with the tower's; with ``align_layer="chat"``, of the tokens
+                that chat reads, without a head.
             group: processes whose batches, of one size, make one: see ``bt_adapter.losses.contrastive_loss``. Losses
                 and gradients of the whole batch are then the means over the processes.
 
         Returns:
-            {"vtc", "mbca"} and, where the branch has an alignment head, "mbta".
+            {"vtc", "mbca"} and, where the branch has an alignment head or the output is aligned at chat's layer,
+            "mbta".
         """
         losses = {
             "vtc": contrastive_loss(output.video_embeds, text_embeds, temperature, group),
             "mbca": mbca_weight
             * contrastive_loss(self.branch_embeds(output, visible), text_embeds, temperature, group),
         }
-        if self.branch.alignment_head is not None:
+        if output.chat is not None or self.branch.alignment_head is not None:
             losses["mbta"] = mbta_weight * self.token_alignment(output, visible)
         return losses
 
@@ -303,14 +317,22 @@ class BTAdapterVisionModel(nn.Module):
         """What MBCA compares with the text: the mean of the branch's patch tokens, projected, ``[B, F]``.
 
         Beside a SigLIP it passes the final LayerNorm first: the pooling head, which has an MLP, knows no other input.
+        Of an output made with ``align_layer="chat"`` it is the mean of the video tokens, behind the final LayerNorm.
         """
+        if output.chat is not None:
+            return self._project(self._final_norm(output.chat.mean))
         visible = output.visible if visible is None else visible
         real = (visible.index >= 0)[:, :, None]
         mean = (output.branch_tokens[:, 1:] * real).sum(1) / real.sum(1).clamp(min=1)
         return self._project(self._final_norm(mean) if self.vision_config.is_siglip else mean)
 
     def token_alignment(self, output: BTAdapterOutput, visible: VisibleTokens | None = None) -> Tensor:
-        """MBTA, not weighted: a scalar. The branch must have an alignment head; no gradient flows to the tower."""
+        """MBTA, not weighted: a scalar. No gradient flows to the tower.
+
+        The branch must have an alignment head, unless the output was made with ``align_layer="chat"``.
+        """
+        if output.chat is not None:
+            return output.chat.distance.to(output.branch_tokens.dtype)
         tower, head = self.tower, self.branch.alignment_head
         if head is None:
             raise ValueError("the branch must have an alignment head (alignment_head=True), but has none")
@@ -434,11 +456,19 @@ class BTAdapterVisionModel(nn.Module):
         draws: Iterable[Tensor] | None,
         plan: TimeSteps | None = None,
         done: Callable[[], None] = nothing,
+        chat: list[ChatLayer] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Tower and branch side by side over the first ``layers`` branch layers: last X and last z.
 
         plan: how the frames of ``tokens`` become the branch's time steps; None: one by one.
+        chat: gains the comparison at the layer that chat reads; None: it is not made.
         """
+
+        def after(layer: int, z: Tensor) -> None:
+            if chat is not None and layer == self.config.depth - 2:
+                # The tower's next layer, which is not yet asked for, writes over these tokens.
+                seen = average_frames(self._without_registers(tokens), visible.frames)
+                chat.append(compare_chat_layer(seen, z, visible))
 
         def states() -> Iterator[Tensor]:
             nonlocal tokens
@@ -447,7 +477,7 @@ class BTAdapterVisionModel(nn.Module):
                 yield self._seen(tokens, visible)
                 done()
 
-        z = self._call_branch(states(), visible, None if draws is None else iter(draws), plan=plan)
+        z = self._call_branch(states(), visible, None if draws is None else iter(draws), after, plan)
         return self._without_registers(tokens), z
 
     def _without_registers(self, tokens: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from bt_adapter.limits import (
     type_in_words,
     types_of,
 )
+from bt_adapter.losses import AlignLayer
 from bt_adapter.pretrain.frames import FrameRange
 
 # of the numbers that both recipes have
@@ -44,11 +45,9 @@ class Settings:
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """In what a stored recipe is another run: "name here against there"."""
-        mine = self.to_dict()
-        names = [name for name in mine if name not in self.free]
-        return [
-            f"{option(name)} {mine[name]} against {other.get(name)}" for name in names if mine[name] != other.get(name)
-        ]
+        mine, names = self.to_dict(), [name for name in self.to_dict() if name not in self.free]
+        theirs = type(self)().to_dict() | other  # a recipe of before there was a field had its default
+        return [f"{option(name)} {mine[name]} against {theirs[name]}" for name in names if mine[name] != theirs[name]]
 
     def check_values(self) -> None:
         """Raise CommandError for the first value of a wrong type, or number outside its interval."""
@@ -147,6 +146,10 @@ class Recipe(Settings):
     """Weight of masked branch cross-modal alignment."""
     mbta: float = 0.1
     """Weight of masked branch token alignment; 0: no alignment head."""
+    align_layer: AlignLayer = "last"
+    """Layer at which the branch is aligned with the text (--mbca) and the tower (--mbta). "last": behind the last
+    layers, as published. "chat": on the tokens that a chat model reads, of the last layer but one, without an alignment
+    head. Weights of 1 are then a good start, and a chat model reads the branch better without any tuning."""
     ema: float = 0.0
     """Decay of an averaged branch kept beside (0.999); 0: none."""
 
@@ -187,6 +190,11 @@ class Recipe(Settings):
     """Write TensorBoard events to OUT/tensorboard."""
 
     @property
+    def needs_head(self) -> bool:
+        """Whether the branch needs an alignment head."""
+        return self.mbta > 0 and self.align_layer == "last"
+
+    @property
     def frame_range(self) -> FrameRange:
         """Of ``frames``. Raises CommandError where it is no number or range of numbers."""
         return FrameRange.of(self.frames)
@@ -212,6 +220,8 @@ class Recipe(Settings):
             )
         if self.batch == 1:
             raise CommandError("--batch must be at least 2: the other clips of a step are what a clip is told from")
+        if self.align_layer == "chat" and self.depth < 2:
+            raise CommandError("--align-layer chat needs --depth 2 or more: chat reads the branch's last layer but one")
         if most > self.max_frames:
             raise CommandError(f"--frames must be at most --max-frames {self.max_frames}, got {self.frames}")
 

@@ -320,8 +320,8 @@ def start_model(recipe: Recipe, clip: Any, folder: Path | None) -> BTAdapterVisi
         return _start_of(recipe, recipe.init, clip)
     slopes: dict[str, Any] = {} if recipe.gates else dict(NO_GATES)
     config = BTAdapterConfig(
-        depth=recipe.depth, drop_path=recipe.drop_path, max_frames=recipe.max_frames, alignment_head=recipe.mbta > 0,
-        **slopes,
+        depth=recipe.depth, drop_path=recipe.drop_path, max_frames=recipe.max_frames,
+        alignment_head=recipe.needs_head, **slopes,
     )  # fmt: skip
     return BTAdapterVisionModel.from_clip(clip, config)
 
@@ -358,7 +358,7 @@ def _start_of(recipe: Recipe, init: str, clip: Any) -> BTAdapterVisionModel:
         raise CommandError(
             f"--frames must be at most {config.max_frames}, as --init {init} has it, got {recipe.frames}"
         )
-    if recipe.mbta > 0 and model.branch.alignment_head is None:
+    if recipe.needs_head and model.branch.alignment_head is None:
         raise CommandError(f"--init {init} has no alignment head, which --mbta {recipe.mbta} needs: give --mbta 0")
     return model
 

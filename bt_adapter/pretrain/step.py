@@ -35,9 +35,10 @@ class Pretraining(nn.Module):
         ``draws``: of stochastic depth, as the model's forward takes them. ``align=False`` leaves MBTA out: 0.
         """
         pixels = self.model.images.normalise(frames.flatten(0, 1), self.model.tower.dtype)
-        output = self.model(pixels.unflatten(0, frames.shape[:2]), visible, draws)
+        layer = self.recipe.align_layer
+        output = self.model(pixels.unflatten(0, frames.shape[:2]), visible, draws, align_layer=layer)
         loss = output.video_embeds.new_zeros((), dtype=torch.float32)
-        if align and self.model.branch.alignment_head is not None:
+        if align and self.recipe.mbta > 0:
             loss = self.recipe.mbta * self.model.token_alignment(output)
         return output.video_embeds, self.model.branch_embeds(output), loss
 
