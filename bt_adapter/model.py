@@ -361,17 +361,34 @@ class BTAdapterVisionModel(nn.Module):
             target_norm_eps=tower.final_norm.eps,
         )
 
-    def parameter_groups(self, lr: float = 2e-6, weight_decay: float = 0.05) -> list[dict[str, Any]]:
+    def parameter_groups(
+        self,
+        lr: float = 2e-6,
+        weight_decay: float = 0.05,
+        lr_temporal: float | None = None,
+        lr_gates: float | None = None,
+    ) -> list[dict[str, Any]]:
         """AdamW groups of the published recipe: lr ×10 for branch and alignment head, ×100 for temporal layers, gates.
 
-        Each group also has a "name": "branch" or "temporal".
+        Each group also has a "name": "branch", "temporal" or "gates" (where there are any).
+
+        Args:
+            lr: the base rate. lr_temporal, lr_gates: rates of temporal layers and gates in place of 100 times ``lr``.
         """
-        fast = [p for n, p in self.branch.named_parameters() if n.startswith("temporal.") or n.endswith("_gate")]
-        chosen = {id(p) for p in fast}
-        slow = [p for p in self.branch.parameters() if id(p) not in chosen]
+        fast = 100 * lr
+        rates = {
+            "branch": 10 * lr,
+            "temporal": fast if lr_temporal is None else lr_temporal,
+            "gates": fast if lr_gates is None else lr_gates,
+        }
+        chosen: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+        for name, parameter in self.branch.named_parameters():
+            kind = "temporal" if name.startswith("temporal.") else "gates" if name.endswith("_gate") else "branch"
+            chosen[kind].append(parameter)
         return [
-            {"params": slow, "lr": 10 * lr, "weight_decay": weight_decay, "name": "branch"},
-            {"params": fast, "lr": 100 * lr, "weight_decay": weight_decay, "name": "temporal"},
+            {"params": parameters, "lr": rates[name], "weight_decay": weight_decay, "name": name}
+            for name, parameters in chosen.items()
+            if parameters
         ]
 
     @torch.no_grad()

@@ -95,20 +95,29 @@ class TrainingClips:
             shorter clip repeats frames.
         transform: whose :meth:`~TrainTransform.crop` is taken.
         seed: of all draws.
+        group: so many clips in a row always come together, side by side in one batch; the order is one of groups. The
+            last clips, fewer than a group, are left out.
     """
 
     def __init__(
-        self, clips: Sequence[Clip], frames: int | Callable[[int], int], transform: TrainTransform, seed: int
+        self,
+        clips: Sequence[Clip],
+        frames: int | Callable[[int], int],
+        transform: TrainTransform,
+        seed: int,
+        group: int = 1,
     ) -> None:
-        self.frames, self.transform, self.seed = frames, transform, seed
+        self.frames, self.transform, self.seed, self.group = frames, transform, seed, group
         self._packed = Packed(clips)
         self._known: dict[int, tuple[str, str]] = {}  # clips this process found that cannot be read
 
     def __len__(self) -> int:
-        return len(self._packed)
+        return len(self._packed) // self.group * self.group
 
     def check(self, batch: int) -> None:
-        """Raise CommandError if they are fewer than one batch."""
+        """Raise CommandError if they are fewer than one batch, or a batch is no number of whole groups."""
+        if batch % self.group:
+            raise CommandError(f"a batch of {batch} clips cannot hold whole groups of {self.group}")
         if len(self) < batch:
             raise CommandError(f"there are {len(self)} clips, fewer than one batch of {batch}")
 
@@ -116,7 +125,8 @@ class TrainingClips:
         """Clip ``place`` of step ``step`` in batches of ``batch``; the last, incomplete batch of an epoch is left out.
 
         In the place of a clip that cannot be read comes the one of the same place in the next batch of the epoch's
-        order, and so on: no other clip of the same batch, as long as there are more.
+        order, and so on: no other clip of the same batch, as long as there are more. Of groups it is the clip of the
+        same place in another group.
 
         Raises:
             CommandError: none of so many clips can be read, or storage fails for good.
@@ -124,11 +134,14 @@ class TrainingClips:
         count = len(self)
         epoch, within = divmod(step, count // batch)
         position = within * batch + place
-        stride = next(s for s in range(batch, batch + count + 1) if math.gcd(s, count) == 1)  # passes through all
+        (first, member), size = divmod(position, self.group), batch // self.group
+        groups = count // self.group
+        stride = next(s for s in range(size, size + groups + 1) if math.gcd(s, groups) == 1)  # passes through all
         frames = self.frames if isinstance(self.frames, int) else self.frames(step)
         failed: list[tuple[str, str]] = []
-        for attempt in range(min(ATTEMPTS, count)):
-            number = shuffled((position + attempt * stride) % count, count, self.seed, epoch)
+        for attempt in range(min(ATTEMPTS, groups)):
+            group = shuffled((first + attempt * stride) % groups, groups, self.seed, epoch)
+            number = group * self.group + member
             try:
                 drawn = self._read(number, frames, numbers_seed(self.seed, epoch, position, attempt))
             except _Unreadable as error:

@@ -82,6 +82,7 @@ class Recipe(Settings):
     limits = LIMITS | {
         "depth": COUNT, "max_frames": COUNT, "temperature": POSITIVE, "mbca": NATURAL, "mbta": NATURAL,
         "drop_path": SHARE_BELOW_1, "ratio": SHARE_BELOW_1, "ema": SHARE_BELOW_1, "crop": "(0, 1]",
+        "group": COUNT, "time_std": NATURAL, "lr_temporal": POSITIVE, "lr_gates": POSITIVE,
     }  # fmt: skip
 
     data: str = ""
@@ -108,11 +109,16 @@ class Recipe(Settings):
     """Gates between tower and branch; without them plain sums."""
     max_frames: int = 64
     """Rows of the branch's time table."""
+    time_std: float = 0.02
+    """Standard deviation of a fresh branch's time table. Small towers, whose tokens are of size 1, want about 0.7."""
 
     frames: int | str = 8
     """T: frames of a clip. A range as 8..16: each step draws T from it, so that 16 rows of the time table learn."""
     batch: int = 416
     """Clips of a step over all processes (published: 8 times 52)."""
+    group: int = 1
+    """Clips that stand so many in a row in --data always come together in one batch, such as a clip and its hard
+    negatives. --batch must hold whole groups for each process and each of its parts."""
     accumulate: int = 1
     """Parts a process cuts its clips into, one after the other; the contrastive losses still see all of them."""
     epochs: float = 1.0
@@ -128,6 +134,10 @@ class Recipe(Settings):
 
     lr: float = 2e-6
     """Base learning rate: ten times it for the branch, a hundred times for temporal layers and gates."""
+    lr_temporal: float | None = None
+    """Learning rate of temporal layers; default: a hundred times --lr."""
+    lr_gates: float | None = None
+    """Learning rate of the two gates; default: a hundred times --lr."""
     beta1: float = 0.9
     """AdamW's."""
     beta2: float = 0.98
@@ -213,10 +223,10 @@ class Recipe(Settings):
             raise CommandError("--data is missing: a .csv, .jsonl, .tar shards, or synthetic")
         if self.data == "synthetic" and self.steps is None:
             raise CommandError("--data synthetic needs --steps: it has no end of its own")
-        if self.batch % (world * self.accumulate):
+        if self.batch % (world * self.accumulate * self.group):
             raise CommandError(
-                f"--batch must be a multiple of processes times --accumulate, got {self.batch} for {world} times "
-                f"{self.accumulate}"
+                f"--batch must be a multiple of processes times --accumulate times --group, got {self.batch} for "
+                f"{world} times {self.accumulate} times {self.group}"
             )
         if self.batch == 1:
             raise CommandError("--batch must be at least 2: the other clips of a step are what a clip is told from")

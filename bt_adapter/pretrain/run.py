@@ -113,8 +113,10 @@ class Run(TrainingRun):
             unusable.check(len(clips) + len(unusable), recipe.max_skipped)
             self.total = len(clips)
             transform = TrainTransform(size, scale=recipe.crop, resample=image_settings_of(self.clip, vision).resample)
-            self.clips = TrainingClips(clips, recipe.frames_of, transform, recipe.seed)
-            self.steps_per_epoch = len(clips) // recipe.batch
+            if recipe.group > 1 and len(unusable):  # a gap would put the clips behind it into other groups
+                raise CommandError(f"--group {recipe.group} needs every listed clip; {unusable.report()}")
+            self.clips = TrainingClips(clips, recipe.frames_of, transform, recipe.seed, recipe.group)
+            self.steps_per_epoch = len(self.clips) // recipe.batch
             self._plan(recipe.steps or max(1, round(recipe.epochs * self.steps_per_epoch)))
         self.validation: list[Clip] = []
         self.damaged = Damaged()
@@ -144,8 +146,8 @@ class Run(TrainingRun):
         )
         self.module: nn.Module = wrap(Pretraining(self.model, recipe), recipe, device, self.processes.group is not None)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameter_groups(recipe.lr, recipe.weight_decay), betas=(recipe.beta1, recipe.beta2),
-            eps=recipe.eps, fused=True,
+            self.model.parameter_groups(recipe.lr, recipe.weight_decay, recipe.lr_temporal, recipe.lr_gates),
+            betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, fused=True,
         )  # fmt: skip
         for rates in self.optimizer.param_groups:
             rates["base"] = rates["lr"]
@@ -323,7 +325,10 @@ def start_model(recipe: Recipe, clip: Any, folder: Path | None) -> BTAdapterVisi
         depth=recipe.depth, drop_path=recipe.drop_path, max_frames=recipe.max_frames,
         alignment_head=recipe.needs_head, **slopes,
     )  # fmt: skip
-    return BTAdapterVisionModel.from_clip(clip, config)
+    model = BTAdapterVisionModel.from_clip(clip, config)
+    with torch.no_grad():
+        model.branch.time *= recipe.time_std / Recipe.time_std  # the same draws, of another size
+    return model
 
 
 def _start_of(recipe: Recipe, init: str, clip: Any) -> BTAdapterVisionModel:
@@ -349,7 +354,7 @@ def _start_of(recipe: Recipe, init: str, clip: Any) -> BTAdapterVisionModel:
     config = model.config
     given = {
         "depth": config.depth, "max_frames": config.max_frames, "drop_path": config.drop_path,
-        "gates": config.merge_gate_slope is not None,
+        "gates": config.merge_gate_slope is not None, "time_std": Recipe.time_std,
     }  # fmt: skip
     for name, theirs in given.items():
         if (mine := getattr(recipe, name)) not in (theirs, getattr(Recipe, name)):
