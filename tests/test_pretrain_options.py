@@ -8,8 +8,8 @@ from pretraining import recipe, write_clips
 from test_chat import mini_is_there
 
 from bt_adapter import BTAdapterVisionModel
-from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.loading import TrainingClips, batches, shuffled
+from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.transforms import TrainTransform
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.recipe import Recipe
