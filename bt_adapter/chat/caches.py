@@ -29,6 +29,14 @@ def make_cache(config: Any, limit: int | None = None) -> Any:
     return DynamicCache() if all(type(layer) in (*_WHOLE, *_SLIDING) for layer in own.layers) else own
 
 
+def keeps_all(config: Any) -> bool:
+    """Whether the cache of a language model of this configuration keeps every token in every layer.
+
+    Then padding may stand between tokens: nothing depends on how far apart their places in the cache are.
+    """
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
 def can_crop(cache: Any) -> bool:
     """Whether every layer still holds all of its tokens, so that the last of them can be taken off.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from bt_adapter.chat.caches import can_crop, make_cache
+from bt_adapter.chat.caches import can_crop, keeps_all, make_cache
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.prompts import Turn, conversation_ids
 
@@ -240,15 +240,57 @@ def generate(
 def answer_batch(
     model: Any, tokenizer: Any, prompts: Sequence[tuple[list[int], Sequence[Visual]]], max_new_tokens: int
 ) -> list[str]:
-    """Greedy answers to several prompts at once (ids of `conversation_ids` and their visuals), padded on the left."""
+    """Greedy answers to several prompts at once: ids of `conversation_ids` and their visuals.
+
+    All prompts begin alike, with the chat template and a video's places. Where several of them are about the same video
+    (the very same tensor), that beginning is run once for each video and its keys and values serve all of its
+    questions. Shorter prompts are padded behind the beginning, or on the left where there is none.
+    """
     rows = [embed(model, ids, visuals) for ids, visuals in prompts]
+    begun, cache = _run_beginnings(model, prompts, rows)
     length = max(len(row) for row in rows)
     embeds = rows[0].new_zeros(len(rows), length, rows[0].shape[1])
     mask = torch.zeros(len(rows), length, dtype=torch.long, device=embeds.device)
     for i, row in enumerate(rows):
-        embeds[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
-    new = generate(model, embeds, mask, max_new_tokens, tokenizer=tokenizer)
+        rest = begun + length - len(row)
+        embeds[i, :begun], mask[i, :begun] = row[:begun], 1
+        embeds[i, rest:], mask[i, rest:] = row[begun:], 1
+    new = generate(model, embeds, mask, max_new_tokens, cache=cache, tokenizer=tokenizer)
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _run_beginnings(
+    model: Any, prompts: Sequence[tuple[list[int], Sequence[Visual]]], rows: Sequence[Tensor]
+) -> tuple[int, Any]:
+    """Run what prompts about the same visuals have in common, once for each of those visuals.
+
+    rows: the prompts' embeddings, ``[S, E]`` each. Returns how many tokens were run, the same for all prompts, and the
+    cache of their keys and values, a row for each prompt; 0 and None where nothing would be saved, or where the
+    language model's cache does not keep all tokens.
+    """
+    generator = family_of(model).generator
+    config = model.config.get_text_config(decoder=True)
+    most = min(len(ids) for ids, _ in prompts) - 1  # one token at least must be run to answer
+    columns = enumerate(zip(*(ids[:most] for ids, _ in prompts), strict=True))
+    begun = next((place for place, column in columns if len(set(column)) > 1), most)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, (_, visuals) in enumerate(prompts):
+        groups.setdefault(tuple(id(visual.tokens) for visual in visuals), []).append(number)
+    if begun == 0 or len(groups) == len(prompts) or config.is_encoder_decoder or not keeps_all(config):
+        return 0, None
+    cache = make_cache(config)
+    embeds = torch.stack([rows[members[0]][:begun] for members in groups.values()])
+    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(generator.forward).parameters else {}
+    generator(
+        inputs_embeds=embeds,
+        attention_mask=torch.ones_like(embeds[..., 0], dtype=torch.long),
+        use_cache=True,
+        **cache_option(generator, cache),
+        **options,
+    )
+    order = {number: place for place, members in enumerate(groups.values()) for number in members}
+    cache.batch_select_indices(torch.tensor([order[number] for number in range(len(rows))], device=embeds.device))
+    return begun, cache
 
 
 class _Stream(TextStreamer):

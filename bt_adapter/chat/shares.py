@@ -80,8 +80,6 @@ class SharedRows(Rows):
 
 def share_of(questions: Sequence[Question], processes: Processes) -> list[Question]:
     """The questions of this process: about as many for each, those about one video together."""
-    if processes.world == 1:
-        return list(questions)
     place = {video: number for number, video in enumerate(dict.fromkeys(question.video for question in questions))}
     ordered = sorted(questions, key=lambda question: place[question.video])
     first, last = (len(ordered) * rank // processes.world for rank in (processes.rank, processes.rank + 1))
