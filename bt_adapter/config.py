@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 MODEL_TYPES = ("clip_vision_model", "eva", "siglip_vision_model", "dinov2")
+AlignLayer = Literal["last", "chat"]  # where pretraining aligns the branch: see the model's `forward`
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 

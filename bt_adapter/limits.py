@@ -29,13 +29,14 @@ def check_numbers(settings: object, limits: Mapping[str, str]) -> None:
     """Raise CommandError for the first number of a dataclass that lies outside its interval.
 
     Args:
-        settings: its fields hold the numbers, alone or in tuples. A field that is None is not checked.
+        settings: its fields hold the numbers, alone or in tuples. A field that is None, or a word where its type allows
+            one, is not checked.
         limits: field -> interval, as "(0, 1]"; "inf" is no bound. NaN lies in no interval.
     """
     for name, interval in limits.items():
         value = getattr(settings, name)
         for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not _lies_in(number, interval):
+            if number is not None and not isinstance(number, str) and not _lies_in(number, interval):
                 raise CommandError(f"{option(name)} must {_in_words(interval, number)}, got {number}")
 
 

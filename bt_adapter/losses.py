@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -77,9 +76,6 @@ def called_alignment(
     found = head(branch[:, 1:].masked_fill(~real[:, :, None], 0)).to(wide)
     loss = (2 - 2 * F.cosine_similarity(found, wanted, dim=-1)) * real
     return (loss.sum() / real.sum().clamp(min=1)).to(branch.dtype)
-
-
-AlignLayer = Literal["last", "chat"]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from bt_adapter.branch import Branch, SpatialLayer
-from bt_adapter.config import BTAdapterConfig, TowerConfig
+from bt_adapter.config import AlignLayer, BTAdapterConfig, TowerConfig
 from bt_adapter.image_settings import ImageSettings
-from bt_adapter.losses import AlignLayer, ChatLayer, called_alignment, compare_chat_layer, contrastive_loss
+from bt_adapter.losses import ChatLayer, called_alignment, compare_chat_layer, contrastive_loss
 from bt_adapter.names import pack_qkv
 from bt_adapter.progress import Progress, counter, nothing
 from bt_adapter.time_steps import Long, TimeSteps, average_frames, check_trained, plan_steps

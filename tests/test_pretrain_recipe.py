@@ -57,6 +57,7 @@ def test_a_run_starts_from_a_branch(start, name):
         ("folder", {"gates": False}, "--gates is False, but --init .* has True"),
         ("whole.pth", {"gates": False}, "--gates is False, but --init .* has True"),
         ("folder", {"max_frames": 32}, "--max-frames is 32, but --init .* has 8"),
+        ("folder", {"time_std": 0.7}, "--time-std is 0.7, but --init .* has 0.02"),
         ("folder", {"drop_path": 0.5}, "--drop-path is 0.5, but --init .* has 0.1"),
         ("folder", {"frames": 9}, "--frames must be at most 8, as --init"),
     ],

@@ -10,7 +10,7 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -88,6 +88,19 @@ def write_shards(
     for number in range(count):
         skipped.load_state_dict(json.loads(_note(folder, number).read_text(encoding="utf-8")))
     return skipped
+
+
+def clips_lost(shards: Iterable[str]) -> Skipped:
+    """The clips that :func:`write_shards` was given for these .tar files but could not put into them, with the reasons.
+
+    Shards that something else wrote have no notes of that, and nothing is found for them. Raises OSError.
+    """
+    lost = Skipped()
+    for path in sorted(set(shards)):
+        note = Path(path).with_suffix(".json")
+        if note.with_name(PLAN).exists() and note.exists():
+            lost.load_state_dict(json.loads(note.read_text(encoding="utf-8")))
+    return lost
 
 
 class _Shards(Dataset):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+from bt_adapter.config import AlignLayer
 from bt_adapter.errors import CommandError
 from bt_adapter.limits import (
     COUNT,
@@ -22,7 +23,6 @@ from bt_adapter.limits import (
     type_in_words,
     types_of,
 )
-from bt_adapter.losses import AlignLayer
 from bt_adapter.pretrain.frames import FrameRange
 
 # of the numbers that both recipes have
@@ -110,15 +110,17 @@ class Recipe(Settings):
     max_frames: int = 64
     """Rows of the branch's time table."""
     time_std: float = 0.02
-    """Standard deviation of a fresh branch's time table. Small towers, whose tokens are of size 1, want about 0.7."""
+    """Standard deviation of a fresh branch's time table. A small tower, whose tokens are of size 1, wants about 0.7.
+    With --init the time table is that of the branch to start from, and another value is refused."""
 
     frames: int | str = 8
     """T: frames of a clip. A range as 8..16: each step draws T from it, so that 16 rows of the time table learn."""
     batch: int = 416
     """Clips of a step over all processes (published: 8 times 52)."""
     group: int = 1
-    """Clips that stand so many in a row in --data always come together in one batch, such as a clip and its hard
-    negatives. --batch must hold whole groups for each process and each of its parts."""
+    """Keep so many clips that are listed in a row in --data together in one batch, such as a clip and its hard
+    negatives. --batch must be a multiple of it, times the processes, times --accumulate, and --data may list no
+    unusable clip. The order shuffles groups; last clips that are too few for a group are left out."""
     accumulate: int = 1
     """Parts a process cuts its clips into, one after the other; the contrastive losses still see all of them."""
     epochs: float = 1.0
@@ -135,9 +137,9 @@ class Recipe(Settings):
     lr: float = 2e-6
     """Base learning rate: ten times it for the branch, a hundred times for temporal layers and gates."""
     lr_temporal: float | None = None
-    """Learning rate of temporal layers; default: a hundred times --lr."""
+    """Learning rate of the temporal layers; default: a hundred times --lr."""
     lr_gates: float | None = None
-    """Learning rate of the two gates; default: a hundred times --lr."""
+    """Learning rate of the two gates; default: a hundred times --lr. Refused for a branch without gates."""
     beta1: float = 0.9
     """AdamW's."""
     beta2: float = 0.98
@@ -150,8 +152,9 @@ class Recipe(Settings):
     """Longest gradient; 0: any."""
     warmup: float = 0.5
     """Share of the steps with linear warm-up, cosine to 0 after it (published: half of its one epoch); 0: none."""
-    temperature: float = 0.01
-    """Of the contrastive losses."""
+    temperature: float | Literal["clip"] = 0.01
+    """Temperature of the contrastive losses, by which cosine similarities are divided. "clip": the one that --clip
+    learned in its own training, 1/exp(logit_scale). Large CLIPs have about 0.01, small ones more."""
     mbca: float = 0.1
     """Weight of masked branch cross-modal alignment."""
     mbta: float = 0.1
@@ -223,6 +226,8 @@ class Recipe(Settings):
             raise CommandError("--data is missing: a .csv, .jsonl, .tar shards, or synthetic")
         if self.data == "synthetic" and self.steps is None:
             raise CommandError("--data synthetic needs --steps: it has no end of its own")
+        if self.data == "synthetic" and self.group > 1:
+            raise CommandError(f"--group {self.group} needs listed clips: those of --data synthetic belong to no group")
         if self.batch % (world * self.accumulate * self.group):
             raise CommandError(
                 f"--batch must be a multiple of processes times --accumulate times --group, got {self.batch} for "

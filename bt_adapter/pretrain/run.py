@@ -20,9 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_adapter.checkpoint import CheckpointError, check_fingerprint, image_settings_of, name_of_tower
 from bt_adapter.data import TrainTransform
-from bt_adapter.data.clips import Clip, digest
+from bt_adapter.data.clips import Clip, Member, digest
 from bt_adapter.data.loading import Damaged, SyntheticClips, TrainingClips, batches
 from bt_adapter.data.manifests import read_clips
+from bt_adapter.data.shards import clips_lost
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
@@ -76,6 +77,24 @@ def with_clip(recipe: Recipe) -> Recipe:
     return replace(recipe, clip=name)
 
 
+def choose_temperature(recipe: Recipe, clip: Any) -> float:
+    """The temperature of the contrastive losses, as a number. ``clip``: the loaded image model with both towers.
+
+    Raises:
+        CommandError: the recipe asks for the temperature that the CLIP learned, and it has none.
+    """
+    if not isinstance(recipe.temperature, str):
+        return recipe.temperature
+    scale = getattr(clip, "logit_scale", None)
+    learned = math.exp(-scale.item()) if scale is not None and scale.numel() == 1 else math.nan
+    if not 0 < learned < math.inf:
+        raise CommandError(
+            f"--temperature clip needs a CLIP with a learned temperature (logit_scale), but --clip {recipe.clip} has "
+            "none: give a number"
+        )
+    return learned
+
+
 class Run(TrainingRun):
     """One pretraining run."""
 
@@ -94,6 +113,7 @@ class Run(TrainingRun):
             self.clip, self.text = load_clip(recipe.clip)
         except (OSError, ValueError) as error:
             raise CommandError(f"--clip {recipe.clip}: {error}") from error
+        self.temperature = choose_temperature(recipe, self.clip)
         vision = read_tower(self.clip).config
         size = vision.image_size
         if recipe.data == "synthetic":
@@ -113,8 +133,13 @@ class Run(TrainingRun):
             unusable.check(len(clips) + len(unusable), recipe.max_skipped)
             self.total = len(clips)
             transform = TrainTransform(size, scale=recipe.crop, resample=image_settings_of(self.clip, vision).resample)
-            if recipe.group > 1 and len(unusable):  # a gap would put the clips behind it into other groups
-                raise CommandError(f"--group {recipe.group} needs every listed clip; {unusable.report()}")
+            if recipe.group > 1:  # a gap would put the clips behind it into other groups
+                unusable.merge(clips_lost(clip.path for clip in clips if isinstance(clip.source, Member)))
+                if len(unusable):
+                    raise CommandError(
+                        f"--group {recipe.group} needs every listed clip, but some cannot be used: mend them, or take "
+                        f"their whole groups out of --data {recipe.data}; {unusable.report(10)}"
+                    )
             self.clips = TrainingClips(clips, recipe.frames_of, transform, recipe.seed, recipe.group)
             self.steps_per_epoch = len(self.clips) // recipe.batch
             self._plan(recipe.steps or max(1, round(recipe.epochs * self.steps_per_epoch)))
@@ -137,6 +162,11 @@ class Run(TrainingRun):
         torch.manual_seed(recipe.seed)
         self.model = start_model(recipe, self.clip, folder)
         self.model.trained_steps = recipe.frame_range.most
+        head, config = self.model.branch.alignment_head, self.model.config
+        if head is not None and not recipe.needs_head:  # that of --init: DDP waits for the gradient of all that learns
+            head.requires_grad_(False)
+        if recipe.lr_gates is not None and config.merge_gate_slope is None and config.output_gate_slope is None:
+            raise CommandError(f"--lr-gates is {recipe.lr_gates}, but the branch has no gates: leave it out")
         self.text.to(device)
         self.model.to(device).train()
         self.model.recompute = recipe.recompute
@@ -164,6 +194,10 @@ class Run(TrainingRun):
 
     def _run(self, done: int) -> Path:
         recipe, processes, out = self.recipe, self.processes, self.recipe.out / "branch"
+        if recipe.temperature == "clip":
+            self._say(f"the temperature is the one that the CLIP learned, {self.temperature:.4g}")
+        if self.total is not None and (rest := self.total % recipe.group):
+            self._say(f"the last {rest} clips of --data are too few for a group of {recipe.group} and are left out")
         if done:
             self._say(f"going on after step {done} of {self.steps}")
         self._loop(done)
@@ -221,7 +255,8 @@ class Run(TrainingRun):
         text = self.text(batch.captions)
         # The scaler wants to be asked: it has no scale before. Without one, nothing waits for the device.
         scale = float(self.scaler.scale(torch.ones((), device=device))) if self.scaler.is_enabled() else 1.0
-        parts = backward(self.module, frames, visible, draws, text, recipe, processes.group, scale)
+        numbers = replace(recipe, temperature=self.temperature)
+        parts = backward(self.module, frames, visible, draws, text, numbers, processes.group, scale)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.branch.parameters(), recipe.grad_norm or math.inf)
         factor = rate(step, self.steps, self.warm_steps)
@@ -327,7 +362,7 @@ def start_model(recipe: Recipe, clip: Any, folder: Path | None) -> BTAdapterVisi
     )  # fmt: skip
     model = BTAdapterVisionModel.from_clip(clip, config)
     with torch.no_grad():
-        model.branch.time *= recipe.time_std / Recipe.time_std  # the same draws, of another size
+        model.branch.time.mul_(recipe.time_std / Recipe.time_std)  # the same draws, of another size
     return model
 
 

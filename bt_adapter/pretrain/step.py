@@ -97,10 +97,10 @@ def backward(
         frames: this process's clips, uint8 ``[B, T, 3, S, S]``. visible: what the branch sees of them.
         draws: of stochastic depth for them, see :func:`draw_depth`.
         text: embeddings of their captions, ``[B, F]``.
-        recipe: temperature, weights, precision and ``accumulate``. With parts, the clips go through tower and branch
-            twice: once without gradients for the embeddings of all of them, whose gradients the losses over the whole
-            batch give, and once part by part to carry those on. The kept activations are one part's. (The idea:
-            GradCache, arXiv 2101.06983.)
+        recipe: temperature (a number), weights, precision and ``accumulate``. With parts, the clips go through tower
+            and branch twice: once without gradients for the embeddings of all of them, whose gradients the losses over
+            the whole batch give, and once part by part to carry those on. The kept activations are one part's. (The
+            idea: GradCache, arXiv 2101.06983.)
         group: processes whose batches make one.
         scale: factor of the gradients (float16).
 
@@ -143,6 +143,7 @@ def backward(
 def _contrast(
     video: Tensor, branch: Tensor, text: Tensor, recipe: Recipe, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
+    assert not isinstance(recipe.temperature, str), "the run replaces the word by the CLIP's number"
     text = text.to(video.dtype)
     vtc = contrastive_loss(video, text, recipe.temperature, group)
     return vtc, recipe.mbca * contrastive_loss(branch, text, recipe.temperature, group)
