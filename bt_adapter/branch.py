@@ -94,11 +94,15 @@ def _gate(slope: float | None, parameter: Tensor | None, dtype: torch.dtype) -> 
 class Branch(nn.Module):
     """Everything that learns: layers, CLS, time table, gates and the alignment head.
 
+    ``is_absent`` marks a branch of a chat model that has none: it holds the branch's place and never runs.
+
     Args:
         tower_config: of the tower it stands beside.
         config: of the branch.
         layers: how many of the d layers to build (chat needs d - 1); None: all.
     """
+
+    is_absent = False
 
     def __init__(self, tower_config: TowerConfig, config: BTAdapterConfig, layers: int | None = None):
         super().__init__()

@@ -92,7 +92,7 @@ class Plan:
             self._tune(image, seed, "image", "fresh", "stills")
             self._answers(f"{own}/untuned", image, branch)
             self._answers(f"{own}/untuned-off", image, branch, "--no-branch")
-            self._answers(f"{own}/stills", image, data="heldout-stills")
+            self._answers(f"{own}/stills", image, options="--no-branch", data="heldout-stills")
             self._tune(f"{own}/tuned", seed, "video", image, "clips", branch)
             off = "--no-use-branch --learn projector lora"
             self._tune(f"{own}/control", seed, "video", image, "clips", options=off)

@@ -14,7 +14,7 @@ from bt_adapter.branch import Branch
 from bt_adapter.chat.attachment import Attachment, attachment_of, find_attachment
 from bt_adapter.chat.branch_files import load_branch
 from bt_adapter.chat.families import Family, family_of
-from bt_adapter.chat.pairing import beside, check_shapes, check_values, loaded, mirrored, share_tower
+from bt_adapter.chat.pairing import absent_branch, beside, check_shapes, check_values, loaded, mirrored, share_tower
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.native.conversion import ImageModel, image_model_of, to_image_model, to_video_model, video_fields
 from bt_adapter.progress import Progress
@@ -22,7 +22,9 @@ from bt_adapter.time_steps import Long
 
 
 def attach(
-    image_chat_model: Any, branch: BTAdapterVisionModel | str | os.PathLike[str], require_same_tower: bool = True
+    image_chat_model: Any,
+    branch: BTAdapterVisionModel | str | os.PathLike[str] | None,
+    require_same_tower: bool = True,
 ) -> Any:
     """Make an image chat model a video chat model, in place and over the same weights.
 
@@ -47,7 +49,8 @@ def attach(
             ``PeftModel`` around one; changed in place. docs/chat-models.md says what differs.
         branch: a model; a folder of `BTAdapterVisionModel.save_pretrained`, or the hub name of one; or a published
             checkpoint. Its learned part is moved to the tower's device and dtype until `detach`; its own tower is left
-            alone.
+            alone. None: no branch; videos are the mean over their frames of the tower's tokens, the baseline of every
+            comparison, and such a model cannot be saved.
         require_same_tower: False: a branch trained beside another CLIP of the same shape, or at another resolution
             (CLIP-L/14 at 224 px beside CLIP-L/14-336), is attached with a warning. For the same CLIP at another
             resolution it may stay True: the chat model's position table serves.
@@ -78,7 +81,9 @@ def attach(
         raise TypeError(f"image_chat_model must be the whole {family.model_class.__name__}, but is its inner model")
     family.tower()  # TypeError unless it is a CLIP
     with loaded(family):
-        if isinstance(branch, (str, os.PathLike)):
+        if branch is None:
+            branch = absent_branch(family)
+        elif isinstance(branch, (str, os.PathLike)):
             branch = load_branch(branch, family, require_same_tower)
         elif not isinstance(branch, BTAdapterVisionModel):
             found = type(branch).__name__
@@ -100,6 +105,7 @@ def attach(
     model.branch.to(device=device, dtype=dtype).train(family.home.training)
     freeze_unreached(model)
     image_model = to_video_model(family, model.branch, model.tower_name, fields)
+    family.home.config.use_branch = not model.branch.is_absent
     family.home.__dict__["_attachment"] = Attachment(family, model, Undo(image_model, before))
     return image_chat_model
 

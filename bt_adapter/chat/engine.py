@@ -65,6 +65,7 @@ class VideoChat:
         dtype: torch.dtype | None = None,
         quantize: Quantize | None = None,
         require_same_tower: bool = True,
+        use_branch: bool = True,
     ) -> VideoChat:
         """A video chat model by its local folder or hub name.
 
@@ -76,7 +77,9 @@ class VideoChat:
             dtype: None for what the model was stored in.
             quantize: the language model in 4 ("nf4") or 8 bits ("int8"); the tower, the projector and the branch
                 stay as they are.
-            require_same_tower: as for `attach`; what was tuned with False needs no leave again.
+            require_same_tower: as for `attach`; a model that was tuned with False is loaded so.
+            use_branch: False: an image chat model may come without a branch. Its videos are then the mean over their
+                frames of the tower's tokens, as they are where :meth:`encode` is given ``branch=False``.
 
         Raises:
             ValueError: no such kind of chat model, it needs a branch and none is given, or the two do not fit, which
@@ -88,9 +91,10 @@ class VideoChat:
 
         if tune.is_tuned(model):
             return tune.load(
-                model, None, branch, device, dtype, quantize=quantize, require_same_tower=require_same_tower
-            )
-        return VideoChat(*load_with_branch(model, branch, device, dtype, quantize, require_same_tower))
+                model, None, branch, device, dtype, quantize=quantize, require_same_tower=require_same_tower,
+                use_branch=use_branch,
+            )  # fmt: skip
+        return VideoChat(*load_with_branch(model, branch, device, dtype, quantize, require_same_tower, use_branch))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write model, branch and processor as a folder that :meth:`load` and transformers' Auto classes read.
@@ -127,15 +131,15 @@ class VideoChat:
     def encode(
         self,
         video: Video | Tensor,
-        branch: bool = True,
+        branch: bool | None = None,
         progress: Progress | None = None,
         question: str | None = None,
     ) -> Tensor:
         """A video's tokens for the language model, ``[1, V, W]``, from frames that are there already.
 
         video: decoded frames, uint8 ``[T, 3, H, W]`` where a tensor is given. branch: False for the mean of the frames'
-        tokens in the branch's place. progress: as for ``video_tokens``. question: as for :meth:`project`. Files of any
-        length: `bt_adapter.chat.watch`.
+        tokens in the branch's place; None: as the model was tuned (``use_branch`` of its configuration). progress: as
+        for ``video_tokens``. question: as for :meth:`project`. Files of any length: `bt_adapter.chat.watch`.
         """
         pixels = self.prepare(video.frames if isinstance(video, Video) else video)
         tokens = self.project(video_tokens(self.model, pixels, progress, branch=branch), question)

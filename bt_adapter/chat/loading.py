@@ -36,12 +36,14 @@ def load_with_branch(
     dtype: torch.dtype | None,
     quantize: Quantize | None,
     require_same_tower: bool,
+    use_branch: bool = True,
 ) -> tuple[Any, Any]:
     """A video chat model and its processor, or the processor or tokenizer of the image chat model it was made of.
 
     Args:
         name: of an image chat model, whose branch must be given; or of a video chat model, whose own branch one that is
             given replaces.
+        use_branch: False: an image chat model needs none; videos are then the mean of their frames.
 
     What configurations tell is told before any weights are read: that the model is of another kind, that its tower is
     no CLIP, and that the branch is missing or belongs to a tower of other sizes.
@@ -54,8 +56,11 @@ def load_with_branch(
     name = check_place(name)
     family = read_skeleton(name)
     if branch is None:
-        if not isinstance(family.chat, VideoModel):
-            raise ValueError(f"model {name} needs a branch, but branch is None: it is an image chat model")
+        if not isinstance(family.chat, VideoModel) and use_branch:
+            raise ValueError(
+                f"model {name} needs a branch, but branch is None: it is an image chat model (without one, --no-branch "
+                "or use_branch=False gives the mean of the frames)"
+            )
     else:
         branch = locate_branch(branch)
         check_branch(branch, family, require_same_tower)
@@ -69,7 +74,9 @@ def load_with_branch(
     chat = load_pretrained(type(family.chat), name, dtype, **options)
     if quantize is None and not getattr(chat, "is_quantized", False):  # as stored, or else by accelerate
         chat = chat.to(device)
-    return chat if branch is None else attach(chat, branch, require_same_tower), processor
+    if branch is None and isinstance(family.chat, VideoModel):
+        return chat, processor
+    return attach(chat, branch, require_same_tower), processor
 
 
 def read_skeleton(name: str) -> Family:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bt_adapter.branch import Branch
 from bt_adapter.chat.families import Family
-from bt_adapter.config import TowerConfig
+from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.tower import Tower
 
@@ -179,6 +179,13 @@ def beside(family: Family, branch: Branch, tower_name: str | None = None) -> BTA
     model.branch = branch
     model.tower_name = tower_name
     return model.train(branch.training)
+
+
+def absent_branch(family: Family) -> BTAdapterVisionModel:
+    """What stands in the place of a branch in a chat model that has none: it never runs and cannot be saved."""
+    branch = Branch(family.tower_config, BTAdapterConfig(depth=2, alignment_head=False), 1)
+    branch.is_absent = True
+    return beside(family, branch)
 
 
 def mirrored(source: BTAdapterVisionModel) -> BTAdapterVisionModel:

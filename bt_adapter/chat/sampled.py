@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from bt_adapter.commands.chat import ChatModel
 
 TUNED, PRETRAINED = "tuned.json", "pretrained.json"
-DEFAULTS: dict[str, Any] = {"frames": 8, "repeat": False, "windows": None, "long": "average"}
+DEFAULTS: dict[str, Any] = {"frames": 8, "repeat": False, "windows": None, "long": "average", "branch": True}
 
 
 def settle_sampling(command: ChatModel) -> tuple[dict[str, Any], list[str]]:
-    """Find the frames, repeat, windows and long of a command line: given ones, else those of training, else the usual.
+    """Find the frames, repeat, windows, long and branch of a command: as given, else as in training, else usual.
 
-    Windows are those of training only with the frames of training.
+    Windows are those of training only with the frames of training. A model tuned without the branch is asked without it
+    unless --branch names one.
 
     Returns:
         The values by name, and lines that say what was taken from training and what was given otherwise.
@@ -34,6 +35,7 @@ def settle_sampling(command: ChatModel) -> tuple[dict[str, Any], list[str]]:
         raise CommandError("--repeat and --no-repeat were both given: give one of them")
     given: dict[str, Any] = {"frames": command.frames, "windows": command.windows, "long": command.long}
     given["repeat"] = True if command.repeat else False if command.no_repeat else None
+    given["branch"] = False if command.no_branch else True if command.branch is not None else None
     trained, source = read_sampling(command.model, command.branch)
     if command.fps is not None or (given["frames"] is not None and given["frames"] != trained.get("frames")):
         trained = {name: value for name, value in trained.items() if name != "windows"}
@@ -49,7 +51,7 @@ def settle_sampling(command: ChatModel) -> tuple[dict[str, Any], list[str]]:
     notes += [
         f"--{name} {value} is another choice than {source} was trained with: {trained[name]}"
         for name, value in given.items()
-        if value is not None and name in trained and trained[name] != value
+        if name != "branch" and value is not None and name in trained and trained[name] != value
     ]
     return values, notes
 
@@ -62,7 +64,9 @@ def read_sampling(model: str, branch: str | None) -> tuple[dict[str, Any], str]:
     """
     if branch is None and is_native(model):
         frames = read_json(Path(model) / "processor_config.json").get("video_frames")
-        found = {"frames": frames, "long": read_json(Path(model) / "config.json").get("long_videos"), "repeat": True}
+        config = read_json(Path(model) / "config.json")
+        found = {"frames": frames, "repeat": True}
+        found |= {"long": config.get("long_videos"), "branch": config.get("use_branch")}
         return {name: value for name, value in found.items() if value is not None}, model
     for name, file in ((model, TUNED), (branch, PRETRAINED)):
         path = Path(name or "") / file

@@ -190,7 +190,7 @@ def _decoded(raw: bytes, number: int) -> str:
 def sampling_of(command: ChatModel) -> Sampling:
     """How a command line wants videos watched."""
     values, _ = settle_sampling(command)
-    return Sampling(fps=command.fps, branch=not command.no_branch, **values)
+    return Sampling(fps=command.fps, **values)
 
 
 def say_choices(notes: Console, command: ChatModel) -> None:
@@ -224,7 +224,10 @@ def load(command: ChatModel) -> VideoChat:
     device, dtype = device_of(command), chosen_dtype(command).dtype
     try:
         same, quantize = not command.other_tower, command.quantize
-        return load_base(command.model, command.branch, device, dtype, quantize=quantize, require_same_tower=same)
+        return load_base(
+            command.model, command.branch, device, dtype, quantize=quantize, require_same_tower=same,
+            use_branch=sampling_of(command).branch,
+        )  # fmt: skip
     except QuantizeError as error:
         raise CommandError(f"--{error}") from error
     except (ValueError, TypeError, ImportError) as error:

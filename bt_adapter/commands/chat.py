@@ -46,7 +46,8 @@ class ChatModel:
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
     no_branch: Annotated[bool, arg(name="no-branch")] = False
-    """Switch the branch off: the language model gets the mean of the frames."""
+    """Switch the branch off: the language model gets the mean of the frames. An image chat model then needs no
+    --branch. Default: as the model was tuned."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -61,8 +62,11 @@ class ChatModel:
         if self.model.partition(":")[0] == "mini":
             if self.quantize is not None:
                 raise CommandError("--quantize is for models of a folder or the hub; mini is small enough")
-        if self.branch is None and needs_branch(self.model):
-            raise CommandError(f"--model {self.model} needs --branch: a branch pretrained on its CLIP")
+        if self.branch is None and not self.no_branch and needs_branch(self.model):
+            raise CommandError(
+                f"--model {self.model} needs --branch: a branch pretrained on its CLIP (or --no-branch: the mean of "
+                "the frames)"
+            )
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ def save_video_model(model: Any, processor: Any, folder: str | os.PathLike[str],
         if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
             raise ValueError(f"{name} holds adapters of PEFT: model.merge_and_unload() puts them into the weights")
     now = attachment.model()
+    if now.branch.is_absent:
+        raise ValueError("the chat model has no branch to save: attach one, or detach() and save the image chat model")
     chat.config.bt_adapter = describe(now.branch, now.tower_name)  # tuning may have changed what it says of frames
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bt_adapter.chat.attach import attach, attached_branch
+from bt_adapter.chat.attachment import find_attachment
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.checkpoint import CheckpointError, load_exactly, read_safetensors
 from bt_adapter.tune import ABOUT, is_tuned
@@ -29,7 +30,7 @@ def load_base(
     Args:
         name: "mini" or "mini:<stage>" for the small one, else as for ``VideoChat.load``.
         branch: None: mini's own, or, where ``name`` is a tuned folder, that one's.
-        device, dtype, options: as there.
+        device, dtype, options: as there. With ``use_branch=False`` the model may have no branch.
     """
     kind, _, stage = str(name).partition(":")
     if kind != "mini":
@@ -37,7 +38,7 @@ def load_base(
     if options.get("quantize") is not None:
         raise ValueError(f"quantize must be None for {name}, but is {options['quantize']!r}")
     chat = VideoChat.mini(stage or "tuned", device, dtype or torch.float32)
-    if branch is not None:
+    if branch is not None or (not options.get("use_branch", True) and find_attachment(chat.family) is None):
         attach(chat.model, branch, options.get("require_same_tower", True))
     return chat
 
@@ -57,8 +58,10 @@ def load_tuned(
     check_files(folder, parts)
     own = folder / "branch" if "branch" in parts else None
     other = branch or about["branch"]["source"]
-    if about["recipe"].get("other_tower"):  # leave was given once
+    if about["recipe"].get("other_tower"):  # which was allowed when it was tuned
         options["require_same_tower"] = False
+    if not about["recipe"].get("use_branch", True):
+        options["use_branch"] = False
     same = options.get("require_same_tower", True)
     if isinstance(model, VideoChat):
         chat = model
@@ -77,8 +80,10 @@ def load_tuned(
                 f"{folder} was tuned from the chat model {about['model']} and the branch {about['branch']['source']}, "
                 f"and needs them beside: {error}. Give model= (and branch=) where they lie elsewhere"
             ) from error
-    if own is None:
+    if own is None and about["branch"]["fingerprint"] is not None and other is not None:
         _check_branch(folder, chat, about["branch"]["fingerprint"])
+    if not about["recipe"].get("use_branch", True):
+        chat.family.home.config.use_branch = branch is not None  # one that is named now is to be used
     if "projector" in parts:
         load_exactly(projector_of(chat.model), read_safetensors(folder / FILES["projector"]), str(folder))
     if "lora" in parts:

@@ -175,8 +175,10 @@ def save_adapters(adapters: Any, inside: str, folder: Path, model: str) -> None:
     config.save_pretrained(os.fspath(folder))
 
 
-def branch_fingerprint(model: BTAdapterVisionModel) -> dict[str, float]:
-    """Lengths of some of a branch's weights: what tells one from another, in any precision."""
+def branch_fingerprint(model: BTAdapterVisionModel) -> dict[str, float] | None:
+    """Lengths of some of a branch's weights, which tell one from another in any precision; None: there is no branch."""
+    if model.branch.is_absent:
+        return None
     weights = dict(model.branch.named_parameters())
     layers = ("temporal.0.fc.weight", "temporal.0.attention.out_proj.weight", "spatial.0.fc1.weight")
     chosen = ("cls_token", "time", *layers)

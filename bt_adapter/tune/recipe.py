@@ -46,7 +46,11 @@ class TuneRecipe(Settings):
     model: str = "mini:projector"
     """Chat model: hub name, local folder, tuned folder, or "mini" ("mini:projector": before it saw a video)."""
     branch: str | None = None
-    """Branch: a folder of save_pretrained or a published checkpoint; default: the one that comes with mini."""
+    """Branch: a folder of save_pretrained or a published checkpoint; default: the one that comes with mini or with a
+    tuned folder. A run that reads no video, or has --no-use-branch, needs none."""
+    use_branch: bool = True
+    """Encode videos by the branch. Without it they are the mean of their frames: the control of every claim that the
+    branch helps, for which no branch need be named. The tuned model is then asked about videos in the same way."""
     other_tower: bool = False
     """Take a branch trained beside another CLIP than the model's, of the same shape but for the resolution."""
     learn: tuple[Part, ...] = ("projector", "branch")
@@ -158,5 +162,9 @@ class TuneRecipe(Settings):
             raise CommandError(f"--learn must name some of {', '.join(PARTS)}, each once, got {list(self.learn)}")
         if self.batch < world:
             raise CommandError(f"--batch must be at least one conversation a process, got {self.batch} for {world}")
-        if self.branch is None and needs_branch(self.model):
+        if not self.use_branch and "branch" in self.learn:
+            raise CommandError("--no-use-branch: a branch that does not run cannot learn; leave it out of --learn")
+        if not self.use_branch and self.features is not None:
+            raise CommandError("--features holds what the branch reads: leave it out with --no-use-branch")
+        if self.branch is None and "branch" in self.learn and needs_branch(self.model):
             raise CommandError(f"--model {self.model} needs --branch: a branch pretrained on its CLIP")

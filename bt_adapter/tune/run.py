@@ -68,7 +68,9 @@ class Run(TrainingRun):
         self.listed = len(conversations) + len(unusable)
         self._note(unusable)
         self.given = chat is not None
-        self.chat = chat or load_chat(self.recipe, processes.device)
+        videos = any(source.kind == "video" for conversation in conversations for source in conversation.sources)
+        self.chat = chat or load_chat(self.recipe, processes.device, self.recipe.use_branch and videos)
+        self.chat.family.home.config.use_branch &= self.recipe.use_branch
         self._data(conversations)
         self._model()
 
@@ -249,7 +251,7 @@ class Run(TrainingRun):
             "model": _from_anywhere(self.recipe.model),
             "branch": {
                 "source": self.recipe.branch and _from_anywhere(self.recipe.branch),
-                "fingerprint": branch_fingerprint(attached_branch(self.chat.model)),
+                "fingerprint": branch_fingerprint(attached_branch(self.chat.model)),  # None: there is none
             },
             "step": self.state["step"],
             "sampling": self._sampling(),
@@ -262,7 +264,8 @@ class Run(TrainingRun):
         long = self.recipe.long
         if long == "published" and "branch" in self.recipe.learn:
             long = "average"  # the rows that it read are trained now: averaging to as many steps is the same
-        return {"frames": self.recipe.frames, "repeat": True, "windows": 1, "long": long}
+        sampling = {"frames": self.recipe.frames, "repeat": True, "windows": 1, "long": long}
+        return sampling if self.recipe.use_branch else sampling | {"branch": False}
 
     def _write(self, out: Path) -> None:
         """The final folder, which appears when it is whole."""
@@ -280,6 +283,8 @@ class Run(TrainingRun):
             why = f"it was tuned beside weights in {recipe.quantize}, and answers a little differently with full ones"
         elif not recipe.save_model:
             why = "--no-save-model"
+        elif attached_branch(self.chat.model).branch.is_absent:
+            why = "the model has no branch yet"
         else:
             chat = self._tuned_chat(tuned)
             try:
@@ -304,8 +309,11 @@ class Run(TrainingRun):
         return self.chat
 
 
-def load_chat(recipe: TuneRecipe, device: torch.device) -> VideoChat:
+def load_chat(recipe: TuneRecipe, device: torch.device, needs_branch: bool) -> VideoChat:
     """The chat model and branch a recipe names.
+
+    Args:
+        needs_branch: whether the run sends videos through a branch. Where it does not, the model may have none.
 
     Raises:
         CommandError: they are not there or do not fit.
@@ -314,8 +322,9 @@ def load_chat(recipe: TuneRecipe, device: torch.device) -> VideoChat:
         dtype = getattr(torch, recipe.precision)
         same = not recipe.other_tower
         return load_base(
-            recipe.model, recipe.branch, str(device), dtype, require_same_tower=same, quantize=recipe.quantize
-        )
+            recipe.model, recipe.branch, str(device), dtype, require_same_tower=same, quantize=recipe.quantize,
+            use_branch=needs_branch or "branch" in recipe.learn,
+        )  # fmt: skip
     except QuantizeError as error:
         raise CommandError(f"--{error}") from error
     except (OSError, ValueError, TypeError) as error:

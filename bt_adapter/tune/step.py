@@ -139,7 +139,9 @@ class Tuning:
         if batch.ndim == 5:
             videos = pixels.unflatten(0, batch.shape[:2])
             draws = self._draws(model, batch.shape[1], seeds)
-            return list(self.family.project(self.family.video_tokens(model, videos, long=long, draws=draws)))
+            branch = self.recipe.use_branch
+            tokens = self.family.video_tokens(model, videos, branch=branch, long=long, draws=draws)
+            return list(self.family.project(tokens))
         if self.family.has_qformer:  # it reads the tower's tokens: those of a video of one frame
             return list(self.family.project(model.frame_mean_tokens(pixels[:, None])))
         return self.family.stills(list(pixels), [None] * len(pixels), {})
