@@ -10,7 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from miniature import chat_report, pretraining_report  # noqa: E402
+from miniature import tables  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {
@@ -56,5 +56,5 @@ def sweep(device: str) -> Path:
 
 if __name__ == "__main__":
     drawn = [sweep(device) for device in sys.argv[1:] or ["cpu"]]
-    for path in (*drawn, pretraining_report.plot(), chat_report.plot(chat_report.load())):
+    for path in (*drawn, *([tables.plot()] if tables.RESULT.exists() else [])):
         print(f"wrote {path.relative_to(ROOT)}")

@@ -11,60 +11,11 @@ import re
 import sys
 from pathlib import Path
 
-from miniature import chat_report
-from miniature import pretraining_report as miniature
-from summaries import ON_BFLOAT16, decode, highlights, long_videos, mini_short, pretrain
+from miniature import tables
+from summaries import ON_BFLOAT16, decode, highlights, long_videos, pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-
-
-def mini() -> str:
-    """What the small stack can do, from ``bt-adapter demo --evaluate``."""
-    result = json.loads((RESULTS / "mini" / "evaluate.json").read_text(encoding="utf-8"))
-    found, told = result["retrieval"], result["answers"]
-    plain, branch, p = found["frame_mean"], found["branch"], found["p"]
-    lines = [
-        f'Zero-shot, {plain["n"]} held-out clips, one for each caption such as "a red sneaker moving left":',
-        "",
-        "| | CLIP, mean of the frames | CLIP and branch | p |",
-        "| --- | --- | --- | --- |",
-    ]
-    for way in ("text_to_video", "video_to_text"):
-        label = way.replace("_", " ")
-        lines.append(f"| {label} R@1 | {plain[way]['R@1']:.3f} | {branch[way]['R@1']:.3f} | {p[way]:.0e} |")
-    for name, label in (("motion", "motion, of 9"), ("item", "item, of 8"), ("colour", "colour, of 6")):
-        figure = f"{p[name]:.0e}" if name in p else ""
-        lines.append(f"| {label} | {plain[name]:.3f} | {branch[name]:.3f} | {figure} |")
-    names = {
-        "image": "image model, mean of the frames",
-        "untuned": "with the branch, no video question in training",
-        "tuned": "projector, adapters and branch tuned on video questions",
-        "control": "control: the same tuning with the branch off",
-    }
-    systems = told["systems"]
-    kinds = {"motion": "how it moves", "item": "what it is", "colour": "its colour"}
-    counts = " | ".join(f"{label} (n = {systems['tuned'][kind]['n']})" for kind, label in kinds.items())
-    lines += ["", "Questions about held-out clips, share of generated answers that are right:", ""]
-    lines += [f"| | {counts} | how it moves, likeliest of the nine answers |", "| --- | --- | --- | --- | --- |"]
-    for name, label in names.items():
-        shares = " | ".join(f"{systems[name][kind]['generated']:.3f}" for kind in kinds)
-        lines.append(f"| {label} | {shares} | {systems[name]['motion']['likelihood']:.3f} |")
-    motions = list(systems["tuned"]["motion"]["per_motion"])
-    lines += ["", "The first column by motion:", "", f"| | {' | '.join(motions)} |"]
-    lines.append("| --- " * (len(motions) + 1) + "|")
-    for name in names:
-        per = systems[name]["motion"]["per_motion"]
-        shares = " | ".join(format(per[motion]["generated"], ".2f") for motion in motions)
-        lines.append(f"| {name} | {shares} |")
-    pairs = "; ".join(f"{pair}: p = {ways['generated']['p']:.0e}" for pair, ways in told["mcnemar"].items())
-    lines += [
-        "",
-        f"Exact two-sided McNemar tests on the motion answers: {pairs}. p in the first table likewise.",
-        f"Printed by `{' '.join(result['command'])}` ({result['seconds']:.0f} s on {result['threads']} CPU threads, "
-        f"torch {result['torch']}), one seed. Chance is 1/9 for motion, 1/8 for items, 1/6 for colours.",
-    ]
-    return "\n".join(lines)
 
 
 AIMS = (
@@ -238,8 +189,6 @@ def chat() -> str:
 
 
 TABLES = {
-    "mini": mini,
-    "mini-short": mini_short,
     "long-videos": long_videos,
     "highlights": highlights,
     "decode": decode,
@@ -248,12 +197,7 @@ TABLES = {
     "traffic": traffic,
     "step": step,
     "chat": chat,
-    "miniature-short": miniature.brief,
-    "miniature": miniature.short,
-    "miniature-full": miniature.full,
-    "miniature-ablation": miniature.ablation,
-    "miniature-cost": miniature.cost,
-    **chat_report.TABLES,
+    **tables.TABLES,
 }
 
 

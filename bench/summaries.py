@@ -51,30 +51,6 @@ def highlights() -> str:
     return "\n".join(lines)
 
 
-def mini_short() -> str:
-    """The small stack in a few figures, from ``bt-adapter demo --evaluate``."""
-    result = load("mini/evaluate.json")
-    plain, branch = result["retrieval"]["frame_mean"], result["retrieval"]["branch"]
-    systems = result["answers"]["systems"]
-    motion = {name: systems[name]["motion"]["generated"] for name in ("image", "untuned", "tuned", "control")}
-    return "\n".join(
-        [
-            "| held-out moving clips | mean of the frames | with the branch |",
-            "| --- | --- | --- |",
-            f"| text to video R@1 of {plain['n']} | {plain['text_to_video']['R@1']:.3f} | "
-            f"{branch['text_to_video']['R@1']:.3f} |",
-            f"| motion, of nine | {plain['motion']:.3f} | {branch['motion']:.3f} |",
-            f"| item, of eight | {plain['item']:.3f} | {branch['item']:.3f} |",
-            f"| answers to how it moves, no video question in training | {motion['image']:.3f} | "
-            f"{motion['untuned']:.3f} |",
-            f"| answers to how it moves, tuned alike on video questions | {motion['control']:.3f} | "
-            f"{motion['tuned']:.3f} |",
-            "",
-            f"One seed; printed by `{' '.join(result['command'])}`.",
-        ]
-    )
-
-
 def long_videos() -> str:
     """More frames than in training, from ``bench/long_videos.py``: clips that are right, and p against 8 frames."""
     result = load("long-videos-cpu.json")

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]
 HERE = "bench/miniature"
 WEIGHTS = ROOT / "mini" / "bt_adapter_mini" / "weights"
 SETS = ("pretrain", "stills", "clips", "heldout", "heldout-stills", "retrieval", "stills-ramp", "stills-plain")
@@ -32,10 +34,9 @@ ON_CPU = "--device cpu --precision float32"
 # Of the first seed: one stage is made in another way, all others are the headline's.
 BRANCH_ABLATIONS = {"no-mbta": "--mbta 0", "no-mbca": "--mbca 0", "reference-order": ""}
 IMAGE_ABLATIONS = {"one-exposure": "stills-ramp", "plain-stills": "stills-plain"}
-TRAINED = "--steps 2 --batch 8"
 QUICK = {
-    "datasets.py": "--count 16", "clip.py": TRAINED, "pretrain": TRAINED, "reference_order.py": TRAINED,
-    "tune": TRAINED, "probes.py": "--count 16",
+    "datasets.py": "--count 64", "clip.py": "--steps 2 --batch 8", "pretrain": "--steps 2",
+    "reference_order.py": "--steps 2", "tune": "--steps 2 --batch 8", "probes.py": "--count 36",
 }  # fmt: skip
 
 
@@ -284,47 +285,45 @@ class Runner:
         return seconds
 
 
+def score(work: Path, seeds: Sequence[int], quick: bool) -> None:
+    """Write bench/results/miniature.json, or in a quick run WORK/miniature.json."""
+    seed_words = [str(seed) for seed in seeds]
+    out = ["--out", str(work / "miniature.json")] if quick else []
+    subprocess.run([sys.executable, f"{HERE}/scores.py", str(work), *out, "--seeds", *seed_words], cwd=ROOT, check=True)
+
+
 def install(work: Path, seed: int, weights: Path = WEIGHTS) -> None:
     """Copy the models of a seed to the package's weights: float16, and no path of this machine in their files."""
     from safetensors.torch import load_file, save_file
 
+    from bt_adapter.files import replace_folder, write_whole
+
     own = work / f"seed{seed}"
     sources = {"clip": work / "clip", "branch": own / "branch" / "branch"}
     sources |= {name: own / name / "tuned" for name in ("image", "tuned", "control")}
+    known = {
+        "clip": "mini",
+        "fresh": "mini:fresh",
+        f"{own.name}/image/tuned": "mini:image",
+        f"{own.name}/branch/branch": None,
+    }
     for part, source in sources.items():
         aside = weights / f"{part}.writing"
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(source, aside, ignore=shutil.ignore_patterns("README.md"))
         for path in aside.rglob("*.safetensors"):
-            halves = {
-                name: value.half() if value.is_floating_point() else value for name, value in load_file(path).items()
-            }
-            save_file(halves, path, metadata={"format": "pt"})
+            state = {name: value.half() for name, value in load_file(path).items()}
+            save_file(state, path, metadata={"format": "pt"})
         for path in aside.rglob("*.json"):
-            if path.name in ("tuned.json", "config.json", "adapter_config.json"):
-                text = json.loads(path.read_text(encoding="utf-8"))
-                path.write_text(json.dumps(_without_paths(text, work), indent=2) + "\n", encoding="utf-8")
-        if left := [path for path in aside.rglob("*.json") if str(work) in path.read_text(encoding="utf-8")]:
-            raise ChainError(f"{left[0]} still names {work}")
-        from bt_adapter.files import replace_folder
-
+            text = path.read_text(encoding="utf-8")
+            named = re.sub(
+                f'"{re.escape(str(work))}/([^"]*)"', lambda found: json.dumps(known.get(found[1], found[1])), text
+            )
+            path.write_text(named, encoding="utf-8")
         replace_folder(aside, weights / part)
+    headline = json.loads((ROOT / "bench/results/miniature.json").read_text(encoding="utf-8"))["headline"]
+    write_whole(weights.with_name("results.json"), json.dumps({"headline": headline}, indent=1) + "\n")
     print(f"installed in {weights}: {sum(f.stat().st_size for f in weights.rglob('*') if f.is_file()) / 1e6:.1f} MB")
-
-
-def _without_paths(value: Any, work: Path) -> Any:
-    """A JSON value with the chain's folders by the names that the installed package knows them by."""
-    if isinstance(value, dict):
-        return {key: _without_paths(one, work) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(one, work) for one in value]
-    if not isinstance(value, str) or str(work) not in value:
-        return value
-    inside = value.partition(str(work))[2].strip("/")
-    known = {"clip": "mini", "fresh": "mini:fresh"}
-    if inside.endswith("image/tuned"):
-        return "mini:image"
-    return known.get(inside, inside)
 
 
 def main() -> int:
@@ -354,6 +353,8 @@ def main() -> int:
             return 0
         runner = Runner(plan, options.threads, options.jobs)
         runner.run(stages)
+        if not options.stages:
+            score(work, options.seeds, options.quick)
     except ChainError as error:
         print(f"chain: {error}", file=sys.stderr)
         return 1

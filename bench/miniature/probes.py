@@ -1,126 +1,154 @@
-"""Linear probes on frozen features: what of a clip's events can still be read at each place on the way to the answer.
+"""Linear probes: what of a clip can be read at each place on the way to the answer.
 
-A probe is a ridge regression on one-hot classes, solved in closed form; its strength is chosen on a held-back quarter
-of the training clips. No language model is run.
+``python bench/miniature/probes.py WORK --seed S`` writes WORK/seedS/probes/probes.json. A probe is a ridge regression
+on one-hot classes of standardised features, the mean over a place's tokens, in closed form. Its strength is chosen on a
+held-back quarter of what it is fitted on. Fitted on clips, it tells what is there; fitted on stills in which an event
+shows and read in clips, what is there in the form that the image chat model has learned to read. Items are held out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from miniature.chat_questions import TEMPORAL, TYPES, answers, truth, type_of
 from torch import Tensor, nn
 
-from bt_adapter import BTAdapterVisionModel
-from bt_adapter.mini.clip import normalise
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
-ALL_TOKENS = {False: "frame mean, all tokens", True: "video tokens, all tokens"}  # branch off and on
+from miniature.datasets import with_counterparts  # noqa: E402
+from miniature.items import ITEMS, Items, load_items  # noqa: E402
+from miniature.world import EVENTS, KINDS, draw, exposures, of_kind, random_labels, render  # noqa: E402
+
+from bt_adapter import BTAdapterVisionModel  # noqa: E402
+from bt_adapter.chat.attach import attached_branch  # noqa: E402
+from bt_adapter.chat.engine import VideoChat  # noqa: E402
+from bt_adapter.eval.report import versions, write_json  # noqa: E402
+from bt_adapter.tune.parts import projector_of  # noqa: E402
+
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+PART = 48  # clips that run through the model at once
 
 
 @torch.no_grad()
-def features(model: BTAdapterVisionModel, projector: nn.Module, frames: Tensor, batch: int = 32) -> dict[str, Tensor]:
-    """What each place on the way holds of clips uint8 [n, T, 3, h, w]: {place: float [n, width]}.
+def features(model: BTAdapterVisionModel, projector: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Of clips uint8 [n, T, 3, h, w], or stills [n, 3, h, w]: {place: float [n, width]}, the mean over patch tokens.
 
-    "pooled" is a mean over tokens, "all tokens" is every token side by side.
+    A still has the same at all places before the projector: the tower's tokens of the last layer but one.
     """
     found: dict[str, list[Tensor]] = {}
-    for part in frames.split(batch):
-        pixels = normalise(part)
-        mean = model.frame_mean_tokens(pixels)
-        video = model.video_tokens(pixels)
-        last = model(pixels).branch_tokens[:, 1:].mean(1)
+    for part in images.split(PART):
+        moving = part if part.ndim == 5 else part[:, None]
+        pixels = model.images.normalise(moving.flatten(0, 1)).unflatten(0, moving.shape[:2])
+        mean = model.frame_mean_tokens(pixels)[:, :-1]
+        video = model.video_tokens(pixels)[:, :-1] if part.ndim == 5 else mean
         places = {
-            "frame mean, pooled": mean.mean(1),
-            ALL_TOKENS[False]: mean.flatten(1),
-            "branch's last layer, pooled": last,
-            "branch's last layer but one, pooled": (2 * video - mean)[:, :-1].mean(1),
-            "video tokens, pooled": video.mean(1),
-            ALL_TOKENS[True]: video.flatten(1),
-            "frame mean after the projector, pooled": projector(mean).mean(1),
-            "video tokens after the projector, pooled": projector(video).mean(1),
-        }
-        for place, value in places.items():
-            found.setdefault(place, []).append(value)
+            "frame mean": mean, "branch's half": 2 * video - mean, "video tokens": video,
+            "frame mean after the projector": projector(mean), "video tokens after the projector": projector(video),
+        }  # fmt: skip
+        for place, tokens in places.items():
+            found.setdefault(place, []).append(tokens.mean(1))
     return {place: torch.cat(parts) for place, parts in found.items()}
 
 
 def ridge(x: Tensor, y: Tensor, strength: float) -> Tensor:
-    """Weights [width, classes] of least squares with ``strength``·n·|w|²; x [n, width] standardised, y [n, classes].
-
-    Solved in the smaller of both dimensions.
-    """
-    n, width = x.shape
-    if width <= n:
-        return torch.linalg.solve(x.T @ x + strength * n * torch.eye(width, dtype=x.dtype), x.T @ y)
-    return x.T @ torch.linalg.solve(x @ x.T + strength * n * torch.eye(n, dtype=x.dtype), y)
+    """Weights [width, classes] of least squares with ``strength`` n |w|²; x [n, width], y [n, classes]."""
+    return torch.linalg.solve(x.T @ x + strength * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
 
 
 class Probe:
-    """A fitted probe: standardises, multiplies, and gives a score a class."""
+    """A fitted probe: features [n, width] to scores [n, classes]."""
 
     def __init__(self, x: Tensor, classes: Tensor, count: int) -> None:
-        """Fit on x [n, width] and classes int64 [n] of `count`; rows of a pair are neighbours and stay together."""
         self.mean, self.std = x.double().mean(0), x.double().std(0).clamp(min=1e-6)
         x, y = self._standard(x), F.one_hot(classes, count).double() - 1 / count
-        cut = len(x) * 3 // 8 * 2
-        shuffled = torch.randperm(len(x) // 2, generator=torch.Generator().manual_seed(0))
-        order = torch.stack([2 * shuffled, 2 * shuffled + 1], 1).flatten()
-        fit, held = order[:cut], order[cut:]
-        right = [
-            ((x[held] @ ridge(x[fit], y[fit], strength)).argmax(1) == classes[held]).sum().item()
-            for strength in STRENGTHS
-        ]
-        self.strength = STRENGTHS[max(range(len(right)), key=right.__getitem__)]
-        self.weight = ridge(x, y, self.strength)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        fit, held = order[: len(x) * 3 // 4], order[len(x) * 3 // 4 :]
+        right = [(x[held] @ ridge(x[fit], y[fit], s)).argmax(1).eq(classes[held]).sum().item() for s in STRENGTHS]
+        self.weight = ridge(x, y, STRENGTHS[max(range(len(right)), key=right.__getitem__)])
 
     def _standard(self, x: Tensor) -> Tensor:
         return (x.double() - self.mean) / self.std
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Scores [n, classes]."""
         return self._standard(x) @ self.weight
 
 
-def accuracies(
-    train: Mapping[str, Tensor], train_labels: Tensor, test: Mapping[str, Tensor], test_labels: Tensor
-) -> dict[str, dict[str, float]]:
-    """{place: what `read` finds with probes trained and tested on that place's features}."""
+def read(kind: str, x: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
+    """Share right of a probe for a kind of event or "item", and for events the better of the pair: "pair".
+
+    x [n, width] with labels [n, 3] are what it is fitted on, the test's what it is read in.
+    """
+    column, values = (0, range(len(ITEMS))) if kind == "item" else (2, of_kind(kind))
+    rows, held = (torch.isin(one[:, column], torch.tensor(values)) for one in (labels, test_labels))
+    classes, right = labels[rows, column] - values[0], test_labels[held, column] - values[0]
+    scores = Probe(x[rows], classes, len(values))(test[held])
+    found = {"right": scores.argmax(1).eq(right).double().mean().item()}
+    if kind != "item":  # counterparts are neighbours
+        own, other = (scores.gather(1, one[:, None]) for one in (right, right ^ 1))
+        found["pair"] = (own > other).double().mean().item()
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def measure(
+    model: BTAdapterVisionModel, projector: nn.Module, items: Items, held_out: Items, count: int
+) -> dict[str, Any]:
+    """{"clips" or "stills", what probes were fitted on: {place: {kind: its shares}}}, each read in held-out clips.
+
+    "held-out stills" are probes of stills read in stills: the most that those of "stills" can reach.
+    """
+    generator = torch.Generator().manual_seed(5)
+
+    def look(items: Items, events: Sequence[int], still: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Labels and features; the clips of a pair hold the same frames."""
+        rows = random_labels(count // 2 * (1 if items is held_out else 3), (-1,), generator)
+        rows[:, 2] = torch.tensor(events[::2]).repeat(len(rows))[: len(rows)]  # each equally often
+        labels = with_counterparts(rows)
+        shown = (
+            exposures(items, labels, generator)
+            if still
+            else render(draw(items, rows, generator).repeat(2), labels[:, 2])
+        )
+        return labels, features(model, projector, shown)
+
+    every, motion = range(len(EVENTS)), of_kind("motion")
+    seen_clips, seen_stills = look(items, every, False), look(items, motion, True)
+    held_clips, held_stills = look(held_out, every, False), look(held_out, motion, True)
+    pairs = {
+        "clips": (seen_clips, held_clips),
+        "stills": (seen_stills, held_clips),
+        "held-out stills": (seen_stills, held_stills),
+    }
+
+    def rows(seen: Any, held: Any, kinds: Sequence[str]) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+        for place in seen[1]:
+            yield place, {kind: read(kind, seen[1][place], seen[0], held[1][place], held[0]) for kind in kinds}
+
     return {
-        place: {
-            name: value
-            for kind in TYPES
-            for name, value in read(kind, x, train_labels, test[place], test_labels).items()
-        }
-        for place, x in train.items()
+        name: dict(rows(*pair, (*KINDS, "item") if name == "clips" else ("motion", "item")))
+        for name, pair in pairs.items()
     }
 
 
-def read(kind: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
-    """Share right of a probe for a type of question, among all answers of the type.
-
-    For a temporal type also "... of the pair": the better of an event and its counterpart, where 0.5 is chance.
-    """
-    in_train, in_test = _rows(kind, train_labels), _rows(kind, test_labels)
-    right = truth(kind, test_labels[in_test])
-    probe = Probe(train[in_train], truth(kind, train_labels[in_train]), len(answers(kind)))
-    scores = probe(test[in_test])
-    found = {kind: _share(scores.argmax(1) == right)}
-    if kind in TEMPORAL:
-        # the answers of a pair are neighbours
-        found[f"{kind}, of the pair"] = _share(_at(scores, right) > _at(scores, right ^ 1))
-    return found
-
-
-def _share(right: Tensor) -> float:
-    return round(right.double().mean().item(), 4)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder of the chain")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=720, help="held-out clips, and held-out stills")
+    options = parser.parse_args()
+    own = options.work / f"seed{options.seed}"
+    chat = VideoChat.load(own / "image" / "tuned", own / "branch" / "branch")
+    model, projector = attached_branch(chat.model), projector_of(chat.model)
+    found = measure(model, projector, load_items("train"), load_items("shipped"), options.count)
+    out = own / "probes" / "probes.json"
+    write_json(out, {"seed": options.seed, "count": options.count, **found, "made": versions()})
+    print(json.dumps(found, indent=1))
 
 
-def _at(scores: Tensor, column: Tensor) -> Tensor:
-    return scores.gather(1, column[:, None])[:, 0]
-
-
-def _rows(kind: str, labels: Tensor) -> Tensor:
-    return type_of(labels)[kind] if kind in TEMPORAL else torch.ones(len(labels), dtype=torch.bool)
+if __name__ == "__main__":
+    main()

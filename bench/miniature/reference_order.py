@@ -30,5 +30,5 @@ def draw_in_reference_order(*arguments: Any) -> VisibleTokens:
 
 
 if __name__ == "__main__":
-    run.draw_visible = draw_in_reference_order
+    run.draw_visible = draw_in_reference_order  # type: ignore[assignment]
     sys.exit(cli.main(["pretrain", *sys.argv[1:]]))

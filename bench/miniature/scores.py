@@ -1,0 +1,222 @@
+"""Score what the chain made: ``python bench/miniature/scores.py WORK`` writes bench/results/miniature.json.
+
+Answers are read back to labels by ``questions.parse``. Of each kind of question there are three figures: the share that
+is right; "pair", among the answers that name the event or its counterpart, the share that names the event; and "both",
+the share of pairs of clips of which both are answered right, which is 0 for whoever sees the mean of the frames alone.
+Two systems are compared by exact two-sided McNemar tests, seed by seed; the p told is the largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
+
+from miniature.chain import BRANCH_ABLATIONS, IMAGE_ABLATIONS, ROOT, ChainError, Plan, check_stills_only  # noqa: E402
+from miniature.questions import parse  # noqa: E402
+from miniature.tables import small, spread  # noqa: E402
+from miniature.world import KINDS, SINGLE, of_kind  # noqa: E402
+
+from bt_adapter.eval.report import versions, write_json  # noqa: E402
+from bt_adapter.ranking import retrieval  # noqa: E402
+
+RESULT = ROOT / "bench" / "results" / "miniature.json"
+# Folders of answers in that of a seed, with what they are called.
+SYSTEMS = {
+    "untuned": "image chat model with the branch attached, no video question in training",
+    "untuned-off": "the same with the branch off: mean of the frames",
+    "tuned-answers": "projector, branch and adapters tuned on video questions",
+    "control-answers": "control: the same tuning with the branch off",
+    "stills": "image chat model asked about stills, in which motion shows",
+}
+COMPARED = (("untuned", "untuned-off"), ("tuned-answers", "control-answers"), ("tuned-answers", "untuned"))
+HEADLINE = {"motion": "motion, of 6", "order": "order, of 8", "speed": "speed, of 2", "item": "item, of 8",
+            "colour": "colour, of 6"}  # fmt: skip
+
+Answers = dict[str, dict[str, tuple[Any, Any]]]  # kind -> id -> (what is right, what was said)
+
+
+def read_answers(folder: Path) -> Answers:
+    """The answers in the output folder of ``bt-adapter eval qa``. Raises ChainError where some are missing."""
+    about = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    if about["answered"] != about["records"]:
+        raise ChainError(f"{folder}: {about['answered']} of {about['records']} questions are answered")
+    found: Answers = {}
+    for row in json.loads((folder / "predictions.json").read_text(encoding="utf-8")):
+        kind = row["type"]
+        found.setdefault(kind, {})[row["id"]] = (parse(kind, row["answer"]), parse(kind, row["pred"]))
+    return found
+
+
+def hits(answers: Mapping[str, tuple[Any, Any]]) -> dict[str, bool]:
+    """Which answers are right, by id."""
+    return {key: right == said for key, (right, said) in answers.items()}
+
+
+def figures(kind: str, answers: Mapping[str, tuple[Any, Any]]) -> dict[str, float | int | None]:
+    """n and the share right; of events also "pair" with its own n, and "both"."""
+    right = hits(answers)
+    found: dict[str, float | int | None] = {"n": len(right), "right": _share(list(right.values()))}
+    if kind in KINDS:
+        named = [right == said for right, said in answers.values() if said in (right, right ^ 1)]
+        pairs = [right[key] and right[f"{key[:-1]}b"] for key in right if key[-1] == "a"]
+        found |= {"pair": _share(named), "pair_n": len(named), "both": _share(pairs)}
+    return found
+
+
+def _share(values: Sequence[bool]) -> float | None:
+    return round(sum(values) / len(values), 4) if values else None
+
+
+def mcnemar(first: Mapping[Any, bool], second: Mapping[Any, bool]) -> dict[str, float | int]:
+    """Exact two-sided test of two systems on the same questions: right in the one alone, in the other alone, p."""
+    if first.keys() != second.keys():
+        raise ChainError("two systems were not asked the same questions")
+    one = sum(first[key] and not second[key] for key in first)
+    other = sum(second[key] and not first[key] for key in first)
+    tail = sum(math.comb(one + other, k) for k in range(min(one, other) + 1))
+    return {"first": one, "second": other, "p": min(1.0, 2 * tail / 2 ** (one + other))}
+
+
+def compare(first: Sequence[Answers], second: Sequence[Answers]) -> dict[str, Any]:
+    """Tests of two systems by kind: one of each seed, and the largest p."""
+    found = {}
+    for kind in first[0]:
+        seeds = [mcnemar(hits(a[kind]), hits(b[kind])) for a, b in zip(first, second, strict=True)]
+        found[kind] = {"seeds": seeds, "p": max(one["p"] for one in seeds)}
+    return found
+
+
+def caption_hits(path: Path) -> dict[str, dict[str, bool]]:
+    """Choices among the captions that differ in one thing alone, from a file of ``eval retrieval --scores``.
+
+    Of an event: its caption against its counterpart's. "item" and "colour": among all of them. Ties are wrong.
+    Returns {kind: {key of a clip: right}}; where few captions are there, the choice is among those.
+    """
+    scores, labels, clips = _read_scores(path)
+    rows = {label: number for number, label in enumerate(labels)}
+    found: dict[str, dict[str, bool]] = {}
+    kinds = {event: kind for kind in KINDS for event in of_kind(kind)}
+    for column, (item, colour, event) in enumerate(labels):
+        others = {
+            kinds[event]: [(item, colour, event ^ 1)],
+            "item": [one for one in rows if one[1:] == (colour, event)],
+            "colour": [one for one in rows if (one[0], one[2]) == (item, event)],
+        }
+        own = scores[column, column]
+        for kind, labels_of in others.items():
+            against = [scores[rows[one], column] for one in labels_of if one in rows and rows[one] != column]
+            found.setdefault(kind, {})[clips[column]] = bool(all(own > one for one in against))
+    return found
+
+
+def recall(path: Path) -> dict[str, dict[str, float]]:
+    """R@1 and R@5 both ways: of captions of single events among one another, and of all captions."""
+    scores, labels, _ = _read_scores(path)
+    single = torch.tensor([label[2] in SINGLE for label in labels])
+    found = {}
+    for name, chosen in (("single events", single), ("all events", torch.ones_like(single))):
+        matrix = scores[chosen][:, chosen]
+        for way, one in (("text to video", matrix), ("video to text", matrix.T)):
+            result = retrieval(one, torch.eye(len(one), dtype=torch.bool)).tie_corrected
+            assert result is not None
+            found[f"{name}, {way}"] = {"r1": round(result.r1, 4), "r5": round(result.r5, 4)}
+    return found
+
+
+def _read_scores(path: Path) -> tuple[Tensor, list[tuple[int, int, int]], list[str]]:
+    """Scores [Q, Q] with the right clip of each caption in its own column; the captions' labels; the clips' keys."""
+    with safe_open(path, "pt") as file:
+        scores, right, texts = file.get_tensor("scores"), file.get_tensor("clip_of_caption"), file.metadata()
+    clips = json.loads(texts["clips"])
+    labels = [parse("caption", caption) for caption in json.loads(texts["captions"])]
+    if len(clips) != len(labels) or None in labels:
+        raise ChainError(f"{path}: expected one clip for each of {len(labels)} captions of the small world")
+    return scores[:, right], labels, [clips[number] for number in right.tolist()]
+
+
+def score(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """All figures of a chain: see :data:`RESULT`."""
+    own = [work / f"seed{seed}" for seed in seeds]
+    answers = {name: [read_answers(folder / name) for folder in own] for name in SYSTEMS}
+    tests = {f"{a} against {b}": compare(answers[a], answers[b]) for a, b in COMPARED}
+    ablations = {}
+    for name in (*BRANCH_ABLATIONS, *IMAGE_ABLATIONS):
+        folder = work / "ablations" / name / "untuned"
+        if (folder / "scores.json").exists():
+            found = read_answers(folder)
+            ablations[name] = {kind: figures(kind, one) for kind, one in found.items()}
+            tests[f"{name} against untuned"] = compare([found], answers["untuned"][:1])
+    mean = work / "mean" / "scores.safetensors"
+    files = [folder / "retrieval" / "scores.safetensors" for folder in own]
+    plain, branch = caption_hits(mean), [caption_hits(file) for file in files]
+    shares = [{kind: _share(list(one.values())) for kind, one in found.items()} for found in (plain, *branch)]
+    captions = {"mean": shares[0], "branch": shares[1:], "n": {kind: len(one) for kind, one in plain.items()}}
+    captions["p"] = {kind: max(mcnemar(one[kind], plain[kind])["p"] for one in branch) for kind in plain}
+    probes = [json.loads((folder / "probes" / "probes.json").read_text(encoding="utf-8")) for folder in own]
+    plan, times = Plan(work, seeds), [json.loads(line) for line in (work / "times.jsonl").read_text().splitlines()]
+    seconds = {name: round(sum(t["seconds"] for t in times if t["stage"] == name), 1) for name in plan.stages}
+    result = {
+        "seeds": list(seeds), "made": versions(), "fed": check_stills_only(own[0] / "image" / "tuned"),
+        "clip": json.loads((work / "clip" / "about.json").read_text(encoding="utf-8")),
+        "answers": {name: [{kind: figures(kind, one) for kind, one in found.items()} for found in seed_answers]
+                    for name, seed_answers in answers.items()},
+        "tests": tests, "ablations": ablations, "captions": captions,
+        "retrieval": {"mean": recall(mean), "branch": [recall(file) for file in files]}, "probes": probes,
+        "stages": {name: {"command": stage.command, "seconds": seconds[name]} for name, stage in plan.stages.items()},
+        "core_minutes": round(sum(t["seconds"] * t["threads"] for t in times) / 60, 1),
+    }  # fmt: skip
+    return {"headline": headline(result), **result}
+
+
+def headline(result: Mapping[str, Any]) -> dict[str, list]:
+    """The table that the demo and README show, in plain text: {"columns", "rows", "notes"}."""
+    rows = []
+    for name, label in SYSTEMS.items():
+        found = result["answers"][name]
+        cells = [_cell(found, kind, "right") for kind in HEADLINE]
+        rows.append([label, cells[0], _cell(found, "motion", "pair"), *cells[1:]])
+    seen = result["answers"]["untuned"][0]
+    counts = ", ".join(f"{kind} {seen[kind]['n']}" for kind in HEADLINE if kind in seen)
+    p = [small(result["tests"][f"{a} against {b}"]["motion"]["p"]) for a, b in COMPARED[:2]]
+    seeds = ", ".join(map(str, result["seeds"]))
+    notes = [
+        f"Share of generated answers that are right, mean ± standard deviation over the seeds {seeds}; "
+        f"questions a seed: {counts}. Items held out; clips in pairs of the same frames in another order.",
+        "Within the pair: of the answers that name the event or its counterpart; the mean of the frames has 0.5.",
+        f"Exact two-sided McNemar tests of the motion answers, the largest p of the seeds: branch attached against the "
+        f"mean of the frames {p[0]}, tuned against its control {p[1]}.",
+    ]
+    columns = ["", "motion, of 6", "within the pair", *[name for kind, name in HEADLINE.items() if kind != "motion"]]
+    return {"columns": columns, "rows": rows, "notes": notes}
+
+
+def _cell(seeds: Sequence[Mapping[str, Any]], kind: str, figure: str) -> str:
+    values = [seed[kind][figure] for seed in seeds if seed.get(kind, {}).get(figure) is not None]
+    return spread(values, 2) if values else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder of the chain")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    result = score(options.work.resolve(), options.seeds)
+    write_json(options.out, result)
+    for row in (result["headline"]["columns"], *result["headline"]["rows"]):
+        print(" | ".join(row))
+
+
+if __name__ == "__main__":
+    main()
