@@ -128,7 +128,7 @@ class Plan:
         command = (
             f"bt-adapter eval qa --model WORK/{model}/tuned{_attached(branch)} --data WORK/data/{data}/questions.json"
         )
-        command += f" --videos WORK/data/{data} --out WORK/{name} --batch 16 --max-new-tokens 16"
+        command += f" --videos WORK/data/{data} --out WORK/{name} --batch 32 --max-new-tokens 12"
         stills_only = self.work / model / "tuned" if model.endswith("image") else None
         command += f" --device cpu --dtype float32 {options}"
         self._add(name, command, "scores.json", f"data/{data}", model, branch, stills_only=stills_only)

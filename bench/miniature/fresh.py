@@ -1,9 +1,9 @@
 """Join a CLIP, SmolLM2 and a projector to a LLaVA's folder: ``python bench/miniature/fresh.py CLIP OUT``.
 
 The image chat stage begins with it. The projector starts where words lie, so that the language model's adapters learn
-to read it in minutes: a linear map, fitted in closed form, takes an image token into CLIP's shared space, and a point of
-that space to the word embeddings of the caption that lies there. No image is paired with its caption or label for this:
-the first half is fitted to unlabelled stills, the second to captions alone. ``--random`` leaves it out.
+to read it in minutes: a linear map, fitted in closed form, takes an image token into CLIP's shared space, and a point
+of that space to the word embeddings of the caption that lies there. No image is paired with its caption or label for
+this: the first half is fitted to unlabelled stills, the second to captions alone. ``--random`` leaves it out.
 
 ``about.json`` is the CLIP's, so that what it has seen can be read from it.
 """
