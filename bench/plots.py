@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from miniature import tables  # noqa: E402
+from summaries import RESULTS, load  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {
@@ -54,7 +55,37 @@ def sweep(device: str) -> Path:
     return out
 
 
+def small_world() -> Path:
+    """Answers to questions about motion, and where motion can be read."""
+    found = load("miniature.json")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    off = {"untuned-off": "branch off", "control-answers": "tuned,\nbranch off"}
+    labels = {**off, "untuned": "branch,\nuntuned", "stills": "stills", "tuned-answers": "tuned"}
+    for place, name in enumerate(labels):
+        values = [seed["motion"]["right"] for seed in found["answers"][name]]
+        axes[0].bar(place, statistics.mean(values), color="tab:gray" if name in off else "tab:blue")
+        axes[0].plot([place] * len(values), values, "k.")
+    axes[0].set_xticks(range(len(labels)), labels.values())
+    axes[0].axhline(1 / 6, color="black", linewidth=0.8, linestyle=":")
+    axes[0].set_ylabel("motion answers right, of 6")
+    places = list(found["probes"][0]["clips"])
+    for shift, fitted in ((-0.2, "clips"), (0.2, "stills")):
+        means = [
+            statistics.mean(seed[fitted][place]["motion"]["right"] for seed in found["probes"]) for place in places
+        ]
+        axes[1].barh([number + shift for number in range(len(places))], means, 0.4, label=f"probes fitted on {fitted}")
+    axes[1].set_yticks(range(len(places)), places)
+    axes[1].invert_yaxis()
+    axes[1].set_xlabel("motion read in held-out clips, of 6")
+    axes[1].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    out = ROOT / "docs" / "miniature.png"
+    figure.savefig(out, dpi=110)
+    return out
+
+
 if __name__ == "__main__":
     drawn = [sweep(device) for device in sys.argv[1:] or ["cpu"]]
-    for path in (*drawn, *([tables.plot()] if tables.RESULT.exists() else [])):
+    for path in (*drawn, *([small_world()] if (RESULTS / "miniature.json").exists() else [])):
         print(f"wrote {path.relative_to(ROOT)}")

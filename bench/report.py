@@ -11,8 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from miniature import tables
-from summaries import ON_BFLOAT16, decode, highlights, long_videos, pretrain
+from summaries import ON_BFLOAT16, SMALL_WORLD, decode, highlights, long_videos, pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -197,7 +196,7 @@ TABLES = {
     "traffic": traffic,
     "step": step,
     "chat": chat,
-    **tables.TABLES,
+    **SMALL_WORLD,
 }
 
 

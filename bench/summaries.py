@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from miniature.tables import small, spread
+
 RESULTS = Path(__file__).resolve().parent / "results"
+NAMES = {
+    "untuned": "branch attached, untuned", "untuned-off": "branch off, untuned", "tuned-answers": "tuned",
+    "control-answers": "its control",
+    "no-mbta": "branch without MBTA", "no-mbca": "branch without MBCA", "reference-order": "the published mask order",
+    "one-exposure": "image stage on one kind of exposure", "plain-stills": "image stage on plain stills",
+}  # fmt: skip
 ON_BFLOAT16 = (
     "Rows in bfloat16 rest on a CPU with instructions for it (`avx512_bf16` or `amx_bf16` among the flags of `lscpu`); "
     "without them bfloat16 is slower than float32."
@@ -115,3 +124,124 @@ def pretrain() -> str:
         f"{facts['device']}, torch {facts['torch']}; printed by `python bench/pretrain.py`.",
     ]
     return "\n".join(lines)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+
+
+def answers() -> str:
+    """Questions about held-out clips and stills."""
+    found = load("miniature.json")["headline"]
+    return "\n\n".join([table(found["columns"], found["rows"]), *found["notes"]])
+
+
+def answers_by_event() -> str:
+    """Each kind of event: right, within the pair, both of a pair."""
+    found, rows = load("miniature.json"), []
+    for name, label, *_ in (
+        (key, row[0]) for key, row in zip(found["answers"], found["headline"]["rows"], strict=True)
+    ):
+        for kind in ("motion", "size", "order", "speed"):
+            seeds = [seed[kind] for seed in found["answers"][name] if kind in seed]
+            if not seeds or name == "stills":
+                continue
+            shares = [[seed[key] for seed in seeds if seed[key] is not None] for key in ("right", "pair", "both")]
+            cells = [spread(values, 2) if values else "" for values in shares]
+            rows.append([label, f"{kind} ({seeds[0]['n']})", *cells])
+    tests = [
+        [
+            " against ".join(NAMES[name] for name in pair.split(" against ")),
+            *(
+                small(kinds[kind]["p"]) if kind in kinds else ""
+                for kind in ("motion", "order", "speed", "item", "colour")
+            ),
+        ]
+        for pair, kinds in found["tests"].items()
+    ]
+    first = table(["", "questions (a seed)", "right", "within the pair", "both of a pair"], rows)
+    return first + "\n\n" + table(["largest p of the seeds", "motion", "order", "speed", "item", "colour"], tests)
+
+
+def ablation() -> str:
+    """The headline with one stage made in another way, one seed."""
+    found = load("miniature.json")
+    kinds = ("motion", "size", "order", "speed", "item", "colour")
+
+    def row(label: str, shares: Mapping[str, Any], p: str) -> list[str]:
+        pair = "" if shares["motion"]["pair"] is None else f"{shares['motion']['pair']:.2f}"
+        return [label, *(f"{shares[kind]['right']:.2f}" for kind in kinds), pair, p]
+
+    rows = [row("as in the headline", found["answers"]["untuned"][0], "")]
+    for name, shares in found["ablations"].items():
+        rows.append(row(NAMES[name], shares, small(found["tests"][f"{name} against untuned"]["motion"]["p"])))
+    return table(["untuned, branch attached", *kinds, "motion, within the pair", "p, motion"], rows)
+
+
+def captions() -> str:
+    """Pairs of captions and retrieval, branch against mean."""
+    found = load("miniature.json")
+    one, both = found["captions"], found["retrieval"]
+    rows = [
+        [
+            f"{kind} ({one['n'][kind]})",
+            f"{share:.3f}",
+            spread([seed[kind] for seed in one["branch"]]),
+            small(one["p"][kind]),
+        ]
+        for kind, share in one["mean"].items()
+    ]
+    for way, mean in both["mean"].items():
+        rows.append([f"{way} R@1", f"{mean['r1']:.3f}", spread([seed[way]["r1"] for seed in both["branch"]]), ""])
+    return table(["", "CLIP, mean of the frames", "CLIP and branch", "p"], rows)
+
+
+def probe_readings() -> str:
+    """What can be read at each place."""
+    seeds, rows = load("miniature.json")["probes"], []
+    names = {"clips": "clips", "stills": "stills", "held-out stills": "stills, read in stills"}
+    for fitted, label in names.items():
+        for place, kinds in seeds[0][fitted].items():
+            cells = []
+            for kind in ("motion", "size", "order", "speed", "item"):
+                found = [seed[fitted][place].get(kind) for seed in seeds]
+                shown = [
+                    spread([one[key] for one in found], 2)
+                    for key in ("right", "pair")
+                    if kind in kinds and key in kinds[kind]
+                ]
+                cells.append("; ".join(shown))
+            rows.append([label, place, *cells])
+    return table(["fitted on", "read from", "motion; of the pair", "size", "order", "speed", "item"], rows)
+
+
+def stage_times() -> str:
+    """Time of each stage."""
+    found = load("miniature.json")
+    kinds: dict[str, list[float]] = {}
+    for name, stage in found["stages"].items():
+        if stage["seconds"]:
+            kinds.setdefault(name.split("/")[-1] if name[:4] == "seed" else name.split("/")[0], []).append(
+                stage["seconds"]
+            )
+    rows = [[name, str(len(times)), f"{sum(times) / 60:.1f}"] for name, times in kinds.items()]
+    made = found["made"]
+    note = f"{found['core_minutes']:.0f} minutes of one core in all, torch {made['torch']}; made by "
+    note += "`python bench/miniature/chain.py WORK`."
+    return table(["stage", "runs", "minutes"], rows) + "\n\n" + note
+
+
+def shown(table: Callable[[], str]) -> Callable[[], str]:
+    """The table, or a sentence while no result is stored."""
+    none = "No result is stored yet: `python bench/miniature/chain.py WORK` makes one."
+    return lambda: table() if (RESULTS / "miniature.json").exists() else none
+
+
+SMALL_WORLD = {
+    name: shown(table)
+    for name, table in {
+        "miniature": answers, "miniature-events": answers_by_event, "miniature-ablation": ablation,
+        "miniature-captions": captions, "miniature-probes": probe_readings, "miniature-cost": stage_times,
+    }.items()
+}  # fmt: skip
