@@ -78,9 +78,9 @@ def _is_users(error: Exception) -> bool:
         return True
     from bt_adapter.checkpoint import CheckpointError
     from bt_adapter.data import VideoError
-    from bt_adapter.mini.language import LanguageModelError
+    from bt_adapter.mini import MiniError
 
-    return isinstance(error, (CheckpointError, VideoError, LanguageModelError))
+    return isinstance(error, (CheckpointError, VideoError, MiniError))
 
 
 def _one_line(error: Exception) -> str:

@@ -8,14 +8,56 @@ import re
 from pathlib import Path
 from typing import Any
 
+from bt_adapter.errors import CommandError
 from bt_adapter.tune import is_tuned
 
 NATIVE_PREFIX = "bt_adapter_"  # of the model types of video chat models (``bt_adapter.native``)
 
 
+STAGES = ("fresh", "image", "tuned", "control")  # of the small stack's chat model
+
+
+def mini_stage(model: str | os.PathLike[str]) -> str | None:
+    """Read which stage of the small stack a model name means: "mini" is its last, "mini:image" an earlier one.
+
+    Stages: "fresh" (a projector that learned nothing), "image" (tuned on stills alone), "tuned" (then on videos with
+    the branch) and "control" (then on the same videos without it).
+
+    Returns:
+        The stage; None where the name is of another model.
+
+    Raises:
+        ValueError: there is no such stage.
+    """
+    kind, colon, stage = os.fspath(model).partition(":")
+    if kind != "mini":
+        return None
+    if not colon:
+        return "tuned"
+    if stage not in STAGES:
+        known = ", ".join(f"mini:{name}" for name in STAGES)
+        hint = "; what was mini:projector is mini:image" if stage == "projector" else ""
+        raise ValueError(f"there is no model {model}; expected one of {known}{hint}")
+    return stage
+
+
+def check_model(model: str, quantize: str | None) -> None:
+    """Check a model name, and that it can be quantized where that is asked for.
+
+    Raises:
+        CommandError: there is no such stage of the small stack, or it is to be quantized.
+    """
+    try:
+        is_mini = mini_stage(model) is not None
+    except ValueError as error:
+        raise CommandError(f"--model: {error}") from error
+    if is_mini and quantize is not None:
+        raise CommandError("--quantize is for models of a folder or the hub; mini is small enough")
+
+
 def needs_branch(model: str) -> bool:
     """Whether a chat model is known to bring no branch of its own. A hub name is found out when it is loaded."""
-    brings_one = model.partition(":")[0] == "mini" or is_tuned(model) or is_native(model)
+    brings_one = mini_stage(model) is not None or is_tuned(model) or is_native(model)
     return not brings_one and not is_hub_name(model)
 
 

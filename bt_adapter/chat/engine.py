@@ -49,13 +49,20 @@ class VideoChat:
 
     @staticmethod
     def mini(stage: str = "tuned", device: str = "cpu", dtype: torch.dtype = torch.float32) -> VideoChat:
-        """The small stack that comes with this package. CommandError, LanguageModelError: a part is missing."""
-        from bt_adapter.mini.clip import load_clip
-        from bt_adapter.mini.llava import branch_folder, load_chat
+        """Load the small stack, whose weights come in the package ``bt-adapter-mini``.
 
-        model, tokenizer = load_chat(stage)
-        attach(model, BTAdapterVisionModel.from_pretrained(branch_folder(stage), clip=load_clip()[0]))
-        return VideoChat(model.to(device=device, dtype=dtype), tokenizer)
+        Args:
+            stage: "fresh": CLIP, SmolLM2 and a projector that learned nothing. "image": tuned on questions about stills
+                alone. Both have the branch pretrained on clips and captions attached. "tuned": the image stage tuned
+                on questions about videos, with its branch as tuned. "control": the same without a branch: videos are
+                the mean of their frames.
+
+        Raises:
+            ValueError: there is no such stage. MiniError: a part is not installed.
+        """
+        from bt_adapter.tune.loading import load_base
+
+        return load_base(f"mini:{stage}", None, device, dtype)
 
     @staticmethod
     def load(

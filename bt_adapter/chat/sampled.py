@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bt_adapter.errors import CommandError
-from bt_adapter.model_folders import is_native, read_json
+from bt_adapter.mini import weights_folder
+from bt_adapter.model_folders import is_native, mini_stage, read_json
 
 if TYPE_CHECKING:
     from bt_adapter.commands.chat import ChatModel
@@ -68,8 +69,10 @@ def read_sampling(model: str, branch: str | None) -> tuple[dict[str, Any], str]:
         found = {"frames": frames, "repeat": True}
         found |= {"long": config.get("long_videos"), "branch": config.get("use_branch")}
         return {name: value for name, value in found.items() if value is not None}, model
-    for name, file in ((model, TUNED), (branch, PRETRAINED)):
-        path = Path(name or "") / file
+    stage = mini_stage(model)
+    tuned = model if stage is None else weights_folder(stage)
+    for name, folder, file in ((model, tuned, TUNED), (branch, branch, PRETRAINED)):
+        path = Path(folder or "") / file
         if name is None or not path.is_file():
             continue
         about = read_json(path)

@@ -10,7 +10,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from bt_adapter.errors import CommandError
 from bt_adapter.limits import COUNT, POSITIVE, check_numbers
-from bt_adapter.model_folders import needs_branch
+from bt_adapter.model_folders import check_model, needs_branch
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ChatModel:
     """Which model answers, and how it sees a video."""
 
     model: str = "mini"
-    """Chat model: "mini" (the small one, extra [mini]; "mini:projector": before it saw a video), a folder, a hub name,
+    """Chat model: "mini" (the small one, extra [mini]; "mini:image": before it saw a video), a folder, a hub name,
     or a folder of a tuning run. An image chat model needs --branch; a video chat model, as save_pretrained writes it,
     has its own."""
     branch: str | None = None
@@ -59,9 +59,7 @@ class ChatModel:
     def check(self) -> None:
         """Raise CommandError for what can be told before anything is loaded."""
         check_numbers(self, {"frames": COUNT, "windows": COUNT, "max_new_tokens": COUNT, "fps": POSITIVE})
-        if self.model.partition(":")[0] == "mini":
-            if self.quantize is not None:
-                raise CommandError("--quantize is for models of a folder or the hub; mini is small enough")
+        check_model(self.model, self.quantize)
         if self.branch is None and not self.no_branch and needs_branch(self.model):
             raise CommandError(
                 f"--model {self.model} needs --branch: a branch pretrained on its CLIP (or --no-branch: the mean of "

@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from bt_adapter.errors import CommandError
 from bt_adapter.limits import COUNT, check_numbers
-from bt_adapter.model_folders import needs_branch
+from bt_adapter.model_folders import check_model, needs_branch
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def run(command: Export) -> int:
     check_numbers(command, {"frames": COUNT})
     if command.out.exists():
         raise CommandError(f"OUT {command.out} is already there; give another place")
+    check_model(command.model, None)
     if command.branch is None and needs_branch(command.model):
         raise CommandError(f"MODEL {command.model} needs --branch: a branch pretrained on its CLIP")
     import torch

@@ -1,6 +1,8 @@
-"""The mini stack: a small CLIP, branch and chat parts, trained by commands in this folder.
+"""The small stack called "mini": a CLIP, a branch and chat parts that run on a laptop's CPU.
 
-The trained weights are data of their own package, ``bt-adapter-mini`` (folder ``mini/`` of a checkout).
+This folder only loads it, and imports nothing else of the package. The trained weights are data of their own package,
+``bt-adapter-mini`` (folder ``mini/`` of a checkout); ``bench/miniature`` makes them with the package's own commands.
+``bt_adapter.tune.loading`` reads the stages of its chat model, which are folders of tuning runs.
 """
 
 from __future__ import annotations
@@ -9,35 +11,38 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from bt_adapter.errors import CommandError
-
-HERE = Path(__file__).resolve().parent
-ITEMS_FILE = HERE / "items.npz"
 WEIGHTS_PACKAGE = "bt_adapter_mini"
-CHECKOUT_WEIGHTS = HERE.parents[1] / "mini" / WEIGHTS_PACKAGE / "weights"
+CHECKOUT = Path(__file__).resolve().parents[2] / "mini" / WEIGHTS_PACKAGE
+
+
+class MiniError(RuntimeError):
+    """A part of the small stack is not installed; the message says which and how to install it."""
 
 
 def weights_folder(part: str | os.PathLike[str]) -> Path:
-    """Folder of one part of the mini stack's weights: "clip", "branch", "projector", "tuned" or "control".
+    """Find the folder of one part of the small stack's weights: "clip", "branch", "image", "tuned" or "control".
 
-    A checkout's own folder comes first, so that what the training commands write there is what runs; then that of the
-    installed package ``bt-adapter-mini``. The part itself need not be there.
+    A checkout's own folder comes first, then that of the installed package ``bt-adapter-mini``. The part itself need
+    not be there.
 
     Raises:
-        CommandError: the weights are not installed; says what to install.
+        MiniError: the weights are not installed; says what to install.
     """
-    if CHECKOUT_WEIGHTS.is_dir():
-        return CHECKOUT_WEIGHTS / part
+    return data_folder() / "weights" / part
+
+
+def data_folder() -> Path:
+    """Find the folder that holds the small stack's weights and, beside them, its clips and its stored results.
+
+    Raises:
+        MiniError: as :func:`weights_folder`.
+    """
+    if (CHECKOUT / "weights").is_dir():
+        return CHECKOUT
     package = find_spec(WEIGHTS_PACKAGE)
     for folder in (package.submodule_search_locations or ()) if package else ():
-        return Path(folder) / "weights" / part
-    raise CommandError(
+        return Path(folder)
+    raise MiniError(
         "the small stack's weights come in the package bt-adapter-mini, which is not installed: "
         "pip install 'bt-adapter[mini]'"
     )
-
-
-def folder_argument(text: str) -> Path:
-    """A folder given on the command line: "mini:clip" for a part of the mini stack's weights, else a path."""
-    kind, colon, part = text.partition(":")
-    return weights_folder(part) if colon and kind == "mini" else Path(text)

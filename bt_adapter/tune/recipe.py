@@ -8,7 +8,7 @@ from typing import Literal
 
 from bt_adapter.errors import CommandError
 from bt_adapter.limits import COUNT, POSITIVE, SHARE_BELOW_1
-from bt_adapter.model_folders import needs_branch
+from bt_adapter.model_folders import check_model, needs_branch
 from bt_adapter.pretrain.recipe import LIMITS, Settings
 
 Part = Literal["projector", "branch", "lora"]
@@ -43,8 +43,8 @@ class TuneRecipe(Settings):
     videos: Path | None = None
     """Folder of videos and stills; default: that of --data."""
 
-    model: str = "mini:projector"
-    """Chat model: hub name, local folder, tuned folder, or "mini" ("mini:projector": before it saw a video)."""
+    model: str = "mini:image"
+    """Chat model: hub name, local folder, tuned folder, or "mini" ("mini:image": before it saw a video)."""
     branch: str | None = None
     """Branch: a folder of save_pretrained or a published checkpoint; default: the one that comes with mini or with a
     tuned folder. A run that reads no video, or has --no-use-branch, needs none."""
@@ -154,8 +154,7 @@ class TuneRecipe(Settings):
     def check(self, world: int) -> None:
         """Raise CommandError for the first value that cannot be, with ``world`` processes."""
         self.check_values()
-        if self.quantize is not None and self.model.startswith("mini"):
-            raise CommandError("--quantize is for models of a folder or the hub; mini is small enough")
+        check_model(self.model, self.quantize)
         if not self.data:
             raise CommandError("--data is missing: a .json or .jsonl of questions and answers about videos")
         if not self.learn or set(self.learn) - set(PARTS) or len(set(self.learn)) < len(self.learn):

@@ -23,6 +23,7 @@ from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.files import replace_folder
+from bt_adapter.model_folders import mini_stage
 from bt_adapter.pretrain.checkpoint import load_moments, moments_of, save_moments
 from bt_adapter.pretrain.loop import Clock, Stopped, rate
 from bt_adapter.pretrain.training_run import TrainingRun
@@ -318,19 +319,25 @@ def load_chat(recipe: TuneRecipe, device: torch.device, needs_branch: bool) -> V
     Raises:
         CommandError: they are not there or do not fit.
     """
+    use_branch = needs_branch or "branch" in recipe.learn
     try:
-        dtype = getattr(torch, recipe.precision)
-        same = not recipe.other_tower
-        return load_base(
-            recipe.model, recipe.branch, str(device), dtype, require_same_tower=same, quantize=recipe.quantize,
-            use_branch=needs_branch or "branch" in recipe.learn,
+        chat = load_base(
+            recipe.model, recipe.branch, str(device), getattr(torch, recipe.precision),
+            require_same_tower=not recipe.other_tower, quantize=recipe.quantize, use_branch=use_branch,
         )  # fmt: skip
     except QuantizeError as error:
         raise CommandError(f"--{error}") from error
     except (OSError, ValueError, TypeError) as error:
         raise CommandError(f"--model {recipe.model} with --branch {recipe.branch}: {error}") from error
+    if use_branch and not chat.family.home.config.use_branch:
+        raise CommandError(
+            f"--model {recipe.model} was tuned without a branch: give --branch FOLDER, or --no-use-branch to go on so"
+        )
+    return chat
 
 
 def _from_anywhere(name: str) -> str:
-    """A local path that holds wherever it is read; a hub name as it is."""
+    """A local path that holds wherever it is read; a hub name, or one of the small stack, as it is."""
+    if mini_stage(name) is not None:
+        return name
     return os.path.abspath(name) if os.path.exists(name) else name
