@@ -26,13 +26,13 @@ from measure import ROOT, facts, results_file, write
 
 sys.path.insert(0, str(ROOT))
 import torch.nn.functional as F  # noqa: E402
+from miniature import world  # noqa: E402
+from miniature.items import load_items  # noqa: E402
 
 from bt_adapter.data import TrainTransform, sample_indices, write_video  # noqa: E402
 from bt_adapter.data.clips import Clip, Member  # noqa: E402
 from bt_adapter.data.manifests import read_clips  # noqa: E402
 from bt_adapter.data.shards import write_shards  # noqa: E402
-from bt_adapter.mini.items import load_items  # noqa: E402
-from bt_adapter.mini.scenes import clips as scene_clips  # noqa: E402
 
 FRAMES = 8
 SAMPLES = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
@@ -117,7 +117,9 @@ def measure(clip: Clip, rounds: int, about: dict) -> list[Row]:
 
 def made(folder: Path) -> Clip:
     """A clip of 32 frames of 256 pixels."""
-    video, _ = scene_clips(load_items("shipped"), 1, 32, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    labels = world.random_labels(1, world.SINGLE, generator)
+    video = world.clips(load_items("shipped"), labels, generator, 32)
     write_video(folder / "made.mp4", F.interpolate(video[0], size=(256, 256)), fps=16)
     return Clip("made.mp4", str(folder / "made.mp4"), ("x",))
 

@@ -26,12 +26,12 @@ from measure import ROOT, facts, results_file, write
 
 sys.path.insert(0, str(ROOT))
 import torch.nn.functional as F  # noqa: E402
+from miniature.items import load_items  # noqa: E402
+from miniature.world import SINGLE, caption, clips, random_labels  # noqa: E402
 
 from bt_adapter.data import write_video  # noqa: E402
 from bt_adapter.data.clips import Clip  # noqa: E402
 from bt_adapter.data.shards import write_shards  # noqa: E402
-from bt_adapter.mini.items import load_items  # noqa: E402
-from bt_adapter.mini.scenes import caption, clips, random_labels  # noqa: E402
 
 
 @dataclass
@@ -53,14 +53,14 @@ class Row:
 
 def make_shards(folder: Path, count: int) -> dict[str, Path]:
     """Clips of 32 frames of 256 pixels, as whole files and as 16 key frames each."""
-    labels = random_labels(count, True, torch.Generator().manual_seed(0))
-    videos, _ = clips(load_items("shipped"), count, 32, torch.Generator().manual_seed(1), labels)
+    labels = random_labels(count, SINGLE, torch.Generator().manual_seed(0))
+    videos = clips(load_items("shipped"), labels, torch.Generator().manual_seed(1), 32)
     (folder / "videos").mkdir()
     found = []
     for number, (video, label) in enumerate(zip(videos, labels.tolist(), strict=True)):
         path = folder / "videos" / f"{number:04d}.mp4"
         write_video(path, F.interpolate(video, size=(256, 256)), fps=16)
-        found.append(Clip(path.stem, str(path), (caption(label),)))
+        found.append(Clip(path.stem, str(path), (caption(*label),)))
     write_shards(found, folder / "whole", 64)
     write_shards(found, folder / "frames", 64, frames=16, short_side=256)
     return {"shards": folder / "whole", "shards of 16 frames": folder / "frames"}

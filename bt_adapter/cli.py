@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
-from bt_adapter.commands import answer, chat, convert, demo, eval, export, mini, pretrain, qa, shards, tune
+from bt_adapter.commands import answer, chat, convert, demo, eval, export, pretrain, qa, shards, tune
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.terminal import prepare_output
@@ -23,7 +23,7 @@ DESCRIPTION = "Video for image chat models: chat, pretraining of the branch, zer
 # Which part of this package runs a command, by the type that holds its arguments.
 RUN = {
     answer.Answer: answer, qa.Qa: qa,
-    chat.Chat: chat, convert.Convert: convert, demo.Demo: demo, export.Export: export, mini.Mini: mini,
+    chat.Chat: chat, convert.Convert: convert, demo.Demo: demo, export.Export: export,
     Recipe: pretrain, TuneRecipe: tune,
     eval.Retrieval: eval, eval.Recognition: eval, shards.Shards: shards,
 }  # fmt: skip
@@ -41,7 +41,6 @@ def commands(recipe: Recipe, tuning: TuneRecipe) -> Any:
         | Annotated[TuneRecipe, subcommand("tune", default=tuning)]
         | eval.COMMANDS
         | Annotated[shards.Shards, subcommand("shards")]
-        | Annotated[mini.Mini, subcommand("mini")]
     )
 
 
@@ -50,8 +49,6 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     prepare_output()
     try:
-        if argv[:1] == ["mini"] and len(argv) > 1 and argv[1] in mini.PARTS:
-            return mini.run_part(argv[1], argv[2:])
         recipe, argv = pretrain.defaults(argv, Recipe()) if argv[:1] == ["pretrain"] else (Recipe(), argv)
         tuning, argv = pretrain.defaults(argv, TuneRecipe()) if argv[:1] == ["tune"] else (TuneRecipe(), argv)
         command = tyro.cli(

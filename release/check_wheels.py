@@ -16,7 +16,16 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-LARGEST_CORE = 4_000_000  # bytes of the core wheel
+LARGEST_CORE, LARGEST_MINI = 4_000_000, 16_000_000  # bytes of the wheels
+OF_MINI = (
+    "clips/clips.json",
+    *(f"weights/{part}/model.safetensors" for part in ("clip", "branch", "tuned/branch")),
+    *(
+        f"weights/{stage}/{file}"
+        for stage in ("image", "tuned", "control")
+        for file in ("tuned.json", "projector.safetensors", "lora/adapter_model.safetensors")
+    ),
+)
 SYMBOLS_OF_PYTHON = re.compile(rb"\0(_?Py[A-Z][A-Za-z]*_|[A-Za-z_]*pybind11)")
 
 
@@ -43,15 +52,15 @@ def check_core(wheel: Path) -> list[str]:
 
 
 def check_mini(wheel: Path) -> list[str]:
-    """Whatever is wrong with the wheel of weights."""
+    """Whatever is wrong with the wheel of the small stack: its tag, its size, what it lacks."""
     wrong = []
+    if (size := wheel.stat().st_size) > LARGEST_MINI:
+        wrong.append(f"{size:,} bytes, more than {LARGEST_MINI:,}")
     if not wheel.name.endswith("-py3-none-any.whl"):
         wrong.append(f"the tag must be py3-none-any, the file is {wheel.name}")
     with zipfile.ZipFile(wheel) as content:
-        for part in ("clip", "branch", "projector", "tuned", "tuned/branch", "control"):
-            name = f"bt_adapter_mini/weights/{part}/model.safetensors"
-            if name not in content.namelist():
-                wrong.append(f"{name} is missing")
+        names = content.namelist()
+        wrong += [f"bt_adapter_mini/{name} is missing" for name in OF_MINI if f"bt_adapter_mini/{name}" not in names]
     return wrong
 
 

@@ -22,15 +22,13 @@ cd "$source" && PATH=$bin:$PATH "$bin/python" -m pip install -q --no-build-isola
 
 cd "$folder"
 "$bin/python" -P - <<'PYTHON'
-from pathlib import Path
-
 from transformers import CLIPImageProcessor, LlavaProcessor
 
-from bt_adapter.demo import write_clips
-from bt_adapter.mini.llava import load_chat
+from bt_adapter import detach
+from bt_adapter.chat.engine import VideoChat
 
-print(*write_clips(Path(), count=1, seed=0)[0])  # 0-right.mp4
-model, tokenizer = load_chat()
+chat = VideoChat.mini()
+model, tokenizer = detach(chat.model), chat.tokenizer
 model.save_pretrained("llava")
 size = {"height": 48, "width": 48}
 images = CLIPImageProcessor(size=size, crop_size=size)
@@ -38,10 +36,10 @@ LlavaProcessor(
     images, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=tokenizer.chat_template
 ).save_pretrained("llava")
 PYTHON
-branch=$("$bin/python" -P -c 'from bt_adapter.mini.llava import branch_folder; print(branch_folder())')
-for model in "mini" "llava --branch $branch"; do
+shipped=$("$bin/python" -P -c 'from bt_adapter.mini import data_folder; print(data_folder())')
+for model in "mini" "llava --branch $shipped/weights/tuned/branch"; do
   # shellcheck disable=SC2086  # the words of $model are arguments of their own
-  "$bin/bt-adapter" chat --model $model --video 0-right.mp4 "How is it moving?" | tee answer.txt
+  "$bin/bt-adapter" chat --model $model --video "$shipped/clips/1-right.mp4" "How is it moving?" | tee answer.txt
   grep -q right answer.txt
 done
 echo "chat works in an empty environment"

@@ -17,12 +17,12 @@ SMALL = {"clip": "mini",
 
 
 def write_clips(folder: Path, count: int = 12, broken: tuple[int, ...] = ()) -> Path:
-    """``count`` clips of the mini stack's scenes, those in ``broken`` without a video in them; returns the manifest."""
-    from bt_adapter.mini.items import load_items
-    from bt_adapter.mini.scenes import caption, clips, random_labels
+    """``count`` clips of the small world, those in ``broken`` without a video in them; returns the manifest."""
+    from miniature.items import load_items
+    from miniature.world import SINGLE, caption, clips, random_labels
 
-    labels = random_labels(count, True, torch.Generator().manual_seed(1))
-    videos, _ = clips(load_items("shipped"), count, 6, torch.Generator().manual_seed(2), labels)
+    labels = random_labels(count, SINGLE, torch.Generator().manual_seed(1))
+    videos = clips(load_items("shipped"), labels, torch.Generator().manual_seed(2), 6)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, (video, label) in enumerate(zip(videos, labels.tolist(), strict=True)):
@@ -31,7 +31,7 @@ def write_clips(folder: Path, count: int = 12, broken: tuple[int, ...] = ()) -> 
             path.write_bytes(b"no video " * 20)
         else:
             write_video(path, video)
-        lines.append(json.dumps({"video": path.name, "caption": caption(label)}) + "\n")
+        lines.append(json.dumps({"video": path.name, "caption": caption(*label)}) + "\n")
     manifest = folder / "clips.jsonl"
     manifest.write_text("".join(lines))
     return manifest

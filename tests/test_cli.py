@@ -60,7 +60,7 @@ def test_bad_arguments_are_one_line_and_exit_2(capsys, clip, tmp_path):
 
 
 def test_unknown_commands_exit_2(capsys):
-    for arguments in ((), ("dance",), ("mini", "dance"), ("chat", "--video")):
+    for arguments in ((), ("dance",), ("mini", "clip"), ("chat", "--video")):
         with pytest.raises(SystemExit) as exit:
             cli.main(list(arguments))
         assert exit.value.code == 2
@@ -76,12 +76,6 @@ def test_faults_of_the_program_are_not_hidden(monkeypatch, clip):
         cli.main(["chat", "--video", str(clip), "How?"])
 
 
-def test_mini_parts_hand_their_arguments_on(capsys):
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["mini", "control", "--help"])
-    assert exit.value.code == 0 and "--lr-branch" in capsys.readouterr().out
-
-
 def test_nothing_heavy_is_imported_before_the_arguments_are_read():
     told = (
         "import sys, bt_adapter.cli; print([name for name in ('torch', 'av', 'transformers') if name in sys.modules])"
@@ -93,7 +87,7 @@ def test_help_as_a_program():
     done = subprocess.run(
         [sys.executable, "-m", "bt_adapter.cli", "--help"], capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0 and all(name in done.stdout for name in ("chat", "demo", "mini"))
+    assert done.returncode == 0 and all(name in done.stdout for name in ("chat", "demo", "tune"))
 
 
 def test_chat_end_to_end_on_the_small_stack(capsys, clip):
@@ -110,7 +104,7 @@ def test_chat_end_to_end_on_the_small_stack(capsys, clip):
 def test_chat_about_fewer_frames_than_asked(capsys, tmp_path):
     path = tmp_path / "one.mp4"
     write_video(path, torch.full((1, 3, 64, 64), 90, dtype=torch.uint8))
-    code, _, err = run(capsys, "chat", "--video", str(path), "What is it?")
+    code, _, err = run(capsys, "chat", "--video", str(path), "--no-repeat", "What is it?")
     assert code == 2 and "8 frames were asked for, but there are only 1; ask for fewer (--frames 1), or" in " ".join(
         err.split()
     )

@@ -10,6 +10,7 @@ import pytest
 import reference_cases
 import torch
 import torch.nn.functional as F
+from miniature.items import ITEMS
 from pretraining import write_clips
 from safetensors.torch import save_file
 from test_cli import run
@@ -20,8 +21,6 @@ from bt_adapter.data.annotations import class_names
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.stack import load_stack
 from bt_adapter.image_settings import ImageSettings
-from bt_adapter.mini import retrieval as mini_retrieval
-from bt_adapter.mini.scenes import ITEMS
 from bt_adapter.text import load_clip
 
 BROKEN = (3, 6)
@@ -124,9 +123,9 @@ def test_no_branch_is_the_frame_mean(evaluate, data):
     with_branch, _, _ = evaluate()
     result, _, _ = evaluate("--no-branch")
     paths, texts = zip(*good_clips(data), strict=True)
-    means, _ = mini_retrieval.embed(
-        load_stack("mini", None).model, torch.stack([read_video(path, 8, repeat=True).frames for path in paths])
-    )
+    clip, _ = load_clip("mini")
+    with torch.no_grad():
+        means = clip.get_image_features(frames(paths).flatten(0, 1)).pooler_output.unflatten(0, (-1, 8)).mean(1)
     places = expected_ranks(means, list(texts))
     assert result["text_to_video"]["mean_rank"] == pytest.approx(sum(places) / len(places))
     assert result["branch"] is None and not result["branch_used"] and result["computed"] == 8

@@ -123,15 +123,6 @@ def test_commands_say_what_they_do_not_take(arguments, message, capsys):
     assert message in said and len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "option", ["--lr=nan", "--lr=0", "--batch=0", "--minutes=-1", "--weight-decay=-1", "--seed=-1"]
-)
-def test_the_small_stacks_trainings_too(option, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["mini", "tuned", option])
-    assert end.value.code == 2 and "must" in capsys.readouterr().err
-
-
 def test_intervals():
     class Numbers:
         low, high, both, none = 0.0, 1.0, (0.2, 0.4), None

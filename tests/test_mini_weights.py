@@ -1,23 +1,40 @@
-"""Where the small stack's weights are found, and what every command says where they are not installed."""
+"""The small stack: where its parts are found, the stages of its chat model, and what is said where it is missing."""
 
 from __future__ import annotations
 
+import ast
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from miniature.questions import parse
+from miniature.world import EVENTS
+from test_chat import mini_is_there
 
-from bt_adapter import cli, mini
+from bt_adapter import cli, demo, mini
+from bt_adapter.chat.attach import attached_branch
+from bt_adapter.chat.engine import VideoChat, read
+from bt_adapter.chat.session import sampling_of
+from bt_adapter.commands.chat import Chat
 from bt_adapter.data import write_video
+from bt_adapter.errors import CommandError
+from bt_adapter.tune import load
+from bt_adapter.tune.loading import load_base
+from bt_adapter.tune.recipe import TuneRecipe
+
+needs_mini = pytest.mark.skipif(bool(mini_is_there()), reason=str(mini_is_there()))
 
 
 @pytest.fixture
 def absent(monkeypatch, tmp_path):
     """Neither a checkout's folder of weights nor the package bt-adapter-mini is there."""
-    monkeypatch.setattr(mini, "CHECKOUT_WEIGHTS", tmp_path / "nowhere")
+    monkeypatch.setattr(mini, "CHECKOUT", tmp_path / "nowhere")
     monkeypatch.setattr(mini, "WEIGHTS_PACKAGE", "bt_adapter_mini_that_is_not_installed")
 
 
 def test_a_checkouts_own_weights_come_first():
-    assert mini.weights_folder("clip") == mini.CHECKOUT_WEIGHTS / "clip"
+    assert mini.weights_folder("clip") == mini.CHECKOUT / "weights" / "clip"
     assert (mini.weights_folder("tuned/branch") / "model.safetensors").is_file()
 
 
@@ -30,12 +47,6 @@ def test_an_installed_package_of_weights_is_found(monkeypatch, tmp_path, absent)
     assert mini.weights_folder("clip") == package / "weights" / "clip"
 
 
-def test_folders_on_the_command_line(tmp_path):
-    assert mini.folder_argument("mini:branch") == mini.weights_folder("branch")
-    assert mini.folder_argument(str(tmp_path)) == tmp_path
-    assert str(mini.folder_argument("other:branch")) == "other:branch"
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -45,10 +56,6 @@ def test_folders_on_the_command_line(tmp_path):
         ("tune", "--model", "mini", "--data", "{conversations}", "--out", "{out}"),
         ("pretrain", "--clip", "mini", "--data", "{captions}", "--out", "{out}"),
         ("eval", "retrieval", "--clip", "mini", "--data", "{captions}", "--out", "{out}"),
-        ("mini", "clip", "--steps", "1"),
-        ("mini", "branch", "--steps", "1"),
-        ("mini", "tuned", "--steps", "1"),
-        ("mini", "retrieval"),
     ],
     ids=" ".join,
 )
@@ -67,3 +74,123 @@ def test_commands_say_what_to_install(arguments, absent, tmp_path, capfd, monkey
     assert cli.main([part.format(**places) for part in arguments]) == 2
     *_, last = capfd.readouterr().err.splitlines()
     assert last.startswith("bt-adapter: the small stack's weights") and "pip install 'bt-adapter[mini]'" in last
+
+
+def test_nothing_installed_raises_an_error_of_its_own(absent):
+    with pytest.raises(mini.MiniError, match="bt-adapter-mini"):
+        mini.weights_folder("clip")
+
+
+def test_the_folder_imports_nothing_else_of_the_package():
+    for path in Path(mini.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level < 2, f"{path.name} imports from above its folder"
+                names = [node.module or ""] if node.level == 0 else []
+            assert not [name for name in names if name.startswith(("bt_adapter", "bt_kernels", "miniature"))], path.name
+
+
+def test_the_stored_parts_are_small_and_name_no_place_of_a_machine():
+    folder = mini.data_folder()
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 16e6
+    for path in folder.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in ('"/', "/home/", "/tmp/", "/root/", "/work/") if word in text], path
+    for stage in ("image", "tuned", "control"):
+        about = json.loads((folder / "weights" / stage / "tuned.json").read_text(encoding="utf-8"))
+        assert about["model"] in ("mini:fresh", "mini:image")
+        assert ("branch" in about["parts"]) == (stage == "tuned") and about["recipe"]["use_branch"] == (
+            stage != "control"
+        )
+
+
+@pytest.mark.parametrize("name", ["mini:projector", "mini:", "mini:last"])
+def test_an_unknown_stage_is_refused(name, capsys, tmp_path):
+    with pytest.raises(ValueError, match="mini:fresh, mini:image, mini:tuned, mini:control"):
+        load_base(name, None)
+    for arguments in (
+        ["chat", "--model", name, "--video", __file__, "What?"],
+        ["tune", "--model", name, "--data", "x.json"],
+        ["export", name, str(tmp_path / "out")],
+    ):
+        assert cli.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert f"there is no model {name}" in said and len(said.splitlines()) == 1
+        assert ("mini:projector is mini:image" in said) == (name == "mini:projector")
+
+
+def test_defaults_by_stage():
+    TuneRecipe(data="x").check(1)
+    assert TuneRecipe().model == "mini:image"
+    assert sampling_of(Chat(model="mini:image")).branch and not sampling_of(Chat(model="mini:control")).branch
+    assert not sampling_of(Chat(model="mini", no_branch=True)).branch
+    with pytest.raises(ValueError, match="stage|model"):
+        VideoChat.mini("projector")
+
+
+def said_of(chat: VideoChat, clip: demo.Asked) -> str:
+    return demo.answer(chat, clip, [True], demo.make_console())[0]
+
+
+@needs_mini
+def test_stages_from_the_first_to_the_last(tmp_path):
+    clips = demo.read_clips(mini.data_folder() / "clips", 8)
+    pixels = read(clips[0].path, 8).frames
+    image = VideoChat.mini("image")
+    assert torch.equal(image.encode(pixels), image.encode(pixels, True))
+    assert not torch.equal(image.encode(pixels), image.encode(pixels, False))
+    alone = load_base("mini:image", None, use_branch=False)
+    assert attached_branch(alone.model).branch.is_absent
+    assert torch.equal(alone.encode(pixels), image.encode(pixels, False))
+    fresh = VideoChat.mini("fresh")
+    weight = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(fresh.model.get_parameter(weight), image.model.get_parameter(weight))
+    assert torch.equal(attached_branch(fresh.model).branch.time, attached_branch(image.model).branch.time)
+    del fresh, alone
+
+    control = VideoChat.mini("control")
+    assert attached_branch(control.model).branch.is_absent and not control.model.config.use_branch
+    assert torch.equal(control.encode(pixels), control.encode(pixels, False))
+    del control
+
+    tuned = VideoChat.mini()
+    assert not torch.equal(attached_branch(tuned.model).branch.time, attached_branch(image.model).branch.time)
+    said = [parse("motion", said_of(tuned, clip)) for clip in clips]
+    right = [event is not None and EVENTS[event].phrase in clip.truth for event, clip in zip(said, clips, strict=True)]
+    assert sum(right) >= 6  # by chance one of eight
+
+    other = load(mini.weights_folder("tuned"), branch=mini.weights_folder("branch"))  # in the place of its own
+    assert torch.equal(attached_branch(other.model).branch.time, attached_branch(image.model).branch.time)
+
+
+def test_the_demo_takes_as_many_clips_as_there_are(tmp_path, capsys):
+    clips = demo.read_clips(mini.data_folder() / "clips", 9)
+    for clip in clips:
+        assert (
+            clip.path.stat().st_size < 12_000 and clip.question and read(clip.path, 8).frames.shape[1:] == (3, 192, 192)
+        )
+    demo.copy_clips(clips[:2], tmp_path / "kept")
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [clip.path.name for clip in clips[:2]]
+    with pytest.raises(CommandError, match="--clips is 10, but 9 clips"):
+        demo.read_clips(mini.data_folder() / "clips", 10)
+    assert cli.main(["demo", "--clips", "0"]) == 2
+
+
+def test_the_demo_prints_stored_results(tmp_path, capsys):
+    console = demo.make_console()
+    demo.show_results(tmp_path / "results.json", console)
+    assert "no stored results" in capsys.readouterr().out
+    headline = {"columns": ["", "motion"], "rows": [["untuned", "0.50"], ["tuned", "0.98"]], "notes": ["Three seeds."]}
+    (tmp_path / "results.json").write_text(json.dumps({"headline": headline}))
+    demo.show_results(tmp_path / "results.json", console)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("motion", "untuned", "0.98", "Three seeds."))
+
+
+@needs_mini
+def test_the_demo_as_a_whole(tmp_path, capsys):
+    assert cli.main(["demo", "--clips", "2", "--keep", str(tmp_path / "kept")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "branch off" in shown and "moving" in shown and "peak memory" in shown and "held-out clips" in shown
+    assert len(list((tmp_path / "kept").iterdir())) == 2

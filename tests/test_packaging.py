@@ -133,7 +133,7 @@ def test_weights_of_the_small_stack_are_a_wheel_of_their_own(sources, tmp_path):
     assert packed == {
         str(path.relative_to(ROOT / "mini"))
         for path in (ROOT / "mini" / "bt_adapter_mini").rglob("*")
-        if path.suffix in {".py", ".json", ".safetensors"}
+        if path.suffix in {".py", ".json", ".safetensors", ".mp4"}
     }
     (needed,) = (Requirement(text) for text in EXTRAS["mini"] if text.startswith("bt-adapter-mini"))
     assert needed.specifier.contains(re.search(r"^Version: (.+)$", metadata, re.M)[1])
@@ -155,8 +155,11 @@ def test_checks_of_wheels_find_what_is_wrong(tmp_path):
         "built in",
     ):
         assert part in wrong
-    shutil.copy(wheel, tmp_path / "bt_adapter_mini-0.1.0-py3-none-linux_x86_64.whl")
-    assert "py3-none-any" in check_wheels.check_mini(tmp_path / "bt_adapter_mini-0.1.0-py3-none-linux_x86_64.whl")[0]
+    mini = tmp_path / "bt_adapter_mini-0.1.0-py3-none-linux_x86_64.whl"
+    shutil.copy(wheel, mini)
+    wrong = "\n".join(check_wheels.check_mini(mini))
+    for part in ("py3-none-any", "clips/clips.json is missing", "weights/image/tuned.json is missing"):
+        assert part in wrong
 
 
 def test_auto_without_a_compiler_installs_and_says_why(sources, tmp_path):

@@ -79,7 +79,7 @@ def test_repeat_and_no_repeat_contradict(tuned):
 
 def test_without_a_record_the_usual_holds(tmp_path, tuned):
     usual = {"frames": 8, "repeat": False, "windows": None, "long": "average", "branch": True}
-    assert settle_sampling(chat("mini")) == (usual, [])
+    assert settle_sampling(chat("some/llava")) == (usual, [])
     (tmp_path / "tuned.json").write_text("{")
     assert sampling_of(chat(tmp_path)) == Sampling()
     old = json.loads((tuned / "tuned.json").read_text())

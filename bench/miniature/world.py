@@ -140,14 +140,17 @@ def draw(items: Items, labels: Tensor, generator: torch.Generator) -> Draws:
     )
 
 
-def render(draws: Draws, event: Tensor) -> Tensor:
-    """The clips of these draws and events (int64 ``[n]``): uint8 ``[n, 8, 3, 48, 48]``."""
-    return _bytes(_scenes(draws, event))
+def render(draws: Draws, event: Tensor, frames: int = FRAMES) -> Tensor:
+    """The clips of these draws and events (int64 ``[n]``): uint8 ``[n, frames, 3, 48, 48]``.
+
+    Counterparts hold the same frames whatever their number is, but for speed, where it must not be a multiple of 3.
+    """
+    return _bytes(_scenes(draws, event, frames=frames))
 
 
-def clips(items: Items, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """One clip a label: uint8 ``[n, 8, 3, 48, 48]``."""
-    return render(draw(items, labels, generator), labels[:, 2])
+def clips(items: Items, labels: Tensor, generator: torch.Generator, frames: int = FRAMES) -> Tensor:
+    """One clip a label: uint8 ``[n, frames, 3, 48, 48]``, the same scenes whatever ``frames`` is."""
+    return render(draw(items, labels, generator), labels[:, 2], frames)
 
 
 def plain_stills(items: Items, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -195,9 +198,9 @@ def exposure_weights(n: int, generator: torch.Generator, kinds: Sequence[str] = 
     return chosen / chosen.sum(1, keepdim=True)
 
 
-def _scenes(draws: Draws, event: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The frames of the events as floats in 0..1, or with weights ``[n, 8]`` their weighted mean."""
-    value = _profiles(draws.phase, event)  # how far each event is in each frame
+def _scenes(draws: Draws, event: Tensor, weights: Tensor | None = None, frames: int = FRAMES) -> Tensor:
+    """The frames of the events as floats in 0..1, or with weights ``[n, frames]`` their weighted mean."""
+    value = _profiles(draws.phase, event, frames)  # how far each event is in each frame
 
     def changes(channel: str) -> Tensor:
         return torch.tensor([known.channel == channel for known in EVENTS])[event]
@@ -213,15 +216,16 @@ def _scenes(draws: Draws, event: Tensor, weights: Tensor | None = None) -> Tenso
     return _compose(draws, torch.stack(centre, -1), size, opacity, weights)
 
 
-def _profiles(phase: Tensor, event: Tensor) -> Tensor:
-    """How far each clip's event is in each frame, ``[n, 8]`` in [0, 1]."""
-    half = FRAMES // 2
-    rise, back = torch.arange(FRAMES) / (FRAMES - 1), torch.arange(half) / (half - 1)
-    dip, peak = torch.cat([back.flip(0), back]), torch.cat([back, back.flip(0)])
+def _profiles(phase: Tensor, event: Tensor, frames: int) -> Tensor:
+    """How far each clip's event is in each frame, ``[n, frames]`` in [0, 1]."""
+    half = (frames + 1) // 2
+    rise, back = torch.arange(frames) / (frames - 1), torch.arange(half) / (half - 1)
+    odd = frames % 2  # the turning point is then a frame of its own
+    dip, peak = torch.cat([back.flip(0), back[odd:]]), torch.cat([back, back.flip(0)[odd:]])
     known = {"rise": rise, "fall": rise.flip(0), "dip": dip, "peak": peak}
     for name, ahead in (("slow", 1), ("fast", FAST)):
-        # phases are numbered modulo 8 before the cosine is taken, so that both speeds give the very same floats
-        turn = (torch.arange(FRAMES) * ahead) % FRAMES * (2 * math.pi / FRAMES)
+        # phases are numbered modulo frames before the cosine is taken, so that both speeds give the very same floats
+        turn = (torch.arange(frames) * ahead) % frames * (2 * math.pi / frames)
         known[name] = 0.5 + 0.5 * torch.cos(phase[:, None] + turn)
     table = torch.stack([known[one.profile].expand(len(phase), -1) for one in EVENTS], 1)
     return table[torch.arange(len(event)), event]

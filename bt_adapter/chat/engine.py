@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bt_adapter.chat.attach import attach, attached_branch, video_tokens
+from bt_adapter.chat.attach import attached_branch, video_tokens
 from bt_adapter.chat.conversation import Conversation, Reply, Visual
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.loading import load_with_branch

@@ -126,7 +126,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 def _check_branch(folder: Path, chat: VideoChat, stored: dict[str, float]) -> None:
     """The branch did not learn, so it must be the one that was there."""
-    found = branch_fingerprint(attached_branch(chat.model))
+    found = branch_fingerprint(attached_branch(chat.model)) or {}
     wrong = [
         f"the length of {name} is {found.get(name)}, expected {value:.4g}"
         for name, value in stored.items()

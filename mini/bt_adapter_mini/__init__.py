@@ -1,1 +1,1 @@
-"""Weights of the small stack of bt-adapter: data alone, read by bt_adapter.mini."""
+"""The small stack of bt-adapter: weights and clips, data alone, read by bt_adapter.mini."""
