@@ -112,7 +112,7 @@ def test_commands_take_a_branch_of_another_tower_where_told(tmp_path):
     with pytest.warns(UserWarning, match="24 px"):
         assert session.load(Chat(**names, other_tower=True)).family.image_size == 48
     with pytest.warns(UserWarning, match="24 px"):
-        load_tuning(TuneRecipe(**names, other_tower=True, precision="float32"), torch.device("cpu"))
+        load_tuning(TuneRecipe(**names, other_tower=True, precision="float32"), torch.device("cpu"), True)
     # what was tuned so needs no leave again
     about = {
         "format": 1,
@@ -155,10 +155,3 @@ def mini_is_there() -> str | None:
         return None if is_tuned(weights_folder("tuned")) else "the small stack's weights are not there"
     except MiniError as error:
         return str(error)
-
-
-@pytest.fixture(scope="module")
-def mini() -> VideoChat:
-    if reason := mini_is_there():
-        pytest.skip(reason)
-    return VideoChat.mini()
