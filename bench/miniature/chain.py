@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -341,6 +342,7 @@ def main() -> int:
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; expected at least 1")
     began, work = time.monotonic(), options.work.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stages at work are ended too
     try:
         plan = Plan(work, options.seeds, options.quick)
         stages = plan.chosen(options.stages)
