@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -268,22 +269,34 @@ class Runner:
 
     def _wait(self) -> str:
         """Wait until a stage ends; its name."""
-        while not (ended := [process for process in self.running if process.child.poll() is not None]):
+        while True:
+            for process in self.running:
+                before = _cpu_seconds_of_ended_children()
+                if (code := process.child.poll()) is None:
+                    continue
+                self.running.remove(process)
+                finished = code == 0 and process.stage.done.exists()
+                seconds = self._record(process, finished, _cpu_seconds_of_ended_children() - before)
+                print(f"{process.stage.name}: {seconds:.0f} s", flush=True)
+                if not finished:
+                    raise ChainError(f"{process.stage.name} ended with {code}; see {process.log}")
+                return process.stage.name
             time.sleep(0.1)
-        process = ended[0]
-        self.running.remove(process)
-        finished = process.child.poll() == 0 and process.stage.done.exists()
-        print(f"{process.stage.name}: {self._record(process, finished):.0f} s", flush=True)
-        if not finished:
-            raise ChainError(f"{process.stage.name} ended with {process.child.poll()}; see {process.log}")
-        return process.stage.name
 
-    def _record(self, process: Process, finished: bool) -> float:
+    def _record(self, process: Process, finished: bool, cpu: float | None = None) -> float:
+        """Note a stage's time: by the clock, which other work on the machine lengthens, and of the processor."""
         seconds = round(time.monotonic() - process.began, 1)
-        line = {"stage": process.stage.name, "seconds": seconds, "threads": process.threads, "finished": finished}
+        line: dict[str, Any] = {"stage": process.stage.name, "seconds": seconds, "threads": process.threads}
+        line |= {"cpu_seconds": None if cpu is None else round(cpu, 1), "finished": finished}
         with self.times.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | process.stage.made_by()) + "\n")
         return seconds
+
+
+def _cpu_seconds_of_ended_children() -> float:
+    """Processor seconds of all child processes that have ended and were waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def score(work: Path, seeds: Sequence[int], quick: bool) -> None:
@@ -360,8 +373,8 @@ def main() -> int:
     except ChainError as error:
         print(f"chain: {error}", file=sys.stderr)
         return 1
-    spent = sum(record["seconds"] * record["threads"] for record in runner.records())
-    print(f"this run: {(time.monotonic() - began) / 60:.1f} min; all stages: {spent / 60:.1f} min of one core")
+    spent = sum(record.get("cpu_seconds") or 0 for record in runner.records())
+    print(f"this run: {(time.monotonic() - began) / 60:.1f} min; all stages: {spent / 60:.1f} min of processor time")
     return 0
 
 

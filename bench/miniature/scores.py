@@ -175,7 +175,7 @@ def score(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "tests": tests, "ablations": ablations, "captions": captions,
         "retrieval": {"mean": recall(mean), "branch": [recall(file) for file in files]}, "probes": probes,
         "stages": {name: {"command": stage.command, "seconds": seconds[name]} for name, stage in plan.stages.items()},
-        "core_minutes": round(sum(t["seconds"] * t["threads"] for t in times) / 60, 1),
+        "core_minutes": round(sum(t.get("cpu_seconds") or 0 for t in times) / 60, 1),
     }  # fmt: skip
     return {"headline": headline(result), **result}
 
