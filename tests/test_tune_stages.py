@@ -114,3 +114,22 @@ def test_attach_takes_none_for_the_mean_of_the_frames(stand):
     assert torch.equal(video_tokens(model, pixels), wanted)
     with pytest.raises(ValueError, match="this chat model has no branch"):
         video_tokens(model, pixels, branch=True)
+
+
+def test_going_on_from_a_control_needs_a_branch_or_goes_on_without(stand, image):
+    off = {"branch": None, "use_branch": False, "learn": ("projector", "lora")}
+    control = tune(asked(stand, "control-first", "clips/data.json", model=str(image), **off))
+    with pytest.raises(CommandError, match="tuned without a branch: give --branch FOLDER, or --no-use-branch"):
+        tune(asked(stand, "control-no", "clips/data.json", model=str(control), branch=None, learn=("projector",)))
+    again = tune(asked(stand, "control-again", "clips/data.json", model=str(control), **off))
+    assert attached_branch(VideoChat.load(again).model).branch.is_absent
+    onward = tune(asked(stand, "control-onward", "clips/data.json", model=str(control)))
+    chat = VideoChat.load(onward)
+    assert not torch.equal(tokens_of(chat, stand), tokens_of(chat, stand, branch=False))
+
+
+def test_a_branch_that_is_named_takes_the_place_of_the_tuned_one(stand):
+    tuned = tune(asked(stand, "replaced", "clips/data.json", learn=("branch",)))
+    time = [attached_branch(VideoChat.load(*given).model).branch.time for given in (
+        (tuned,), (tuned, stand / "branch"), (stand / "chat", stand / "branch"))]  # fmt: skip
+    assert torch.equal(time[1], time[2]) and not torch.equal(time[0], time[2])
