@@ -27,7 +27,9 @@ from miniature.world import COLOURS, SINGLE, caption, clips, random_labels
 from torch import Tensor
 
 from bt_adapter.chat.attach import attached_branch
+from bt_adapter.chat.conversation import answer_batch
 from bt_adapter.chat.engine import VideoChat
+from bt_adapter.chat.prompts import Turn, conversation_ids
 from bt_adapter.chat.streaming import video_tokens_streamed
 from bt_adapter.eval.features import embed
 from bt_adapter.eval.stack import Stack, load_stack
@@ -35,6 +37,7 @@ from bt_adapter.time_steps import Long
 
 FRAMES = (8, 16, 32, 64, 128)
 FRESH_STD = 0.02
+_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,21 @@ def held_out(frames: int, each: int, seed: int = 77) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def answered(chat: VideoChat, frames: Tensor, labels: Tensor, long: Long = "average", windows: int = 1) -> Tensor:
     """Which clips' event is told rightly, bool ``[n]``."""
-    right = []
-    for clip, truth in zip(frames, labels[:, 2].tolist(), strict=True):
+    prompts = []
+    question = QUESTIONS["motion"][0]
+    for clip in frames:
         tokens = video_tokens_streamed(chat.branch, [chat.prepare(clip)[0]], len(clip), windows, long=long)
-        said = chat.ask(chat.project(tokens), QUESTIONS["motion"][0], 12).text
-        right.append(parse("motion", said) == truth)
-    return torch.tensor(right)
+        visual = chat.visual("video", tokens)
+        ids = conversation_ids(chat.processor, [Turn(question, ("video",))], [len(visual.tokens)])
+        prompts.append((ids, [visual]))
+    said = [
+        text
+        for start in range(0, len(prompts), _BATCH)
+        for text in answer_batch(chat.model, chat.tokenizer, prompts[start : start + _BATCH], 12)
+    ]
+    return torch.tensor(
+        [parse("motion", text) == truth for text, truth in zip(said, labels[:, 2].tolist(), strict=True)]
+    )
 
 
 def every_label() -> Tensor:
