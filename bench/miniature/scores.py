@@ -31,7 +31,6 @@ from bt_adapter.eval.report import versions, write_json  # noqa: E402
 from bt_adapter.ranking import retrieval  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "miniature.json"
-SHIPPED = ROOT / "mini" / "bt_adapter_mini" / "results.json"  # its headline, which the demo prints
 # Folders of answers in that of a seed, with what they are called.
 SYSTEMS = {
     "untuned": "image chat model with the branch attached, no video question in training",
@@ -215,8 +214,6 @@ def main() -> None:
     options = parser.parse_args()
     result = score(options.work.resolve(), options.seeds)
     write_json(options.out, result)
-    if options.out == RESULT:
-        write_json(SHIPPED, {"headline": result["headline"]})
     for row in (result["headline"]["columns"], *result["headline"]["rows"]):
         print(" | ".join(row))
 
