@@ -109,7 +109,7 @@ def real_clip() -> Path | None:
 def load_stage(stage: str, console: Console) -> VideoChat:
     """Load a stage of the small stack, and say how long it took."""
     begin = time.perf_counter()
-    with console.status(f"loading mini:{stage}"):
+    with console.status("loading the small stack"):
         chat = VideoChat.mini(stage)
     console.print(f"mini:{stage} loaded in {time.perf_counter() - begin:.1f} s", style="dim")
     return chat

@@ -236,7 +236,7 @@ def test_answers_are_told_apart_by_all_that_made_them(folder):
     plain = made()
     changes = {"model": "m", "branch": "b", "frames": 9, "fps": 1.0, "windows": 2, "long": "interpolate",
                "no_branch": True, "dtype": "float16", "quantize": "nf4", "max_new_tokens": 5,
-               "repeat": True, "other_tower": True}  # fmt: skip
+               "no_repeat": True, "other_tower": True}  # fmt: skip
     assert all(made(**{name: value}) != plain for name, value in changes.items())
     assert made(batch=3, device="cpu") == plain
 
@@ -395,7 +395,7 @@ def test_chat_commands_bad_input(folder, capsys):
         (("how ?", "--image", str(folder / "none.png")), f"--image {folder / 'none.png'}: there is no such file"),
         (("how ?", "--video", str(folder)), f"--video {folder}: is a folder"),
         (("how ?", "--video", clip, "--video", str(folder / "broken.mp4")), "broken.mp4"),
-        (("how ?", "--video", clip, "--frames", "10"), "there are only 9"),
+        (("how ?", "--video", clip, "--frames", "10", "--no-repeat"), "there are only 9"),
     ):
         assert cli.main(["chat", *arguments]) == 2
         assert message in " ".join(capsys.readouterr().err.split())

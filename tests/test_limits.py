@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_what_a_recipe_does_not_take_is_one_error(kind, name, value):
 @pytest.mark.parametrize("kind", RECIPES)
 def test_every_number_of_a_recipe_has_its_limits(kind):
     recipe = RECIPES[kind]
-    numbers = (int, float, int | None, float | None, tuple[float, float])
+    numbers = (int, float, int | None, float | None, tuple[float, float], float | Literal["clip"])
     numeric = {name for name, kind in types_of(recipe).items() if kind in numbers}
     assert numeric == set(recipe.limits)
     if kind == "tune":

@@ -446,8 +446,8 @@ def test_scores_of_other_settings_are_not_overwritten(command, tmp_path, capsys)
     for path in (tmp_path / "qa").glob("answers.jsonl*"):
         path.unlink()
     before = (tmp_path / "qa" / "scores.json").read_bytes()
-    assert command(GENERIC, "--repeat") == 2
-    assert "scores.json holds a result that was made with repeat False, now True" in capsys.readouterr().err
+    assert command(GENERIC, "--no-repeat") == 2
+    assert "scores.json holds a result that was made with repeat True, now False" in capsys.readouterr().err
     assert (tmp_path / "qa" / "scores.json").read_bytes() == before
     assert command(GENERIC) == 0
 
