@@ -216,6 +216,24 @@ def test_gradient_of_the_lean_loss_is_the_plain_one():
     assert float(answer_loss(hidden[:0], targets[:0], head)) == 0
 
 
+@pytest.mark.parametrize(("chunk", "runs"), [(37, 1), (36, 4)])  # in two pieces each runs once more in backward
+def test_logits_are_made_again_only_where_they_exceed_a_chunk(chunk, runs):
+    head, seen = nn.Linear(12, 50), []
+    head.register_forward_hook(lambda *call: seen.append(len(call[1][0])))
+    hidden = torch.randn(37, 12, requires_grad=True)
+    answer_loss(hidden, torch.randint(50, (37,)), head, chunk).backward()
+    assert len(seen) == runs and max(seen) <= chunk and sum(seen) == 37 * max(1, runs // 2)
+
+
+def test_the_log_has_the_learning_rate_of_each_part(data, tmp_path):
+    changes = {"learn": EVERY, "lr": 1e-5, "lr_projector": 4e-3, "lr_lora": 2e-3, "steps": 2, "warmup": 0.0}
+    run_tuning(recipe(data=str(data), out=tmp_path, save_model=False, **changes), make_video_chat())
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert {name: row[name] for name in row if name.startswith("lr")} == {
+        "lr_projector": 4e-3, "lr_branch": 1e-5, "lr_lora": 2e-3
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("parts", [("projector",), ("branch",), ("lora",), ("projector", "lora"), EVERY])
 def test_exactly_what_is_asked_for_learns(data, tmp_path, parts):
     chat, untouched = make_video_chat(), make_video_chat()

@@ -92,6 +92,18 @@ def test_every_answer_is_learned_after_the_prompt_of_inference(chat, kind, templ
     assert sum(example.answer_tokens for example in examples) == sum(learned)
 
 
+@pytest.mark.parametrize("template", [PLAIN, SPACE], ids=["one sequence", "one for each answer"])
+def test_the_template_runs_once_for_each_answer_and_once_for_the_whole(chat, template, monkeypatch):
+    tokenizer = make_tokenizer("bytes", template)
+    chat.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    processor, written = make_processor(chat, tokenizer), []
+    write = processor.apply_chat_template
+    monkeypatch.setattr(processor, "apply_chat_template", lambda *a, **k: written.append(a) or write(*a, **k))
+    pairs = [("how is it moving ?", "left"), ("and ?", "right"), ("still ?", "red"), ("and ?", "a clip")]
+    examples = Tokens(chat, processor).examples(conversation(*pairs))
+    assert len(written) == len(pairs) + 1 and len(examples) == (1 if template is PLAIN else len(pairs))
+
+
 def test_a_prompt_that_ends_in_a_space_keeps_its_tokens(chat):
     """Byte-level BPE would join that space and the answer's first word."""
     tokenizer = make_tokenizer("bytes", SPACE)

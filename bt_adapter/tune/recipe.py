@@ -74,7 +74,8 @@ class TuneRecipe(Settings):
     accumulate: int = 1
     """Parts a process cuts them into, one after the other; the loss is the same."""
     packing: bool = False
-    """Put the conversations of a part into one row instead of padding them to one length; the loss is the same."""
+    """Put the conversations of a part into one row instead of padding them to one length; the loss is the same.
+    On a CPU it is slower: attention there takes the row as one sequence and masks the other conversations."""
     epochs: float = 3.0
     """Passes over the conversations. A run can be made longer later: the same command with more of them goes on."""
     steps: int | None = None

@@ -208,7 +208,7 @@ class Run(TrainingRun):
             "loss": total / count if count else 0.0,
             "answer_tokens": int(count),
             "grad_norm": norm,
-            "lr": recipe.lr * factor,
+            **{f"lr_{group['name']}": group["base"] * factor for group in self.optimizer.param_groups},
             "skipped": len(self.skipped),
         }
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +57,19 @@ class Example:
         return torch.from_numpy(np.repeat(self.ids.astype(np.int64), self.counts)), torch.from_numpy(targets)
 
 
+class _Answer(NamedTuple):
+    """Where an answer stands in the text of its conversation, which begins with the prompt of inference for it.
+
+    Attributes:
+        prompt: that prompt; the answer begins behind it. end: the character behind the answer, and behind the special
+            token that ends it where there is one. closed: whether there is one.
+    """
+
+    prompt: str
+    end: int
+    closed: bool
+
+
 class Tokens:
     """Conversations to examples, by a chat model's own template and tokenizer.
 
@@ -87,14 +100,14 @@ class Tokens:
         """
         turns = self._turns(conversation)
         text, answers = self._text(turns)
-        if (whole := self._coded(text, answers, turns)) is not None:
+        if (whole := self._coded(text, answers)) is not None:
             return [self._example(conversation, *whole)]
         found = []
         for number in range(1, len(turns) + 1):
             sources = conversation.sources[: sum(len(turn.kinds) for turn in turns[:number])]
             key = f"{conversation.key}, answer {number}" if len(turns) > 1 else conversation.key
             part = TrainingConversation(key, conversation.exchanges[:number], sources)
-            found.append(self._example(part, *self._last_answer(text, answers[number - 1], turns[:number])))
+            found.append(self._example(part, *self._one_answer(text, answers[number - 1])))
         return found
 
     def example(self, conversation: TrainingConversation) -> Example:
@@ -111,39 +124,29 @@ class Tokens:
             raise PromptError("the tokenizer joins prompts and answers: each answer needs a sequence of its own")
         return found[0]
 
-    def _prompt_ids(self, turns: Sequence[Turn]) -> list[int]:
-        """Token ids of the prompt that the last turn is answered to."""
-        asked = Turn(turns[-1].question, turns[-1].kinds)
-        return text_ids(self.tokenizer, conversation_text(self.processor, [*turns[:-1], asked]))
-
-    def _coded(
-        self, text: str, answers: Sequence[tuple[int, int, bool]], turns: Sequence[Turn]
-    ) -> tuple[list[int], list[int]] | None:
+    def _coded(self, text: str, answers: Sequence[_Answer]) -> tuple[list[int], list[int]] | None:
         """Ids and targets of all turns in one sequence; None where a prompt of inference is no beginning of it."""
         ids = text_ids(self.tokenizer, text)
         targets = [IGNORED] * len(ids)
-        for number, (_, end, closed) in enumerate(answers, 1):
-            prompt, upto = self._prompt_ids(turns[:number]), text_ids(self.tokenizer, text[:end])
+        for answer in answers:
+            prompt, upto = text_ids(self.tokenizer, answer.prompt), text_ids(self.tokenizer, text[: answer.end])
             if ids[: len(prompt)] != prompt or ids[: len(upto)] != upto:
                 return None
-            self._put_targets(targets, ids, len(prompt), len(upto), closed)
+            self._put_targets(targets, ids, len(prompt), len(upto), answer.closed)
         return ids, targets
 
-    def _last_answer(
-        self, text: str, answer: tuple[int, int, bool], turns: Sequence[Turn]
-    ) -> tuple[list[int], list[int]]:
-        """Ids and targets of the prompt that inference has for the last turn, and of its answer alone after it.
+    def _one_answer(self, text: str, answer: _Answer) -> tuple[list[int], list[int]]:
+        """Ids and targets of an answer alone, after the prompt that inference has for it.
 
         Raises PromptError where no tokens of the answer, written after the prompt, read as the text does.
         """
-        begin, end, closed = answer
-        prompt, upto = self._prompt_ids(turns), text_ids(self.tokenizer, text[:end])
+        prompt, upto = text_ids(self.tokenizer, answer.prompt), text_ids(self.tokenizer, text[: answer.end])
         wanted = self._read(upto)
-        for own in self._continuations(text[begin:end], prompt, upto):
+        for own in self._continuations(text[len(answer.prompt) : answer.end], prompt, upto):
             if own and self._read(prompt + own) == wanted:
                 ids = prompt + own
                 targets = [IGNORED] * len(ids)
-                self._put_targets(targets, ids, len(prompt), len(ids), closed)
+                self._put_targets(targets, ids, len(prompt), len(ids), answer.closed)
                 return ids, targets
         raise PromptError(
             "the tokenizer joins the end of the prompt and the answer into one token, and cannot write the answer alone"
@@ -187,11 +190,14 @@ class Tokens:
             kinds = kinds[exchange.visuals :]
         return turns
 
-    def _text(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int, bool]]]:
-        """The text up to the end of the last answer, and of every answer begin, end and whether the end is a token."""
+    def _text(self, turns: Sequence[Turn]) -> tuple[str, list[_Answer]]:
+        """The text up to the end of the last answer, and where the answers stand in it.
+
+        The template is run once for each answer and once for the whole, which is most of the time a run takes to begin.
+        """
         # one more question shows what the template writes after the last answer
         text = conversation_text(self.processor, [*turns, Turn("?")])
-        answers = []
+        answers: list[_Answer] = []
         for number, turn in enumerate(turns):
             asked = Turn(turn.question, turn.kinds)
             prompt = conversation_text(self.processor, [*turns[:number], asked])
@@ -201,13 +207,12 @@ class Tokens:
                 raise PromptError("the model's chat template writes past turns otherwise than the one being answered")
             end = begin + len(turn.answer)
             after = text[end:].lstrip()
-            closing = next((token for token in self.special if after.startswith(token)), None)
-            if closing is not None and closing != self.image_token:
+            closing = next((token for token in self.special if after.startswith(token)), self.image_token)
+            closed = closing != self.image_token
+            if closed:
                 end = len(text) - len(after) + len(closing)
-                answers.append((len(prompt), end, True))
-            else:
-                answers.append((len(prompt), end, False))
-        return text[: answers[-1][1]], answers
+            answers.append(_Answer(prompt, end, closed))
+        return text[: answers[-1].end], answers
 
 
 def make_examples(
