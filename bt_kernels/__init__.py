@@ -1,7 +1,7 @@
 """Kernels for masked temporal attention and token gathering, usable alone as drop-in ops.
 
-Every op takes tensors and a :class:`VisibleTokens`, has a plain PyTorch reference beside its kernels, and is
-registered with ``torch.library`` (``torch.ops.bt_kernels.*``). ``python -m bt_kernels`` says what runs where.
+Every op takes tensors and a :class:`VisibleTokens`, has a reference implementation in plain PyTorch, and is registered
+with ``torch.library`` (``torch.ops.bt_kernels.*``). ``python -m bt_kernels`` lists the backends of each op.
 """
 
 from bt_kernels._dispatch import BackendUnavailable, backend

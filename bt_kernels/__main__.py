@@ -1,6 +1,6 @@
-"""What is built, what runs where, and why not: ``python -m bt_kernels``. Made to be pasted into a bug report.
+"""Report for bug reports: which libraries are built and which backends can run each op (``python -m bt_kernels``).
 
-``--check`` also runs every op on every backend that runs here and compares values and gradients with the reference.
+``--check`` also runs every op on every available backend and compares values and gradients with the reference.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ def _version(package: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report. Returns 1 where ``--check`` was given and found wrong numbers or nothing to check, else 0."""
+    """Print the report. Return 1 if ``--check`` was given and found wrong numbers or nothing to check, else 0."""
     parser = argparse.ArgumentParser(
-        prog="python -m bt_kernels", description="What is built, what runs where, and why not."
+        prog="python -m bt_kernels",
+        description="Report which compiled libraries are loaded and which backends can run each op, with the reasons.",
     )
     parser.add_argument(
-        "--check", action="store_true", help="also compare every backend that runs here with the reference"
+        "--check", action="store_true", help="also compare every available backend with the reference (default: off)"
     )
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,12 +64,12 @@ def _report(device: str) -> None:
                 state = f"no: {reason}"
             else:
                 default = kernel.why_not_default(probe)
-                state = "runs" if default is None else f"runs when asked for by name: {default}"
+                state = "runs" if default is None else f"runs when requested by name: {default}"
             print(f"  {backend:<10} {state}")
 
 
 def _check(device: str) -> int:
-    print("\nagainst the reference in float64: largest relative error of float32 values and gradients")
+    print("\nlargest relative error of float32 values and gradients, compared with the reference in float64")
     results = list(check(device))
     for result in results:
         if result.why_not is None:

@@ -1,7 +1,7 @@
-"""Inputs of every op and the work it cannot avoid, shared by tests, benchmarks and compile checks.
+"""Inputs and minimum work of every op, shared by tests, benchmarks and compile checks.
 
-Each op's folder has a ``cases.py`` with its ``VARIANTS``; :func:`variants` collects them, so that a new op needs no
-entry anywhere else. Legend: B videos, T frames, P patches, N visible rows, S slots, K groups, H heads, E head width,
+Each op's folder has a ``cases.py`` with its ``VARIANTS``. :func:`variants` collects them, so a new op needs no
+registration elsewhere. Legend: B videos, T frames, P patches, N visible rows, S slots, K groups, H heads, E head width,
 D = H·E, F width of the shared video-text space.
 """
 
@@ -29,7 +29,7 @@ INDEX_BYTES = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a call; ``shared`` is F."""
+    """Sizes of one call. ``width`` is E, ``tokens`` N, ``shared`` F; ``itemsize`` is in bytes."""
 
     batch: int
     patches: int
@@ -47,21 +47,21 @@ class Shape:
 
     @property
     def groups(self) -> int:
-        """K of a regular grid of T slots."""
+        """K, the number of groups of a regular grid with T slots."""
         return self.tokens // self.frames
 
     def bytes(self, rows: int) -> int:
-        """Bytes of ``rows`` rows of D in each video."""
+        """Return the bytes of ``rows`` rows of D elements in each of the B videos."""
         return self.batch * rows * self.dim * self.itemsize
 
     def table(self, rows: int) -> int:
-        """Bytes of ``rows`` rows of D that all videos share."""
+        """Return the bytes of ``rows`` rows of D elements that all videos share."""
         return rows * self.dim * self.itemsize
 
 
 @dataclass(frozen=True)
 class Work:
-    """What any implementation has to do: every input element used read once, every result written once."""
+    """The minimum work of any implementation: each input element it needs read once, each result written once."""
 
     bytes: int
     flops: int = 0
@@ -73,12 +73,12 @@ class Variant:
 
     Attributes:
         function: public name, ``bt_kernels.<function>``.
-        suffix: tells the variants of a function apart.
-        inputs: from visible tokens, H, E and a source of random tensors.
-        differentiable: the inputs that may get a gradient.
-        learning: those that get one in training, where the tower is frozen; the backward's work is counted for them.
-        work: forward and backward, of a regular grid.
-        op: the registered op behind it; None: ``function``.
+        suffix: distinguishes the variants of one function.
+        inputs: makes the inputs from visible tokens, H, E and a function that draws random tensors.
+        differentiable: names of the inputs that can have a gradient.
+        learning: those that have a gradient in training, where the tower is frozen. ``work`` counts their backward.
+        work: returns the work of forward and backward on a regular grid.
+        op: name of the registered op; empty: ``function``.
     """
 
     function: str
@@ -97,27 +97,27 @@ class Variant:
         return self.function + self.suffix
 
     def draw(self, visible: VisibleTokens, heads: int = 2, width: int = 4, seed: int = 0) -> Inputs:
-        """float64 inputs on the CPU."""
+        """Draw float64 inputs on the CPU."""
         generator = torch.Generator().manual_seed(seed)
         return self.inputs(
             visible, heads, width, lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
         )
 
     def arguments(self, inputs: Inputs) -> dict:
-        """``inputs`` as the function's keyword arguments."""
+        """Return ``inputs`` as the keyword arguments of the public function."""
         arguments: dict = dict(inputs)
         if "norm_weight" in inputs:
             arguments["norm"] = (arguments.pop("norm_weight"), arguments.pop("norm_bias"), NORM_EPS)
         return arguments
 
     def run(self, inputs: Inputs, visible: VisibleTokens, backend: str | None = None) -> Tensor:
-        """Call the function; several results come joined along the rows."""
+        """Call the function and return its result. Several results are concatenated along the rows."""
         out = getattr(bt_kernels, self.function)(**self.arguments(inputs), visible=visible, backend=backend)
         return torch.cat(out, 1) if isinstance(out, tuple) else out
 
 
 def flat_arguments(variant: Variant, inputs: Inputs, visible: VisibleTokens, wanted: bool = True) -> list:
-    """``inputs`` as the registered op takes them, without its backend."""
+    """Return ``inputs`` as the positional arguments of the registered op, without its backend."""
     values: dict = {"norm_eps": NORM_EPS, "head_norm_eps": NORM_EPS, "target_norm_eps": NORM_EPS, **inputs}
     index = visible.target_index if variant.function == "alignment_loss" else visible.index
     names = ("index", "frame_counts", "patches", "frames", "slots")
@@ -127,7 +127,10 @@ def flat_arguments(variant: Variant, inputs: Inputs, visible: VisibleTokens, wan
 
 
 def passes(kernel: Kernel, op: Op, arguments: list, needs: tuple[bool, ...]) -> tuple[Callable, Callable]:
-    """A kernel's forward and its backward (from ones) as functions to be called in turn, past dispatch and autograd."""
+    """Return a kernel's forward and backward as functions without dispatch and autograd.
+
+    Call them in turn: the backward reads the forward's results and starts from gradients of ones.
+    """
     outputs: list[Tensor] = []
 
     def forward() -> None:
@@ -143,19 +146,19 @@ def passes(kernel: Kernel, op: Op, arguments: list, needs: tuple[bool, ...]) -> 
 
 
 def norm_inputs(dim: int, draw: Draw) -> Inputs:
-    """Weight and bias of a LayerNorm of width ``dim``."""
+    """Draw the weight and bias of a LayerNorm of width ``dim``."""
     return {"norm_weight": 1 + draw(dim) / 4, "norm_bias": draw(dim)}
 
 
 def with_norm(work: Callable[[Shape], tuple[Work, Work]]) -> Callable[[Shape], tuple[Work, Work]]:
-    """The work of a gather that also writes its patch rows normalised."""
+    """Add to a gather's ``work`` that of writing normalised patch rows too."""
 
     def both(s: Shape) -> tuple[Work, Work]:
         forward, backward = work(s)
         statistics = 2 * s.batch * s.tokens * 4
         return (
             Work(forward.bytes + s.bytes(s.tokens) + s.table(2) + statistics),
-            Work(backward.bytes + 2 * s.bytes(s.tokens) + s.table(3) + statistics),  # its gradient and the rows normed
+            Work(backward.bytes + 2 * s.bytes(s.tokens) + s.table(3) + statistics),  # the rows, their gradient
         )
 
     return both
@@ -163,7 +166,7 @@ def with_norm(work: Callable[[Shape], tuple[Work, Work]]) -> Callable[[Shape], t
 
 @cache
 def variants() -> tuple[Variant, ...]:
-    """Every op's variants, in the order of the ops' names."""
+    """Return the variants of all ops, sorted by the name of the op."""
     folders = sorted(module.name for module in pkgutil.iter_modules(ops.__path__))
     modules = [importlib.import_module(f"bt_kernels.ops.{name}.cases") for name in folders]
     return tuple(variant for module in modules for variant in module.VARIANTS)

@@ -1,4 +1,4 @@
-"""Shape, dtype and device rules shared by the public functions."""
+"""Checks of shape, dtype and device that the public functions share."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def check_tensor(
     sizes: Sequence[int | None],
     like: tuple[str, Tensor] | None = None,
 ) -> None:
-    """Raise unless ``tensor`` is floating point, of ``len(sizes)`` dimensions and of these sizes (None: any).
+    """Raise unless ``tensor`` is a floating-point tensor of shape ``sizes`` (None allows any size).
 
-    ``legend`` names the dimensions in the message; ``like`` is a (name, tensor) whose dtype and device must be met.
+    ``legend`` names the dimensions in the message. ``like`` (name, tensor) has the required dtype and device.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor {legend}, but is {type(tensor).__name__}")
@@ -41,7 +41,7 @@ def check_tensor(
 
 
 def check_norm(norm: tuple, width: int, like: tuple[str, Tensor]) -> tuple[Tensor, Tensor, float]:
-    """Raise unless ``norm`` is ``(weight [D], bias [D], eps)``; return it."""
+    """Return ``norm`` if it is ``(weight [D], bias [D], eps)``; raise if not."""
     if not isinstance(norm, (tuple, list)) or len(norm) != 3:
         raise TypeError(f"norm must be (weight, bias, eps), but is {type(norm).__name__}")
     weight, bias, eps = norm
@@ -51,13 +51,13 @@ def check_norm(norm: tuple, width: int, like: tuple[str, Tensor]) -> tuple[Tenso
 
 
 def check_is_visible(visible: VisibleTokens) -> None:
-    """Raise unless ``visible`` is a VisibleTokens. Comes first: the shape rules of the tensors read its sizes."""
+    """Raise unless ``visible`` is a VisibleTokens. Call this first: the shape checks of the tensors read its sizes."""
     if not isinstance(visible, VisibleTokens):
         raise TypeError(f"visible must be a VisibleTokens, but is {type(visible).__name__}")
 
 
 def check_visible(visible: VisibleTokens, name: str, tensor: Tensor) -> None:
-    """Raise unless ``visible`` is for the batch and on the device of ``tensor``."""
+    """Raise unless ``visible`` has the batch size and the device of ``tensor``."""
     if visible.batch != tensor.shape[0]:
         raise ValueError(f"visible is for {visible.batch} videos, but {name} holds {tensor.shape[0]}")
     if visible.device != tensor.device:

@@ -1,4 +1,4 @@
-"""Choosing the kernel of an op: one ordered tuple an op, the first whose ``why_not`` says None runs."""
+"""Selection of the kernel that runs an op: the first in the op's ordered tuple whose ``why_not`` returns None."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _forced: list[str] = []
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend asked for by name cannot run this call; the message lists every backend's reason."""
+    """Raised when the requested backend cannot run a call; the message lists the reason of every backend."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Kernel:
     Attributes:
         backend: one of "cuda", "triton", "cpu", "reference".
         forward, backward: take the arguments of the registered op without its ``backend``.
-        why_not: takes the forward's arguments; says why the kernel cannot run them, or None.
-        why_not_default: likewise, says why it runs them only when asked for by name, or None.
+        why_not: takes the forward's arguments; returns the reason why the kernel cannot run, or None.
+        why_not_default: takes the same; returns the reason why the kernel runs only when requested by name, or None.
     """
 
     backend: str
@@ -37,17 +37,17 @@ class Kernel:
 
 
 def unmeasured(*args) -> str:
-    """``why_not_default`` of a kernel that never ran where it could show its worth."""
+    """Serve as ``why_not_default`` of a kernel whose speed has not been measured on its hardware."""
     return "no recorded run shows it to win"
 
 
 def slower_than_compiled(*args) -> str:
-    """``why_not_default`` of a kernel that loses to ``torch.compile`` of plain PyTorch where it was measured."""
+    """Serve as ``why_not_default`` of a kernel measured to be slower than ``torch.compile`` of plain PyTorch."""
     return "bench/results shows torch.compile of the reference to be faster"
 
 
-def imported(module: str, function: str) -> Callable:
-    """``module.function``, imported when first called: Triton kernels, whose import loads Triton."""
+def import_on_call(module: str, function: str) -> Callable:
+    """Wrap ``module.function`` so that its module is imported at the first call: Triton modules import Triton."""
 
     def call(*args):
         return getattr(importlib.import_module(module), function)(*args)
@@ -59,7 +59,7 @@ def check_backend(name: str | None) -> str | None:
     """Return ``name`` if it names a backend or is None.
 
     Raises:
-        ValueError: it does not.
+        ValueError: ``name`` is neither a backend nor None.
     """
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, but is {name!r}")
@@ -68,15 +68,15 @@ def check_backend(name: str | None) -> str | None:
 
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Force every op inside the block to run on one backend; process-wide, innermost block wins.
+    """Force every op inside the block to run on one backend; the innermost block applies to the whole process.
 
-    The backward of an op called inside runs on it too, wherever it is started.
+    The backward of an op called inside the block runs on that backend too, wherever it is started.
 
-    A ``backend=`` given in a call goes before it; the environment variable ``BT_KERNELS_BACKEND`` comes after it.
-    ``backend(None)`` restores the automatic choice for its block.
+    An argument ``backend=`` of a call overrides the block, and the block overrides the environment variable
+    ``BT_KERNELS_BACKEND``. ``backend(None)`` restores the automatic choice inside its block.
 
     Raises:
-        ValueError: ``name`` is no backend.
+        ValueError: ``name`` is not a backend.
     """
     _forced.append(check_backend(name) or "")
     try:
@@ -85,35 +85,35 @@ def backend(name: str | None) -> Iterator[None]:
         _forced.pop()
 
 
-def forced_backend(asked: str | None) -> str | None:
-    """The backend to force: the call's own, the innermost context's, or the environment's; None: choose."""
-    if asked is not None:
-        return check_backend(asked)
+def forced_backend(requested: str | None) -> str | None:
+    """Return the backend forced by the call, else by the innermost block, else by the environment; None if none is."""
+    if requested is not None:
+        return check_backend(requested)
     if _forced:
         return _forced[-1] or None
     return check_backend(os.environ.get("BT_KERNELS_BACKEND") or None)
 
 
-def choose(op: str, kernels: tuple[Kernel, ...], asked: str | None, args: tuple) -> Kernel:
-    """The kernel that runs ``op`` on ``args``.
+def choose(op: str, kernels: tuple[Kernel, ...], requested: str | None, args: tuple) -> Kernel:
+    """Return the kernel that runs ``op`` on ``args``.
 
     Raises:
         BackendUnavailable: a forced backend cannot run, or none can.
     """
-    forced = forced_backend(asked)
+    forced = forced_backend(requested)
     reasons = {name: "not written for this op" for name in BACKENDS}
     for kernel in kernels:
         if forced is not None and kernel.backend != forced:
             continue
         reason = kernel.why_not(*args)
         if reason is None and forced is None and (default := kernel.why_not_default(*args)):
-            reason = f"runs only when asked for by name: {default}"
+            reason = f"runs only when requested by name: {default}"
         if reason is None:
             return kernel
         reasons[kernel.backend] = reason
-    for kernel in kernels:  # a forced choice failed: the message names the others' state too
+    for kernel in kernels:  # the forced backend cannot run: report the state of the others too
         if forced is not None and kernel.backend != forced:
             reasons[kernel.backend] = kernel.why_not(*args) or "could run"
-    asked_for = f"backend {forced!r}" if forced else "no backend"
+    subject = f"backend {forced!r}" if forced else "no backend"
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise BackendUnavailable(f"{op}: {asked_for} cannot run this call ({listed})")
+    raise BackendUnavailable(f"{op}: {subject} cannot run this call ({listed})")

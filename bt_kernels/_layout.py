@@ -1,4 +1,4 @@
-"""Rows of the branch laid out as a grid of sequences and back, for the reference kernels.
+"""Conversion between rows of visible tokens and a grid of sequences, for the reference kernels.
 
 Legend: B videos, N visible rows, G temporal sequences of a video, S steps of each (G·S = N on a regular grid;
 G = P and S = T when ragged), "..." any trailing dimensions.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def to_grid(rows: Tensor, index: Tensor, patches: int, frames: int, slots: int | None) -> Tensor:
-    """``[B, N, ...]`` to ``[B, G, S, ...]``; places without a visible token hold zeros."""
+    """Reshape ``[B, N, ...]`` to ``[B, G, S, ...]``; places without a visible token hold zeros."""
     batch, tokens = index.shape
     if slots is not None:
         return rows.unflatten(1, (tokens // slots, slots))
@@ -23,7 +23,7 @@ def to_grid(rows: Tensor, index: Tensor, patches: int, frames: int, slots: int |
 
 
 def from_grid(grid: Tensor, index: Tensor, slots: int | None) -> Tensor:
-    """``[B, G, S, ...]`` to ``[B, N, ...]``; padding rows come out as zeros."""
+    """Reshape ``[B, G, S, ...]`` to ``[B, N, ...]``; padding rows become zeros."""
     flat = grid.flatten(1, 2)
     if slots is not None:
         return flat
@@ -31,7 +31,7 @@ def from_grid(grid: Tensor, index: Tensor, slots: int | None) -> Tensor:
 
 
 def visible_grid(index: Tensor, patches: int, frames: int, slots: int | None) -> Tensor | None:
-    """bool ``[B, G, S]``, True where a visible token stands; None on a regular grid, where all do."""
+    """Return bool ``[B, G, S]``, True where a token is visible; None on a regular grid, where all are."""
     if slots is not None:
         return None
     ones = torch.ones(index.shape, dtype=torch.bool, device=index.device)
@@ -39,12 +39,12 @@ def visible_grid(index: Tensor, patches: int, frames: int, slots: int | None) ->
 
 
 def zero_padding(rows: Tensor, index: Tensor) -> Tensor:
-    """``[B, N, ...]`` with the rows whose index is -1 set to zero."""
+    """Return ``[B, N, ...]`` with the rows whose index is -1 set to zero."""
     return rows.masked_fill((index < 0).view(*index.shape, *[1] * (rows.ndim - 2)), 0)
 
 
 def frame_weights(frame_counts: Tensor | None, batch: int, frames: int, like: Tensor) -> Tensor:
-    """Weights ``[B, T]`` of a mean over each video's real frames, in float32 or wider, on the device of ``like``."""
+    """Return weights ``[B, T]`` of a mean over each video's real frames, in float32 or wider, on ``like``'s device."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     if frame_counts is None:
         return torch.full((batch, frames), 1 / frames, dtype=dtype, device=like.device)
@@ -53,22 +53,22 @@ def frame_weights(frame_counts: Tensor | None, batch: int, frames: int, like: Te
 
 
 def mean_over_frames(values: Tensor, frame_counts: Tensor | None) -> Tensor:
-    """Mean of ``[B, T, ...]`` over each video's real frames, in float32 or wider; padding frames are not read."""
+    """Average ``[B, T, ...]`` over each video's real frames, in float32 or wider; padding frames are not read."""
     batch, frames = values.shape[:2]
     weights = frame_weights(frame_counts, batch, frames, values)
     values = values.to(weights.dtype)
-    if frame_counts is not None:  # a weight of 0 would let NaN and infinity through
+    if frame_counts is not None:  # 0 · NaN and 0 · inf are NaN
         values = values.masked_fill((weights == 0).view(batch, frames, *[1] * (values.ndim - 2)), 0)
     return torch.einsum("bt,bt...->b...", weights, values)
 
 
 def patch_rows(backbone: Tensor, index: Tensor) -> Tensor:
-    """Tower tokens ``[B, T, 1+P, D]`` at the visible places: ``[B, N, D]``, zeros where the index is -1."""
+    """Select the visible tokens of ``[B, T, 1+P, D]``: ``[B, N, D]``, zeros where the index is -1."""
     return zero_padding(backbone[patch_places(index, backbone.shape[1])], index)
 
 
 def patch_places(index: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each row stands in ``[B, T, 1+P, D]``, for advanced indexing; padding rows point at token 0."""
+    """Return the position of each row in ``[B, T, 1+P, D]`` for advanced indexing; padding rows point at token 0."""
     place = index.clamp(min=0)
     return _videos(index), place % frames, 1 + place // frames
 

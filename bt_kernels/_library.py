@@ -1,7 +1,7 @@
-"""Defining an op: schema, fake kernels, autograd and autocast for one forward and one backward.
+"""Registration of an op: schema, fake kernels, autograd and autocast for one forward and one backward.
 
-Forward and backward are each a registered op, so ``torch.compile`` sees both whole. An op's tensors are followed by
-the flattened ``VisibleTokens`` and the backend, which must be positional (autocast registration refuses keywords).
+Forward and backward are each a registered op, so ``torch.compile`` sees each as one call. The arguments are tensors,
+the flattened ``VisibleTokens`` and the backend, all positional (autocast registration refuses keywords).
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ class Op:
     """A registered op.
 
     Attributes:
-        name, kernels: its kernels in order of preference.
+        name: name in ``torch.ops.bt_kernels``.
+        kernels: its kernels in order of preference.
         arguments: names of its arguments, without the backend.
-        differentiable: those that may get a gradient.
-        results: how many tensors of the forward are results; the rest is saved for the backward.
-        kept: places of the results that the backward reads.
+        differentiable: names of the arguments that can have a gradient.
+        results: number of results; further tensors of the forward are saved for the backward.
+        kept: positions of the results that the backward reads.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Op:
 
 
 def visible_arguments(visible: VisibleTokens, index: Tensor | None = None) -> tuple:
-    """``visible`` as the registered ops take it; ``index`` replaces its own (token alignment's target)."""
+    """Flatten ``visible`` for a registered op; ``index`` replaces its index (token alignment passes its target)."""
     return (
         visible.index if index is None else index,
         visible.frame_counts,
@@ -66,32 +67,32 @@ def define_op(
     fake: Callable,
     extra: str = "",
     autocast: str = "widest",
-    uncast: tuple[str, ...] = (),
+    autocast_skip: tuple[str, ...] = (),
     results: tuple[str, ...] = ("out",),
     keep: tuple[str, ...] = (),
     saved: tuple[str, ...] = (),
-    unread: tuple[str, ...] = (),
+    shape_only: tuple[str, ...] = (),
 ) -> Op:
     """Register ``bt_kernels::name`` and ``bt_kernels::name_backward`` and return the op.
 
     Args:
-        name: of the op.
+        name: name of the op.
         tensors: schema of the tensor arguments, for example ``"Tensor backbone, Tensor? gate"``.
-        differentiable: the arguments that may get a gradient; the backward op returns one tensor for each (of size
+        differentiable: the arguments that can have a gradient; the backward op returns one tensor for each (of size
             0 where it is not needed).
-        kernels: see :class:`Kernel`. ``forward(*args)`` returns results and saved tensors (alone, not in a tuple, where
-            there is one); ``backward(*grads, *args, *kept, *saved, needs)`` a tuple. ``args`` are tensors, visible
+        kernels: see :class:`Kernel`. ``forward(*args)`` returns the results and saved tensors, as a tuple if there are
+            several; ``backward(*grads, *args, *kept, *saved, needs)`` returns a tuple. ``args`` are tensors, visible
             tokens and extras, ``needs`` one bool for each differentiable argument, ``grads`` one for each result (None
-            where no gradient came, if there are several).
-        fake: the forward's results and saved tensors from ``args``, of the right shape and dtype.
-        extra: schema of what follows the visible tokens, for example ``", float eps"``.
+            for a result without a gradient, if there are several results).
+        fake: returns the forward's results and saved tensors for ``args``, with the right shape and dtype.
+        extra: schema of the arguments after the visible tokens, for example ``", float eps"``.
         autocast: "lower" casts floating-point inputs to autocast's dtype (as matrix products do), "widest" to the
-            widest of theirs (as ``torch.cat`` does).
-        uncast: tensor arguments that autocast leaves alone.
-        results: names of what the forward returns and is differentiable in.
+            widest dtype among them (as ``torch.cat`` does).
+        autocast_skip: tensor arguments that autocast does not cast.
+        results: names of the differentiable results of the forward.
         keep: those of ``results`` that the backward reads.
-        saved: names of further tensors that the forward returns for the backward alone.
-        unread: tensor arguments of which the backward wants shape, dtype and device, not the values: they are not kept.
+        saved: names of further tensors that the forward returns for the backward only.
+        shape_only: tensor arguments of which the backward needs shape, dtype and device only; they are not stored.
     """
     arguments = f"{tensors}, {_VISIBLE}{extra}"
     names = tuple(part.split()[-1] for part in arguments.split(", "))
@@ -105,19 +106,19 @@ def define_op(
     _LIBRARY.define(f"{backward_name}({backward_in}) -> {_tensors(len(places))}")
 
     def forward(*args):
-        *args, asked = args
-        return choose(name, kernels, asked, tuple(args)).forward(*args)
+        *args, requested = args
+        return choose(name, kernels, requested, tuple(args)).forward(*args)
 
     def backward(*args):
-        *args, needs, asked = args
-        chosen = choose(name, kernels, asked, tuple(args[len(results) :][: len(names)]))
+        *args, needs, requested = args
+        chosen = choose(name, kernels, requested, tuple(args[len(results) :][: len(names)]))
         empty = args[len(results)].new_empty
-        return _alone(tuple(empty(0) if g is None else g for g in chosen.backward(*args, tuple(needs))))
+        return _unpack_single(tuple(empty(0) if g is None else g for g in chosen.backward(*args, tuple(needs))))
 
     def fake_backward(*args):
         *args, needs, _ = args
         args = args[len(results) :]
-        return _alone(
+        return _unpack_single(
             tuple(
                 torch.empty_like(args[place], memory_format=torch.contiguous_format) if need else args[0].new_empty(0)
                 for place, need in zip(places, needs, strict=True)
@@ -128,9 +129,9 @@ def define_op(
     _LIBRARY.impl(backward_name, backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bt_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
     torch.library.register_fake(f"bt_kernels::{backward_name}", fake_backward, lib=_LIBRARY)
-    _register_autograd(name, places, kept, len(results), frozenset(names.index(each) for each in unread))
+    _register_autograd(name, places, kept, len(results), frozenset(names.index(each) for each in shape_only))
     _refuse_second_derivative(backward_name)
-    skipped = {names.index(each) for each in uncast}
+    skipped = {names.index(each) for each in autocast_skip}
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, _autocast(name, device.lower(), autocast, skipped), f"Autocast{device}")
     OPS[name] = Op(name, kernels, names, differentiable, len(results), kept)
@@ -141,28 +142,28 @@ def _tensors(count: int) -> str:
     return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
 
 
-def _alone(values: tuple) -> Any:
+def _unpack_single(values: tuple) -> Any:
     return values[0] if len(values) == 1 else values
 
 
 def _register_autograd(
-    name: str, places: tuple[int, ...], kept: tuple[int, ...], results: int, unread: frozenset[int]
+    name: str, places: tuple[int, ...], kept: tuple[int, ...], results: int, shape_only: frozenset[int]
 ) -> None:
-    def worth_keeping(place: int, tensor: Tensor) -> Tensor:
-        if place not in unread:
+    def storable(place: int, tensor: Tensor) -> Tensor:
+        if place not in shape_only:
             return tensor
-        return tensor.new_empty(tensor.shape[-1:]).expand(tensor.shape)  # one row stands for all
+        return tensor.new_empty(tensor.shape[-1:]).expand(tensor.shape)  # the memory of one row, uninitialised
 
     def setup_context(ctx, inputs, output) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
         tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         saved = outputs[results:]
         ctx.mark_non_differentiable(*saved)
-        ctx.set_materialize_grads(False)  # zeros of the size of every result without a gradient
-        ctx.save_for_backward(*[worth_keeping(i, inputs[i]) for i in tensors], *[outputs[i] for i in kept], *saved)
+        ctx.set_materialize_grads(False)  # do not allocate zeros for a result without a gradient
+        ctx.save_for_backward(*[storable(i, inputs[i]) for i in tensors], *[outputs[i] for i in kept], *saved)
         ctx.tensors = tensors
         ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.inputs[-1] = forced_backend(inputs[-1])  # a block that forces a backend holds for its backward too
+        ctx.inputs[-1] = forced_backend(inputs[-1])  # a block that forces a backend forces it for the backward too
 
     def run_backward(ctx, *grads_in):
         inputs = list(ctx.inputs)
@@ -171,11 +172,11 @@ def _register_autograd(
         tensors = ctx.saved_tensors
         for place, tensor in zip(ctx.tensors, tensors, strict=False):
             inputs[place] = tensor
-        *args, asked = inputs
+        *args, requested = inputs
         kept_and_saved = tensors[len(ctx.tensors) :]
         needs = [ctx.needs_input_grad[place] for place in places]
         run = getattr(torch.ops.bt_kernels, f"{name}_backward")
-        grads = run(*grads_in[:results], *args, *kept_and_saved, needs, asked)
+        grads = run(*grads_in[:results], *args, *kept_and_saved, needs, requested)
         if len(places) == 1:
             grads = (grads,)
         result = [None] * len(inputs)
@@ -187,10 +188,10 @@ def _register_autograd(
 
 
 def _refuse_second_derivative(backward_name: str) -> None:
-    """Without a rule of its own the backward op would be taken for a constant, after a warning."""
+    """Make a second derivative raise. Without this rule autograd warns and treats the backward op as a constant."""
 
     def refuse(ctx, *grads):
-        raise RuntimeError(f"bt_kernels::{backward_name} has no derivative: the ops can be differentiated once")
+        raise RuntimeError(f"bt_kernels::{backward_name} has no derivative: the ops can be differentiated once only")
 
     torch.library.register_autograd(f"bt_kernels::{backward_name}", refuse, lib=_LIBRARY)
 

@@ -1,8 +1,7 @@
-"""Loading the compiled part: one plain library of CPU kernels and one of CUDA kernels, both in this folder.
+"""Loader of the compiled part: one library of CPU kernels and one of CUDA kernels, both in this folder.
 
-Both register their ops as ``torch.ops.bt_kernels_native.<op>`` when ``torch.ops.load_library`` loads them, and hold no
-symbol of Python. They are loaded when first asked for; why one could not be loaded is kept and reported, never
-swallowed.
+Both register their ops as ``torch.ops.bt_kernels_native.<op>`` when ``torch.ops.load_library`` loads them, and do not
+depend on Python symbols. They are loaded at first use. If one cannot be loaded, the reason is stored and reported.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _CUDA_LIBRARY = "libbt_kernels_cuda.so"
 
 @cache
 def why_not_cpu() -> str | None:
-    """Load the library of CPU kernels when first called; why its kernels cannot run, or None."""
+    """Load the library of CPU kernels at the first call; return the reason why its kernels cannot run, or None."""
     if os.environ.get("BT_NATIVE") == "0":
         return "switched off by BT_NATIVE=0 in the environment"
     if not (_FOLDER / _CPU_LIBRARY).exists():
@@ -36,7 +35,7 @@ def why_not_cpu() -> str | None:
 
 @cache
 def _load_cuda() -> str | None:
-    """Load the library of CUDA kernels, after that of CPU kernels, which defines the ops; None, or why not."""
+    """Load the library of CUDA kernels after that of CPU kernels, which defines the ops; return the error or None."""
     if (reason := why_not_cpu()) is not None:
         return reason
     if not (_FOLDER / _CUDA_LIBRARY).exists():
@@ -45,7 +44,7 @@ def _load_cuda() -> str | None:
 
 
 def _load(name: str) -> str | None:
-    """Load a library of this folder into torch; None, or the reason it could not be."""
+    """Load a library of this folder into torch; return the error or None."""
     try:
         torch.ops.load_library(str(_FOLDER / name))
     except (OSError, RuntimeError) as error:
@@ -54,18 +53,20 @@ def _load(name: str) -> str | None:
 
 
 def cpu_ops() -> Any:
-    """``torch.ops.bt_kernels_native`` with the CPU kernels registered, or None (see :func:`why_not_cpu`)."""
+    """Return ``torch.ops.bt_kernels_native`` with the CPU kernels registered, or None (see :func:`why_not_cpu`)."""
     return None if why_not_cpu() else torch.ops.bt_kernels_native
 
 
 def cuda_ops() -> Any:
-    """``torch.ops.bt_kernels_native`` with the CUDA kernels registered, or None (see :func:`why_not_cuda`)."""
+    """Return ``torch.ops.bt_kernels_native`` with the CUDA kernels registered, or None (see :func:`why_not_cuda`)."""
     return None if why_not_cuda() else torch.ops.bt_kernels_native
 
 
 def why_not_cuda() -> str | None:
-    """Why the compiled CUDA kernels cannot run, or None. A library that could not be loaded is said before a
-    missing device, since loading it needs none."""
+    """Return the reason why the compiled CUDA kernels cannot run, or None.
+
+    An error in loading is reported before a missing device, because loading needs no device.
+    """
     reason = _load_cuda()
     if reason is None and torch.version.cuda is None:
         reason = f"torch {torch.__version__} was built without CUDA"
@@ -75,8 +76,7 @@ def why_not_cuda() -> str | None:
 
 
 def build_info() -> dict[str, str]:
-    """Facts of the compiled part: compiler, flags, torch it was built with, CUDA compiler and targets; empty where
-    there is none."""
+    """Return the compiler, flags, torch version, CUDA compiler and CUDA targets of the build; empty if not compiled."""
     if why_not_cpu() is not None:
         return {}
     describe = ctypes.CDLL(str(_FOLDER / _CPU_LIBRARY)).bt_kernels_build_facts
@@ -85,10 +85,10 @@ def build_info() -> dict[str, str]:
 
 
 def why_not_cpu_kernel(tensor: Tensor, *_) -> str | None:
-    """Why a compiled CPU kernel cannot run on ``tensor`` (the op's first argument), or None."""
+    """Return why a compiled CPU kernel cannot run on ``tensor`` (the op's first argument), or None."""
     return why_not_cpu() if tensor.device.type == "cpu" else f"tensors are on {tensor.device}"
 
 
 def why_not_cuda_kernel(tensor: Tensor, *_) -> str | None:
-    """Why a compiled CUDA kernel cannot run on ``tensor`` (the op's first argument), or None."""
+    """Return why a compiled CUDA kernel cannot run on ``tensor`` (the op's first argument), or None."""
     return why_not_cuda() if tensor.device.type == "cuda" else f"tensors are on {tensor.device}"

@@ -1,4 +1,4 @@
-"""Softmax attention over short sequences in plain PyTorch, forward and backward: shared by the references.
+"""Softmax attention over short sequences in plain PyTorch, forward and backward, for the reference kernels.
 
 Legend: ... leading dimensions, Q queries, K keys, H heads, E head width. Tensors are [..., Q or K, H, E].
 """
@@ -10,22 +10,22 @@ from torch import Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-    """softmax(q·kᵀ/√E)·v, computed in float32 or wider. ``key_mask`` bool [..., K], True = may be attended to."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    p = _probabilities(q.to(wide), k.to(wide), key_mask)
-    return torch.einsum("...hqk,...khe->...qhe", p, v.to(wide)).to(q.dtype)
+    """Compute softmax(q·kᵀ/√E)·v in float32 or wider. ``key_mask`` is bool [..., K], True = key may be attended to."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    p = _probabilities(q.to(acc), k.to(acc), key_mask)
+    return torch.einsum("...hqk,...khe->...qhe", p, v.to(acc)).to(q.dtype)
 
 
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v; the probabilities are recomputed.
+    """Return the gradients of q, k and v; the probabilities are recomputed.
 
     dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ∘ (dP - rowsum(P ∘ dP)), dQ = dS·K/√E, dK = dSᵀ·Q/√E.
     """
     dtype = q.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    grad, q, k, v = (t.to(wide) for t in (grad, q, k, v))
+    acc = torch.promote_types(dtype, torch.float32)
+    grad, q, k, v = (t.to(acc) for t in (grad, q, k, v))
     p = _probabilities(q, k, key_mask)
     dv = torch.einsum("...hqk,...qhe->...khe", p, grad)
     dp = torch.einsum("...qhe,...khe->...hqk", grad, v)
@@ -36,9 +36,9 @@ def attend_backward(
 
 
 def log_sum_exp(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Of the scores q·kᵀ/√E over the keys: ``[..., H, Q]``, in float32 or wider."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return _scores(q.to(wide), k.to(wide), key_mask).logsumexp(-1)
+    """Compute the log-sum-exp of the scores q·kᵀ/√E over the keys: ``[..., H, Q]``, in float32 or wider."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    return _scores(q.to(acc), k.to(acc), key_mask).logsumexp(-1)
 
 
 def _probabilities(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -48,6 +48,6 @@ def _probabilities(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
 def _scores(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
     scores = torch.einsum("...qhe,...khe->...hqk", q * q.shape[-1] ** -0.5, k)
     if key_mask is not None:
-        # The lowest finite number and not -inf: a sequence without any visible token stays finite and is never read.
+        # The lowest finite number, not -inf: a sequence without a visible token then stays finite. It is never read.
         scores = scores.masked_fill(~key_mask[..., None, None, :], torch.finfo(scores.dtype).min)
     return scores

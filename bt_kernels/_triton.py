@@ -1,9 +1,9 @@
-"""Launching Triton kernels. Nothing here imports Triton before a kernel is asked for.
+"""Launcher of Triton kernels. Triton is imported only when a kernel is requested.
 
-Kernels are plain ``@triton.jit`` functions on one-dimensional grids (y and z end at 65,535), launched by
+Kernels are plain ``@triton.jit`` functions on one-dimensional grids (y and z are limited to 65,535), launched by
 :func:`launch` with every meta-parameter from a fixed table: no autotuning, so no length becomes a compile key.
-Inside :func:`recorded` launches are collected instead of run; what would run can then be compiled for any device and
-its registers, spills and instructions read, without one.
+Inside :func:`recorded` launches are collected instead of run. They can then be compiled for any device and their
+registers, spills and instructions read, without that device.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bt_kernels._dispatch import Kernel, imported
+from bt_kernels._dispatch import Kernel, import_on_call
 
 _LARGEST_GRID = 2**31 - 1
 _recording: list[list[Launch]] = []
-around_launch: Callable[[], AbstractContextManager] = nullcontext  # entered while a kernel runs: benchmarks count
+around_launch: Callable[[], AbstractContextManager] = nullcontext  # entered around each kernel, by benchmarks
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel, its grid, run-time arguments, compile-time constants and options.
+    """One launch of a kernel: its grid, run-time arguments, compile-time constants and options.
 
-    ``resident`` is how many programs are meant to share a multiprocessor: it bounds registers and shared memory.
+    ``resident`` is the number of programs planned per multiprocessor; it limits registers and shared memory.
     """
 
     kernel: Any
@@ -51,7 +51,7 @@ def _why_not_installed() -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``): for tests."""
+    """Return whether Triton's interpreter runs the kernels, on CPU tensors (``TRITON_INTERPRET=1``, for tests)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -62,7 +62,7 @@ def _why_not_device(device: torch.device) -> str | None:
 
 
 def why_not(tensor: Tensor, *_) -> str | None:
-    """Why Triton kernels cannot run on ``tensor`` (the op's first argument), or None."""
+    """Return why Triton kernels cannot run on ``tensor`` (the op's first argument), or None."""
     device = tensor.device
     if device.type == "cuda":
         return _why_not_installed() or _why_not_device(device)
@@ -72,37 +72,37 @@ def why_not(tensor: Tensor, *_) -> str | None:
 
 
 def why_not_without_float64(tensor: Tensor, *_) -> str | None:
-    """:func:`why_not` of kernels on tensor cores, which do not take float64."""
+    """Return the reason as :func:`why_not`, for kernels on tensor cores, which do not support float64."""
     return "float64 runs on the reference" if tensor.dtype == torch.float64 else why_not(tensor)
 
 
 def why_not_default(tensor: Tensor, *_) -> str | None:
-    """The interpreter is for tests."""
+    """Return why Triton is not the default on CPU tensors: its interpreter is meant for tests."""
     return "Triton's interpreter is slow" if tensor.device.type == "cpu" else None
 
 
 def triton_kernel(module: str, suffix: str = "", why_not: Callable[..., str | None] = why_not) -> Kernel:
-    """An op's Triton kernel: ``forward`` and ``backward`` (+ ``suffix``) of ``module``, imported when first used."""
-    forward, backward = (imported(module, name + suffix) for name in ("forward", "backward"))
+    """Make a :class:`Kernel` of ``forward`` and ``backward`` (+ ``suffix``) of ``module``, imported at first use."""
+    forward, backward = (import_on_call(module, name + suffix) for name in ("forward", "backward"))
     return Kernel("triton", forward, backward, why_not, why_not_default)
 
 
 def launch(
     kernel, programs: int, *args, warps: int = 4, stages: int = 2, resident: int = 2, **constants
 ) -> None:  # fmt: skip
-    """Run ``kernel`` on a grid of ``programs``, on the device of its first tensor; nothing for no programs.
+    """Run ``kernel`` on a grid of ``programs`` on the device of its first tensor; do nothing for 0 programs.
 
     ``args`` are the run-time arguments in the kernel's order (tensors, ints, None), ``constants`` its
-    ``tl.constexpr`` ones by name. ``resident``, programs meant to share a multiprocessor, is a plan that compile checks
-    hold the kernel to.
+    ``tl.constexpr`` arguments by name. ``resident`` is the planned number of programs per multiprocessor; compile
+    checks verify that registers and shared memory allow it.
 
     Raises:
-        ValueError: more programs than a grid holds.
+        ValueError: ``programs`` exceeds the largest grid.
     """
     if programs == 0:
         return
     if programs > _LARGEST_GRID:
-        raise ValueError(f"{programs} programs are more than a grid holds, {_LARGEST_GRID}: split the batch")
+        raise ValueError(f"{programs} programs exceed the largest grid, {_LARGEST_GRID}: split the batch")
     if _recording:
         _recording[-1].append(Launch(kernel, programs, args, constants, warps, stages, resident))
         return

@@ -1,12 +1,12 @@
-"""The forward of gather_embed and gather_merge in Triton: one kernel, told apart by compile-time constants.
+"""The forward of gather_embed and gather_merge in Triton: one kernel, specialised by compile-time constants.
 
-With m the tower's row (CLS: mean over the real frames):
+m is the tower's row (for CLS the mean over the real frames):
     embed: out = m + pos[1+p] + time[t],          CLS: ½(m + cls + pos[0])
     merge: out = (1 - gate)·branch + gate·m, or branch + m
-and with NORM the patch rows of out, as rounded, normalised too. Rows of index -1 are zeros and read nothing.
+With NORM it also normalises the patch rows of out, after rounding. Rows of index -1 become zeros and are not read.
 
 Legend: B videos, T frames, P patches, N visible rows of a video, D width, W the next power of two, R rows that a
-program takes at a time.
+program processes at a time.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from bt_kernels._triton_rows import (
     outer_strides,
     real_frames,
     row_options,
-    wide,
+    sum_dtype,
 )
 
 
 @triton.jit
 def _merged(value, x, gate, d, inside, GATED: tl.constexpr, ACC: tl.constexpr):
-    """The tower's value and the branch's x, merged; the gate's columns lie along the last dimension."""
+    """Merge the tower's value and the branch's x; the gate applies along the last dimension."""
     if GATED:
         w = tl.load(gate + d, mask=inside, other=0.0).to(ACC)
         value = (1 - w) * x + w * value
@@ -47,7 +47,7 @@ def _forward(
     EMBED: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, COUNTED: tl.constexpr, W: tl.constexpr,
     ACC: tl.constexpr, AT_ONCE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The first program of a video makes its CLS row, each other one R patch rows."""
+    """Write the CLS row of a video (its first program) or R patch rows (each other program)."""
     pid = tl.program_id(0).to(tl.int64)
     b, part = pid // parts, pid % parts
     d = tl.arange(0, W)
@@ -61,8 +61,8 @@ def _forward(
             cls += tl.load(pos + d, mask=inside, other=0.0).to(ACC)
             cls = 0.5 * (cls + tl.load(cls_token + d, mask=inside, other=0.0).to(ACC))
         else:
-            own = tl.load(branch + b * branch_b + d, mask=inside, other=0.0).to(ACC)
-            cls = _merged(cls, own, gate, d, inside, GATED, ACC)
+            x = tl.load(branch + b * branch_b + d, mask=inside, other=0.0).to(ACC)
+            cls = _merged(cls, x, gate, d, inside, GATED, ACC)
         tl.store(out + b * (1 + N) * D + d, cls.to(kind), mask=inside)
     else:
         columns = d[None, :]
@@ -83,11 +83,11 @@ def _forward(
         if NORM:
             x = value.to(ACC)
             centre = tl.sum(x, 1) / D
-            apart = tl.where(inside[None, :], x - centre[:, None], 0.0)
-            scale = 1 / tl.sqrt(tl.sum(apart * apart, 1) / D + eps)
+            centred = tl.where(inside[None, :], x - centre[:, None], 0.0)
+            scale = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
             weight = tl.load(norm_weight + d, mask=inside, other=0.0).to(ACC)
             bias = tl.load(norm_bias + d, mask=inside, other=0.0).to(ACC)
-            row = tl.where(used, apart * scale[:, None] * weight[None, :] + bias[None, :], 0.0)
+            row = tl.where(used, centred * scale[:, None] * weight[None, :] + bias[None, :], 0.0)
             tl.store(normed + ((b * N + n) * D)[:, None] + columns, row.to(kind), mask=written)
             tl.store(mean + b * N + n, centre, mask=n < N)
             tl.store(rstd + b * N + n, scale, mask=n < N)
@@ -97,7 +97,7 @@ def run_forward(
     tower: Tensor, index: Tensor, frame_counts: Tensor | None, branch: Tensor | None = None, gate: Tensor | None = None,
     tables: tuple[Tensor, Tensor, Tensor] | None = None, norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """out, and with ``norm`` normed, mean, rstd. ``tables`` (cls_token, pos, time) make it embed, ``branch`` merge."""
+    """Return (out,), with ``norm`` (out, normed, mean, rstd); ``tables`` (cls_token, pos, time) select gather_embed."""
     batch, tokens = index.shape
     frames, width = tower.shape[1], tower.shape[3]
     tower = adjacent(tower)
@@ -109,7 +109,7 @@ def run_forward(
     normed = mean = rstd = None
     if norm:
         normed = tower.new_empty(batch, tokens, width)
-        mean, rstd = (tower.new_empty(batch, tokens, dtype=wide(tower.dtype)) for _ in range(2))
+        mean, rstd = (tower.new_empty(batch, tokens, dtype=sum_dtype(tower.dtype)) for _ in range(2))
     rows = ROWS_AT_ONCE if tower.dtype.itemsize == 2 and not norm else ROWS_WITH_SUMS
     parts = 1 + triton.cdiv(tokens, rows)
     launch(

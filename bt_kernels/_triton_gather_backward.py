@@ -1,4 +1,4 @@
-"""The backward of gather_embed and gather_merge in Triton. Formulas and legend: ``_triton_gather.py``."""
+"""The backward of gather_embed and gather_merge in Triton; ``_triton_gather.py`` has the formulas and the legend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bt_kernels._triton_rows import (
     real_frames,
     row_options,
     rows_by_place,
-    wide,
+    sum_dtype,
 )
 
 
@@ -29,8 +29,11 @@ def _row_grads(
     grad, grad_normed, out, mean, rstd, weight, b, r, real, d, inside, grad_b, grad_n, normed_b, normed_n, N, D,
     NORM: tl.constexpr, GRAD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of rows r, [R], of video b from their own and their LayerNorm's, [R, W]; and what they add to
-    weight's and bias's. Rows that are not real give zeros and are not read."""
+    """Return the gradients of rows r, [R], of video b, [R, W], and their share of the gradients of weight and bias.
+
+    They come from grad (of the rows) and grad_normed (of their LayerNorm). Rows that are not real give zeros and are
+    not read.
+    """
     columns = d[None, :]
     used = inside[None, :] & real[:, None]
     total = tl.zeros([r.shape[0], d.shape[0]], ACC)
@@ -60,8 +63,10 @@ def _merge_backward(
     TOTAL: tl.constexpr, COUNTED: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr, AT_ONCE: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
-    """d branch = (1 - gate)·dout, d gate = Σ dout·(m - branch), both LayerNorm sums. A program takes M rows of a video,
-    R at a time, or its CLS row alone, and writes partial sums [gate, weight, bias] of its own."""
+    """Compute d branch = (1 - gate)·dout, d gate = Σ dout·(m - branch) and the gradients of the LayerNorm.
+
+    A program takes M rows of a video, R at a time, or its CLS row, and writes its partial sums [gate, weight, bias].
+    """
     pid = tl.program_id(0).to(tl.int64)
     b, part = pid // parts, pid % parts
     d = tl.arange(0, W)
@@ -121,8 +126,10 @@ def _sum_by_list(
     normed_n, B, N, D, L, K, Q, G, rows_of_partials,
     NORM: tl.constexpr, GRAD: tl.constexpr, TOTAL: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the row gradients of each list (the rows of a frame, say) over the videos; with NORM also LayerNorm's
-    [weight, bias]. A list has Q·G partial sums: of every G-th video, and there of R rows in each Q·R."""
+    """Sum the row gradients of each list (such as the rows of a frame) over the videos; with NORM also [weight, bias].
+
+    A list has Q·G partial sums: each takes every G-th video, and R of every Q·R rows in it.
+    """
     pid = tl.program_id(0).to(tl.int64)
     key, c = pid // (Q * G), pid % (Q * G)
     d = tl.arange(0, W)
@@ -160,7 +167,7 @@ def _spread(
     grad, gate, rows, frame_counts, grad_tower, grad_b, grad_n, N, T, P, D, scale_cls,
     GATED: tl.constexpr, COUNTED: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The tower's gradient, each token written once: its row's, CLS's share of the mean, or zero."""
+    """Write the tower's gradient, each token once: that of its row, for CLS its share of the mean, or zero."""
     pid = tl.program_id(0).to(tl.int64)
     token, frame = pid % (1 + P), pid // (1 + P)
     b, t = frame // T, frame % T
@@ -168,9 +175,9 @@ def _spread(
     inside = d < D
     count = real_frames(frame_counts, b, T, COUNTED)
     n = tl.load(rows + b * (P * T + 1) + (token - 1) * T + t, mask=token > 0, other=-1)
-    shared = (token == 0) & (t < count)
+    real_cls = (token == 0) & (t < count)
     row = tl.where(token == 0, 0, 1 + n)
-    value = tl.load(grad + b * grad_b + row * grad_n + d, mask=inside & (shared | (n >= 0)), other=0.0).to(ACC)
+    value = tl.load(grad + b * grad_b + row * grad_n + d, mask=inside & (real_cls | (n >= 0)), other=0.0).to(ACC)
     value *= tl.where(token == 0, scale_cls / tl.maximum(count, 1).to(ACC), 1.0)
     if GATED:
         value *= tl.load(gate + d, mask=inside, other=0.0).to(ACC)
@@ -178,46 +185,46 @@ def _spread(
 
 
 class RowGrads:
-    """The gradients that reach the rows, in a form the kernels take: the rows' own and their LayerNorm's."""
+    """Gradients of the rows (``grad``) and of their LayerNorm (``normed``), one of which may be None."""
 
     def __init__(self, grad, grad_normed=None, norm_weight=None, saved=(None, None, None)):
         self.norm = grad_normed is not None
-        self.own = None if grad is None else adjacent(grad)
+        self.grad = None if grad is None else adjacent(grad)
         self.normed = adjacent(grad_normed) if self.norm else None
         self.weight = norm_weight.contiguous() if self.norm else None
         self.out, self.mean, self.rstd = saved if self.norm else (None, None, None)
-        like = self.own if self.own is not None else self.normed
+        like = self.grad if self.grad is not None else self.normed
         self.dtype, self.device, self.width = like.dtype, like.device, like.shape[-1]
 
     def strides(self) -> list[int]:
-        return [*outer_strides(self.own, 2), *outer_strides(self.normed, 2)]
+        return [*outer_strides(self.grad, 2), *outer_strides(self.normed, 2)]
 
     def empty(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*size, dtype=dtype or self.dtype, device=self.device)
 
 
 def merge_backward(grads: RowGrads, tower, branch, gate, index, frame_counts, needs) -> tuple:
-    """Gradients of tower, branch and gate, which ``needs`` has a bool for, and of a norm's weight and bias."""
+    """Return the gradients of tower, branch and gate where ``needs`` is true, and of a norm's weight and bias."""
     batch, tokens = index.shape
     frames, patches = tower.shape[1], tower.shape[2] - 1
     tower, branch = adjacent(tower), adjacent(branch)
     gate = None if gate is None else gate.contiguous()
     total = None
     if needs[0]:
-        total = grads.empty(batch, 1 + tokens, grads.width, dtype=wide(grads.dtype)) if grads.norm else grads.own
+        total = grads.empty(batch, 1 + tokens, grads.width, dtype=sum_dtype(grads.dtype)) if grads.norm else grads.grad
     grad_branch = grads.empty(batch, 1 + tokens, grads.width) if needs[1] else None
-    # Rows of a program: many, so that partial sums are few, but not so many that processors idle.
+    # Rows per program: many, so that there are few partial sums, but enough programs for all multiprocessors.
     rows = min(64, max(16 if grads.norm else 8, triton.next_power_of_2(batch * tokens // 1024)))
     parts = 1 + triton.cdiv(tokens, rows)
-    sums = grads.empty(3 if grads.norm else int(needs[2]), batch * parts, grads.width, dtype=wide(grads.dtype))
+    sums = grads.empty(3 if grads.norm else int(needs[2]), batch * parts, grads.width, dtype=sum_dtype(grads.dtype))
     write_total = grads.norm and needs[0]
     if needs[1] or needs[2] or grads.norm:
         launch(
-            _merge_backward, batch * parts, grads.own, grads.normed, tower, branch, gate, grads.weight, index,
+            _merge_backward, batch * parts, grads.grad, grads.normed, tower, branch, gate, grads.weight, index,
             frame_counts, grads.out, grads.mean, grads.rstd, branch if grad_branch is None else grad_branch,
             total if write_total else None, sums, *grads.strides(), *tower.stride()[:3], *branch.stride()[:2],
             *index.stride(), tokens, frames, grads.width, rows, parts, batch * parts, GATED=gate is not None,
-            NORM=grads.norm, GRAD=grads.own is not None, BRANCH=needs[1], GATE=needs[2], TOTAL=write_total,
+            NORM=grads.norm, GRAD=grads.grad is not None, BRANCH=needs[1], GATE=needs[2], TOTAL=write_total,
             COUNTED=frame_counts is not None, AT_ONCE=FRAMES_AT_ONCE, R=1 if grads.norm else ROWS_WITH_SUMS,
             **row_options(grads.width, grads.dtype, resident_warps=12 if grads.norm else 16),
         )  # fmt: skip
@@ -229,31 +236,31 @@ def merge_backward(grads: RowGrads, tower, branch, gate, index, frame_counts, ne
 
 
 def sum_by_list(grads: RowGrads, lists: RowLists, tokens: int, total: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Row gradients summed over the rows of each list, ``[L, D]``; LayerNorm's weight's and bias's, ``[D]``.
+    """Sum the row gradients of each list, ``[L, D]``, and those of the LayerNorm's weight and bias, ``[D]``.
 
-    ``tokens`` is N. ``total`` [B, 1+N, D] gets the gradients of the rows in the lists.
+    ``tokens`` is N. The gradients of the rows in the lists are written to ``total`` [B, 1+N, D].
     """
     batch, count, most = lists.order.shape
     each = triton.cdiv(tokens, max(count, 1))  # rows of a list, on average
-    # Partial sums of about 64 rows cost little memory traffic and leave no processor idle.
+    # Partial sums of about 64 rows need little memory traffic and still occupy all multiprocessors.
     parts = max(1, min(64, triton.cdiv(batch * each, 64)))
     shares = max(1, min(parts, triton.cdiv(each, 64)))
     videos = max(1, triton.cdiv(batch, parts // shares))
     groups = max(1, triton.cdiv(batch, videos))
     parts = shares * groups
-    sums = grads.empty(3 if grads.norm else 1, count * parts, grads.width, dtype=wide(grads.dtype))
+    sums = grads.empty(3 if grads.norm else 1, count * parts, grads.width, dtype=sum_dtype(grads.dtype))
     launch(
-        _sum_by_list, count * parts, grads.own, grads.normed, grads.weight, grads.out, grads.mean, grads.rstd,
+        _sum_by_list, count * parts, grads.grad, grads.normed, grads.weight, grads.out, grads.mean, grads.rstd,
         lists.order, lists.counts, total, sums, *grads.strides(), batch, tokens, grads.width, count, most, shares,
-        groups, count * parts, NORM=grads.norm, GRAD=grads.own is not None, TOTAL=total is not None,
-        R=1 if grads.norm else ROWS_AT_ONCE,  # two with a norm spilled on sm_100
+        groups, count * parts, NORM=grads.norm, GRAD=grads.grad is not None, TOTAL=total is not None,
+        R=1 if grads.norm else ROWS_AT_ONCE,  # with a norm, 2 spilled registers on sm_100
         **row_options(grads.width, grads.dtype, resident_warps=12 if grads.norm else 16),
     )  # fmt: skip
     return sums[0].view(count, parts, grads.width).sum(1), *sums[1:].sum(1)
 
 
 def spread(grad, gate, index, frame_counts, frames, patches, dtype, cls_scale) -> Tensor:
-    """Gradient of the tower's tokens ``[B, T, 1+P, D]`` from the rows' ``[B, 1+N, D]``."""
+    """Return the gradient of the tower's tokens ``[B, T, 1+P, D]`` from that of the rows ``[B, 1+N, D]``."""
     batch, tokens = index.shape
     grad = adjacent(grad)
     grad_tower = grad.new_empty(batch, frames, 1 + patches, grad.shape[-1], dtype=dtype)

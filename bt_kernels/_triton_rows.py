@@ -1,4 +1,4 @@
-"""What the Triton kernels of gathering and pooling share: rows of D adjacent elements, one program a row or a few.
+"""Helpers of the Triton kernels that gather and pool rows of D adjacent elements; a program takes one row or a few.
 
 Legend: B videos, T frames, P patches, N visible rows of a video, D width, W the next power of two.
 """
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from bt_kernels._triton import launch
 
-FRAMES_AT_ONCE = 8  # rows of a mean that are in flight together
-# Rows that a program of a gather takes together, so that as many reads are in flight: four where it adds them up, two
-# where it needs several values of each or they are wider than 16 bits. Found by compiling (bench/resources.py).
+FRAMES_AT_ONCE = 8  # rows of a mean that are loaded together
+# Rows that a program of a gather loads together, to overlap their reads: four where it only adds them up, two where it
+# needs several values of each or they are wider than 16 bits. The register counts of bench/resources.py decided.
 ROWS_AT_ONCE, ROWS_WITH_SUMS = 4, 2
 
 
 @triton.jit
 def mean_over_frames(start, stride, count, d, inside, ACC: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Mean of the rows at start, start + stride, ... (``count`` of them) in ACC, [W]; 0 where there are none."""
+    """Average ``count`` rows at start, start + stride, ... in ACC: [W], zeros if there are none."""
     t = tl.arange(0, AT_ONCE)
     total = tl.zeros([d.shape[0]], ACC)
     for first in range(0, count, AT_ONCE):
@@ -36,7 +36,7 @@ def mean_over_frames(start, stride, count, d, inside, ACC: tl.constexpr, AT_ONCE
 
 @triton.jit
 def real_frames(frame_counts, b, T, COUNTED: tl.constexpr):
-    """Frames of video b that are no padding."""
+    """Return the number of real frames of video b, without padding."""
     count = T
     if COUNTED:
         count = tl.load(frame_counts + b).to(tl.int32)
@@ -45,9 +45,9 @@ def real_frames(frame_counts, b, T, COUNTED: tl.constexpr):
 
 @triton.jit
 def layer_norm_grad(grad_normed, x, mean, rstd, weight, inside, D, ACC: tl.constexpr):
-    """Gradients of rows x, [R, W], from those of their LayerNorm, and the rows normalised; mean and rstd are [R].
+    """Return the gradients of rows x, [R, W], from those of their LayerNorm, and the normalised rows.
 
-    With x̂ = (x - mean)·rstd and y = weight·dx̂: dx = rstd·(y - mean(y) - x̂·mean(y·x̂)).
+    mean and rstd are [R]. With x̂ = (x - mean)·rstd and y = weight·dx̂: dx = rstd·(y - mean(y) - x̂·mean(y·x̂)).
     """
     normed = tl.where(inside[None, :], (x - mean[:, None]) * rstd[:, None], 0.0)
     scaled = weight[None, :] * grad_normed
@@ -59,8 +59,11 @@ def layer_norm_grad(grad_normed, x, mean, rstd, weight, inside, D, ACC: tl.const
 def list_rows(
     index, order, other, counts, index_b, index_n, N, T, L, K, BY_FRAME: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """Rows of each frame (or patch) of a video in ascending order, the patch (or frame) of each unless ``other`` is
-    None, and how many they are: one program a list of at most K, C rows at a time."""
+    """List the rows of each frame (or patch) of a video in ascending order, with their number.
+
+    Unless ``other`` is None it gets the patch (or frame) of each row. A program makes one list of at most K rows, and
+    scans C rows at a time.
+    """
     pid = tl.program_id(0).to(tl.int64)
     b, key = pid // L, pid % L
     found = tl.zeros([], tl.int32)
@@ -68,10 +71,10 @@ def list_rows(
         n = n0 + tl.arange(0, C)
         place = tl.load(index + b * index_b + n.to(tl.int64) * index_n, mask=n < N, other=-1)
         if BY_FRAME:
-            own, rest = place % T, place // T
+            row_key, rest = place % T, place // T
         else:
-            own, rest = place // T, place % T
-        hit = (place >= 0) & (own == key)
+            row_key, rest = place // T, place % T
+        hit = (place >= 0) & (row_key == key)
         at = found + tl.cumsum(hit.to(tl.int32), 0) - 1
         keep = hit & (at < K)
         tl.store(order + pid * K + at, n, mask=keep)
@@ -82,18 +85,20 @@ def list_rows(
 
 
 def accumulator(dtype: torch.dtype):
-    """What sums over rows of ``dtype`` run in."""
+    """Return the Triton dtype of sums over rows of ``dtype``."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The torch dtype of :func:`accumulator`."""
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the torch dtype of :func:`accumulator`."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def row_options(width: int, dtype: torch.dtype, rows_at_once: int = 1, resident_warps: int = 16) -> dict:
-    """Block width and warps of a kernel on whole rows: about 16 bytes a thread and row. ``resident_warps`` are planned
-    to share a multiprocessor: 12 leave a thread 168 registers, 16 leave it 128, 32 leave it 64."""
+    """Choose block width and warps of a kernel on whole rows: about 16 bytes per thread and row.
+
+    ``resident_warps`` is the planned number per multiprocessor: 12 leave a thread 168 registers, 16 128, and 32 64.
+    """
     block = triton.next_power_of_2(max(width, 16))
     warps = max(1, min(8, block * dtype.itemsize // 512))
     if rows_at_once > 1 and block > 1024:
@@ -102,17 +107,17 @@ def row_options(width: int, dtype: torch.dtype, rows_at_once: int = 1, resident_
 
 
 def adjacent(tensor: Tensor) -> Tensor:
-    """``tensor`` with adjacent elements in its last dimension; a copy where they are not."""
+    """Return ``tensor``, or a copy of it if the elements of its last dimension are not adjacent."""
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def outer_strides(tensor: Tensor | None, count: int) -> list[int]:
-    """The first ``count`` strides; zeros for None."""
+    """Return the first ``count`` strides; zeros for None."""
     return [0] * count if tensor is None else list(tensor.stride()[:count])
 
 
 def rows_by_place(index: Tensor, places: int) -> Tensor:
-    """int64 ``[B, places + 1]``: the row at which a place stands in ``index``, or -1; the last one is padding's."""
+    """Invert ``index``: int64 ``[B, places + 1]``, the row of each place or -1; the last entry is for padding."""
     batch, tokens = index.shape
     rows = torch.full((batch, places + 1), -1, dtype=torch.int64, device=index.device)
     numbers = torch.arange(tokens, device=index.device).expand(batch, -1)
@@ -121,12 +126,12 @@ def rows_by_place(index: Tensor, places: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RowLists:
-    """The rows of each frame, or of each patch, of every video, without a sort and without waiting for the device.
+    """Lists of the rows of each frame, or of each patch, of every video, made without a sort or a device wait.
 
     Attributes:
         order: int32 ``[B, L, K]``: L lists of at most K rows (0 the first patch row) in ascending order.
-        counts: int32 ``[B, L]``: their lengths; what ``order`` holds beyond is undefined.
-        patches: int32 ``[B, L, K]``: the patch of each row, of lists by frame that were asked to name them.
+        counts: int32 ``[B, L]``: their lengths; later entries of ``order`` are undefined.
+        patches: int32 ``[B, L, K]``: the patch of each row, if :meth:`by_frame` was called with ``name_patches``.
     """
 
     order: Tensor
@@ -135,12 +140,12 @@ class RowLists:
 
     @staticmethod
     def by_frame(index: Tensor, patches: int, frames: int, name_patches: bool = False) -> RowLists:
-        """L = T lists of at most P rows."""
+        """List the rows of each frame: L = T lists of at most P rows."""
         return _lists(index, frames, frames, patches, by_frame=True, named=name_patches)
 
     @staticmethod
     def by_patch(index: Tensor, patches: int, frames: int) -> RowLists:
-        """L = P lists of at most T rows."""
+        """List the rows of each patch: L = P lists of at most T rows."""
         return _lists(index, frames, patches, frames, by_frame=False, named=False)
 
 

@@ -1,8 +1,8 @@
-"""Whether a layer may be computed from its weights alone, without calling it.
+"""Checks whether a layer can be computed from its weights alone, without calling it.
 
-A fused op reads ``layer.weight`` and never calls ``layer``. Whatever stands in the layer's place or around it would
-then be ignored without a word: an adapter (LoRA), a hook, a parametrisation, a quantised, sharded or offloaded weight.
-So every op that reads weights asks here first, at every call, and calls the layers where the answer is no.
+A fused op reads ``layer.weight`` and never calls ``layer``. It would silently ignore an adapter (LoRA), a hook, a
+parametrisation, or a quantised, sharded or offloaded weight. So every op that reads weights runs these checks at every
+call, and calls the layers if a check fails.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ _LAYERS = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, nn.Identity)
 
 
 def why_not_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = ()) -> str | None:
-    """Say why ``module`` does more than its weights and its class say, or None where it does not.
+    """Return why ``module`` cannot be computed from its class and weights alone, or None if it can.
 
-    Of the module alone, not of what it holds; see :func:`why_not_all_plain`.
+    Only the module itself is checked, not its children; see :func:`why_not_all_plain`.
 
     Args:
         module: a layer.
-        classes: that the caller knows how to compute, beside torch's own ``Linear``, ``LayerNorm``, ``Conv2d``,
-            ``Embedding`` and ``Identity``. A class derived from one of them is another class.
+        classes: classes the caller can compute, in addition to torch's ``Linear``, ``LayerNorm``, ``Conv2d``,
+            ``Embedding`` and ``Identity``. A subclass of one of them does not count.
     """
     kind = type(module)
     if kind not in _LAYERS and kind not in classes:
@@ -33,7 +33,7 @@ def why_not_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = ()) 
         or (module._forward_hooks and not all(_only_records(hook) for hook in module._forward_hooks.values()))
     ):
         return "has hooks"
-    # offloading and casting by other libraries put a function of their own there
+    # Other libraries replace forward on the instance, for offloading and casting.
     if "forward" in module.__dict__:
         return "has another forward than its class"
     for name, weight in module._parameters.items():
@@ -42,12 +42,12 @@ def why_not_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = ()) 
         if type(weight) is not nn.Parameter and type(weight) is not Tensor:
             return f"has a {name} that is a {type(weight).__name__}"
         if weight.is_meta:
-            return f"has a {name} on the meta device, that is without values"
+            return f"has a {name} on the meta device, which has no values"
     return None
 
 
 def why_not_all_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = ()) -> str | None:
-    """Say which of ``module`` and the modules inside it is not plain, and why; None where all are.
+    """Return the name of the first module in ``module`` that is not plain, with the reason; None if all are plain.
 
     Args:
         module: a tree of layers.
@@ -62,12 +62,12 @@ def why_not_all_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = 
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether calling ``layer`` is what its class computes from its weights, and nothing else."""
+    """Return whether calling ``layer`` computes only what its class does from its weights."""
     return not has_global_hooks() and why_not_plain(layer) is None
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks on all modules of the process are registered."""
+    """Return whether hooks that apply to all modules of the process are registered."""
     return bool(
         _all_modules._global_forward_hooks
         or _all_modules._global_forward_pre_hooks
@@ -77,5 +77,5 @@ def has_global_hooks() -> bool:
 
 
 def _only_records(hook: object) -> bool:
-    """Whether a forward hook is transformers' own, which hands on what it sees to ``output_hidden_states``."""
+    """Return whether a forward hook is that of transformers that only records outputs for ``output_hidden_states``."""
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"

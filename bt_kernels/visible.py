@@ -1,4 +1,4 @@
-"""Which patch tokens of a video the branch sees, and in which order.
+"""Selection and order of the visible patch tokens of a batch of videos.
 
 Legend: B videos, P patches of a frame, T frames, N visible rows of a video, K groups, S slots.
 """
@@ -30,18 +30,18 @@ class VisibleTokens:
       the tokens of a patch are neighbours. Rows past a video's last visible token hold index -1: their values are
       never read, and outputs there are zero.
 
-    Build one with :meth:`all`, :meth:`tube`, :meth:`random` or :meth:`from_reference_mask`, or by hand from an index:
-    its values are then checked too, which waits for the device; ``check=False`` leaves that out.
+    Build one with :meth:`all`, :meth:`tube`, :meth:`random` or :meth:`from_reference_mask`, or directly from an index.
+    The constructor then also checks the values, which waits for the device; ``check=False`` skips this.
 
     Attributes:
         index: int64 ``[B, N]``.
         patches: P, patches of a frame.
         frames: T, frames of a video.
         slots: S of a regular grid, or None when ragged.
-        frame_counts: int64 ``[B]``, real frames of each video (the rest is padding and counts in no mean), or None
+        frame_counts: int64 ``[B]``, real frames of each video (the rest is padding, left out of every mean), or None
             when every frame is real. Only with the ragged form.
-        target_index: int64 ``[B, N]``, the tower token each row is compared with in token alignment. It equals
-            ``index`` but for the reference's mask, which pairs other tokens (see :meth:`from_reference_mask`).
+        target_index: int64 ``[B, N]``, the tower token that each row is compared with in token alignment. It equals
+            ``index``, except for the reference's mask, which pairs other tokens (see :meth:`from_reference_mask`).
     """
 
     index: Tensor
@@ -107,26 +107,26 @@ class VisibleTokens:
         return self.index.device
 
     def sequence_ids(self) -> Tensor:
-        """int64 ``[B, N]``: temporal sequence of each row (0 where the row is padding)."""
+        """Return int64 ``[B, N]``, the temporal sequence of each row (0 for padding rows)."""
         if self.slots is None:
             return self.index.clamp(min=0) // self.frames
         return self._rows().div(self.slots, rounding_mode="floor").expand(self.batch, -1)
 
     def step_ids(self) -> Tensor:
-        """int64 ``[B, N]``: spatial sequence (frame or slot) of each row (0 where the row is padding)."""
+        """Return int64 ``[B, N]``, the spatial sequence (frame or slot) of each row (0 for padding rows)."""
         if self.slots is None:
             return self.index.clamp(min=0) % self.frames
         return self._rows().remainder(self.slots).expand(self.batch, -1)
 
     def step_weights(self, like: Tensor) -> Tensor:
-        """``[B, S]`` in float32 or wider: weight of each slot or frame in a mean over the real ones."""
+        """Return ``[B, S]`` in float32 or wider, the weight of each slot or frame in a mean over the real ones."""
         return frame_weights(self.frame_counts, self.batch, self.steps, like)
 
     def _rows(self) -> Tensor:
         return torch.arange(self.tokens, device=self.device)
 
     def to(self, device: torch.device | str) -> VisibleTokens:
-        """The same tokens with their tensors on ``device``."""
+        """Return the same tokens with their tensors on ``device``."""
         same_target = self.target_index is self.index
         index = self.index.to(device)
         return VisibleTokens(
@@ -140,11 +140,11 @@ class VisibleTokens:
         )
 
     def validate(self) -> VisibleTokens:
-        """Check the values too, and return self. Waits for the device.
+        """Check the values of the tensors and return self. Waits for the device.
 
         Raises:
-            ValueError: an index lies outside [0, patches·frames) (or is not -1 at the end of a ragged row), does not
-                ascend when ragged, comes twice or belongs to a padding frame, or a frame count lies outside
+            ValueError: an index is outside [0, patches·frames) (-1 is allowed at the end of a ragged row), does not
+                ascend when ragged, occurs twice or belongs to a padding frame, or a frame count is outside
                 [0, frames].
         """
         limit = self.patches * self.frames
@@ -159,7 +159,7 @@ class VisibleTokens:
         if bool(((self.index[:, :-1] < 0) & (self.index[:, 1:] >= 0)).any()):
             raise ValueError("index must hold -1 only at the end of a row, but a visible token follows one")
         if self.slots is None and bool(((self.index[:, 1:] <= self.index[:, :-1]) & (self.index[:, 1:] >= 0)).any()):
-            raise ValueError("index of the ragged form must ascend, but a row's place is not above the one before it")
+            raise ValueError("index of the ragged form must ascend, but an entry is not above the one before it")
         ordered = self.index.sort(dim=1).values
         if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
             raise ValueError("index must name a token once in a video, but names one twice")
@@ -180,9 +180,9 @@ class VisibleTokens:
         device: torch.device | str | None = None,
         slots: int | None = None,
     ) -> VisibleTokens:
-        """Every patch of every frame: ``index`` is ``[B, P·T]``.
+        """Make every patch of every frame visible: ``index`` is ``[B, P·T]``.
 
-        ``slots`` other than ``frames`` takes the same rows as a grid of another width: the published chat code
+        ``slots`` other than ``frames`` groups the same rows into a grid of that many slots: the published chat code
         uses ``frames // 2`` (arXiv 2309.15785's code; see ``BTAdapterVisionModel.video_tokens``). It must divide
         P·T.
         """
@@ -199,7 +199,7 @@ class VisibleTokens:
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> VisibleTokens:
-        """Tube masking (section 3.2 of the paper): each video keeps K patches, each at all T frames.
+        """Draw tube masks (section 3.2 of the paper): each video keeps K patches, each in all T frames.
 
         K = P - int(ratio·P). ``ratio`` is the share masked, in [0, 1). ``generator`` must live on ``device``.
         """
@@ -221,7 +221,7 @@ class VisibleTokens:
         device: torch.device | str | None = None,
         frame_counts: Tensor | None = None,
     ) -> VisibleTokens:
-        """N = P·T - int(ratio·P·T) tokens drawn for each video among its first ``frame_counts[b]`` frames.
+        """Draw N = P·T - int(ratio·P·T) tokens of each video from its first ``frame_counts[b]`` frames.
 
         A video with fewer tokens than N has its rows padded at the end with index -1. ``frame_counts`` is an int
         tensor ``[B]`` of values in [0, T], or None: all frames are real.
@@ -233,12 +233,12 @@ class VisibleTokens:
         if frame_counts is not None:
             frame_counts = torch.as_tensor(frame_counts)
             _check_frame_counts(frame_counts, batch)
-            # on the CPU, reading them waits for nothing
+            # Only on the CPU: reading them elsewhere would wait for the device.
             if frame_counts.device.type == "cpu" and not torch.compiler.is_compiling():
                 _check_frame_values(frame_counts.tolist(), frames)
             frame_counts = frame_counts.to(score.device).long()
             real = torch.arange(total, device=score.device) % frames < frame_counts[:, None]
-            score = score.masked_fill(~real, 2.0)  # above every draw: padding frames come last
+            score = score.masked_fill(~real, 2.0)  # above every draw, so padding frames sort last
         score, order = score.sort(dim=1)
         kept = total - int(ratio * total)
         order = order[:, :kept].masked_fill(score[:, :kept] > 1.0, total).sort(dim=1).values
@@ -247,26 +247,26 @@ class VisibleTokens:
 
     @staticmethod
     def from_reference_mask(mask: Tensor, frames: int) -> VisibleTokens:
-        """What the published training code makes of its mask: bool ``[B, T·P]``, True = masked.
+        """Read a mask as the published training code does: bool ``[B, T·P]``, True = masked.
 
         That code draws the mask frame-major (flat position t·P + p) but applies it to patch-major tokens
         (p·T + t), so the K·T visible rows are no tubes although its temporal attention takes each T neighbouring
-        rows for one; and its token alignment selects the tower's tokens frame-major by the same mask, hence
+        rows for one. Its token alignment selects the tower's tokens frame-major by the same mask, hence
         ``target_index`` differs from ``index``. Kept for parity with published numbers. Waits for the device.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
-            came = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"mask must be a bool tensor [B, T·P], but is {came}")
+            given = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask must be a bool tensor [B, T·P], but is {given}")
         _check_count("frames", frames)
         batch, total = mask.shape
         if total % frames:
-            raise ValueError(f"mask has {total} columns, which {frames} frames do not divide")
+            raise ValueError(f"mask must have a multiple of frames = {frames} columns, but has {total}")
         visible = (~mask).sum(1)
         kept = int(visible[0]) if batch else 0
         if batch and bool((visible != kept).any()):
-            raise ValueError(f"mask must leave as many tokens in every video, but leaves {visible.tolist()}")
+            raise ValueError(f"mask must leave the same number of tokens in every video, but leaves {visible.tolist()}")
         if kept % frames:
-            raise ValueError(f"mask leaves {kept} tokens a video, which {frames} frames do not divide")
+            raise ValueError(f"mask must leave a multiple of frames = {frames} tokens in each video, but leaves {kept}")
         flat = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]  # unmasked first, ascending
         patches = total // frames
         target = (flat % patches) * frames + flat // patches
@@ -297,8 +297,8 @@ def _check_ratio(ratio: float) -> None:
 
 def _check_index(name: str, index: Tensor, shape: torch.Size | None) -> None:
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 2:
-        came = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-        raise ValueError(f"{name} must be an int64 tensor [B, N], but is {came}")
+        given = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+        raise ValueError(f"{name} must be an int64 tensor [B, N], but is {given}")
     if shape is not None and index.shape != shape:
         raise ValueError(f"{name} must have the shape of index, {list(shape)}, but is {list(index.shape)}")
 

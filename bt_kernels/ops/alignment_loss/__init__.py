@@ -1,4 +1,4 @@
-"""alignment_loss: masked branch token alignment (MBTA)."""
+"""The op alignment_loss: masked branch token alignment (MBTA)."""
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ _HEAD = ("branch", "head_weight", "head_bias", "head_norm_weight", "head_norm_bi
 
 def _fake(branch, target, head_weight, *rest):
     wanted = rest[-1]
-    wide = torch.promote_types(branch.dtype, torch.float32)
+    acc = torch.promote_types(branch.dtype, torch.float32)
     shared = head_weight.shape[:1]
     sizes = (branch.shape, head_weight.shape, shared, shared, shared)
-    dtypes = (branch.dtype, wide, wide, wide, wide)
+    dtypes = (branch.dtype, acc, acc, acc, acc)
     grads = [
         branch.new_empty(size if want else (0,), dtype=dtype)
         for size, dtype, want in zip(sizes, dtypes, wanted, strict=True)
@@ -27,8 +27,8 @@ def _fake(branch, target, head_weight, *rest):
     return branch.new_empty(()), *grads
 
 
-# The forward makes the gradients too, where they are wanted: its backward would have to repeat both products. They are
-# those of the sum over the tokens and not of the mean, which would be subnormal in float16.
+# The forward also computes the needed gradients, because a backward would repeat both matrix products. They are
+# gradients of the sum over the tokens, not of the mean, which would be subnormal in float16.
 _OP = define_op(
     "alignment_loss",
     "Tensor branch, Tensor target, Tensor head_weight, Tensor head_bias, Tensor head_norm_weight, "
@@ -37,8 +37,8 @@ _OP = define_op(
     differentiable=_HEAD,
     kernels=(
         triton_kernel(f"{__name__}.triton", why_not=why_not_without_float64),
-        Kernel("cpu", native.forward, gradients.scaled, why_not_cpu_kernel, slower_than_compiled),
-        Kernel("reference", reference.forward, gradients.scaled),
+        Kernel("cpu", native.forward, gradients.scale_gradients, why_not_cpu_kernel, slower_than_compiled),
+        Kernel("reference", reference.forward, gradients.scale_gradients),
     ),
     fake=_fake,
     extra=", float head_norm_eps, float target_norm_eps, bool[5] wanted",
@@ -62,7 +62,7 @@ def alignment_loss(
     target_norm_eps: float = 1e-5,
     backend: str | None = None,
 ) -> Tensor:
-    """Mean over the visible tokens of ``2 - 2·cos(a, b)``: branch tokens against the tower's at the same places.
+    """Average ``2 - 2·cos(a, b)`` over the visible tokens; a is a branch token, b the tower's token at the same place.
 
     Equivalent to::
 
@@ -70,22 +70,22 @@ def alignment_loss(
         b = F.layer_norm(tower_rows, (D,), target_norm_weight, target_norm_bias) @ target_projection.T
         loss = (2 - 2 * F.cosine_similarity(a, b, -1)).mean()
 
-    with ``tower_rows`` the rows of ``target`` named by ``visible.target_index``. Source: MBTA, arXiv 2309.15785
-    section 3.2. Gradients flow to ``branch`` and to the head's four tensors; the target side is the frozen tower.
+    where ``tower_rows`` are the rows of ``target`` named by ``visible.target_index``. Source: MBTA, arXiv 2309.15785
+    section 3.2. Gradients flow to ``branch`` and to the head's four tensors; the tower is treated as frozen.
 
     Args:
-        branch: the branch's last state, ``[B, 1+N, D]``; its CLS row is not used.
-        target: the tower's last state, ``[B, T, 1+P, D]``.
-        visible: which tokens.
+        branch: last hidden state of the branch, ``[B, 1+N, D]``; its CLS row is not used.
+        target: last hidden state of the tower, ``[B, T, 1+P, D]``.
+        visible: the tokens to compare.
         head_weight, head_bias: the alignment head's linear layer, ``[F, D]`` and ``[F]``.
-        head_norm_weight, head_norm_bias: its LayerNorm, ``[F]``.
+        head_norm_weight, head_norm_bias: the alignment head's LayerNorm, ``[F]``.
         target_norm_weight, target_norm_bias: the tower's final LayerNorm, ``[D]``.
         target_projection, target_projection_bias: the tower's projection, ``[F, D]`` and ``[F]`` or None.
-        head_norm_eps, target_norm_eps: of the two LayerNorms.
-        backend: None, or "reference", "cpu", "triton", "cuda".
+        head_norm_eps, target_norm_eps: epsilons of the two LayerNorms.
+        backend: "reference", "cpu", "triton" or "cuda"; None chooses automatically.
 
     Returns:
-        A scalar of the dtype of ``branch``; 0 where nothing is visible.
+        A scalar in the dtype of ``branch``; 0 if no token is visible.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not match; the message names the argument.

@@ -1,4 +1,4 @@
-"""Inputs and unavoidable work of alignment_loss."""
+"""Test inputs and minimum work of alignment_loss."""
 
 from bt_kernels._cases import INDEX_BYTES, Shape, Variant, Work
 
@@ -28,7 +28,7 @@ def _biased_inputs(visible, heads, width, draw):
 
 
 def _work(s: Shape) -> tuple[Work, Work]:
-    """Gradients are made in the forward: it has all products, and the backward scales them."""
+    """Count the work. The forward computes the gradients, with all products; the backward only scales them."""
     product = 2 * s.batch * s.tokens * s.dim * s.shared
     rows, weight = s.bytes(s.tokens), s.shared * s.dim * s.itemsize
     index = s.batch * s.tokens * INDEX_BYTES

@@ -1,4 +1,4 @@
-"""alignment_loss in C++ for CPU: the passes over rows in csrc/cpu/alignment_loss.cpp; the rest is in ``chunks.py``."""
+"""alignment_loss in C++ for CPU: the passes over rows (csrc/cpu/alignment_loss.cpp). The rest is in ``chunks.py``."""
 
 import torch
 

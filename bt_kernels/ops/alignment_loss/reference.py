@@ -13,22 +13,22 @@ def forward(
     target_projection, target_projection_bias, index, frame_counts, patches, frames, slots, head_eps, target_eps,
     wanted,
 ):  # fmt: skip
-    """The loss, and the gradients of its sum over the tokens."""
+    """Return the loss (a mean over the tokens) and the gradients of the sum over the tokens."""
     dtype = branch.dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    acc = torch.promote_types(dtype, torch.float32)
     b = _target(target, index, target_norm_weight, target_norm_bias, target_projection, target_projection_bias,
-                target_eps, wide)  # fmt: skip
+                target_eps, acc)  # fmt: skip
     real = (index >= 0)[:, :, None]
-    rows = branch[:, 1:].masked_fill(~real, 0).to(wide)
-    weight, gain, shift = head_weight.to(wide), head_norm_weight.to(wide), head_norm_bias.to(wide)
-    y = F.linear(rows, weight, head_bias.to(wide))
+    rows = branch[:, 1:].masked_fill(~real, 0).to(acc)
+    weight, gain, shift = head_weight.to(acc), head_norm_weight.to(acc), head_norm_bias.to(acc)
+    y = F.linear(rows, weight, head_bias.to(acc))
     a, mean, rstd = torch.ops.aten.native_layer_norm(y, [y.shape[-1]], gain, shift, head_eps)
     length = a.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     unit = a / length
     cosine = (unit * b).sum(-1, keepdim=True)
     loss = ((2 - 2 * cosine) * real).sum().div(count_of(index)).to(dtype)
     if not any(wanted):
-        return loss, *(branch.new_empty(0, dtype=dtype if i == 0 else wide) for i in range(5))
+        return loss, *(branch.new_empty(0, dtype=dtype if i == 0 else acc) for i in range(5))
     # d(2 - 2·cos)/da = -2·(b̂ - cos·â)/|a|
     grad_a = (b - cosine * unit) / length * (-2.0 * real)
     grad_y, grad_gain, grad_shift = torch.ops.aten.native_layer_norm_backward(
@@ -45,9 +45,9 @@ def forward(
     return loss, *(g.contiguous() if want else g.new_empty(0) for g, want in zip(grads, wanted, strict=True))
 
 
-def _target(target, index, norm_weight, norm_bias, projection, projection_bias, eps, wide) -> Tensor:
-    """Unit vectors ``[B, N, F]`` of the tower's tokens in the shared space."""
-    rows = patch_rows(target, index).to(wide)
-    rows = F.layer_norm(rows, rows.shape[-1:], norm_weight.to(wide), norm_bias.to(wide), eps)
-    bias = None if projection_bias is None else projection_bias.to(wide)
-    return F.normalize(F.linear(rows, projection.to(wide), bias), dim=-1)
+def _target(target, index, norm_weight, norm_bias, projection, projection_bias, eps, acc) -> Tensor:
+    """Project the tower's tokens to unit vectors ``[B, N, F]`` of the shared space."""
+    rows = patch_rows(target, index).to(acc)
+    rows = F.layer_norm(rows, rows.shape[-1:], norm_weight.to(acc), norm_bias.to(acc), eps)
+    bias = None if projection_bias is None else projection_bias.to(acc)
+    return F.normalize(F.linear(rows, projection.to(acc), bias), dim=-1)

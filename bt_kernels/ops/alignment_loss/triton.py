@@ -1,4 +1,4 @@
-"""alignment_loss in Triton: the two passes over rows; the rest is in ``chunks.py``.
+"""alignment_loss in Triton: the two passes over rows. The rest is in ``chunks.py``.
 
 Legend: B, T, P, N, D; F width of the shared space, C rows of a chunk, W the next power of two of a row.
 """
@@ -11,7 +11,7 @@ from bt_kernels._triton import launch
 from bt_kernels._triton_rows import adjacent, row_options
 from bt_kernels.ops.alignment_loss import chunks, gradients
 
-_ROWS = 8  # of a program that sums over rows
+_ROWS = 8  # rows of one program of _cosine
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def _gather_norm(
     target, places, weight, bias, out, stride_b, stride_t, stride_p, first, rows, T, D, eps,
     W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm of one token of the tower."""
+    """Normalise one token of the tower by LayerNorm."""
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, W)
     inside = d < D
@@ -28,10 +28,10 @@ def _gather_norm(
     b = (first + i) // rows
     at = target + b * stride_b + (place % T) * stride_t + (1 + place // T) * stride_p
     x = tl.load(at + d, mask=inside & real, other=0.0).to(ACC)
-    apart = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
-    scale = 1 / tl.sqrt(tl.sum(apart * apart, 0) / D + eps)
+    centred = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
+    scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
     gain = tl.load(weight + d, mask=inside, other=0.0)
-    row = apart * scale * gain + tl.load(bias + d, mask=inside, other=0.0)
+    row = centred * scale * gain + tl.load(bias + d, mask=inside, other=0.0)
     tl.store(out + i * D + d, tl.where(real, row, 0.0).to(out.dtype.element_ty), mask=inside)
 
 
@@ -40,7 +40,10 @@ def _cosine(
     y, b, places, gain, shift, losses, grad_y, partials, C, F, R, eps,
     GRADS: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """a = LayerNorm(y), loss = 2 - 2·â·b̂, d/da = -2·(b̂ - cos·â)/|a|, then through the LayerNorm. R rows a program."""
+    """Compute the loss 2 - 2·â·b̂ with a = LayerNorm(y), and its gradient in y. A program takes R rows.
+
+    d/da = -2·(b̂ - cos·â)/|a|, followed by the backward of the LayerNorm.
+    """
     pid = tl.program_id(0).to(tl.int64)
     f = tl.arange(0, W)
     inside = f < F
@@ -52,9 +55,9 @@ def _cosine(
         used = inside & real
         x = tl.load(y + i * F + f, mask=used, other=0.0)
         other = tl.load(b + i * F + f, mask=used, other=0.0)
-        apart = tl.where(inside, x - tl.sum(x, 0) / F, 0.0)
-        scale = 1 / tl.sqrt(tl.sum(apart * apart, 0) / F + eps)
-        normed = apart * scale
+        centred = tl.where(inside, x - tl.sum(x, 0) / F, 0.0)
+        scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / F + eps)
+        normed = centred * scale
         a = normed * weight + bias
         length = tl.maximum(tl.sqrt(tl.sum(a * a, 0)), 1e-12)
         unit = a / length
@@ -81,7 +84,7 @@ def _cosine(
 class _Rows:
     @staticmethod
     def product_dtype(branch: torch.Tensor) -> torch.dtype:
-        # torch's CPU products (under the interpreter) do not sum 16-bit operands in float32
+        # In the interpreter torch multiplies on the CPU, where it does not sum 16-bit operands in float32.
         return torch.promote_types(branch.dtype, torch.float32) if branch.device.type == "cpu" else branch.dtype
 
     @staticmethod
@@ -115,4 +118,4 @@ def forward(*args):
     return chunks.forward(_Rows, *args)
 
 
-backward = gradients.scaled
+backward = gradients.scale_gradients

@@ -1,4 +1,4 @@
-"""gather_embed: the branch's first input, gathered from the tower's tokens."""
+"""The op gather_embed: it gathers the branch's first input from the tower's tokens."""
 
 from typing import overload
 
@@ -25,7 +25,7 @@ _OP = define_op(
         Kernel("reference", reference.forward, reference.backward),
     ),
     fake=lambda backbone, cls_token, pos, time, index, *_: _empty_out(backbone, index),
-    unread=("backbone", "cls_token", "pos", "time"),
+    shape_only=("backbone", "cls_token", "pos", "time"),
 )
 _NORM_OP = define_op(
     "gather_embed_norm",
@@ -41,7 +41,7 @@ _NORM_OP = define_op(
     results=("out", "normed"),
     keep=("out",),
     saved=("mean", "rstd"),
-    unread=("backbone", "cls_token", "pos", "time"),
+    shape_only=("backbone", "cls_token", "pos", "time"),
 )
 
 
@@ -79,9 +79,9 @@ def gather_embed(
     backend: str | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Input of the branch's first layer: visible tower tokens with position and time, and the branch's CLS.
+    """Compute the input of the branch's first layer: visible tower tokens plus position and time, and the branch's CLS.
 
-    ``out[b, 0] = ½(mean_t backbone[b, t, 0] + cls_token + pos[0])`` and, for row n holding patch p of frame t,
+    ``out[b, 0] = ½(mean_t backbone[b, t, 0] + cls_token + pos[0])`` and, for row n, patch p of frame t,
     ``out[b, 1+n] = backbone[b, t, 1+p] + pos[1+p] + time[t]``. Equivalent to (all tokens visible)::
 
         x = (backbone[:, :, 1:] + pos[1:] + time[:T, None]).transpose(1, 2).flatten(1, 2)
@@ -95,9 +95,9 @@ def gather_embed(
         cls_token: ``[D]``.
         pos: the tower's position table, ``[1+P, D]``.
         time: time table, ``[M, D]`` with M ≥ T rows.
-        visible: which tokens, and in which order.
-        backend: None, or "reference", "cpu", "triton", "cuda".
-        norm: ``(weight [D], bias [D], eps)`` of a LayerNorm of the patch rows, written in the same pass.
+        visible: the tokens and their order.
+        backend: "reference", "cpu", "triton" or "cuda"; None chooses automatically.
+        norm: ``(weight [D], bias [D], eps)`` of a LayerNorm of the patch rows, computed in the same pass.
 
     Returns:
         ``[B, 1+N, D]``, and with ``norm`` the patch rows normalised, ``[B, N, D]``; padding rows (index -1) are zero.

@@ -1,4 +1,4 @@
-"""Inputs and unavoidable work of gather_embed."""
+"""Test inputs and minimum work of gather_embed."""
 
 from bt_kernels._cases import INDEX_BYTES, Shape, Variant, Work, norm_inputs, with_norm
 
@@ -21,7 +21,7 @@ def _work(s: Shape) -> tuple[Work, Work]:
     index = s.batch * s.tokens * INDEX_BYTES
     tables = s.table(1 + 1 + min(s.patches, s.batch * s.groups) + s.frames)
     forward = s.bytes(s.tokens + s.frames) + tables + s.bytes(1 + s.tokens) + index
-    backward = s.bytes(1 + s.tokens) + s.table(1 + s.frames) + index  # of CLS and time alone
+    backward = s.bytes(1 + s.tokens) + s.table(1 + s.frames) + index  # of CLS and time only
     return Work(forward), Work(backward)
 
 

@@ -16,7 +16,7 @@ def backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches,
         grads = ops.gather_embed_backward(grad, backbone, cls_token, pos, time, index, frame_counts, *needs)
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
     grad_backbone = None
-    if needs[0]:  # as gather_merge's without a gate, but for CLS, of which half is the tower's
+    if needs[0]:  # as of gather_merge without a gate, but the tower gets half of the gradient of CLS
         halved = torch.cat([grad[:, :1] / 2, grad[:, 1:]], 1)
         flags = (True, False, False)
         grad_backbone, *_ = ops.gather_merge_backward(halved, backbone, halved, None, index, frame_counts, *flags)

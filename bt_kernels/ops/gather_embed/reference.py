@@ -17,24 +17,24 @@ def forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames
 
 def backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs):
     batch = backbone.shape[0]
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    half_cls = 0.5 * grad[:, 0].to(wide)  # [B, D]
-    rows = zero_padding(grad[:, 1:], index).to(wide)  # [B, N, D]
+    acc = torch.promote_types(grad.dtype, torch.float32)
+    half_cls = 0.5 * grad[:, 0].to(acc)  # [B, D]
+    rows = zero_padding(grad[:, 1:], index).to(acc)  # [B, N, D]
     _, frame, token = patch_places(index, frames)
     grads: list[Tensor | None] = [None] * 4
     if needs[0]:
         weights = frame_weights(frame_counts, batch, frames, backbone)
-        grads[0] = torch.zeros(backbone.shape, dtype=wide, device=grad.device)
+        grads[0] = torch.zeros(backbone.shape, dtype=acc, device=grad.device)
         grads[0][:, :, 0] = weights[:, :, None] * half_cls[:, None]
         grads[0].index_put_(patch_places(index, frames), rows, accumulate=True)
     if needs[1]:
         grads[1] = half_cls.sum(0)
     if needs[2]:
-        grads[2] = torch.zeros(pos.shape, dtype=wide, device=grad.device)
+        grads[2] = torch.zeros(pos.shape, dtype=acc, device=grad.device)
         grads[2][0] = half_cls.sum(0)
         grads[2].index_add_(0, token.flatten(), rows.flatten(0, 1))
     if needs[3]:
-        grads[3] = torch.zeros(time.shape, dtype=wide, device=grad.device)
+        grads[3] = torch.zeros(time.shape, dtype=acc, device=grad.device)
         grads[3].index_add_(0, frame.flatten(), rows.flatten(0, 1))
     return tuple(None if g is None else g.to(grad.dtype) for g in grads)
 

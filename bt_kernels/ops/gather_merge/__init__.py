@@ -1,4 +1,4 @@
-"""gather_merge: a tower layer's tokens gathered and mixed into the branch."""
+"""The op gather_merge: it gathers the tokens of a tower layer and mixes them into the branch."""
 
 from typing import overload
 
@@ -72,7 +72,7 @@ def gather_merge(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mix the tower's tokens of one layer into the branch: visible rows gathered, CLS averaged over frames.
 
-    With m[b, 0] = mean_t backbone[b, t, 0] and m[b, 1+n] = backbone[b, t, 1+p] for row n holding patch p of frame t:
+    With m[b, 0] = mean_t backbone[b, t, 0] and m[b, 1+n] = backbone[b, t, 1+p] for row n, patch p of frame t:
     ``out = (1 - gate)·branch + gate·m``, or ``branch + m`` without a gate. Equivalent to (all tokens visible)::
 
         m = backbone.transpose(1, 2)                                        # [B, 1+P, T, D]
@@ -84,10 +84,10 @@ def gather_merge(
     Args:
         backbone: output of a tower layer, ``[B, T, 1+P, D]``, CLS first; any float dtype, any strides.
         branch: ``[B, 1+N, D]``, CLS first.
-        gate: ``[D]`` in (0, 1), or None for the plain sum.
-        visible: which tokens, and in which order.
-        backend: None, or "reference", "cpu", "triton", "cuda".
-        norm: ``(weight [D], bias [D], eps)`` of a LayerNorm of the patch rows, written in the same pass.
+        gate: ``[D]`` in (0, 1), or None for the sum.
+        visible: the tokens and their order.
+        backend: "reference", "cpu", "triton" or "cuda"; None chooses automatically.
+        norm: ``(weight [D], bias [D], eps)`` of a LayerNorm of the patch rows, computed in the same pass.
 
     Returns:
         ``[B, 1+N, D]``, and with ``norm`` the patch rows normalised, ``[B, N, D]``; padding rows (index -1) are zero.

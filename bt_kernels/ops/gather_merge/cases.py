@@ -1,4 +1,4 @@
-"""Inputs and unavoidable work of gather_merge."""
+"""Test inputs and minimum work of gather_merge."""
 
 from bt_kernels._cases import INDEX_BYTES, Shape, Variant, Work, norm_inputs, with_norm
 

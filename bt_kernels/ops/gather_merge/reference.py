@@ -15,21 +15,21 @@ def forward(backbone, branch, gate, index, frame_counts, patches, frames, slots)
 
 def backward(grad, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs):
     grad = torch.cat([grad[:, :1], zero_padding(grad[:, 1:], index)], 1)
-    wide = torch.promote_types(grad.dtype, torch.float32)
+    acc = torch.promote_types(grad.dtype, torch.float32)
     grad_backbone = grad_branch = grad_gate = None
     if needs[0]:
-        incoming = (grad if gate is None else gate * grad).to(wide)
+        incoming = (grad if gate is None else gate * grad).to(acc)
         weights = frame_weights(frame_counts, backbone.shape[0], frames, backbone)  # [B, T]
-        grad_backbone = torch.zeros(backbone.shape, dtype=wide, device=grad.device)
+        grad_backbone = torch.zeros(backbone.shape, dtype=acc, device=grad.device)
         grad_backbone[:, :, 0] = weights[:, :, None] * incoming[:, :1]
         grad_backbone.index_put_(patch_places(index, frames), incoming[:, 1:], accumulate=True)
         grad_backbone = grad_backbone.to(grad.dtype)
     if needs[1]:
         grad_branch = grad.clone() if gate is None else (1 - gate) * grad
     if needs[2]:
-        difference = _incoming(backbone, index, frame_counts).to(wide) - branch.to(wide)
+        difference = _incoming(backbone, index, frame_counts).to(acc) - branch.to(acc)
         difference = torch.cat([difference[:, :1], zero_padding(difference[:, 1:], index)], 1)
-        grad_gate = (grad.to(wide) * difference).sum((0, 1)).to(grad.dtype)
+        grad_gate = (grad.to(acc) * difference).sum((0, 1)).to(grad.dtype)
     return grad_backbone, grad_branch, grad_gate
 
 

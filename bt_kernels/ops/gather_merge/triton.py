@@ -26,8 +26,8 @@ def backward_norm(
     norm_eps, out, mean, rstd, needs,
 ):  # fmt: skip
     if grad_normed is None:
-        nothing = [torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)]
+        zeros = [torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)]
         grads = backward(grad_out, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs[:3])
-        return *grads, *nothing
+        return *grads, *zeros
     rows = RowGrads(grad_out, grad_normed, norm_weight, (out, mean, rstd))
     return merge_backward(rows, backbone, branch, gate, index, frame_counts, needs[:3])

@@ -1,4 +1,4 @@
-"""pool_video_tokens: the tokens a language model gets for a video."""
+"""The op pool_video_tokens: it averages tower and branch to the tokens that a language model gets for a video."""
 
 from torch import Tensor
 
@@ -23,12 +23,12 @@ _OP = define_op(
     fake=lambda backbone, branch, index, frame_counts, patches, *_: branch.new_empty(
         branch.shape[0], patches + 1, branch.shape[2]
     ),
-    unread=("backbone", "branch"),
+    shape_only=("backbone", "branch"),
 )
 
 
 def pool_video_tokens(backbone: Tensor, branch: Tensor, visible: VisibleTokens, backend: str | None = None) -> Tensor:
-    """One set of tokens for a video, whatever its length: tower and branch averaged over time, half and half.
+    """Average tower and branch over time and take the mean of both: P+1 tokens for a video of any length.
 
     Row p < P is ``½(mean_t backbone[b, t, 1+p] + mean of the branch's rows of patch p)``; the last row is
     ``½(mean_t backbone[b, t, 0] + branch[b, 0])``. Equivalent to (all tokens visible)::
@@ -42,10 +42,10 @@ def pool_video_tokens(backbone: Tensor, branch: Tensor, visible: VisibleTokens, 
     Args:
         backbone: output of a tower layer, ``[B, T', 1+P, D]``, CLS first. T' may differ from ``visible.frames``
             (long videos run the branch on averaged pairs of frames) unless ``visible.frame_counts`` is given, which
-            says how many of the frames are real for tower and branch alike.
-        branch: the branch's state, ``[B, 1+N, D]``, usually of every token (N = P·T).
-        visible: which token each row of ``branch`` is.
-        backend: None, or "reference", "cpu", "triton", "cuda".
+            counts the real frames of both tower and branch.
+        branch: hidden state of the branch, ``[B, 1+N, D]``, usually of every token (N = P·T).
+        visible: the tokens of the rows of ``branch``.
+        backend: "reference", "cpu", "triton" or "cuda"; None chooses automatically.
 
     Returns:
         ``[B, P+1, D]``, CLS last.

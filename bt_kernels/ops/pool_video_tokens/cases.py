@@ -1,4 +1,4 @@
-"""Inputs and unavoidable work of pool_video_tokens."""
+"""Test inputs and minimum work of pool_video_tokens."""
 
 from bt_kernels._cases import Shape, Variant, Work
 

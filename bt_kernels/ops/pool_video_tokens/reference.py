@@ -30,7 +30,7 @@ def backward(grad, backbone, branch, index, frame_counts, patches, frames, slots
 
 
 def _row_weights(index: Tensor, patches: int, frames: int, like: Tensor) -> Tensor:
-    """``[B, N, 1]``: one over the number of visible rows of the row's patch; 0 where the row is padding."""
+    """Return ``[B, N, 1]``: 1 / (number of visible rows of the row's patch), and 0 for padding rows."""
     patch = index.clamp(min=0) // frames
     real = (index >= 0).to(like.dtype)
     counts = real.new_zeros(index.shape[0], patches).scatter_add(1, patch, real)

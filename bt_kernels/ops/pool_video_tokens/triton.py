@@ -1,6 +1,6 @@
-"""pool_video_tokens in Triton: one program a token of the result, or of the gradient.
+"""pool_video_tokens in Triton: one program for each token of the result, or of the gradient.
 
-Legend: B videos, T frames (of the tower; the branch may have another number), P patches, N visible rows, D width, W the
+Legend: B videos, T frames of the tower, S frames of the branch, P patches, N visible rows, D width, W the
 next power of two.
 """
 
@@ -24,7 +24,7 @@ def _forward(
     tower, branch, rows, frame_counts, out, tower_b, tower_t, tower_p, branch_b, branch_n, T, S, P, D,
     COUNTED: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """½(mean over the tower's frames + mean over the branch's rows of the patch); CLS goes last."""
+    """Compute ½(mean over the tower's frames + mean over the branch's rows of the patch); CLS is written last."""
     pid = tl.program_id(0).to(tl.int64)
     b, token = pid // (1 + P), pid % (1 + P)  # token 0 is CLS
     d = tl.arange(0, W)
@@ -36,16 +36,16 @@ def _forward(
     else:
         t = tl.arange(0, AT_ONCE)
         total = tl.zeros([W], ACC)
-        seen = tl.zeros([], tl.int32)
+        number = tl.zeros([], tl.int32)
         for first in range(0, S, AT_ONCE):
-            here = first + t < S
-            n = tl.load(rows + b * (P * S + 1) + (token - 1) * S + first + t, mask=here, other=-1)
-            visible = here & (n >= 0)
+            inside_list = first + t < S
+            n = tl.load(rows + b * (P * S + 1) + (token - 1) * S + first + t, mask=inside_list, other=-1)
+            visible = inside_list & (n >= 0)
             at = branch + b * branch_b + (1 + n)[:, None] * branch_n + d[None, :]
             values = tl.load(at, mask=visible[:, None] & inside[None, :], other=0.0)
             total += tl.sum(values.to(ACC), 0)
-            seen += tl.sum(visible.to(tl.int32), 0)
-        value += total / tl.maximum(seen, 1).to(ACC)
+            number += tl.sum(visible.to(tl.int32), 0)
+        value += total / tl.maximum(number, 1).to(ACC)
     place = tl.where(token == 0, P, token - 1)
     tl.store(out + (b * (1 + P) + place) * D + d, (0.5 * value).to(out.dtype.element_ty), mask=inside)
 
@@ -55,7 +55,7 @@ def _backward_branch(
     grad, index, counts, grad_branch, grad_b, grad_p, index_b, index_n, N, S, P, D,
     W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Half the patch's gradient, shared by its rows; half of CLS's for CLS."""
+    """Divide half the patch's gradient equally among its rows; CLS gets half of its gradient."""
     pid = tl.program_id(0).to(tl.int64)
     b, r = pid // (1 + N), pid % (1 + N)
     d = tl.arange(0, W)
@@ -73,7 +73,7 @@ def _backward_tower(
     grad, frame_counts, grad_tower, grad_b, grad_p, T, P, D,
     COUNTED: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Half the token's gradient, shared by the real frames; zero in the others."""
+    """Divide half the token's gradient equally among the real frames; padding frames get zeros."""
     pid = tl.program_id(0).to(tl.int64)
     frame, token = pid // (1 + P), pid % (1 + P)
     b, t = frame // T, frame % T

@@ -37,7 +37,7 @@ _OP = define_op(
     ),
     fake=_fake,
     autocast="lower",
-    uncast=("frame_weight",),
+    autocast_skip=("frame_weight",),
     keep=("out",),
     saved=("lse", "cls_out"),
 )
