@@ -1,4 +1,4 @@
-// Shapes and checks of temporal_attention and spatial_attention, the same on every device.
+// Shapes and checks of temporal_attention and spatial_attention, shared by all devices.
 //
 // qkv [B, first+N, 3, H, E] (first = 1 where a CLS row leads, else 0), index [B, N] with entries p*T + t or -1 at the
 // end, slots S of a regular grid (row n is step n % S of group n / S) or none when ragged (step t of patch p).

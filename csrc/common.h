@@ -19,7 +19,7 @@ namespace bt {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Sums run in float32 for the 16-bit types and float32, in float64 for float64.
+// Type of sums: float32 for the 16-bit types and float32, float64 for float64.
 template <typename T>
 struct Accumulate {
   using type = float;
@@ -31,7 +31,7 @@ struct Accumulate<double> {
 template <typename T>
 using accumulate_t = typename Accumulate<T>::type;
 
-// Calls f(T{}) with the C++ type that stands for dtype.
+// Calls f(T{}) with the C++ type of dtype.
 template <typename F>
 void dispatch_float(ScalarType dtype, const char* op, const F& f) {
   switch (dtype) {

@@ -1,4 +1,4 @@
-// Shapes, strides and checks of gather_merge, the same on every device.
+// Shapes, strides and checks of gather_merge, shared by all devices.
 //
 // backbone [B, T, 1+P, D], branch [B, 1+N, D], gate [D] or none, index [B, N] with entries p*T + t or -1,
 // frame_counts [B] or none. With m the backbone's value (row 0: mean of CLS over the first frame_counts[b] frames):
@@ -62,7 +62,7 @@ inline MergeStrides merge_strides(const Tensor& backbone, const Tensor& branch, 
           branch.stride(1),   grad.stride(0),     grad.stride(1)};
 }
 
-// The tensors of a call in a form the kernels read: whole rows adjacent, lists contiguous.
+// The tensors of a call in the layout that kernels require: adjacent elements in rows, contiguous lists.
 struct MergeCall {
   MergeShape shape;
   Tensor backbone, branch, grad, index;
@@ -84,8 +84,8 @@ struct MergeCall {
   }
 };
 
-// Rows of one partial sum of the gate's gradient. It depends on shapes alone, so the result does not depend on the
-// number of threads; at most 512 partials bound the memory.
+// Number of rows in one partial sum of the gate's gradient. It depends only on shapes, so the result does not depend on
+// the number of threads. At most 512 partial sums limit the memory.
 inline int64_t merge_rows_per_partial(int64_t rows) {
   const int64_t least = 64, most_partials = 512;
   const int64_t needed = (rows + most_partials - 1) / most_partials;

@@ -1,5 +1,5 @@
-// bt_kernels._internals: C++ functions inside the kernels, element by element over NumPy arrays, for the tests. Built for
-// the Python at hand in a checkout alone; no wheel holds it and nothing needs it to run.
+// bt_kernels._internals: internal C++ functions of the kernels, applied to NumPy arrays by element, for the tests. Only
+// an editable install builds it, for its own Python. Wheels do not contain it, and the kernels do not need it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

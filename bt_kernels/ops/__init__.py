@@ -1,1 +1,1 @@
-"""The ops, one folder each: the public function, its reference and its kernels."""
+"""The ops, one folder each, with the public function, its reference and its kernels."""

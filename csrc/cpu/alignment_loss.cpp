@@ -1,6 +1,6 @@
-// The passes over rows of alignment_loss on the CPU; the products between them are torch's.
-//   gather_norm: LayerNorm of the tower's token at each place; rows of place -1 are zeros and read nothing.
-//   cosine: a = LayerNorm(y), loss = 2 - 2 cos(a, b); its gradient in y, and sums over rows for bias, gain and shift.
+// The passes over rows of alignment_loss on the CPU; torch computes the matrix products between them.
+//   gather_norm: LayerNorm of the tower's token at each place; rows of place -1 become zeros and are not read.
+//   cosine: a = LayerNorm(y), loss = 2 - 2 cos(a, b); gradients in y and, summed over rows, in bias, gain and shift.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -12,9 +12,9 @@
 namespace bt {
 namespace {
 
-// Rows of one partial sum: it depends on shapes alone, so the result does not depend on the number of threads.
+// Rows of one partial sum: a constant, so the result does not depend on the number of threads.
 constexpr int64_t kRows = 32;
-constexpr int64_t kGrain = 32768;  // elements a thread should have before another one is started
+constexpr int64_t kGrain = 32768;  // least number of elements per thread
 
 template <typename T, typename A = accumulate_t<T>>
 inline void norm_row(const T* x, const A* weight, const A* bias, int64_t n, A eps, A* out) {
@@ -37,7 +37,8 @@ BT_TARGET_CLONES void norm(const torch::headeronly::Half* x, const float* w, con
   norm_row(x, w, b, n, eps, out);
 }
 
-// One row: its loss; with grad_y its gradient in y, added to sums [bias, gain, shift] of F each. a is scratch of F.
+// Returns the loss of one row. If grad_y is not null, writes the gradient in y and adds the row's share of the
+// gradients [bias, gain, shift], F each, to sums. a is scratch of F elements.
 template <typename A>
 inline A cosine_row(const A* y, const A* b, const A* gain, const A* shift, int64_t n, A eps, A* a, A* grad_y,
                     A* sums) {
@@ -75,7 +76,7 @@ BT_TARGET_CLONES double cosine(const double* y, const double* b, const double* g
   return cosine_row(y, b, gain, shift, n, eps, a, grad_y, sums);
 }
 
-// target [B, T, 1+P, D], places [B*(1+N)]; rows first ... first + count of places.
+// target [B, T, 1+P, D], places [B*(1+N)]; takes entries [first, first + count) of places.
 Tensor gather_norm(const Tensor& target_in, const Tensor& places_in, int64_t first, int64_t count, const Tensor& weight,
                    const Tensor& bias, double eps) {
   const char* op = "alignment_loss";
@@ -121,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> cosine_rows(const Tensor& y_in, const Tensor&
   Tensor losses = empty_like_shape(y, {count});
   Tensor grad_y = grads ? empty_like_shape(y, {count, width}) : empty_like_shape(y, {0});
   Tensor sums = grads ? empty_like_shape(y, {3, width}) : empty_like_shape(y, {0});
-  Tensor scratch = empty_like_shape(y, {parts, 4, width});  // of each part: sums of three, and a row
+  Tensor scratch = empty_like_shape(y, {parts, 4, width});  // for each part: three sums and one row
   const int64_t* place = places.const_data_ptr<int64_t>();
   dispatch_float(y.scalar_type(), op, [&](auto zero) {
     using A = decltype(zero);

@@ -1,8 +1,8 @@
-// Attention of one head (attention_head.h), compiled for several instruction sets; the processor's best is called.
+// Attention of one head (attention_head.h), compiled for several instruction sets; the best one available is called.
 //
-// Compilers' function multiversioning splits vectors before it makes its versions, so the code is included once per set
-// instead. Fused multiply-add is wanted here: results differ by rounding from one set to another, but on one machine
-// they depend on nothing else.
+// Function multiversioning of compilers splits vectors before it makes the versions, so the code is included once for
+// each set instead. It uses fused multiply-add: results differ by rounding between instruction sets, but are
+// reproducible on one machine.
 #include "attention_head.h"
 
 #include <algorithm>
@@ -24,7 +24,7 @@
 #endif
 #endif
 
-// Vectors are passed between functions of one set alone, always inlined: their calling convention is of no concern.
+// Vectors are passed only between functions of one set, which are inlined, so their calling convention does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #if defined(__x86_64__) && !defined(__AVX512F__)
@@ -78,7 +78,7 @@ namespace {
 
 #endif  // BT_SEVERAL_SETS
 
-// What the compiler targets anyway.
+// The compiler's default target.
 #if defined(__AVX512F__)
 #define BT_VECTOR_BYTES 64
 #define BT_VECTOR_REGISTERS 32
@@ -116,7 +116,7 @@ Set best_set() {
   return best;
 }
 
-// The set for sequences of `count` rows: over very short ones half of the widest vectors' lanes would idle.
+// Chooses the set for sequences of `count` rows: very short ones would leave half the lanes of the widest vectors idle.
 template <typename T>
 Set set_for(int64_t count) {
   const Set best = best_set();

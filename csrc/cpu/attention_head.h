@@ -1,5 +1,5 @@
-// Softmax attention of one head over one sequence of rows, wherever the rows lie; temporal and spatial attention are
-// many of these. Compiled once per instruction set, chosen when called.
+// Softmax attention of one head over one sequence of rows at any positions; temporal and spatial attention call it for
+// each head and sequence. It is compiled once per instruction set; the set is chosen at run time.
 //
 //   S = q·kᵀ/√E,  P = softmax(S),  out = P·v                                    q, k, v, out [n, E]
 //   dv = Pᵀ·do,  dP = do·vᵀ,  dS = P ∘ (dP - rowsum(P ∘ dP)),  dq = dS·k/√E,  dk = dSᵀ·q/√E
@@ -11,8 +11,8 @@
 
 namespace bt {
 
-// One head of one video in a tensor of any strides: row r's vector starts at start + r*row; where q, k and v lie
-// together, k's and v's follow at distances of `part`.
+// One head of one video in a tensor with any strides: the vector of row r starts at start + r*row. In a packed tensor k
+// and v follow q at a distance of `part` and 2*`part`.
 template <typename P>
 struct HeadRows {
   P* start;
@@ -29,7 +29,7 @@ struct HeadForward {
   HeadRows<const T> qkv;
   HeadRows<T> out;
   A* lse;        // [n] log-sum-exp of S, or null
-  A* first_out;  // [E] takes the first row of the result unrounded instead of out, or null
+  A* first_out;  // [E] receives the first row of the result, unrounded, in place of out; or null
   A* scratch;    // forward_scratch(n, E) elements, aligned to kScratchAlignment bytes
 };
 
@@ -40,10 +40,10 @@ struct HeadBackward {
   const int64_t* rows;
   HeadRows<const T> qkv, grad;
   HeadRows<T> grad_qkv;
-  const A* lse;         // [n], or null: computed again
-  const A* first_grad;  // [E] the gradient of the first row instead of grad's, or null
-  A* first_grad_qkv;    // [3, E] takes the first row's gradients unrounded instead of grad_qkv, or null
-  A* scratch;           // backward_scratch(n, E) elements, aligned likewise
+  const A* lse;         // [n], or null: recomputed
+  const A* first_grad;  // [E] gradient of the first row, in place of grad's; or null
+  A* first_grad_qkv;    // [3, E] receives the first row's gradients, unrounded, in place of grad_qkv; or null
+  A* scratch;           // backward_scratch(n, E) elements, aligned to kScratchAlignment bytes
 };
 
 template <typename T>
@@ -52,9 +52,9 @@ template <typename T>
 void attention_head(const HeadBackward<T>& head);
 
 constexpr int64_t kScratchAlignment = 64;
-constexpr int64_t kQueryBlock = 64;  // queries handled together
+constexpr int64_t kQueryBlock = 64;  // queries processed together
 
-// Rows and columns of work matrices are padded to this many elements, whole vectors of any instruction set.
+// Rows and columns of work matrices are padded to a multiple of this: whole vectors of any instruction set.
 inline int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
 inline int64_t query_block(int64_t count) { return padded(count) < kQueryBlock ? padded(count) : kQueryBlock; }
 

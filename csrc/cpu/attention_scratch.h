@@ -9,7 +9,7 @@
 
 namespace bt {
 
-// `size` elements, aligned for whole vectors, not initialised.
+// Allocates `size` uninitialised elements, aligned for whole vectors.
 template <typename A>
 class ScratchMemory {
  public:

@@ -1,6 +1,6 @@
 // gather_embed on the CPU. With m the tower's token, out = m + pos[1+p] + time[t]; row 0 of a video is
-// (mean of the real frames' CLS + cls_token + pos[0]) / 2. Rows of index -1 are zeros and read nothing.
-// The tower's own gradient is gather_merge's without a gate (bt_kernels/ops/gather_embed/native.py).
+// (mean of the real frames' CLS + cls_token + pos[0]) / 2. Rows of index -1 become zeros and are not read.
+// The gradient of the tower is computed as in gather_merge without a gate (bt_kernels/ops/gather_embed/native.py).
 #include <algorithm>
 #include <vector>
 
@@ -11,15 +11,15 @@
 namespace bt {
 namespace {
 
-constexpr int64_t kTile = 128;     // columns summed together: their accumulators fit the first-level cache
-constexpr int64_t kGrain = 32768;  // elements a thread should have before another one is started
+constexpr int64_t kTile = 128;     // columns summed together; their accumulators fit the first-level cache
+constexpr int64_t kGrain = 32768;  // least number of elements per thread
 
 template <typename T>
 inline void embed_row(const T* tower, const T* pos, const T* time, int64_t n, T* to) {
   for (int64_t d = 0; d < n; ++d) to[d] = store<T>(load(tower[d]) + load(pos[d]) + load(time[d]));
 }
 
-// `frames` CLS tokens, `stride` apart.
+// `frames` CLS tokens at a distance of `stride`.
 template <typename T, typename A = accumulate_t<T>>
 inline void embed_cls(const T* tower, int64_t frames, int64_t stride, const T* cls, const T* pos, int64_t n, T* to) {
   for (int64_t from = 0; from < n; from += kTile) {
@@ -119,7 +119,7 @@ Tensor gather_embed(const Tensor& backbone_in, const Tensor& cls_in, const Tenso
   return out;
 }
 
-// Gradients of the three tables. A task takes columns of all rows, so sums have one order whatever the threads.
+// Gradients of the three tables. A task takes some columns of all rows: the order of sums is the same for any threads.
 std::tuple<Tensor, Tensor, Tensor> gather_embed_tables_backward(const Tensor& grad_in, const Tensor& index_in,
                                                                 int64_t patches, int64_t frames, int64_t time_rows,
                                                                 bool need_cls, bool need_pos, bool need_time) {
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_embed_tables_backward(const Tensor& gr
   const Places places(op, index_in, patches * frames);
   const int64_t batch = grad.size(0), rows = grad.size(1), width = grad.size(2), tokens = rows - 1;
   STD_TORCH_CHECK(places.index.size(0) == batch && places.index.size(1) == tokens, op, ": grad must be [B, 1+N, D]");
-  // One table of sums: CLS, the patches' positions, the frames.
+  // One table of sums with rows for CLS, the positions of patches, and the frames.
   const int64_t time_at = 1 + (need_pos ? patches : 0), table_rows = time_at + time_rows;
   Tensor to_cls = empty_like_shape(grad, {need_cls ? width : 0});
   Tensor to_pos = need_pos ? empty_like_shape(grad, {1 + patches, width}) : empty_like_shape(grad, {0});
@@ -178,7 +178,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bt_kernels_native, m) {
   m.def(
       "gather_embed_backward(Tensor grad, Tensor backbone, Tensor cls_token, Tensor pos, Tensor time, Tensor index, "
       "Tensor? frame_counts, bool need_backbone, bool need_cls_token, bool need_pos, bool need_time) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");  // on CUDA; the CPU has the tables' part alone
+      "(Tensor, Tensor, Tensor, Tensor)");  // CUDA only; the CPU has the gradients of the tables only
   m.def(
       "gather_embed_tables_backward(Tensor grad, Tensor index, int patches, int frames, int time_rows, bool need_cls, "
       "bool need_pos, bool need_time) -> (Tensor, Tensor, Tensor)");

@@ -10,9 +10,9 @@
 namespace bt {
 namespace {
 
-// Columns handled together by the loops that sum: a sum of this many accumulators fits the first-level cache.
+// Columns that summing loops take together: this many accumulators fit the first-level cache.
 constexpr int64_t kTile = 128;
-// Elements a thread should have before another one is started.
+// Least number of elements per thread.
 constexpr int64_t kGrain = 32768;
 
 template <typename T>
@@ -39,7 +39,7 @@ struct MergeArgs {
   }
 };
 
-// mean[0:width] = mean of columns [from, from + width) of the CLS tokens of the real frames; 0 where there are none.
+// mean[0:width] = mean of columns [from, from + width) of the CLS tokens of the real frames; 0 if there are none.
 template <typename T, typename A = accumulate_t<T>>
 void mean_cls(const MergeArgs<T>& a, int64_t b, int64_t from, int64_t width, A* mean) {
   std::fill_n(mean, width, A(0));
@@ -64,7 +64,7 @@ void merge_row(const T* branch, const M* m, const T* gate, int64_t width, T* out
   }
 }
 
-// Rows [begin, end) of the B*(1+N) rows of out.
+// Computes rows [begin, end) of the B*(1+N) rows of out.
 template <typename T>
 void forward_rows(const MergeArgs<T>& a, int64_t begin, int64_t end, T* out) {
   using A = accumulate_t<T>;
@@ -97,7 +97,7 @@ void add_gate_grad(const T* grad, const M* m, const T* branch, int64_t width, A*
   }
 }
 
-// Rows [begin, end): their grad_branch (null: not needed) and their part of grad_gate, sum[D] (null: not needed).
+// Computes grad_branch (null: not needed) of rows [begin, end) and their part of grad_gate, sum[D] (null: not needed).
 template <typename T, typename A = accumulate_t<T>>
 void backward_rows(const MergeArgs<T>& a, int64_t begin, int64_t end, T* grad_branch, A* sum) {
   const int64_t rows = a.shape.rows(), width = a.shape.width;
@@ -133,7 +133,7 @@ void backward_rows(const MergeArgs<T>& a, int64_t begin, int64_t end, T* grad_br
   }
 }
 
-// Columns of one tile of grad_backbone of video b: a tile belongs to one thread, so rows may add into it.
+// Computes the columns of one tile of grad_backbone of video b. One thread has the whole tile, so rows can add to it.
 template <typename T>
 void backbone_tile(const MergeArgs<T>& a, int64_t b, int64_t from, T* grad_backbone) {
   using A = accumulate_t<T>;
@@ -164,7 +164,7 @@ void backbone_tile(const MergeArgs<T>& a, int64_t b, int64_t from, T* grad_backb
   }
 }
 
-// The clones are plain functions, one set a dtype: compilers clone no templates.
+// The clones are plain functions, one set per dtype, because compilers do not clone templates.
 #define BT_MERGE_CLONES(T)                                                                                      \
   BT_TARGET_CLONES void run_forward(const MergeArgs<T>& a, int64_t begin, int64_t end, T* out) {                \
     forward_rows(a, begin, end, out);                                                                           \
@@ -197,7 +197,7 @@ void check_values(const char* op, const Tensor& index, const std::optional<Tenso
   }
 }
 
-// A call as the kernels here take it; reading the values of index costs nothing on a CPU.
+// A call as these kernels take it. It checks the values of index, since reading them needs no device wait on a CPU.
 struct CpuCall : MergeCall {
   CpuCall(const char* op, const Tensor& backbone_in, const Tensor& branch_in, const std::optional<Tensor>& gate_in,
           const Tensor& index_in, const std::optional<Tensor>& counts_in, const Tensor* grad_in)

@@ -10,15 +10,15 @@
 namespace bt {
 namespace {
 
-constexpr int64_t kTile = 512;  // columns summed together: long reads, and accumulators that fit the first-level cache
+constexpr int64_t kTile = 512;  // columns summed together: long reads; accumulators fit the first-level cache
 
-// sum += the `count` rows that at(0), at(1), ... point to; four at a time, so that four reads are under way together.
+// sum += the `count` rows that at(0), at(1), ... point to; four at a time, so that four reads overlap.
 template <typename T, typename A = accumulate_t<T>, typename F>
 inline void add_rows(int64_t count, int64_t width, A* sum, const F& at) {
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
     const T *a = at(i), *b = at(i + 1), *c = at(i + 2), *e = at(i + 3);
-    // What comes next stands behind: the processor's own prefetching ends at a page, and a row is about one.
+    // Prefetches the next rows: the hardware prefetcher stops at a page boundary, and a row is about one page.
     for (const T* row : {a, b, c, e}) {
       for (int64_t byte = 0; byte < 256; byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(row + width) + byte);
     }
@@ -30,7 +30,7 @@ inline void add_rows(int64_t count, int64_t width, A* sum, const F& at) {
   }
 }
 
-// to = (mean of `frames` rows `stride` apart + mean of the branch's `count` listed rows) / 2
+// to = (mean of `frames` rows at a distance of `stride` + mean of the branch's `count` listed rows) / 2
 template <typename T, typename A = accumulate_t<T>>
 inline void pool_row(const T* tower, int64_t frames, int64_t stride, const T* branch, const int64_t* rows, int64_t count,
                      int64_t row_stride, int64_t n, T* to) {

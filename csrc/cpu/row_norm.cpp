@@ -1,5 +1,5 @@
-// LayerNorm of the patch rows a gather wrote, right after it, and its backward: out [B, 1+N, D], index [B, N] with -1 for
-// padding, whose rows are zeros here and not read. mean, rstd [B, N] in the type sums run in.
+// LayerNorm of the patch rows that a gather has written, and its backward: out [B, 1+N, D], index [B, N] with -1 for
+// padding, whose rows become zeros and are not read. mean, rstd [B, N] have the type of sums.
 #include "../common.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace bt {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements a thread should have before another one is started
+constexpr int64_t kGrain = 32768;  // least number of elements per thread
 constexpr int64_t kRows = 32;      // rows of one partial sum: independent of the number of threads
 
 template <typename T, typename A = accumulate_t<T>>
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> row_norm(const Tensor& out_in, const Tensor& 
   return {normed, mean, rstd};
 }
 
-// The gradient of out from its own (or none) and normed's; weight's and bias's.
+// Returns the gradient of out, from grad_out (or none) and grad_normed, and those of weight and bias.
 std::tuple<Tensor, Tensor, Tensor> row_norm_backward(const std::optional<Tensor>& grad_in, const Tensor& up_in,
                                                      const Tensor& out_in, const Tensor& weight_in,
                                                      const Tensor& index_in, const Tensor& mean_in,

@@ -1,4 +1,4 @@
-// Sums over a row of adjacent elements, and LayerNorm's moments, in a form compilers turn into wide vectors.
+// Sums over a row of adjacent elements, and LayerNorm's moments, written so that compilers vectorise them.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace bt {
 
-// As many lanes as the widest vectors have: the compiler may not reorder one chain of additions by itself.
+// As many lanes as the widest vectors have, because the compiler must not reorder a single chain of additions.
 constexpr int kLanes = 16;
 
 template <typename A, typename F>

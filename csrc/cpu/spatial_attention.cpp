@@ -3,7 +3,7 @@
 //   frame_weight w [B, S] or none: 1/(real frames)        out, grad [B, 1+N, H, E]: row 0 = sum over s of w * cls_out
 //   cls_out [B, S, H, E] result of the CLS query          lse [B, S, H, 1+G] log-sum-exp of each query's scores, CLS
 //   of each frame                                         first, 0 where nothing is visible
-// The CLS row's gradients are kept for each frame and added up in the frames' order, in float64: there may be many.
+// The gradients of the CLS row are stored for each frame and added in the order of frames, in float64 for accuracy.
 #include <algorithm>
 #include <vector>
 
@@ -14,16 +14,16 @@
 namespace bt {
 namespace {
 
-// Rows of every frame: of video b's frame s, list[begin[b*S + s] .. begin[b*S + s + 1]); CLS, row 0, leads each.
+// Rows of every frame: of video b's frame s, list[begin[b*S + s] .. begin[b*S + s + 1]); CLS, row 0, is first.
 struct FrameRows {
   std::vector<int64_t> begin, list;
-  std::vector<int64_t> lse_place;  // beside list: 0, or 1 + group (grid) or patch (ragged)
+  std::vector<int64_t> lse_place;  // for each entry of list: 0 for CLS, else 1 + group (grid) or 1 + patch (ragged)
   int64_t longest = 0;
 
   int64_t count(int64_t frame) const { return begin[frame + 1] - begin[frame]; }
 };
 
-// Reading the values of index costs nothing on a CPU.
+// Reads the values of index, which needs no device wait on a CPU.
 FrameRows find_frames(const char* op, const AttentionShape& s, int64_t patches, const int64_t* index) {
   const int64_t steps = s.steps();
   const auto step_of = [&](int64_t b, int64_t n) {
@@ -60,7 +60,7 @@ FrameRows find_frames(const char* op, const AttentionShape& s, int64_t patches, 
   return found;
 }
 
-// A call's inputs in a form the kernels read.
+// The inputs of a call in the layout that kernels require.
 struct SpatialCall {
   AttentionShape shape;
   int64_t places;  // 1 + G: queries of a frame in lse
@@ -116,7 +116,7 @@ struct SpatialCall {
             stride.part};
   }
 
-  // f(frame of B·S, head, scratch, its lse) for all of them, spread over the threads.
+  // Calls f(frame of B·S, head, scratch, its lse) for each frame and head, divided among the threads.
   template <typename A, typename F>
   void for_each_head(int64_t scratch_size, const F& f) const {
     const int64_t tasks = shape.batch * shape.steps() * shape.heads;
@@ -127,7 +127,7 @@ struct SpatialCall {
     });
   }
 
-  // Zeros at the padding rows of a contiguous [B, 1+N, width].
+  // Sets the padding rows of a contiguous [B, 1+N, width] to zero.
   template <typename T>
   void clear_padding(T* to, int64_t width) const {
     if (!shape.ragged()) return;

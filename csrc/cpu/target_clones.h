@@ -1,6 +1,6 @@
-// One portable binary that uses wide vectors where the processor has them: the compiler makes a function once per
-// instruction set and the loader picks. The sets leave fused multiply-add out and the build turns contraction off,
-// so every set gives the same bits. Everything called is inlined (flatten), else it would be compiled once, for the
+// Makes one portable binary that uses wide vectors where the processor has them: the compiler makes a function once per
+// instruction set and the loader selects one. The sets exclude fused multiply-add and the build disables contraction,
+// so all sets give the same bits. Called functions are inlined (flatten); otherwise they would be compiled only for the
 // default set.
 #pragma once
 

@@ -1,6 +1,6 @@
 // temporal_attention on the CPU, forward and backward: attention of each head (attention_head.h) over the rows of each
-// group of a regular grid, or of each patch when ragged. Shapes: ../attention.h; out, grad [B, N, H, E]. Nothing is
-// saved for the backward pass, which computes the probabilities again.
+// group of a regular grid, or of each patch when ragged. Shapes: ../attention.h; out, grad [B, N, H, E]. The
+// forward saves nothing; the backward recomputes the probabilities.
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -12,7 +12,7 @@
 namespace bt {
 namespace {
 
-// Rows of the N of video `batch` that attend to each other: always neighbours.
+// Adjacent rows of video `batch` that attend to each other.
 struct Sequence {
   int64_t batch, begin, count;
 };
@@ -24,7 +24,7 @@ struct Sequences {
   int64_t longest = 0;
 };
 
-// Reading the values of index costs nothing on a CPU.
+// Reads the values of index, which needs no device wait on a CPU.
 Sequences find_sequences(const char* op, const AttentionShape& s, const int64_t* index) {
   Sequences found;
   found.rows.resize(s.tokens);
@@ -44,7 +44,7 @@ Sequences find_sequences(const char* op, const AttentionShape& s, const int64_t*
   return found;
 }
 
-// A call's inputs in a form the kernels read.
+// The inputs of a call in the layout that kernels require.
 struct TemporalCall {
   AttentionShape shape;
   Tensor qkv, index;
@@ -65,8 +65,8 @@ struct TemporalCall {
             stride.row, stride.part};
   }
 
-  // f(sequence, head, scratch) for all of them, spread over the threads. A thread's share is neighbouring rows, all
-  // heads of a sequence in turn, so that rows are read once and in order.
+  // Calls f(sequence, head, scratch) for each sequence and head, divided among the threads. A thread takes adjacent
+  // rows and all heads of a sequence in turn, so rows are read once and in order.
   template <typename A, typename F>
   void for_each_head(int64_t scratch_size, const F& f) const {
     const int64_t tasks = static_cast<int64_t>(sequences.list.size()) * shape.heads, grain = 8;
@@ -78,7 +78,7 @@ struct TemporalCall {
     });
   }
 
-  // Zeros at the padding rows of a contiguous [B, N, width].
+  // Sets the padding rows of a contiguous [B, N, width] to zero.
   template <typename T>
   void clear_padding(T* to, int64_t width) const {
     for (const Sequence& each : sequences.padding) {

@@ -1,4 +1,4 @@
-// What the launchers of every op share on torch's side: element types, alignment, checks.
+// Helpers of all launchers that use torch: element types, alignment, checks.
 #pragma once
 
 #include <algorithm>
@@ -30,14 +30,14 @@ const T* data_of(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
-// Null for a tensor of size 0, which is how results that nobody needs are returned.
+// Returns null for a tensor of size 0, which stands for a result that is not needed.
 template <typename T>
 T* result_of(const Tensor& tensor) {
   return tensor.numel() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
 }
 
-// Calls f(T{}, V) with the kernels' element type and vector length, an integral constant: vectors of 16 bytes where
-// the width of a row and every step of the tensors (but between neighbours in a row) are whole numbers of them.
+// Calls f(T{}, V) with the kernels' element type and vector length, an integral constant. V gives vectors of 16 bytes
+// if the width of a row and all strides of the tensors (except the last) are multiples of it, else V is 1.
 template <typename F>
 void dispatch_rows(ScalarType dtype, const char* op, int64_t width, std::initializer_list<const Tensor*> tensors,
                    const F& f) {
@@ -76,7 +76,7 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor, 
   STD_TORCH_CHECK(false, op, ": ", name, " must have shape [", expected, "]");
 }
 
-// index and frame_counts in a form the kernels read.
+// index and frame_counts in the layout that kernels require.
 struct PlacesCall {
   Tensor index;
   std::optional<Tensor> frame_counts;
@@ -98,7 +98,7 @@ struct PlacesCall {
               static_cast<int>(frames), batch, patches, index.size(1), width};
   }
 
-  // Memory for rows_of_places.
+  // Allocates the memory for rows_of_places.
   Tensor row_of() const {
     return empty_like_shape(index, {places.batch, places.patches * places.frames}, ScalarType::Int);
   }

@@ -1,4 +1,4 @@
-// Launchers of gather_embed on CUDA. No launcher waits for the device, and so none checks the values in index or
+// Launchers of gather_embed on CUDA. They do not wait for the device, so they do not check the values of index and
 // frame_counts: a place past the end gives a row of NaN.
 #include "gather_embed.cuh"
 
@@ -7,7 +7,7 @@
 namespace bt {
 namespace {
 
-// The tensors of a call in a form the kernels read.
+// The tensors of a call in the layout that kernels require.
 struct EmbedCall {
   Tensor backbone, cls_token, pos, time;
   PlacesCall at;

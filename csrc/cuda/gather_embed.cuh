@@ -1,4 +1,4 @@
-// Device code of gather_embed; how rows are walked: rows.cuh. With CLS first in out, backbone and pos:
+// Device code of gather_embed; rows.cuh has the loops over rows. With CLS first in out, backbone and pos:
 //   out[b, 0]   = (mean of backbone[b, t, 0] over real frames + cls_token + pos[0]) / 2
 //   out[b, 1+n] = backbone[b, t, 1+p] + pos[1+p] + time[t]   for row n at place p*T + t, zeros for padding.
 // backbone [B, T, 1+P, D], cls_token [D], pos [1+P, D], time [M, D] with M >= T, out and grad [B, 1+N, D].
@@ -65,13 +65,13 @@ template <typename T>
 struct EmbedGrad {
   Places places;
   Rows<T> grad;
-  const int32_t* row_of;  // [B, P*T] as rows_of_places makes it; only for the gradients of pos and backbone
+  const int32_t* row_of;  // [B, P*T] from rows_of_places; only for the gradients of pos and backbone
 };
 
-// Sums of grad's rows by class: class t < T is the patch rows of frame t, class T the CLS rows. A warp sums one class
-// over rows_each neighbouring rows of [B * (1+N)] and kWarp * V columns, into partial [partials, classes, D]. Only
-// rows of its class are read, so grad is read once in all; the index is looked through once a class, from cache.
-// Warps: class fastest, then tile, then partial. Every sum has a fixed order.
+// Sums the rows of grad by class: class t < T is the patch rows of frame t, class T the CLS rows. A warp sums one class
+// over rows_each adjacent rows of [B * (1+N)] and kWarp * V columns, into partial [partials, classes, D]. It reads only
+// rows of its class, so grad is read once in total; the index is read once per class, from cache. Order of warps: class
+// fastest, then tile, then partial. Every sum has a fixed order.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
     embed_class_sums(const EmbedGrad<T> a, int first_class, int classes, int64_t tiles, int64_t partials,
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < V; ++i) to[i] = sum[i];
 }
 
-// grad_time [T, D] (null: not needed), and half of the CLS class into grad_cls_token [D] and grad_pos[0] (null: not
-// needed). Grid: ceil(classes * D / kWarp).
+// Writes grad_time [T, D] (null: not needed), and half of the CLS class to grad_cls_token [D] and grad_pos[0] (null:
+// not needed). Grid: ceil(classes * D / kWarp).
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     embed_reduce(const sum_t<T>* __restrict__ partial, int64_t partials, int first_class, int classes, int frames,
@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(kThreads)
   if (grad_pos) grad_pos[cls] = static_cast<T>(total / 2);
 }
 
-// grad_pos[1+p] for every patch: the rows of p over videos and frames. A warp has one patch and kWarp * V columns,
-// tile fastest.
+// Writes grad_pos[1+p] of every patch: the sum of its rows over videos and frames. A warp has one patch and
+// kWarp * V columns, tile fastest.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
     embed_backward_pos(const EmbedGrad<T> a, int64_t tiles, T* __restrict__ grad_pos) {
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
   if (d < width) write<T, V>(grad_pos + (1 + p) * width + d, sum);
 }
 
-// grad_backbone [B, T, 1+P, D], every token written once: its row's gradient, the CLS row's share, or zeros.
+// Writes grad_backbone [B, T, 1+P, D], every token once: its row's gradient, its share of the CLS row's, or zeros.
 // A warp has one token.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) embed_backward_backbone(const EmbedGrad<T> a, T* __restrict__ out) {
@@ -179,13 +179,13 @@ __global__ void __launch_bounds__(kThreads) embed_backward_backbone(const EmbedG
   }
 }
 
-// What the gradients of time, cls_token and pos[0] need: which classes of rows are summed, in how many parts.
+// Sums needed for the gradients of time, cls_token and pos[0]: the classes of rows and the number of partial sums.
 struct EmbedSums {
   int first_class, classes;
   int64_t partials, rows_each;
 
-  // Sizes alone decide, so results do not depend on the device. About 2,048 warps keep one busy, and 64 rows of each
-  // class to a partial keep the partials' own traffic at 3 % or less.
+  // Only sizes decide, so results do not depend on the device. About 2,048 warps occupy a device, and at least 64 rows
+  // of each class per partial sum keep the memory traffic of partial sums at 3 % or less.
   EmbedSums(const Places& s, int vector, bool of_time, bool of_cls)
       : first_class(of_time ? 0 : s.frames), classes((of_time ? s.frames : 0) + (of_cls ? 1 : 0)) {
     const int64_t rows = s.batch * (1 + s.tokens), warps = classes * parts(s.width, kWarp * vector);
@@ -196,14 +196,14 @@ struct EmbedSums {
   int64_t size(int64_t width) const { return partials * classes * width; }
 };
 
-// `On` is class Launch, or the tests' emulator.
+// `On` is class Launch, or the emulator of the tests.
 template <typename T, int V, typename On>
 void launch_embed_forward(const On& on, const EmbedDevice<T>& a, T* out) {
   on.run(embed_forward<T, V>, a.places.batch * row_blocks(a.places.tokens), kThreads, a, out);
 }
 
-// Null: not needed. grad_time has `time_rows` rows. partial holds sums.size(D) elements; row_of in a, filled here
-// through `row_of`, is needed for grad_pos and grad_backbone.
+// Null: not needed. grad_time has `time_rows` rows. partial has sums.size(D) elements. a.row_of is filled
+// here, through `row_of`; grad_pos and grad_backbone need it.
 template <typename T, int V, typename On>
 void launch_embed_backward(const On& on, const EmbedGrad<T>& a, const EmbedSums& sums, int64_t time_rows,
                            int32_t* row_of, sum_t<T>* partial, T* grad_backbone, T* grad_cls_token, T* grad_pos,

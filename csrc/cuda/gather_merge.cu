@@ -1,4 +1,4 @@
-// Launchers of gather_merge on CUDA. No launcher waits for the device, and so none checks the values in index or
+// Launchers of gather_merge on CUDA. They do not wait for the device, so they do not check the values of index and
 // frame_counts: a place past the end gives a row of NaN.
 #include "gather_merge.cuh"
 
@@ -8,7 +8,7 @@
 namespace bt {
 namespace {
 
-// A call as device code takes it.
+// A call in the form that device code takes.
 struct CudaMergeCall : MergeCall {
   CudaMergeCall(const char* op, const Tensor& backbone_in, const Tensor& branch_in,
                 const std::optional<Tensor>& gate_in, const Tensor& index_in, const std::optional<Tensor>& counts_in,

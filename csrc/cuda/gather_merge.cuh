@@ -1,4 +1,4 @@
-// Device code of gather_merge. Formula and shapes: ../gather_merge.h; how rows are walked: rows.cuh.
+// Device code of gather_merge. ../gather_merge.h has formula and shapes, rows.cuh the loops over rows.
 #pragma once
 
 #include "rows.cuh"
@@ -13,7 +13,7 @@ struct MergeDevice {
   const T* gate;  // null: out = branch + m
 };
 
-// The gate at column d, or all ones for a sum.
+// Returns the gate at column d, or ones for a sum.
 template <typename T, int V>
 __device__ __forceinline__ void read_gate(const MergeDevice<T>& a, int64_t d, sum_t<T> (&gate)[V]) {
   if (a.gate) {
@@ -24,7 +24,7 @@ __device__ __forceinline__ void read_gate(const MergeDevice<T>& a, int64_t d, su
   }
 }
 
-// Column d of one row: out = (1 - gate) * branch + gate * m.
+// Computes column d of one row: out = (1 - gate) * branch + gate * m.
 template <typename T, int V>
 __device__ __forceinline__ void merge_at(const MergeDevice<T>& a, const T* branch, int64_t d, const sum_t<T> (&m)[V],
                                          T* out) {
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kThreads) merge_forward(const MergeDevice<T> a
   }
 }
 
-// grad_branch (null: not needed) and the partial sums [partials, D] of grad_gate (null: not needed). Block (tile,
-// partial) has kWarp * V columns of rows_each neighbouring rows; a warp takes every kWarps-th of these rows.
+// Writes grad_branch (null: not needed) and the partial sums [partials, D] of grad_gate (null: not needed). Block
+// (tile, partial) has kWarp * V columns of rows_each adjacent rows; a warp takes every kWarps-th of these rows.
 // Grid: tiles * partials, tile fastest. Every sum has a fixed order.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x < kWarp && d < width) grad_gate[d] = static_cast<T>(total);
 }
 
-// grad_backbone [B, T, 1+P, D], filled with zeros before; the places of a video are distinct, so no two warps meet.
-// Grid as the forward's.
+// Writes grad_backbone [B, T, 1+P, D], which must hold zeros. The places of a video are distinct, so no two warps write
+// the same token. The grid is that of the forward.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) merge_backward_backbone(const MergeDevice<T> a, T* __restrict__ out) {
   const int64_t tokens = a.places.tokens, width = a.places.width, blocks = row_blocks(tokens);
@@ -171,13 +171,13 @@ __global__ void __launch_bounds__(kThreads) merge_backward_backbone(const MergeD
   }
 }
 
-// `On` is class Launch, or the tests' emulator.
+// `On` is class Launch, or the emulator of the tests.
 template <typename T, int V, typename On>
 void launch_merge_forward(const On& on, const MergeDevice<T>& a, T* out) {
   on.run(merge_forward<T, V>, a.places.batch * row_blocks(a.places.tokens), kThreads, a, out);
 }
 
-// Null: not needed. `partial` holds one row of D for each rows_each rows where grad_gate is needed, else it is null.
+// Null: not needed. `partial` has one row of D for each rows_each rows if grad_gate is needed, else it is null.
 template <typename T, int V, typename On>
 void launch_merge_backward(const On& on, const MergeDevice<T>& a, int64_t rows_each, T* grad_backbone, T* grad_branch,
                            T* grad_gate, sum_t<T>* partial) {

@@ -8,12 +8,12 @@
 
 #include "../common.h"
 
-// Weak: a torch without CUDA lacks it, and the library should load there all the same.
+// Weak, because a torch without CUDA lacks it and the library must load there too.
 #pragma weak aoti_torch_get_current_cuda_stream
 
 namespace bt {
 
-// Makes the device current while it lives; launches go to torch's current stream there.
+// Makes a device current for its lifetime; launches use torch's current stream of that device.
 class Launch {
  public:
   Launch(const char* op, int32_t device) : op_(op), guard_(device) {

@@ -1,5 +1,5 @@
-// Launchers of pool_video_tokens on CUDA. No launcher waits for the device, and so none checks the values in index or
-// frame_counts: in the forward pass a place past the end belongs to no patch, in the backward pass its row is NaN.
+// Launchers of pool_video_tokens on CUDA. They do not wait for the device, so they do not check the values of index and
+// frame_counts: the forward ignores a place past the end, the backward gives a row of NaN for it.
 #include "pool_video_tokens.cuh"
 
 #include "call.h"
@@ -7,7 +7,7 @@
 namespace bt {
 namespace {
 
-// The tensors of a call in a form the kernels read.
+// The tensors of a call in the layout that kernels require.
 struct PoolCall {
   Tensor backbone, branch;
   PlacesCall at;

@@ -1,6 +1,6 @@
-// Device code of pool_video_tokens; how rows are walked: rows.cuh.
+// Device code of pool_video_tokens; rows.cuh has the loops over rows.
 //   out[b, p] = (mean of backbone[b, t, 1+p] over real frames + mean of branch[b, 1+n] over the rows n of patch p) / 2
-//   out[b, P] = (mean of backbone[b, t, 0]   over real frames + branch[b, 0]) / 2;   a mean of nothing is 0.
+//   out[b, P] = (mean of backbone[b, t, 0]   over real frames + branch[b, 0]) / 2;   an empty mean is 0.
 // backbone [B, T', 1+P, D], branch [B, 1+N, D], out and grad [B, P+1, D]. T' may differ from the T of the places.
 #pragma once
 
@@ -11,10 +11,10 @@ namespace bt {
 template <typename T>
 struct PoolDevice {
   Places places;
-  Tower<T> backbone;      // null in the backward pass, as the branch is: nothing of them is needed
+  Tower<T> backbone;      // null in the backward pass, like branch: their values are not needed
   int tower_frames;       // T'
   Rows<T> branch, grad;   // grad is null in the forward pass
-  const int32_t* row_of;  // [B, P*T] as rows_of_places makes it
+  const int32_t* row_of;  // [B, P*T] from rows_of_places
 };
 
 // A warp has one row of out and kWarp * V columns, tile fastest.
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   write<T, V>(out + i * width + d, sum);
 }
 
-// out = scale * from, a row of the warp.
+// Computes out = scale * from for one row.
 template <typename T, int V>
 __device__ __forceinline__ void write_scaled(const T* from, sum_t<T> scale, int64_t width, T* out) {
 #pragma unroll 4
@@ -69,8 +69,8 @@ __device__ __forceinline__ void fill_row(sum_t<T> value, int64_t width, T* out) 
   for (int64_t d = threadIdx.x % kWarp * V; d < width; d += kWarp * V) fill<T, V>(out + d, value);
 }
 
-// grad_branch [B, 1+N, D]; a warp has one row. The rows of a patch are mostly neighbours, so its gradient comes from
-// cache for all but the first of them.
+// Writes grad_branch [B, 1+N, D]; a warp has one row. The rows of a patch are mostly adjacent, so all but the first
+// read its gradient from cache.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) pool_backward_branch(const PoolDevice<T> a, T* __restrict__ out) {
   const int64_t task = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) pool_backward_branch(const PoolDevic
   write_scaled<T, V>(a.grad.at(b, p), sum_t<T>(0.5) / static_cast<sum_t<T>>(count), width, out);
 }
 
-// grad_backbone [B, T', 1+P, D]; a warp has one token.
+// Writes grad_backbone [B, T', 1+P, D]; a warp has one token.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) pool_backward_backbone(const PoolDevice<T> a, T* __restrict__ out) {
   const int64_t task = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) pool_backward_backbone(const PoolDev
   write_scaled<T, V>(a.grad.at(b, k == 0 ? patches : k - 1), sum_t<T>(0.5) / static_cast<sum_t<T>>(real), width, out);
 }
 
-// `On` is class Launch, or the tests' emulator. row_of in a is filled here through `row_of`.
+// `On` is class Launch, or the emulator of the tests. a.row_of is filled here, through `row_of`.
 template <typename T, int V, typename On>
 void launch_pool_forward(const On& on, const PoolDevice<T>& a, int32_t* row_of, T* out) {
   const int64_t tiles = parts(a.places.width, kWarp * V);
@@ -112,7 +112,7 @@ void launch_pool_forward(const On& on, const PoolDevice<T>& a, int32_t* row_of, 
   on.run(pool_forward<T, V>, parts(a.places.batch * (a.places.patches + 1) * tiles, kWarps), kThreads, a, tiles, out);
 }
 
-// Null: not needed. row_of is needed for grad_branch alone.
+// Null: not needed. Only grad_branch needs row_of.
 template <typename T, int V, typename On>
 void launch_pool_backward(const On& on, const PoolDevice<T>& a, int32_t* row_of, T* grad_backbone, T* grad_branch) {
   const Places& s = a.places;

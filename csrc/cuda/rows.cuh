@@ -1,8 +1,8 @@
-// What the kernels over rows of D channels share: 16-byte accesses, where a row's token stands in the tower, sums.
-// No torch header, here or in any .cuh, so device code compiles alone.
+// Helpers of the kernels on rows of D channels: 16-byte accesses, the tower's token of a row, sums. No .cuh file
+// includes a torch header, so device code compiles without torch.
 //
-// A warp takes one row and walks its columns in vectors of 16 bytes; V is the number of elements of a vector, 1 where
-// rows are not a whole number of them. Grids have one dimension: y and z end at 65,535.
+// A warp takes one row and loops over its columns in vectors of 16 bytes; V is the number of elements of a vector, 1 if
+// rows are not a whole number of vectors. Grids have one dimension, because y and z are limited to 65,535.
 // Legend: B videos, T frames, P patches, N visible rows, D width.
 #pragma once
 
@@ -15,11 +15,11 @@ namespace bt {
 constexpr int kWarp = 32;
 constexpr int kWarps = 8;                  // warps of a block
 constexpr int kThreads = kWarp * kWarps;
-// Blocks of a multiprocessor that kernels with many registers ask for: at most 80 registers each. Without asking, the
-// compiler aims at more blocks on some targets and spills.
+// Blocks per multiprocessor requested for kernels with many registers: at most 80 registers a thread. Without it the
+// compiler assumes more blocks on some targets, and spills.
 constexpr int kBlocks = 3;
 
-// ceil(count / each), also on the device.
+// Returns ceil(count / each), also on the device.
 __host__ __device__ inline int64_t parts(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
 template <typename T>
@@ -63,7 +63,7 @@ __device__ __forceinline__ void fill(T* to, sum_t<T> value) {
   write<T, V>(to, all);
 }
 
-// Whether rows of these starts and steps (in elements) can be walked in whole vectors of 16 bytes.
+// Returns whether rows with these starts and strides (in elements) can be accessed in whole vectors of 16 bytes.
 inline bool in_vectors_of(int64_t elements, std::initializer_list<const void*> starts,
                           std::initializer_list<int64_t> steps) {
   for (const void* start : starts) {
@@ -75,15 +75,15 @@ inline bool in_vectors_of(int64_t elements, std::initializer_list<const void*> s
   return true;
 }
 
-// Which token each of the N rows of a video is: place p*T + t, or -1 for padding. The launchers check that P*T fits
-// 32 bits: a place is divided by T in every row, and 64-bit division costs registers.
+// The place of each of the N rows of a video: p*T + t, or -1 for padding. The launchers check that P*T fits 32 bits: a
+// place is divided by T in every row, and 64-bit division costs registers.
 struct Places {
   const int64_t* index;         // [B, N]
   const int64_t* frame_counts;  // [B], or null: all frames are real
   int frames;
   int64_t batch, patches, tokens, width;
 
-  // Real frames of `of`, never more than there are: a wrong count must not read past the tensor.
+  // Returns the number of real frames of `of`, at most T: a wrong count must not cause reads past the tensor.
   __device__ int real_frames(int64_t b, int of) const {
     if (!frame_counts) return of;
     const int64_t count = frame_counts[b];
@@ -96,7 +96,7 @@ struct Places {
   __device__ bool outside(int64_t place) const { return place >= frames * patches; }
 };
 
-// [B, T, 1+P, D] by its strides in elements.
+// A tensor [B, T, 1+P, D] with its strides in elements.
 template <typename T>
 struct Tower {
   const T* data;
@@ -105,7 +105,7 @@ struct Tower {
   __device__ const T* at(int64_t b, int64_t t, int64_t k) const { return data + b * batch + t * frame + k * token; }
 };
 
-// [B, rows, D] by its strides in elements.
+// A tensor [B, rows, D] with its strides in elements.
 template <typename T>
 struct Rows {
   const T* data;
@@ -114,14 +114,14 @@ struct Rows {
   __device__ const T* at(int64_t b, int64_t r) const { return data + b * batch + r * row; }
 };
 
-// The tower's token at a place.
+// Returns the tower's token at a place.
 template <typename T>
 __device__ __forceinline__ const T* token_at(const Tower<T>& tower, const Places& places, int64_t b, int64_t place) {
   const int p = places.patch(place), t = static_cast<int>(place) - p * places.frames;
   return tower.at(b, t, 1 + p);
 }
 
-// Mean of token k of video b over its first `frames` frames, at column d; 0 of no frames.
+// Averages token k of video b over its first `frames` frames, at column d; 0 for no frames.
 template <typename T, int V>
 __device__ __forceinline__ void mean_over_frames(const Tower<T>& tower, int64_t b, int64_t k, int64_t d, int frames,
                                                  sum_t<T> (&mean)[V]) {
@@ -140,11 +140,11 @@ __device__ __forceinline__ void mean_over_frames(const Tower<T>& tower, int64_t 
   for (int i = 0; i < V; ++i) mean[i] *= scale;
 }
 
-// Blocks of a video where block 0 has its CLS row and block 1 + j kWarps of its N patch rows. Grid: B times this.
+// Blocks per video: block 0 has its CLS row, block 1 + j has kWarps of its N patch rows. Grid: B times this.
 __host__ __device__ inline int64_t row_blocks(int64_t tokens) { return 1 + parts(tokens, kWarps); }
 
-// sum += the rows at from + `offset` of every lane whose bit is set in `chosen`, at column d; read[..] only where
-// `inside`. All lanes of the warp call it together. Four rows at a time are on their way.
+// sum += the rows at from + `offset` of every lane whose bit is set in `chosen`, at column d; read[..] is valid only
+// if `inside`. All lanes of the warp call it together. Four reads overlap.
 template <typename T, int V>
 __device__ __forceinline__ void add_rows(const T* from, unsigned chosen, int64_t offset, int64_t d, bool inside,
                                          sum_t<T> (&sum)[V]) {
@@ -168,7 +168,7 @@ __device__ __forceinline__ void add_rows(const T* from, unsigned chosen, int64_t
   }
 }
 
-// Sum of partial[:, column] of [partials, width], for column = blockIdx.x * kWarp + lane; the total is in warp 0.
+// Sums partial[:, column] of [partials, width] for column = blockIdx.x * kWarp + lane; the total is in warp 0.
 template <typename S>
 __device__ __forceinline__ S sum_of_partials(const S* partial, int64_t partials, int64_t width, int64_t column) {
   __shared__ S of_warp[kWarps][kWarp];
@@ -185,8 +185,8 @@ __device__ __forceinline__ S sum_of_partials(const S* partial, int64_t partials,
   return total;
 }
 
-// row_of [B, P*T], filled with zeros before: 1 + n where row n stands at a place, so that row_of counts as rows with
-// CLS first. The places of a video are distinct, so no two threads meet. Grid: ceil(B*N / kThreads).
+// Inverts the index: row_of [B, P*T], which must hold zeros, becomes 1 + n where row n has that place (row 0 is CLS).
+// The places of a video are distinct, so no two threads write the same entry. Grid: ceil(B*N / kThreads).
 static __global__ void __launch_bounds__(kThreads) rows_of_places(const Places places, int32_t* __restrict__ row_of) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= places.batch * places.tokens) return;
@@ -195,7 +195,7 @@ static __global__ void __launch_bounds__(kThreads) rows_of_places(const Places p
   row_of[b * places.patches * places.frames + place] = static_cast<int32_t>(1 + i - b * places.tokens);
 }
 
-// `On` is class Launch, or the tests' emulator.
+// `On` is class Launch, or the emulator of the tests.
 template <typename On>
 void launch_rows_of_places(const On& on, const Places& places, int32_t* row_of) {
   on.zero(row_of, places.batch * places.patches * places.frames * sizeof(int32_t));

@@ -1,5 +1,5 @@
 // Launchers of temporal_attention on CUDA: bfloat16 and float16 on a regular grid of at most 64 slots, heads of a width
-// that is a multiple of 8 up to 128. Other calls are for other backends; the index is not needed here.
+// that is a multiple of 8 up to 128. Other backends run other calls. The index is not needed.
 #include "temporal_attention.cuh"
 
 #include "call.h"
@@ -7,7 +7,7 @@
 namespace bt {
 namespace {
 
-// The tensor itself where its rows are whole vectors of 16 bytes, else a copy that is.
+// Returns the tensor if its rows are whole vectors of 16 bytes, else a copy with such rows.
 Tensor in_vectors(const Tensor& tensor) {
   const auto fits = [](const Tensor& t) {
     bool all = in_vectors_of(8, {t.const_data_ptr()}, {}) && t.stride(t.dim() - 1) == 1;

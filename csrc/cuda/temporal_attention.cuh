@@ -3,14 +3,14 @@
 //   dV = P^T dO,  dP = dO v^T,  dS = P * (dP - rowsum(P * dP)),  dQ = dS k / sqrt(E),  dK = dS^T q / sqrt(E)
 // qkv and its gradient [B, N, 3, H, E], out and grad [B, N, H, E]; row n belongs to sequence n / S.
 //
-// A pack is what a group of KT warps works on, as many whole sequences as fit KT tiles of 16 rows: KT = 1 for sequences
-// of up to 16 rows, 4 for up to 64. Scores between two sequences of a pack are masked away: the products are wasted,
-// but bytes decide. Each warp has the 16 queries of one tile and all keys of the pack; in the second half of the
-// backward pass it has the 16 keys of one tile and all queries.
+// A pack is the work of a group of KT warps: as many whole sequences as fit KT tiles of 16 rows, KT = 1 for sequences
+// of up to 16 rows, 4 for up to 64. Scores between two sequences of a pack are masked. Their products are wasted, but
+// memory traffic limits the speed. Each warp has the 16 queries of one tile and all keys of the pack; in the second
+// half of the backward pass it has the 16 keys of one tile and all queries.
 //
-// Loads are 16 bytes and go to registers alone, without shared memory. In a span of 32 columns lane 4g + t takes
+// Loads are 16 bytes and go to registers directly, without shared memory. In a span of 32 columns lane 4g + t takes
 // columns 8t .. 8t+7 of rows g and g+8. Where the columns are summed over (q k^T, dO v^T) their order is free, so these
-// registers are fragments as they are, as long as both factors use the same order. Where the rows are summed over
+// registers are fragments without conversion, if both factors use the same order. Where the rows are summed over
 // (P v, dS k, P^T dO, dS^T q) register j of all lanes is an 8 x 8 matrix, transposed in registers, whose column 2t + i
 // stands for column 8t + 2j + i: the results of lane t over j are 8 neighbouring columns again, one 16-byte store.
 #pragma once
@@ -51,11 +51,11 @@ struct Lane {
   __device__ Lane() : g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {}
 };
 
-// A group's share of the tensors: which rows, which head.
+// The rows and the head that a group processes.
 template <typename T, int KT>
 struct Pack {
   const TemporalDevice<T>& a;
-  int head, first, rows;  // rows first .. first + rows - 1 of all B * N; no rows where the group has no pack
+  int head, first, rows;  // rows first .. first + rows - 1 of all B * N; rows is 0 if the group has no pack
   int video, place;       // of the first row
 
   __device__ Pack(const TemporalDevice<T>& a_in) : a(a_in) {
@@ -78,7 +78,7 @@ struct Pack {
   }
 };
 
-// The lane's two rows of a tile in one tensor; null where the row is not the pack's.
+// The lane's two rows of a tile in one tensor; null if the row is not in the pack.
 template <typename T>
 struct TilePointers {
   const T* low;
@@ -109,7 +109,7 @@ struct TilePointers {
   }
 };
 
-// Those of every tile of the pack.
+// The lane's rows of every tile of the pack.
 template <typename T, int KT>
 __device__ __forceinline__ void all_tiles(const Pack<T, KT>& pack, const T* data, Lane lane, int64_t batch, int64_t row,
                                           TilePointers<T> (&to)[KT]) {
@@ -152,13 +152,13 @@ __device__ __forceinline__ void as_factor(const float (&c)[2][4], uint32_t (&to)
   to[2] = pair(c[1][0], c[1][1], T{}), to[3] = pair(c[1][2], c[1][3], T{});
 }
 
-// The left factor of the transposed block.
+// The transposed block, rounded, as the left factor of a product.
 __device__ __forceinline__ void transpose_factor(uint32_t (&x)[4]) {
   const uint32_t low = transposed(x[2]), high = transposed(x[1]);
   x[0] = transposed(x[0]), x[1] = low, x[2] = high, x[3] = transposed(x[3]);
 }
 
-// One span of 16 rows, out = scale * c, rounded. `to` is the pack's first row, `step` a row.
+// Stores one span of 16 rows, scale * c, rounded. `to` is the pack's first row, `step` the stride of rows.
 template <typename T>
 __device__ __forceinline__ void write_span(const float (&c)[4][4], float scale, T* to, int64_t step, int rows, int tile,
                                            int span, Lane lane, int width) {
@@ -174,7 +174,7 @@ __device__ __forceinline__ void write_span(const float (&c)[4][4], float scale, 
   }
 }
 
-// The four lanes of a row.
+// Reductions over the four lanes of a row.
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
   return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
@@ -185,8 +185,8 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
-// Scores of the tile's queries with all keys become probabilities. Every row, also one that is not the pack's, has a
-// key of its own (scores of absent rows are 0), so no maximum is infinite.
+// Turns scores of the tile's queries with all keys into probabilities. Every row, also one outside the pack, has at
+// least one unmasked key (scores of absent rows are 0), so no maximum is infinite.
 template <int KT>
 __device__ __forceinline__ void softmax(float (&s)[KT][2][4], int tile, int slots, float scale, Lane lane) {
   const float factor = scale * 1.4426950408889634f;  // exp(x) = 2^(x log2 e)
@@ -224,8 +224,8 @@ __device__ __forceinline__ void softmax(float (&s)[KT][2][4], int tile, int slot
   }
 }
 
-// Grid: ceil(groups / (kTemporalWarps / KT)). A warp with a pack of its own (KT = 1) has all its rows in registers, in
-// SPANS spans of columns, all of them on their way at once; with several tiles the spans are a loop.
+// Grid: ceil(groups / (kTemporalWarps / KT)). A warp that has a whole pack (KT = 1) loads all its rows to registers,
+// in SPANS spans of columns, whose loads overlap; with several tiles it loops over the spans.
 template <typename T, int KT, int SPANS>
 __global__ void __launch_bounds__(kTemporalThreads)
     temporal_forward(const TemporalDevice<T> a, T* __restrict__ out) {
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kTemporalThreads)
   const int64_t step = static_cast<int64_t>(a.heads) * a.width;
 
   float p[KT][2][4] = {};
-  Span v[SPANS];  // of a pack of one tile, on its way early
+  Span v[SPANS];  // for a pack of one tile, loaded early
   if constexpr (KT == 1) {
     Span q[SPANS], k[SPANS];
 #pragma unroll
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kTemporalThreads)
   }
 }
 
-// Sum over the keys of P * dP becomes dS in place of dP.
+// Replaces dP by dS, with the sum over the keys of P * dP.
 template <int KT>
 __device__ __forceinline__ void softmax_backward(const float (&p)[KT][2][4], float (&ds)[KT][2][4]) {
 #pragma unroll
@@ -310,7 +310,7 @@ __device__ __forceinline__ void softmax_backward(const float (&p)[KT][2][4], flo
   }
 }
 
-// Grid as the forward's. Of a pack of several tiles the queries' rows of P and dS pass through shared memory,
+// The grid is that of the forward. In a pack of several tiles, shared memory passes the queries' rows of P and dS,
 // transposed, to the warps that have the keys.
 template <typename T, int KT, int SPANS>
 __global__ void __launch_bounds__(kTemporalThreads)
@@ -420,10 +420,10 @@ __global__ void __launch_bounds__(kTemporalThreads)
   }
 }
 
-// How many warps a pack has.
+// Number of warps of a pack.
 inline int pack_tiles(int slots) { return slots <= kTile ? 1 : kMostSlots / kTile; }
 
-// A call but for its strides.
+// A call without its strides.
 template <typename T>
 TemporalDevice<T> temporal_device(const T* qkv, const T* grad, int64_t batch, int64_t tokens, int64_t slots,
                                   int64_t heads, int64_t width) {
@@ -450,7 +450,7 @@ void dispatch_temporal(int slots, int width, const F& f) {
   f.template operator()<1, kMostWidth / kSpan>();
 }
 
-// `On` is class Launch, or the tests' emulator.
+// `On` is class Launch, or the emulator of the tests.
 template <typename T, typename On>
 void launch_temporal_forward(const On& on, const TemporalDevice<T>& a, T* out) {
   dispatch_temporal(a.slots, a.width, [&]<int KT, int SPANS>() {

@@ -1,8 +1,8 @@
-// What the lanes of a warp do together, matrix products, and all other inline assembly of the kernels. What takes a
-// whole warp is volatile, so that none of it moves to where only some lanes go. Tests compile the device code for the
-// CPU with BT_EMULATED defined; tests/cuda_emulator/emulator.h then stands in for all of this.
+// Operations of a whole warp, matrix products, and all other inline assembly of the kernels. Warp-wide assembly is
+// volatile, so the compiler does not move it into code that only some lanes run. Tests compile the device code for the
+// CPU with BT_EMULATED defined; tests/cuda_emulator/emulator.h then replaces all of this.
 //
-// In what follows lane = 4 * g + t, so g is 0..7 and t is 0..3.
+// Below, lane = 4 * g + t, so g is 0..7 and t is 0..3.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,7 +17,7 @@ namespace bt {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// c[16, 8] += a[16, 16] * b[16, 8] in float32. The fragments of a lane, a pair being two neighbours in a register:
+// c[16, 8] += a[16, 16] * b[16, 8] in float32. The fragments of a lane; a pair is two adjacent elements in a register:
 //   a: rows g, g+8, g, g+8 at columns 2t, 2t, 2t+8, 2t+8 (pairs along the row);
 //   b: rows 2t and 2t+8 (pairs along the column) at column g;
 //   c: row g at columns 2t and 2t+1, row g+8 at columns 2t and 2t+1.
@@ -41,21 +41,21 @@ __device__ __forceinline__ void multiply_add<__half>(float (&c)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Transpose of an 8 x 8 matrix of 16-bit elements, of which every lane holds columns 2t and 2t+1 of row g.
+// Transposes an 8 x 8 matrix of 16-bit elements; every lane holds columns 2t and 2t+1 of row g.
 __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
   uint32_t out;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
   return out;
 }
 
-// 2^x, one instruction, relative error below 2^-22; 0 of minus infinity.
+// Computes 2^x in one instruction, with a relative error below 2^-22; 0 for minus infinity.
 __device__ __forceinline__ float power_of_two(float x) {
   float out;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
   return out;
 }
 
-// One store of 16 bytes: the compiler may split that of a struct made of registers.
+// Stores 16 bytes at once; the compiler may split the store of a struct of registers.
 __device__ __forceinline__ void store_vector(void* to, const uint32_t (&v)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};"
                :
@@ -63,7 +63,7 @@ __device__ __forceinline__ void store_vector(void* to, const uint32_t (&v)[4]) {
                : "memory");
 }
 
-// The tests' stand-in reports an address that is no multiple of `bytes`; a GPU stops there by itself.
+// The emulator of the tests reports an address that is not a multiple of `bytes`; a GPU raises a fault itself.
 __device__ __forceinline__ void check_aligned(const void*, size_t) {}
 
 }  // namespace bt

@@ -1,4 +1,4 @@
-"""spatial_attention: attention inside each frame, with the one CLS of the video in every frame."""
+"""The op spatial_attention: attention inside each frame, with the video's only CLS in every frame."""
 
 import torch
 from torch import Tensor
@@ -15,16 +15,16 @@ from bt_kernels.visible import VisibleTokens
 def _fake(qkv, frame_weight, index, frame_counts, patches, frames, slots):
     batch, rows, _, heads, width = qkv.shape
     steps, groups = (frames, patches) if slots is None else (slots, (rows - 1) // slots)
-    wide = torch.promote_types(qkv.dtype, torch.float32)
+    acc = torch.promote_types(qkv.dtype, torch.float32)
     return (
         qkv.new_empty(batch, rows, heads, width),
-        qkv.new_empty(batch, steps, heads, 1 + groups, dtype=wide),
-        qkv.new_empty(batch, steps, heads, width, dtype=wide),
+        qkv.new_empty(batch, steps, heads, 1 + groups, dtype=acc),
+        qkv.new_empty(batch, steps, heads, width, dtype=acc),
     )
 
 
-# lse [B, S, H, 1+G]: log-sum-exp (natural) of each query of a frame, CLS first, then group g's token of a grid or
-# patch g's when ragged (0 where not visible); cls_out [B, S, H, E]: the CLS query's result in each frame. Both in
+# lse [B, S, H, 1+G]: natural log-sum-exp of each query of a frame: CLS first, then the token of group g of a grid or of
+# patch g when ragged (0 if not visible). cls_out [B, S, H, E]: the result of the CLS query in each frame. Both are in
 # float32 or wider.
 _OP = define_op(
     "spatial_attention",
@@ -49,10 +49,10 @@ def spatial_attention(
     frame_weight: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Softmax attention inside each frame over CLS and the frame's visible patches, scale 1/√E.
+    """Compute softmax attention inside each frame over CLS and the frame's visible patches, with scale 1/√E.
 
-    The video has one CLS: it is query and key in every frame, and its row of the result is the weighted sum of its
-    results in the frames. A frame without visible patches has CLS alone. Equivalent to (regular grid)::
+    The video has one CLS. It is query and key in every frame, and its row of the result is the weighted sum of its
+    results in the frames. A frame without visible patches contains only CLS. Equivalent to (regular grid)::
 
         rows = qkv[:, 1:].unflatten(1, (K, S)).transpose(1, 2)                  # [B, S, K, 3, H, E]
         x = torch.cat([qkv[:, None, :1].expand(-1, S, -1, -1, -1, -1), rows], 2)
@@ -63,11 +63,11 @@ def spatial_attention(
 
     Args:
         qkv: packed projections, ``[B, 1+N, 3, H, E]``, CLS first; any float dtype.
-        visible: which tokens, and in which order.
+        visible: the tokens and their order.
         frame_weight: ``[B, S]`` (S slots of a grid, frames when ragged): weight of each frame in the CLS row, for
             stochastic depth and padding; float32 or the dtype of ``qkv``; no gradient flows to it. None: the mean
             over the real frames. Patch rows are not weighted.
-        backend: None, or "reference", "cpu", "triton", "cuda".
+        backend: "reference", "cpu", "triton" or "cuda"; None chooses automatically.
 
     Returns:
         ``[B, 1+N, H, E]``; padding rows (index -1) are zero.

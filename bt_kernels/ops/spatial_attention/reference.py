@@ -24,19 +24,19 @@ def forward(qkv, frame_weight, index, frame_counts, patches, frames, slots) -> t
 def backward(grad, qkv, frame_weight, index, frame_counts, patches, frames, slots, out, lse, cls_out, needs):
     q, k, v = _frames(qkv, index, patches, frames, slots).unbind(3)
     weights = _weights(frame_weight, frame_counts, qkv, q.shape[1])
-    # the wide dtype holds the CLS gradient, which is shared out over the frames
+    # float32 or wider: the CLS gradient is divided among the frames
     grad_cls = weights[:, :, None, None] * grad[:, None, 0].to(weights.dtype)
     grad_rows = to_grid(grad[:, 1:].to(weights.dtype), index, patches, frames, slots).transpose(1, 2)
     grad_out = torch.cat([grad_cls[:, :, None], grad_rows], 2)  # [B, S, 1+G, H, E]
-    wide = [t.to(weights.dtype) for t in (q, k, v)]
-    grads = attend_backward(grad_out, *wide, _key_mask(index, patches, frames, slots))
+    inputs = [t.to(weights.dtype) for t in (q, k, v)]
+    grads = attend_backward(grad_out, *inputs, _key_mask(index, patches, frames, slots))
     grads = torch.stack(grads, 3)
     rows = from_grid(grads[:, :, 1:].transpose(1, 2), index, slots)
     return (torch.cat([grads[:, :, 0].sum(1, keepdim=True), rows], 1).to(qkv.dtype),)
 
 
 def _frames(qkv: Tensor, index: Tensor, patches: int, frames: int, slots: int | None) -> Tensor:
-    """``[B, 1+N, 3, H, E]`` to one sequence a frame, the one CLS first in each: ``[B, S, 1+G, 3, H, E]``."""
+    """Split ``[B, 1+N, 3, H, E]`` into one sequence per frame, with CLS first in each: ``[B, S, 1+G, 3, H, E]``."""
     rows = to_grid(qkv[:, 1:], index, patches, frames, slots).transpose(1, 2)
     cls = qkv[:, None, :1].expand(-1, rows.shape[1], -1, -1, -1, -1)
     return torch.cat([cls, rows], 2)

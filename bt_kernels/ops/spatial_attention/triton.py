@@ -1,8 +1,8 @@
-"""spatial_attention in Triton: each frame's CLS and visible patches, read where they stand (rows S apart).
+"""spatial_attention in Triton: each frame's CLS and visible patches are read in place (rows S apart).
 
-The CLS result of each frame is kept in float32 and averaged after; the gradients of CLS likewise are one float32
-partial a frame, summed after: the same sums in the same order every time. Kernels and their legend:
-``triton_forward.py``, ``triton_backward.py``.
+The CLS result of each frame is stored in float32 and averaged afterwards. The gradients of CLS are one float32 partial
+sum per frame, added afterwards in a fixed order, so results are deterministic. ``triton_forward.py`` (with the legend)
+and ``triton_backward.py`` have the kernels.
 """
 
 import torch
@@ -19,7 +19,7 @@ def forward(qkv, frame_weight, index, frame_counts, patches, frames, slots):
     batch, rows, _, heads, width = qkv.shape
     steps, groups = _grid(rows, patches, frames, slots)
     out = qkv.new_empty(batch, rows, heads, width)
-    # entries of patches that are not visible are zeros
+    # Entries of patches that are not visible must be zeros.
     lse = (qkv.new_zeros if slots is None else qkv.new_empty)(batch, steps, heads, 1 + groups, dtype=torch.float32)
     cls_out = qkv.new_empty(batch, steps, heads, width, dtype=torch.float32)
     lists = _frame_lists(index, patches, frames, slots)
@@ -69,7 +69,7 @@ def backward(grad, qkv, frame_weight, index, frame_counts, patches, frames, slot
 
 
 def _frame_lists(index, patches: int, frames: int, slots: int | None) -> tuple:
-    """Rows of each frame, their patches and how many, or three times None where they are known arithmetic."""
+    """Return the rows of each frame, their patches and their number; three None for a grid (kernels compute them)."""
     if slots is not None:
         return None, None, None
     lists = RowLists.by_frame(index, patches, frames, name_patches=True)
@@ -77,7 +77,7 @@ def _frame_lists(index, patches: int, frames: int, slots: int | None) -> tuple:
 
 
 def _sum_frames(partial, out, frame_weight=None, frame_counts=None, weighted: bool = False) -> None:
-    """``partial`` [B, S, ...] summed over the frames into the first row of ``out`` [B, 1+N, ...]."""
+    """Sum ``partial`` [B, S, ...] over the frames into the first row of ``out`` [B, 1+N, ...]."""
     batch, steps = partial.shape[:2]
     width = partial[0, 0].numel() if batch else 1
     launch(
@@ -95,27 +95,27 @@ def _clear_padding(out, index) -> None:
     )  # fmt: skip
 
 
-# Tiles: M tokens owned, J of the other side at a time, TAIL of a small last block. Found by compiling
-# (bench/resources.py): without spills on any target, H = 16 and E = 64 or 88. Wide heads take few queries at a time, as
-# every warp holds them all.
-_RESIDENT_WARPS = 8  # planned to share a multiprocessor: they leave a thread 255 registers
+# Tiles: M tokens of a program, J tokens of the other side at a time, TAIL tokens of a small last block. Chosen so that
+# bench/resources.py finds no spills on any target, with H = 16 and E = 64 or 88. Wide heads take few queries at a time,
+# because every warp holds all of them.
+_RESIDENT_WARPS = 8  # planned per multiprocessor: 255 registers for each thread
 
 
 def _forward_tiles(qkv, groups: int, slots) -> dict:
     if qkv.dtype == torch.float32:
         return dict(M=32, J=32, TAIL=0, warps=8 if qkv.shape[4] > 64 else 4)
-    # 77 patches fill three tiles of 32 better than two of 64
+    # 77 patches, for example, waste less of three tiles of 32 than of two tiles of 64.
     fits = slots is None or triton.cdiv(groups, 64) * 2 == triton.cdiv(groups, 32)
     return dict(M=64, J=64 if fits else 32, TAIL=16, warps=4)
 
 
 def _whole_tiles(qkv, groups: int) -> dict | None:
-    """For frames that a program of the backward takes as a whole; None: they are too long."""
-    own = max(32, triton.next_power_of_2(1 + groups))
+    """Return the options of a backward whose programs take whole frames; None if frames are too long for that."""
+    tile = max(32, triton.next_power_of_2(1 + groups))
     split = qkv.shape[4] > 64
-    if qkv.dtype == torch.float32 or own > (64 if split else 128):
+    if qkv.dtype == torch.float32 or tile > (64 if split else 128):
         return None
-    return dict(M=own, J=16, warps=8 if split and own == 64 else max(4, own // 16))
+    return dict(M=tile, J=16, warps=8 if split and tile == 64 else max(4, tile // 16))
 
 
 def _backward_tiles(qkv) -> dict:
@@ -128,7 +128,7 @@ def _backward_tiles(qkv) -> dict:
 
 
 def _grid(rows: int, patches: int, frames: int, slots: int | None) -> tuple[int, int]:
-    """Steps, and the most patch tokens of one."""
+    """Return the number of steps and the largest number of patch tokens of a step."""
     return (frames, patches) if slots is None else (slots, (rows - 1) // slots)
 
 

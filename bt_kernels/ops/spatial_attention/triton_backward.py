@@ -1,6 +1,6 @@
-"""Triton kernels of spatial_attention's backward. Legend as in the forward (``triton_forward.py``).
+"""Triton kernels of spatial_attention's backward. ``triton_forward.py`` has the legend.
 
-With w the frame's weight for the CLS query and 1 for all others, and per frame:
+With w the frame's weight for the CLS query and 1 for all other queries, in each frame:
 
     P = exp(Q·Kᵀ/√E - lse), dV = (w·P)ᵀ·dO, dS = w·P∘(dO·Vᵀ - δ)/√E, dK = dSᵀ·Q, dQ = dS·K, δ = Σ P∘(dO·Vᵀ) = Σ dO∘O
 """
@@ -19,35 +19,37 @@ def _backward_whole(
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, J: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """A frame of no more than M tokens in one program: every key in the tile, J queries at a time, so that dQ is
-    complete at once and δ comes from P."""
+    """Process a frame of at most M tokens in one program.
+
+    The tile holds all keys and takes J queries at a time, so one product completes dQ, and δ is computed from P.
+    """
     SPLIT: tl.constexpr = E > E0
     pid = tl.program_id(0).to(tl.int64)
     h, frame = pid % H, pid // H
     b, s = frame // S, frame % S
     length = frame_length(counts, frame, K, RAGGED)
     m = tl.arange(0, M)
-    own = m < length
+    valid_r = m < length
     base = qkv + (b * stride_b + h * stride_h) * UNIT
     step, part = tl.cast(stride_n, tl.int64) * UNIT, tl.cast(stride_c, tl.int64) * UNIT
-    across = tl.cast(H, tl.int64) * E
+    D = tl.cast(H, tl.int64) * E
     to = grad_qkv + (b * (1 + N) * 3 * H + h) * E
     to_cls = cls_grad + (frame * 3 * H + h) * E
     key, _ = token_rows(order, patch, frame, s, m, length, S, K, RAGGED)
-    k0, k1 = read(base + part + key.to(tl.int64) * step, own, E, E0, E1)
-    v0, v1 = read(base + 2 * part + key.to(tl.int64) * step, own, E, E0, E1)
+    k0, k1 = read(base + part + key.to(tl.int64) * step, valid_r, E, E0, E1)
+    v0, v1 = read(base + 2 * part + key.to(tl.int64) * step, valid_r, E, E0, E1)
     share = frame_share(weight, frame_counts, b, s, S, weight_b, weight_s)
     dk0, dk1 = tl.zeros([M, E0], tl.float32), tl.zeros([M, E1], tl.float32)
     dv0, dv1 = tl.zeros([M, E0], tl.float32), tl.zeros([M, E1], tl.float32)
     for j0 in range(0, length, J):
         j = j0 + tl.arange(0, J)
-        here = j < length
+        valid_j = j < length
         row, entry = token_rows(order, patch, frame, s, j, length, S, K, RAGGED)
-        q0, q1 = read(base + row.to(tl.int64) * step, here, E, E0, E1)
-        g0, g1 = read(grad + (b * grad_b + h * grad_h + row.to(tl.int64) * grad_n) * UNIT, here, E, E0, E1)
-        logs = tl.load(lse + (frame * H + h) * entries + entry, mask=here, other=0.0) * LOG2_E
+        q0, q1 = read(base + row.to(tl.int64) * step, valid_j, E, E0, E1)
+        g0, g1 = read(grad + (b * grad_b + h * grad_h + row.to(tl.int64) * grad_n) * UNIT, valid_j, E, E0, E1)
+        logs = tl.load(lse + (frame * H + h) * entries + entry, mask=valid_j, other=0.0) * LOG2_E
         scores = product(k0, k1, q0, q1, SPLIT, PRECISION) * (scale * LOG2_E) - logs[None, :]  # [M keys, J queries]
-        p = tl.exp2(tl.where(own[:, None] & here[None, :], scores, float("-inf")))
+        p = tl.exp2(tl.where(valid_r[:, None] & valid_j[None, :], scores, float("-inf")))
         dp = product(v0, v1, g0, g1, SPLIT, PRECISION)
         delta = tl.sum(p * dp, 0)
         p = p * tl.where(j == 0, share, 1.0)[None, :]
@@ -61,50 +63,50 @@ def _backward_whole(
             dv1 = tl.dot(p, g1, dv1, input_precision=PRECISION)
             dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
             dq1 = tl.dot(tl.trans(ds), k1, input_precision=PRECISION)
-        write(to + row.to(tl.int64) * 3 * across, here & (j > 0), dq0, dq1, E, E0, E1)
+        write(to + row.to(tl.int64) * 3 * D, valid_j & (j > 0), dq0, dq1, E, E0, E1)
         write(to_cls + row * 0, j == 0, dq0, dq1, E, E0, E1)
-    to += key.to(tl.int64) * 3 * across
-    write(to + across, own & (m > 0), dk0, dk1, E, E0, E1)
-    write(to + 2 * across, own & (m > 0), dv0, dv1, E, E0, E1)
+    to += key.to(tl.int64) * 3 * D
+    write(to + D, valid_r & (m > 0), dk0, dk1, E, E0, E1)
+    write(to + 2 * D, valid_r & (m > 0), dv0, dv1, E, E0, E1)
     to_cls += key * 0
-    write(to_cls + across, m == 0, dk0, dk1, E, E0, E1)
-    write(to_cls + 2 * across, m == 0, dv0, dv1, E, E0, E1)
+    write(to_cls + D, m == 0, dk0, dk1, E, E0, E1)
+    write(to_cls + 2 * D, m == 0, dv0, dv1, E, E0, E1)
 
 
 @triton.jit
 def _key_gradients(
-    base, grad_base, out_base, order, patch, sums, cls_at, share, to, to_cls, step, part, grad_step, out_step, across,
+    base, grad_base, out_base, order, patch, sums, cls_at, share, to, to_cls, step, part, grad_step, out_step, D,
     s, frame, length, r, S, K, scale,
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, J: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of tokens r, [M]: from the CLS query, then from J patches' queries at a time."""
+    """Compute dK and dV of tokens r, [M]: from the CLS query, then from the queries of J patches at a time."""
     SPLIT: tl.constexpr = E > E0
-    own = r < length
+    valid_r = r < length
     row, _ = token_rows(order, patch, frame, s, r, length, S, K, RAGGED)
-    k0, k1 = read(base + part + row.to(tl.int64) * step, own, E, E0, E1)
-    v0, v1 = read(base + 2 * part + row.to(tl.int64) * step, own, E, E0, E1)
+    k0, k1 = read(base + part + row.to(tl.int64) * step, valid_r, E, E0, E1)
+    v0, v1 = read(base + 2 * part + row.to(tl.int64) * step, valid_r, E, E0, E1)
     x0, x1 = read_one(base, E, E0, E1)
     y0, y1 = read_one(grad_base, E, E0, E1)
     c0, c1 = read_one(cls_at, E, E0, E1)
     x = product_with_one(k0, k1, x0, x1, SPLIT) * (scale * LOG2_E) - tl.load(sums) * LOG2_E
-    w = tl.exp2(tl.where(own, x, float("-inf"))) * share
+    w = tl.exp2(tl.where(valid_r, x, float("-inf"))) * share
     dv0, dv1 = w[:, None] * y0, w[:, None] * y1
     w *= (product_with_one(v0, v1, y0, y1, SPLIT) - product_with_one(y0, y1, c0, c1, SPLIT)) * scale
     dk0, dk1 = w[:, None] * x0, w[:, None] * x1
     for j0 in range(0, length - 1, J):
         j = j0 + tl.arange(0, J)
-        here = j < length - 1
-        query, entry = patch_rows(order, patch, frame, s, j, here, S, K, RAGGED)
-        q0, q1 = read(base + query.to(tl.int64) * step, here, E, E0, E1)
-        g0, g1 = read(grad_base + query.to(tl.int64) * grad_step, here, E, E0, E1)
-        o0, o1 = read(out_base + query.to(tl.int64) * out_step, here, E, E0, E1)
+        valid_j = j < length - 1
+        query, entry = patch_rows(order, patch, frame, s, j, valid_j, S, K, RAGGED)
+        q0, q1 = read(base + query.to(tl.int64) * step, valid_j, E, E0, E1)
+        g0, g1 = read(grad_base + query.to(tl.int64) * grad_step, valid_j, E, E0, E1)
+        o0, o1 = read(out_base + query.to(tl.int64) * out_step, valid_j, E, E0, E1)
         delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
         if SPLIT:
             delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
-        logs = tl.load(sums + entry, mask=here, other=0.0) * LOG2_E
+        logs = tl.load(sums + entry, mask=valid_j, other=0.0) * LOG2_E
         scores = product(k0, k1, q0, q1, SPLIT, PRECISION) * (scale * LOG2_E) - logs[None, :]  # [M keys, J queries]
-        p = tl.exp2(tl.where(own[:, None] & here[None, :], scores, float("-inf")))
+        p = tl.exp2(tl.where(valid_r[:, None] & valid_j[None, :], scores, float("-inf")))
         dp = product(v0, v1, g0, g1, SPLIT, PRECISION)
         ds = (p * (dp - delta[None, :]) * scale).to(q0.dtype)
         p = p.to(q0.dtype)
@@ -113,54 +115,54 @@ def _key_gradients(
         if SPLIT:
             dv1 = tl.dot(p, g1, dv1, input_precision=PRECISION)
             dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
-    to += row.to(tl.int64) * 3 * across
-    write(to + across, own & (r > 0), dk0, dk1, E, E0, E1)
-    write(to + 2 * across, own & (r > 0), dv0, dv1, E, E0, E1)
+    to += row.to(tl.int64) * 3 * D
+    write(to + D, valid_r & (r > 0), dk0, dk1, E, E0, E1)
+    write(to + 2 * D, valid_r & (r > 0), dv0, dv1, E, E0, E1)
     to_cls += row * 0
-    write(to_cls + across, r == 0, dk0, dk1, E, E0, E1)
-    write(to_cls + 2 * across, r == 0, dv0, dv1, E, E0, E1)
+    write(to_cls + D, r == 0, dk0, dk1, E, E0, E1)
+    write(to_cls + 2 * D, r == 0, dv0, dv1, E, E0, E1)
 
 
 @triton.jit
 def _query_gradients(
-    base, grad_base, out_base, order, patch, sums, cls_at, share, to, to_cls, step, part, grad_step, out_step, across,
+    base, grad_base, out_base, order, patch, sums, cls_at, share, to, to_cls, step, part, grad_step, out_step, D,
     s, frame, length, r, S, K, scale,
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, J: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of tokens r, [M]: from the CLS key, then from J patches' keys at a time."""
+    """Compute dQ of tokens r, [M]: from the CLS key, then from the keys of J patches at a time."""
     SPLIT: tl.constexpr = E > E0
-    own = r < length
+    valid_r = r < length
     row, entry = token_rows(order, patch, frame, s, r, length, S, K, RAGGED)
-    q0, q1 = read(base + row.to(tl.int64) * step, own, E, E0, E1)
-    g0, g1 = read(grad_base + row.to(tl.int64) * grad_step, own, E, E0, E1)
-    o0, o1 = read(out_base + row.to(tl.int64) * out_step, own & (r > 0), E, E0, E1)
+    q0, q1 = read(base + row.to(tl.int64) * step, valid_r, E, E0, E1)
+    g0, g1 = read(grad_base + row.to(tl.int64) * grad_step, valid_r, E, E0, E1)
+    o0, o1 = read(out_base + row.to(tl.int64) * out_step, valid_r & (r > 0), E, E0, E1)
     delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
     if SPLIT:
         delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
     c0, c1 = read_one(cls_at, E, E0, E1)
     delta = tl.where(r == 0, product_with_one(g0, g1, c0, c1, SPLIT), delta)
     weights = tl.where(r == 0, share, 1.0) * scale
-    logs = tl.load(sums + entry, mask=own, other=0.0) * LOG2_E
+    logs = tl.load(sums + entry, mask=valid_r, other=0.0) * LOG2_E
     c0, c1 = read_one(base + part, E, E0, E1)
-    w = tl.exp2(tl.where(own, product_with_one(q0, q1, c0, c1, SPLIT) * (scale * LOG2_E) - logs, float("-inf")))
+    w = tl.exp2(tl.where(valid_r, product_with_one(q0, q1, c0, c1, SPLIT) * (scale * LOG2_E) - logs, float("-inf")))
     x0, x1 = read_one(base + 2 * part, E, E0, E1)
     w *= (product_with_one(g0, g1, x0, x1, SPLIT) - delta) * weights
     dq0, dq1 = w[:, None] * c0, w[:, None] * c1
     for j0 in range(0, length - 1, J):
         j = j0 + tl.arange(0, J)
-        here = j < length - 1
-        key, _ = patch_rows(order, patch, frame, s, j, here, S, K, RAGGED)
-        k0, k1 = read(base + part + key.to(tl.int64) * step, here, E, E0, E1)
-        v0, v1 = read(base + 2 * part + key.to(tl.int64) * step, here, E, E0, E1)
+        valid_j = j < length - 1
+        key, _ = patch_rows(order, patch, frame, s, j, valid_j, S, K, RAGGED)
+        k0, k1 = read(base + part + key.to(tl.int64) * step, valid_j, E, E0, E1)
+        v0, v1 = read(base + 2 * part + key.to(tl.int64) * step, valid_j, E, E0, E1)
         scores = product(q0, q1, k0, k1, SPLIT, PRECISION) * (scale * LOG2_E) - logs[:, None]
-        p = tl.exp2(tl.where(own[:, None] & here[None, :], scores, float("-inf")))
+        p = tl.exp2(tl.where(valid_r[:, None] & valid_j[None, :], scores, float("-inf")))
         dp = product(g0, g1, v0, v1, SPLIT, PRECISION)
         ds = (p * (dp - delta[:, None]) * weights[:, None]).to(q0.dtype)
         dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
         if SPLIT:
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-    write(to + row.to(tl.int64) * 3 * across, own & (r > 0), dq0, dq1, E, E0, E1)
+    write(to + row.to(tl.int64) * 3 * D, valid_r & (r > 0), dq0, dq1, E, E0, E1)
     write(to_cls + row * 0, r == 0, dq0, dq1, E, E0, E1)
 
 
@@ -171,10 +173,12 @@ def _backward_blocks(
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, TAIL: tl.constexpr, J: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Frames of any length. Even programs own M keys and pass over the queries, odd ones own M queries and pass over
-    the keys: neighbours, so that what both read comes from the cache."""
+    """Process frames of any length: even programs take M keys and loop over the queries, odd ones the reverse.
+
+    The two programs of a pair are neighbours, so they share reads in the cache.
+    """
     pid = tl.program_id(0).to(tl.int64)
-    own_keys, pair = pid % 2 == 0, pid // 2
+    for_keys, pair = pid % 2 == 0, pid // 2
     block, frame_head = pair % blocks, pair // blocks
     h, frame = frame_head % H, frame_head // H
     b, s = frame // S, frame % S
@@ -184,36 +188,36 @@ def _backward_blocks(
         base = qkv + (b * stride_b + h * stride_h) * UNIT
         step, part = tl.cast(stride_n, tl.int64) * UNIT, tl.cast(stride_c, tl.int64) * UNIT
         grad_base, grad_step = grad + (b * grad_b + h * grad_h) * UNIT, tl.cast(grad_n, tl.int64) * UNIT
-        across = tl.cast(H, tl.int64) * E
+        D = tl.cast(H, tl.int64) * E
         out_base = out + (b * (1 + N) * H + h) * E
         sums = lse + frame_head * entries
         cls_at = cls_out + frame_head * E
         to = grad_qkv + (b * (1 + N) * 3 * H + h) * E
         to_cls = cls_grad + (frame * 3 * H + h) * E
         share = frame_share(weight, frame_counts, b, s, S, weight_b, weight_s)
-        if own_keys:
+        if for_keys:
             if length - r0 > TAIL:
                 _key_gradients(
                     base, grad_base, out_base, order, patch, sums, cls_at, share, to, to_cls, step, part, grad_step,
-                    across, across, s, frame, length, r0 + tl.arange(0, M), S, K, scale, E, E0, E1, M, J, RAGGED,
+                    D, D, s, frame, length, r0 + tl.arange(0, M), S, K, scale, E, E0, E1, M, J, RAGGED,
                     PRECISION,
                 )  # fmt: skip
             elif TAIL > 0:
                 _key_gradients(
                     base, grad_base, out_base, order, patch, sums, cls_at, share, to, to_cls, step, part, grad_step,
-                    across, across, s, frame, length, r0 + tl.arange(0, TAIL), S, K, scale, E, E0, E1, TAIL, J, RAGGED,
+                    D, D, s, frame, length, r0 + tl.arange(0, TAIL), S, K, scale, E, E0, E1, TAIL, J, RAGGED,
                     PRECISION,
                 )  # fmt: skip
         else:
             if length - r0 > TAIL:
                 _query_gradients(
                     base, grad_base, out_base, order, patch, sums, cls_at, share, to, to_cls, step, part, grad_step,
-                    across, across, s, frame, length, r0 + tl.arange(0, M), S, K, scale, E, E0, E1, M, J, RAGGED,
+                    D, D, s, frame, length, r0 + tl.arange(0, M), S, K, scale, E, E0, E1, M, J, RAGGED,
                     PRECISION,
                 )  # fmt: skip
             elif TAIL > 0:
                 _query_gradients(
                     base, grad_base, out_base, order, patch, sums, cls_at, share, to, to_cls, step, part, grad_step,
-                    across, across, s, frame, length, r0 + tl.arange(0, TAIL), S, K, scale, E, E0, E1, TAIL, J, RAGGED,
+                    D, D, s, frame, length, r0 + tl.arange(0, TAIL), S, K, scale, E, E0, E1, TAIL, J, RAGGED,
                     PRECISION,
                 )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Triton kernels of spatial_attention: what both passes share, and the forward.
+"""Triton kernels of spatial_attention's forward, and helpers of both passes.
 
-Legend: B videos, S steps (slots, or frames when ragged), L tokens of a frame with CLS, K the most patches of a frame,
-N patch rows of a video, H heads, E head width (E0 + E1 columns), M rows a program owns, J patches it takes at a time.
-Token 0 of a frame is the video's one CLS, token r > 0 its r-th patch. Strides come in units of UNIT elements.
+Legend: B videos, S steps (slots, or frames when ragged), L tokens of a frame with CLS, K largest number of patches,
+N patch rows of a video, H heads, E head width (E0 + E1 columns), D = H·E, M rows of a program, J patches at a time.
+Token 0 of a frame is the video's only CLS, token r > 0 its r-th patch. Strides are in units of UNIT elements.
 """
 
 import triton
@@ -15,7 +15,7 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def clear_padding(index, out, index_b, index_n, N, W, R: tl.constexpr, C: tl.constexpr):
-    """Zeros in the rows of ``out`` [B, 1+N, W] whose index is -1; nothing is read or written elsewhere."""
+    """Set the rows of ``out`` [B, 1+N, W] whose index is -1 to zero; other rows are neither read nor written."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(N, R)
     b = pid // blocks
@@ -30,7 +30,7 @@ def clear_padding(index, out, index_b, index_n, N, W, R: tl.constexpr, C: tl.con
 
 @triton.jit
 def frame_share(weight, frame_counts, b, s, S, weight_b, weight_s):
-    """Weight of a frame in the CLS row: the given one, or that of the mean over the real frames."""
+    """Return the weight of a frame in the CLS row: ``weight`` if given, else that of a mean over the real frames."""
     if weight is not None:
         share = tl.load(weight + b * weight_b + s * weight_s).to(tl.float32)
     elif frame_counts is not None:
@@ -45,7 +45,7 @@ def frame_share(weight, frame_counts, b, s, S, weight_b, weight_s):
 def sum_frames(
     partial, weight, frame_counts, out, weight_b, weight_s, out_b, S, W, WEIGHTED: tl.constexpr, C: tl.constexpr
 ):
-    """out[b, 0] = Σ_s weight[b, s]·partial[b, s] (or without weights) of rows of W, in the same order every time."""
+    """Compute out[b, 0] = Σ_s weight[b, s]·partial[b, s] (or without weights) of rows of W, in a fixed order."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(W, C)
     b = pid // blocks
@@ -61,7 +61,7 @@ def sum_frames(
 
 @triton.jit
 def frame_length(counts, frame, K, RAGGED: tl.constexpr):
-    """L: tokens of a frame with CLS."""
+    """Return L, the number of tokens of a frame with CLS."""
     if RAGGED:
         length = 1 + tl.load(counts + frame)
     else:
@@ -71,7 +71,7 @@ def frame_length(counts, frame, K, RAGGED: tl.constexpr):
 
 @triton.jit
 def patch_rows(order, patch, frame, s, j, valid, S, K, RAGGED: tl.constexpr):
-    """Rows in [1, N] of patches j of a frame, and their entries in lse, in int32. Only where valid."""
+    """Return the rows in [1, N] of patches j of a frame and their entries in lse (int32), where ``valid``."""
     if RAGGED:
         row = 1 + tl.load(order + frame * K + j, mask=valid, other=0)
         entry = 1 + tl.load(patch + frame * K + j, mask=valid, other=0)
@@ -83,7 +83,7 @@ def patch_rows(order, patch, frame, s, j, valid, S, K, RAGGED: tl.constexpr):
 
 @triton.jit
 def token_rows(order, patch, frame, s, r, length, S, K, RAGGED: tl.constexpr):
-    """:func:`patch_rows` of tokens r: CLS is row 0 and entry 0."""
+    """Return :func:`patch_rows` of tokens r; CLS has row 0 and entry 0."""
     row, entry = patch_rows(order, patch, frame, s, r - 1, (r > 0) & (r < length), S, K, RAGGED)
     return tl.where(r == 0, 0, row), tl.where(r == 0, 0, entry)
 
@@ -94,11 +94,11 @@ def _attend(
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, J: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Results of tokens r, [M], of a frame: the running softmax starts from CLS, so the loop covers patches alone."""
+    """Compute attention of tokens r, [M], of a frame. The online softmax starts with CLS; the loop is over patches."""
     SPLIT: tl.constexpr = E > E0
-    own = r < length
+    valid_r = r < length
     row, entry = token_rows(order, patch, frame, s, r, length, S, K, RAGGED)
-    q0, q1 = read(base + row.to(tl.int64) * step, own, E, E0, E1)
+    q0, q1 = read(base + row.to(tl.int64) * step, valid_r, E, E0, E1)
     keys = base + part
     c0, c1 = read_one(keys, E, E0, E1)
     top = product_with_one(q0, q1, c0, c1, SPLIT) * (scale * LOG2_E)
@@ -107,25 +107,25 @@ def _attend(
     acc0, acc1 = tl.zeros([M, E0], tl.float32) + c0, tl.zeros([M, E1], tl.float32) + c1
     for j0 in range(0, length - 1, J):
         j = j0 + tl.arange(0, J)
-        here = j < length - 1
-        at, _ = patch_rows(order, patch, frame, s, j, here, S, K, RAGGED)
+        valid_j = j < length - 1
+        at, _ = patch_rows(order, patch, frame, s, j, valid_j, S, K, RAGGED)
         at = keys + at.to(tl.int64) * step
-        k0, k1 = read(at, here, E, E0, E1)
+        k0, k1 = read(at, valid_j, E, E0, E1)
         scores = product(q0, q1, k0, k1, SPLIT, PRECISION) * (scale * LOG2_E)
-        scores = tl.where(here[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        v0, v1 = read(at + part, here, E, E0, E1)
+        scores = tl.where(valid_j[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - new_top[:, None])
+        rescale = tl.exp2(top - new_top)
+        total = total * rescale + tl.sum(p, 1)
+        v0, v1 = read(at + part, valid_j, E, E0, E1)
         p = p.to(v0.dtype)
-        acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+        acc0 = tl.dot(p, v0, acc0 * rescale[:, None], input_precision=PRECISION)
         if SPLIT:
-            acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
-        top = higher
+            acc1 = tl.dot(p, v1, acc1 * rescale[:, None], input_precision=PRECISION)
+        top = new_top
     acc0, acc1 = acc0 / total[:, None], acc1 / total[:, None]
-    tl.store(lse + (frame * H + h) * entries + entry, (top + tl.log2(total)) * _LN_2, mask=own)
-    write(out + ((b * (1 + N) + row.to(tl.int64)) * H + h) * E, own & (r > 0), acc0, acc1, E, E0, E1)
+    tl.store(lse + (frame * H + h) * entries + entry, (top + tl.log2(total)) * _LN_2, mask=valid_r)
+    write(out + ((b * (1 + N) + row.to(tl.int64)) * H + h) * E, valid_r & (r > 0), acc0, acc1, E, E0, E1)
     write(cls_out + (frame * H + h) * E + row * 0, r == 0, acc0, acc1, E, E0, E1)
 
 
@@ -136,7 +136,7 @@ def _forward(
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, TAIL: tl.constexpr, J: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """softmax(q·kᵀ/√E)·v of M tokens of a frame; a last block of no more than TAIL takes a tile of that size."""
+    """Compute softmax(q·kᵀ/√E)·v of M tokens of a frame; a last block of at most TAIL tokens uses a tile of TAIL."""
     pid = tl.program_id(0).to(tl.int64)
     block, frame_head = pid % blocks, pid // blocks
     h, frame = frame_head % H, frame_head // H

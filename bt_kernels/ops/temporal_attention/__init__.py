@@ -1,4 +1,4 @@
-"""temporal_attention: attention of each patch over its own frames."""
+"""The op temporal_attention: attention of each patch over its own frames."""
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ _OP = define_op(
 
 
 def temporal_attention(qkv: Tensor, visible: VisibleTokens, backend: str | None = None) -> Tensor:
-    """Softmax attention of every visible token over the visible tokens of its own patch, scale 1/√E.
+    """Compute softmax attention of every visible token over the visible tokens of its patch, with scale 1/√E.
 
     On a regular grid the sequences are the K groups of S neighbouring rows. Equivalent to (regular grid)::
 
@@ -38,8 +38,8 @@ def temporal_attention(qkv: Tensor, visible: VisibleTokens, backend: str | None 
 
     Args:
         qkv: packed projections of the patch rows (no CLS), ``[B, N, 3, H, E]``; any float dtype.
-        visible: which tokens, and in which order.
-        backend: None, or "reference", "cpu", "triton", "cuda".
+        visible: the tokens and their order.
+        backend: "reference", "cpu", "triton" or "cuda"; None chooses automatically.
 
     Returns:
         ``[B, N, H, E]``; padding rows (index -1) are zero.

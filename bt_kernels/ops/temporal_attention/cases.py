@@ -1,4 +1,4 @@
-"""Inputs and unavoidable work of temporal_attention."""
+"""Test inputs and minimum work of temporal_attention."""
 
 from bt_kernels._cases import Shape, Variant, Work
 

@@ -1,4 +1,4 @@
-"""What the temporal_attention kernels on GPUs do not take. They hold whole sequences in a tile of rows."""
+"""Limits of the temporal_attention kernels on GPUs, which hold whole sequences in a tile of rows."""
 
 import torch
 
@@ -7,7 +7,7 @@ from bt_kernels._triton import why_not_without_float64
 
 
 def why_not_cuda(qkv, *visible) -> str | None:
-    """Why the CUDA kernel cannot run a call, or None."""
+    """Return why the CUDA kernel cannot run a call, or None."""
     reason = why_not_cuda_kernel(qkv)
     if reason is not None or not visible:
         return reason
@@ -24,7 +24,7 @@ def why_not_cuda(qkv, *visible) -> str | None:
 
 
 def why_not_triton(qkv, *visible) -> str | None:
-    """Why the Triton kernel cannot run a call, or None."""
+    """Return why the Triton kernel cannot run a call, or None."""
     reason = why_not_without_float64(qkv)
     if reason is not None or not visible:
         return reason
@@ -37,12 +37,12 @@ def why_not_triton(qkv, *visible) -> str | None:
 
 
 def rows_needed(frames: int, slots: int | None) -> int:
-    """Rows that a tile must have: a sequence, or two of them where ragged tiles overlap."""
+    """Return the rows that a tile needs: one sequence, or two for the ragged form, whose tiles overlap."""
     return 2 * frames if slots is None else slots
 
 
 def longest(dtype: torch.dtype, width: int) -> int:
-    """Rows of the largest tile that compiles without spills on every target (``bench/resources.py``)."""
+    """Return the rows of the largest tile that compiles without spills on every target (``bench/resources.py``)."""
     if dtype != torch.float32:
         return 128
     return 64 if width <= 64 else 32

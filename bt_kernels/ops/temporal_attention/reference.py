@@ -10,7 +10,7 @@ from bt_kernels._softmax_attention import attend, attend_backward
 def forward(qkv, index, frame_counts, patches, frames, slots) -> Tensor:
     q, k, v = to_grid(qkv, index, patches, frames, slots).unbind(3)  # [B, G, S, H, E]
     out = attend(q, k, v, visible_grid(index, patches, frames, slots))
-    return from_grid(out, index, slots).contiguous()  # as the fake kernel promises: one sequence comes out permuted
+    return from_grid(out, index, slots).contiguous()  # as the fake kernel declares; a single sequence is permuted
 
 
 def backward(grad, qkv, index, frame_counts, patches, frames, slots, needs):

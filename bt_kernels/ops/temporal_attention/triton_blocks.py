@@ -1,5 +1,7 @@
-"""Triton kernels of temporal_attention for tiles whose scores are too many for registers: every key of the tile, J
-queries at a time. A query's keys all stand in the tile, so its softmax is complete at once. Legend: ``triton.py``.
+"""Triton kernels of temporal_attention for tiles whose scores do not fit in registers.
+
+They take all keys of the tile and J queries at a time. All keys of a query are in the tile, so its softmax is complete
+after one product. ``triton.py`` has the legend.
 """
 
 import triton
@@ -11,7 +13,7 @@ from bt_kernels.ops.temporal_attention.triton_tile import tile_rows
 
 @triton.jit
 def _probabilities(k0, k1, q0, q1, of_key, of_query, scale, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """softmax(k·qᵀ·scale) over the keys of each query's sequence, [R keys, J queries] in float32."""
+    """Compute softmax(k·qᵀ·scale) over the keys of each query's sequence: [R keys, J queries] in float32."""
     scores = product(k0, k1, q0, q1, SPLIT, PRECISION)
     same = of_key[:, None] == of_query[None, :]
     scores = tl.where(same, scores * (scale * LOG2_E), float("-inf"))
@@ -25,7 +27,7 @@ def forward(
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, R: tl.constexpr, J: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(q·kᵀ/√E)·v inside each sequence. One program a (tile, head), head fastest."""
+    """Compute softmax(q·kᵀ/√E)·v inside each sequence. One program per (tile, head), head fastest."""
     SPLIT: tl.constexpr = E > E0
     pid = tl.program_id(0).to(tl.int64)
     h, tile = pid % H, pid // H
@@ -37,14 +39,14 @@ def forward(
     k0, k1 = read(base + part + n * step, owned, E, E0, E1)
     v0, v1 = read(base + 2 * part + n * step, owned, E, E0, E1)
     for j0 in range(0, R if RAGGED else U, J):
-        m, of_query, here, empty = tile_rows(index, index_n, n0, j0 + tl.arange(0, J), N, S, U, RAGGED)
-        q0, q1 = read(base + m * step, here, E, E0, E1)
+        m, of_query, query_owned, empty = tile_rows(index, index_n, n0, j0 + tl.arange(0, J), N, S, U, RAGGED)
+        q0, q1 = read(base + m * step, query_owned, E, E0, E1)
         p = tl.trans(_probabilities(k0, k1, q0, q1, of_key, of_query, scale, SPLIT, PRECISION).to(v0.dtype))
         o0 = tl.dot(p, v0, input_precision=PRECISION)
         o1 = o0
         if SPLIT:
             o1 = tl.dot(p, v1, input_precision=PRECISION)
-        write(out + ((b * N + m) * H + h) * E, here | empty, o0, o1, E, E0, E1)
+        write(out + ((b * N + m) * H + h) * E, query_owned | empty, o0, o1, E, E0, E1)
 
 
 @triton.jit
@@ -54,16 +56,17 @@ def backward(
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, R: tl.constexpr, J: tl.constexpr, TWICE: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P∘(dP - rowsum(P∘dP))/√E, dQ = dS·K, dK = dSᵀ·Q, inside each sequence.
+    """Compute the gradients of q, k and v inside each sequence.
 
-    TWICE: dV in a pass of its own, where registers do not hold the sums of dV beside those of dK.
+    dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P∘(dP - rowsum(P∘dP))/√E, dQ = dS·K, dK = dSᵀ·Q. With TWICE a separate pass computes
+    dV, for types and widths where registers cannot hold the sums of dV and dK together.
     """
     SPLIT: tl.constexpr = E > E0
     pid = tl.program_id(0).to(tl.int64)
     h, tile = pid % H, pid // H
     b, n0 = tile // tiles, (tile % tiles) * U
     step, part = tl.cast(stride_n, tl.int64) * UNIT, tl.cast(stride_c, tl.int64) * UNIT
-    grad_step, across = tl.cast(grad_n, tl.int64) * UNIT, tl.cast(H, tl.int64) * E
+    grad_step, D = tl.cast(grad_n, tl.int64) * UNIT, tl.cast(H, tl.int64) * E
     base, grad_base = qkv + (b * stride_b + h * stride_h) * UNIT, grad + (b * grad_b + h * grad_h) * UNIT
     to = grad_qkv + (b * N * 3 * H + h) * E
     index += b * index_b
@@ -73,19 +76,19 @@ def backward(
     dv0, dv1 = tl.zeros([R, E0], tl.float32), tl.zeros([R, E1], tl.float32)
     if TWICE:
         for j0 in range(0, R if RAGGED else U, J):
-            m, of_query, here, _ = tile_rows(index, index_n, n0, j0 + tl.arange(0, J), N, S, U, RAGGED)
-            q0, q1 = read(base + m * step, here, E, E0, E1)
-            g0, g1 = read(grad_base + m * grad_step, here, E, E0, E1)
+            m, of_query, query_owned, _ = tile_rows(index, index_n, n0, j0 + tl.arange(0, J), N, S, U, RAGGED)
+            q0, q1 = read(base + m * step, query_owned, E, E0, E1)
+            g0, g1 = read(grad_base + m * grad_step, query_owned, E, E0, E1)
             p = _probabilities(k0, k1, q0, q1, of_key, of_query, scale, SPLIT, PRECISION).to(q0.dtype)
             dv0 = tl.dot(p, g0, dv0, input_precision=PRECISION)
             if SPLIT:
                 dv1 = tl.dot(p, g1, dv1, input_precision=PRECISION)
-        write(to + 2 * across + n * 3 * across, owned | padding, dv0, dv1, E, E0, E1)
+        write(to + 2 * D + n * 3 * D, owned | padding, dv0, dv1, E, E0, E1)
     dk0, dk1 = tl.zeros([R, E0], tl.float32), tl.zeros([R, E1], tl.float32)
     for j0 in range(0, R if RAGGED else U, J):
-        m, of_query, here, empty = tile_rows(index, index_n, n0, j0 + tl.arange(0, J), N, S, U, RAGGED)
-        q0, q1 = read(base + m * step, here, E, E0, E1)
-        g0, g1 = read(grad_base + m * grad_step, here, E, E0, E1)
+        m, of_query, query_owned, empty = tile_rows(index, index_n, n0, j0 + tl.arange(0, J), N, S, U, RAGGED)
+        q0, q1 = read(base + m * step, query_owned, E, E0, E1)
+        g0, g1 = read(grad_base + m * grad_step, query_owned, E, E0, E1)
         p = _probabilities(k0, k1, q0, q1, of_key, of_query, scale, SPLIT, PRECISION)
         dp = product(v0, v1, g0, g1, SPLIT, PRECISION)
         ds = (p * (dp - tl.sum(p * dp, 0)[None, :]) * scale).to(q0.dtype)
@@ -100,7 +103,7 @@ def backward(
         if SPLIT:
             dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
             dq1 = tl.dot(tl.trans(ds), k1, input_precision=PRECISION)
-        write(to + m * 3 * across, here | empty, dq0, dq1, E, E0, E1)
+        write(to + m * 3 * D, query_owned | empty, dq0, dq1, E, E0, E1)
     if not TWICE:
-        write(to + 2 * across + n * 3 * across, owned | padding, dv0, dv1, E, E0, E1)
-    write(to + across + n * 3 * across, owned | padding, dk0, dk1, E, E0, E1)
+        write(to + 2 * D + n * 3 * D, owned | padding, dv0, dv1, E, E0, E1)
+    write(to + D + n * 3 * D, owned | padding, dk0, dk1, E, E0, E1)

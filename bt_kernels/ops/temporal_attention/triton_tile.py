@@ -1,5 +1,6 @@
-"""Triton kernels of temporal_attention that hold a whole tile of scores: many short sequences under a block-diagonal
-mask. Legend: ``triton.py``.
+"""Triton kernels of temporal_attention that hold all scores of a tile: short sequences under a block-diagonal mask.
+
+``triton.py`` has the legend.
 """
 
 import triton
@@ -10,11 +11,11 @@ from bt_kernels._triton_heads import LOG2_E, product, read, write
 
 @triton.jit
 def tile_rows(index, index_n, n0, r, N, S, U, RAGGED: tl.constexpr):
-    """Rows r of the tile that starts at row n0: (row, sequence, owned, padding), each as long as r.
+    """Return (row, sequence, owned, padding) of rows r of the tile that starts at row n0, each as long as r.
 
     Grid: tiles hold whole sequences, and U is a multiple of S. Ragged: a sequence belongs to the tile in whose first U
-    rows it starts; it ends within the R = U + T - 1 rows or later ones' place, as sequences have at most T rows.
-    Rows that are not owned get sequence -1: together they attend to zeros, and their results are not stored.
+    rows it starts; it ends within that tile's R ≥ U + T - 1 rows, because sequences have at most T rows. Rows that are
+    not owned get sequence -1: together they attend to zeros, and their results are not stored.
     """
     n = n0 + r
     if RAGGED:
@@ -35,7 +36,7 @@ def tile_rows(index, index_n, n0, r, N, S, U, RAGGED: tl.constexpr):
 
 @triton.jit
 def _probabilities(q0, k0, q1, k1, sequence, scale, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """softmax(q·kᵀ·scale) inside each sequence, [R, R] in float32."""
+    """Compute softmax(q·kᵀ·scale) inside each sequence: [R, R] in float32."""
     scores = product(q0, q1, k0, k1, SPLIT, PRECISION)
     same = sequence[:, None] == sequence[None, :]
     scores = tl.where(same, scores * (scale * LOG2_E), float("-inf"))
@@ -49,7 +50,7 @@ def forward(
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, R: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(q·kᵀ/√E)·v inside each sequence. One program a (tile, head), head fastest."""
+    """Compute softmax(q·kᵀ/√E)·v inside each sequence. One program per (tile, head), head fastest."""
     SPLIT: tl.constexpr = E > E0
     pid = tl.program_id(0).to(tl.int64)
     h, tile = pid % H, pid // H
@@ -75,7 +76,10 @@ def backward(
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, R: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P∘(dP - rowsum(P∘dP))/√E, dQ = dS·K, dK = dSᵀ·Q, inside each sequence."""
+    """Compute the gradients of q, k and v inside each sequence.
+
+    dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P∘(dP - rowsum(P∘dP))/√E, dQ = dS·K, dK = dSᵀ·Q.
+    """
     SPLIT: tl.constexpr = E > E0
     pid = tl.program_id(0).to(tl.int64)
     h, tile = pid % H, pid // H
@@ -88,24 +92,24 @@ def backward(
     v0, v1 = read(row + 2 * part, owned, E, E0, E1)
     g0, g1 = read(grad + (b * grad_b + h * grad_h + n * grad_n) * UNIT, owned, E, E0, E1)
     p = _probabilities(q0, k0, q1, k1, sequence, scale, SPLIT, PRECISION)
-    kind = q0.dtype
+    dtype = q0.dtype
     to = grad_qkv + ((b * N + n) * 3 * H + h) * E
     step = tl.cast(H, tl.int64) * E
     written = owned | padding
-    across = tl.trans(p.to(kind))
-    x0 = tl.dot(across, g0, input_precision=PRECISION)
+    transposed = tl.trans(p.to(dtype))
+    x0 = tl.dot(transposed, g0, input_precision=PRECISION)
     x1 = x0
     if SPLIT:
-        x1 = tl.dot(across, g1, input_precision=PRECISION)
+        x1 = tl.dot(transposed, g1, input_precision=PRECISION)
     write(to + 2 * step, written, x0, x1, E, E0, E1)
     dp = product(g0, g1, v0, v1, SPLIT, PRECISION)
-    ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(kind)
-    across = tl.trans(ds)
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(dtype)
+    transposed = tl.trans(ds)
     x0 = tl.dot(ds, k0, input_precision=PRECISION)
     if SPLIT:
         x1 = tl.dot(ds, k1, input_precision=PRECISION)
     write(to, written, x0, x1, E, E0, E1)
-    x0 = tl.dot(across, q0, input_precision=PRECISION)
+    x0 = tl.dot(transposed, q0, input_precision=PRECISION)
     if SPLIT:
-        x1 = tl.dot(across, q1, input_precision=PRECISION)
+        x1 = tl.dot(transposed, q1, input_precision=PRECISION)
     write(to + step, written, x0, x1, E, E0, E1)
