@@ -24,7 +24,7 @@ cd "$folder"
 "$bin/python" -P - <<'PYTHON'
 from transformers import CLIPImageProcessor, LlavaProcessor
 
-from bt_adapter import detach
+from bt_adapter.chat.attach import detach
 from bt_adapter.chat.engine import VideoChat
 
 chat = VideoChat.mini()

@@ -329,7 +329,7 @@ def test_a_tuned_folder_is_a_model(monkeypatch, tmp_path):
     (tmp_path / tune.ABOUT).write_text("{}")
     assert VideoChat.load(tmp_path, None, "cpu", torch.bfloat16) == "loaded"
     places = (tmp_path, None, None, "cpu", torch.bfloat16)
-    assert given == {"places": places, "quantize": None, "require_same_tower": True}
+    assert given == {"places": places, "quantize": None, "require_same_tower": True, "use_branch": True}
     make_chat().save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="needs a branch"):
         VideoChat.load(tmp_path / "plain")
