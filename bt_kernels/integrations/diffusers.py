@@ -3,11 +3,11 @@
     from bt_kernels.integrations import diffusers as bt_diffusers
 
     pipe = AnimateDiffPipeline.from_pretrained(..., motion_adapter=adapter)
-    bt_diffusers.use(pipe.unet)     # in place; bt_diffusers.restore(pipe.unet) undoes it
+    bt_diffusers.use(pipe.unet)     # in place; bt_diffusers.restore(pipe.unet) reverts it
 
-There a latent pixel's frames are one short sequence, and B·height·width of them stand in one batch. SDPA and xformers
-launch a grid that ends at 65,535 sequences or heads·sequences on CUDA; this op has no such limit, and packs several
-short sequences into one tile.
+In these models the frames of a latent pixel are one short sequence, and a batch has B·height·width of them. On CUDA
+the grids of SDPA and xformers are limited to 65,535 sequences or heads·sequences. This op has no such limit, and packs
+several short sequences into one tile.
 
 Legend: M = B·height·width latent pixels, F frames, C channels, H heads, E = C/H.
 """
@@ -32,20 +32,20 @@ class TemporalAttnProcessor:
     """Attention processor of diffusers for self-attention over frames: ``[M, F, C]`` to the same shape.
 
     Equivalent to ``AttnProcessor2_0`` without mask and encoder states, for any M. :func:`use` sets it on every temporal
-    layer of a model; by hand::
+    layer of a model. To set it directly::
 
         for block in motion_module.transformer_blocks:
             for attn in (block.attn1, block.attn2):
                 attn.set_processor(TemporalAttnProcessor(previous=attn.processor))
 
-    The three projections run as one matrix product of the concatenated weights, whose gradients reach ``to_q``,
-    ``to_k`` and ``to_v`` each. Where one of them is more than a plain ``nn.Linear`` (an adapter such as LoRA, a
-    quantised or offloaded layer, one with hooks) they are called as they are, and their results concatenated.
+    The three projections run as one matrix product of the concatenated weights; gradients flow to ``to_q``, ``to_k``
+    and ``to_v``. If one of them is not a plain ``nn.Linear`` (an adapter such as LoRA, a quantised or offloaded layer,
+    one with hooks), the three modules are called and their results concatenated.
 
     Args:
         fused: use ``attn.to_qkv``, the copy that diffusers' ``fuse_projections`` makes; ``to_q``, ``to_k`` and ``to_v``
-            then do not count, as with ``FusedAttnProcessor2_0``.
-        previous: the processor it stands for, which :func:`restore` puts back; None: ``AttnProcessor2_0``.
+            are then not used, as with ``FusedAttnProcessor2_0``.
+        previous: the replaced processor, which :func:`restore` sets again; None: ``AttnProcessor2_0``.
     """
 
     def __init__(self, fused: bool = False, previous: Any = None):
@@ -63,11 +63,11 @@ class TemporalAttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """``[M, F, C]`` to the same shape, as diffusers' ``Attention.forward`` calls it. ``temb`` is not used.
+        """Map ``[M, F, C]`` to the same shape; ``Attention.forward`` of diffusers calls this. ``temb`` is not used.
 
         Raises:
-            ValueError: encoder states or a mask are given, the states are not ``[M, F, C]``, or ``attn`` computes
-                something else than plain self-attention.
+            ValueError: encoder states or a mask are given, the states are not ``[M, F, C]``, or ``attn`` does not
+                compute plain self-attention.
         """
         if encoder_hidden_states is not None:
             raise ValueError("encoder_hidden_states must be None: temporal_attention is self-attention over frames")
@@ -81,8 +81,8 @@ class TemporalAttnProcessor:
         if reason := _why_not(attn, self.fused):
             raise ValueError(f"attn must be plain self-attention, but {reason}")
         pixels, frames, _ = hidden_states.shape
-        # One video of M patches: the rows of all of them are neighbours, so the kernel packs them into full tiles. Its
-        # qkv is a view of the product. (Of no pixels, no video.)
+        # One video of M patches: all rows are adjacent, so the kernel packs them into full tiles, and qkv is a view of
+        # the product. Without pixels there is no video.
         visible = VisibleTokens.all(min(pixels, 1), max(pixels, 1), frames, hidden_states.device)
         qkv = _project(attn, hidden_states, self.fused)
         qkv = qkv.reshape(visible.batch, visible.tokens, 3, attn.heads, attn.inner_dim // attn.heads)
@@ -95,21 +95,21 @@ class TemporalAttnProcessor:
 
 
 def use(model: Model) -> Model:
-    """Set a :class:`TemporalAttnProcessor` on every temporal self-attention of ``model``; return the model, changed.
+    """Set a :class:`TemporalAttnProcessor` on every temporal self-attention of ``model``, in place; return the model.
 
     These are the attentions of AnimateDiff's motion modules (``UNetMotionModel``, ``MotionAdapter``), those of
     ``TransformerTemporalModel`` (``UNet3DConditionModel``, ``I2VGenXLUNet``), and ``attn1`` of Stable Video
     Diffusion's ``TemporalBasicTransformerBlock``. Spatial and cross-attention keep their processors. Call it again
-    after what sets processors itself (``fuse_qkv_projections``, ``enable_free_noise``); projections that are fused
-    when it is called stay fused.
+    after methods that set processors themselves (``fuse_qkv_projections``, ``enable_free_noise``). Fused projections
+    stay fused.
 
     Args:
-        model: a UNet, motion adapter or any module that holds such layers (of a pipeline: ``pipe.unet``).
+        model: a UNet, motion adapter or any module with such layers (``pipe.unet`` of a pipeline).
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: ``model`` holds no temporal self-attention, or one that computes something else than plain
-            self-attention or has a processor not known to compute it. Then nothing is changed.
+        TypeError: ``model`` is not a module.
+        ValueError: ``model`` has no temporal self-attention, or one that does not compute plain self-attention, or
+            whose processor is not known to compute it. Nothing is changed then.
         ImportError: diffusers is not installed.
     """
     from diffusers.models import attention_processor as known
@@ -131,7 +131,7 @@ def use(model: Model) -> Model:
         if type(attn.processor) not in plain:
             reason = (
                 f"has the processor {type(attn.processor).__name__}, which may compute something else "
-                "(set TemporalAttnProcessor by hand if not)"
+                "(if it does not, set TemporalAttnProcessor on the layer directly)"
             )
         if reason:
             raise ValueError(f"model's temporal attentions must be plain self-attention, but {name} {reason}")
@@ -142,7 +142,7 @@ def use(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Put back the processors that :func:`use` replaced; return the model, changed."""
+    """Set the processors that :func:`use` replaced again, in place; return the model."""
     _check_module(model)
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
@@ -159,10 +159,10 @@ def _check_module(model: nn.Module) -> None:
 
 
 def _temporal_attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and module of every self-attention over frames in ``model``.
+    """Return the name and module of every self-attention over frames in ``model``.
 
     Raises:
-        TypeError, ValueError: ``model`` is no module, or holds none.
+        TypeError, ValueError: ``model`` is not a module, or has no such attention.
     """
     from diffusers.models.attention import TemporalBasicTransformerBlock
     from diffusers.models.attention_processor import Attention
@@ -184,7 +184,7 @@ def _temporal_attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _why_not(attn: Any, fused: bool) -> str | None:
-    """Why ``attn`` is not the plain self-attention that the processor computes, or None."""
+    """Return why ``attn`` is not the plain self-attention that the processor computes, or None."""
     if attn.is_cross_attention:
         return "is cross-attention"
     if attn.norm_q is not None or attn.norm_k is not None:
@@ -207,9 +207,9 @@ def _why_not(attn: Any, fused: bool) -> str | None:
 
 
 def _project(attn: Any, x: Tensor, fused: bool) -> Tensor:
-    """``[M, F, C]`` to ``[M, F, 3·H·E]``, q, k and v next to each other.
+    """Project ``[M, F, C]`` to ``[M, F, 3·H·E]``, with q, k and v concatenated.
 
-    Concatenating the weights moves 3·C² numbers, stacking three results 3·M·F·C; a model's M·F is far above its C.
+    Concatenating the weights copies 3·C² numbers, stacking three results 3·M·F·C. In models M·F is far above C.
     """
     if fused:
         return attn.to_qkv(x)

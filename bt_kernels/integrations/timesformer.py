@@ -3,14 +3,14 @@
     from bt_kernels.integrations import timesformer
 
     model = TimesformerForVideoClassification.from_pretrained("facebook/timesformer-base-finetuned-k400")
-    timesformer.use(model)      # in place; timesformer.restore(model) undoes it
+    timesformer.use(model)      # in place; timesformer.restore(model) reverts it
 
-Results and gradients are the model's own up to rounding. What falls away: the copies of hidden states into frames and
-back, the repetition of CLS, and the stored attention probabilities.
+Results and gradients equal those of the original model up to rounding. The kernels avoid copying hidden states into
+frames and back, repeating CLS, and storing attention probabilities.
 
 A layer whose attention modules were replaced or wrapped (another class, a hook, a forward of another library) runs the
-forward of transformers instead. Videos of another length than ``config.num_frames`` are refused: transformers' own
-model takes them and mixes up patches and frames, without a word.
+forward of transformers instead. Videos of another length than ``config.num_frames`` raise an error: the original model
+accepts them and silently confuses patches and frames.
 
 Legend: B videos, P patches of a frame, T frames, N = P·T, D width, H heads.
 """
@@ -31,7 +31,7 @@ from bt_kernels.plain import why_not_plain
 from bt_kernels.visible import VisibleTokens
 
 Model = TypeVar("Model", bound=nn.Module)
-# what the layer below computes itself instead of calling
+# Classes that KernelTimesformerLayer computes itself instead of calling.
 _COMPUTED = (
     modeling.TimeSformerAttention,
     modeling.TimesformerSelfAttention,
@@ -41,19 +41,19 @@ _COMPUTED = (
 
 
 def use(model: Model) -> Model:
-    """Let every divided space-time layer of ``model`` run on the ops of ``bt_kernels``; return the model, changed.
+    """Run every divided space-time layer of ``model`` on the ops of ``bt_kernels``, in place; return the model.
 
     The layers change their class, not their weights: state dict, hooks, adapters inside, gradient checkpointing,
-    ``copy.deepcopy`` and pickling stay as they are. Policies that find layers by the name of their class (FSDP's
-    ``transformer_cls_names_to_wrap``) find ``KernelTimesformerLayer``. A second call changes nothing more.
+    ``copy.deepcopy`` and pickling keep working. Policies that find layers by the name of their class (FSDP's
+    ``transformer_cls_names_to_wrap``) must name ``KernelTimesformerLayer``. A second call has no effect.
 
     Args:
-        model: a TimesformerModel, TimesformerForVideoClassification or any module that holds their layers.
+        model: a TimesformerModel, TimesformerForVideoClassification or any module with their layers.
 
     Raises:
-        TypeError: ``model`` is no module, or a layer is of a class derived from TimesformerLayer.
-        ValueError: ``model`` holds no TimesformerLayer, or one whose ``attention_type`` is not "divided_space_time".
-            Then nothing is changed.
+        TypeError: ``model`` is not a module, or a layer is of a class derived from TimesformerLayer.
+        ValueError: ``model`` has no TimesformerLayer, or one whose ``attention_type`` is not "divided_space_time".
+            Nothing is changed then.
     """
     layers = _layers(model)
     if not layers:
@@ -64,19 +64,19 @@ def use(model: Model) -> Model:
         if layer.attention_type != "divided_space_time":
             raise ValueError(
                 f'model must have attention_type "divided_space_time", but has "{layer.attention_type}": '
-                "its layers do not attend in time and space apart"
+                "its layers do not compute attention in time and space separately"
             )
     for layer in layers:
         layer.__class__ = KernelTimesformerLayer
     for module in model.modules():
         if type(module) is TimesformerEmbeddings:
             module.__class__ = KernelTimesformerEmbeddings
-            module.kernel_config = layers[0].config  # the one the layers read num_frames of
+            module.kernel_config = layers[0].config  # the layers read num_frames from it
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`use`; return the model, changed."""
+    """Revert :func:`use`, in place; return the model."""
     for layer in _layers(model):
         if type(layer) is KernelTimesformerLayer:
             layer.__class__ = TimesformerLayer
@@ -94,21 +94,21 @@ def _layers(model: nn.Module) -> list[TimesformerLayer]:
 
 
 class KernelTimesformerEmbeddings(TimesformerEmbeddings):
-    """TimesformerEmbeddings that refuse a number of frames which the layers would misread. Made by :func:`use`."""
+    """TimesformerEmbeddings that reject a number of frames which the layers would misread. Made by :func:`use`."""
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """``[B, T, C, h, w]`` to ``[B, 1+P·T, D]``.
+        """Embed ``[B, T, C, h, w]`` to ``[B, 1+P·T, D]``.
 
         Raises:
-            ValueError: T is not the configuration's ``num_frames``. The layers tell a patch from a frame by that
-                number alone, so every row after them would be wrong.
+            ValueError: T is not the configuration's ``num_frames``. The layers use only that number to separate patches
+                from frames, so all their results would be wrong.
         """
-        wanted = self.kernel_config.num_frames
-        if pixel_values.ndim == 5 and pixel_values.shape[1] != wanted:
+        expected = self.kernel_config.num_frames
+        if pixel_values.ndim == 5 and pixel_values.shape[1] != expected:
             raise ValueError(
-                f"pixel_values must have num_frames = {wanted} frames, but has {pixel_values.shape[1]}: take so many, "
-                f"or set model.config.num_frames = {pixel_values.shape[1]}, for which the time embeddings are "
-                "interpolated"
+                f"pixel_values must have num_frames = {expected} frames, but has {pixel_values.shape[1]}: sample "
+                f"{expected} frames, or set model.config.num_frames = {pixel_values.shape[1]} to interpolate the time "
+                "embeddings"
             )
         return super().forward(pixel_values)
 
@@ -116,23 +116,23 @@ class KernelTimesformerEmbeddings(TimesformerEmbeddings):
 class KernelTimesformerLayer(TimesformerLayer):
     """A divided space-time TimesformerLayer whose two attentions are ``temporal_attention`` and ``spatial_attention``.
 
-    Made by :func:`use`. Stochastic depth draws as many numbers as the original, in its order: under one seed the same
-    residuals drop.
+    Made by :func:`use`. Stochastic depth draws the same random numbers as the original in the same order, so one seed
+    drops the same residuals.
     """
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
-        """``[B, 1+N, D]``, CLS first, row 1 + p·T + t, to ``(the same shape,)``.
+        """Map ``[B, 1+N, D]`` (CLS first, patch p of frame t in row 1 + p·T + t) to ``(the same shape,)``.
 
         Raises:
-            ValueError: attention probabilities are asked for; the rows are no whole number of patches; or in training,
-                a dropout that cannot be represented is above 0: of attention probabilities, or behind the spatial
+            ValueError: attention probabilities are requested; the rows are not a whole number of patches; or, in
+                training, an unsupported dropout is above 0: of attention probabilities, or after the spatial
                 attention (CLS would need a draw in each frame).
         """
         if self._is_wrapped():
             return super().forward(hidden_states, output_attentions)
         if output_attentions:
             raise ValueError(
-                "output_attentions=True: the kernels never hold attention probabilities; "
+                "output_attentions=True is not supported, because the kernels do not store attention probabilities; "
                 "call bt_kernels.integrations.timesformer.restore(model) first"
             )
         self._refuse_dropout()
@@ -167,7 +167,7 @@ class KernelTimesformerLayer(TimesformerLayer):
         return (hidden_states + self.drop_path(update),)
 
     def _is_wrapped(self) -> bool:
-        """Whether a module that :meth:`forward` would not call has been replaced or wrapped."""
+        """Return whether a module that :meth:`forward` does not call has been replaced or wrapped."""
         parts: list[nn.Module] = [self.drop_path]
         for attention in (self.temporal_attention, self.attention):
             parts.append(attention)
@@ -189,7 +189,7 @@ class KernelTimesformerLayer(TimesformerLayer):
                 )
 
     def _draw_scale(self, count: int, like: Tensor) -> Tensor | None:
-        """The draw of ``self.drop_path`` for ``count`` residuals of each video: ``[B, count]``; None: nothing drops."""
+        """Draw ``self.drop_path`` scales for ``count`` residuals of each video: ``[B, count]``; None: keep all."""
         rate = getattr(self.drop_path, "drop_prob", 0.0)  # the layer has an Identity where the rate is 0
         if rate == 0 or not self.drop_path.training:
             return None
@@ -199,6 +199,6 @@ class KernelTimesformerLayer(TimesformerLayer):
 
 
 def _qkv(attention: Any, tokens: Tensor) -> Tensor:
-    """The packed projections of a TimeSformerAttention: ``[B, rows, 3, H, E]``."""
+    """Compute the packed projections of a TimeSformerAttention: ``[B, rows, 3, H, E]``."""
     heads = attention.attention.num_heads
     return attention.attention.qkv(tokens).unflatten(-1, (3, heads, tokens.shape[-1] // heads))

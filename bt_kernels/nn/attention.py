@@ -1,4 +1,4 @@
-"""Temporal and spatial attention as modules: a packed qkv projection, the op, an output projection.
+"""Temporal and spatial attention as modules with a packed qkv projection, the op and an output projection.
 
 Legend: B videos, N visible patch rows of each, D width, H heads, E = D/H; K patches, S frames of a regular grid.
 """
@@ -18,8 +18,8 @@ from bt_kernels.visible import VisibleTokens
 
 def check_tokens(name: str, tokens: Tensor, width: int, cls: int, weight_name: str, layer: nn.Module) -> None:
     """Raise unless ``tokens`` is ``[B, cls+N, D]`` in the dtype and on the device of ``layer``'s weight."""
-    # Whatever stands in its place or around it (an adapter, a quantised or an offloaded weight) may hold weights of
-    # another dtype or device than it computes in.
+    # A layer that replaces or wraps it (an adapter, a quantised or offloaded weight) may store weights in another dtype
+    # or on another device than it computes in.
     weight = layer.weight if isinstance(layer, (nn.Linear, nn.LayerNorm)) and is_plain(layer) else None
     like = None if weight is None else (weight_name, weight)
     check_tensor(name, tokens, "[B, 1+N, D]" if cls else "[B, N, D]", (None, None, width), like)
@@ -28,7 +28,7 @@ def check_tokens(name: str, tokens: Tensor, width: int, cls: int, weight_name: s
 def check_or_make_visible(
     name: str, tokens: Tensor, cls: int, visible: VisibleTokens | None, frames: int | None
 ) -> VisibleTokens:
-    """``visible`` if it is for ``tokens``; all tokens of ``frames`` frames if it is None."""
+    """Return ``visible`` if it fits ``tokens``; if it is None, make all tokens of ``frames`` frames visible."""
     rows = tokens.shape[1] - cls
     if visible is not None:
         check_is_visible(visible)
@@ -39,7 +39,7 @@ def check_or_make_visible(
         check_visible(visible, name, tokens)
         return visible
     if frames is None:
-        raise ValueError("visible or frames must be given: VisibleTokens, or how many frames all the rows are of")
+        raise ValueError("visible or frames must be given: a VisibleTokens, or the number of frames of a full grid")
     if isinstance(frames, bool) or not isinstance(frames, (int, torch.SymInt)):
         raise TypeError(f"frames must be an int, but is {type(frames).__name__}")
     if frames < 1 or rows < 1 or rows % frames:
@@ -69,7 +69,7 @@ def check_width_and_heads(dim: int, heads: int) -> None:
 
 
 class _PackedAttention(nn.Module):
-    """Projections of an attention: ``qkv`` packed in the order q, k, v, heads inside each; ``out``."""
+    """The projections of an attention: ``qkv``, packed in the order q, k, v with heads inside each, and ``out``."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class _PackedAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights from a normal distribution of deviation 0.02, cut at ±2 (as vision transformers do); biases 0."""
+        """Draw weights from a normal distribution of deviation 0.02, truncated at ±2, as in ViT; set biases to 0."""
         for layer in (self.qkv, self.out):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             if layer.bias is not None:
@@ -99,12 +99,12 @@ class _PackedAttention(nn.Module):
         return f"dim={self.dim}, heads={self.heads}"
 
     def _packed(self, tokens: Tensor) -> Tensor:
-        """``[B, rows, D]`` to ``[B, rows, 3, H, E]``."""
+        """Project ``[B, rows, D]`` to ``[B, rows, 3, H, E]``."""
         return self.qkv(tokens).unflatten(-1, (3, self.heads, self.dim // self.heads))
 
 
 class TemporalAttention(_PackedAttention):
-    """Multi-head attention of every patch over its own frames. Takes patch rows only: **no CLS**.
+    """Multi-head attention of every patch over its frames. The input is patch rows only: **no CLS**.
 
     Equivalent to (all tokens of K patches and S frames)::
 
@@ -117,7 +117,7 @@ class TemporalAttention(_PackedAttention):
         attention = TemporalAttention(dim=768, heads=12)
         rows = torch.randn(2, 196 * 8, 768)                     # row k·8 + t: patch k of frame t
         out = attention(rows, frames=8)                         # [2, 1568, 768]
-        visible = VisibleTokens.tube(2, 196, 8, ratio=0.7)      # or a part of the tokens
+        visible = VisibleTokens.tube(2, 196, 8, ratio=0.7)      # or only some tokens
         out = attention(rows[:, : visible.tokens], visible)     # [2, 472, 768]
 
     Parameters are ``qkv.weight [3·D, D]``, ``qkv.bias``, ``out.weight [D, D]`` and ``out.bias``: timm's packing.
@@ -125,8 +125,8 @@ class TemporalAttention(_PackedAttention):
     Args:
         dim: D.
         heads: H; must divide D.
-        qkv_bias, out_bias: whether the projections have biases.
-        device, dtype: of the parameters.
+        qkv_bias, out_bias: whether the two projections have biases.
+        device, dtype: device and dtype of the parameters.
     """
 
     def forward(
@@ -137,17 +137,17 @@ class TemporalAttention(_PackedAttention):
         frames: int | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend in time.
+        """Compute attention over time.
 
         Args:
-            rows: ``[B, N, D]``, patch-major, without CLS; any float dtype, that of the parameters unless under
-                autocast.
-            visible: which tokens the rows are; None: all tokens of ``frames`` frames.
-            frames: frames of the video, where ``visible`` is None; must divide N.
+            rows: ``[B, N, D]``, patch-major, without CLS; any float dtype; without autocast that of the
+                parameters.
+            visible: the tokens of the rows; None: all tokens of ``frames`` frames.
+            frames: number of frames, required if ``visible`` is None; must divide N.
             scale: ``[B, sequences]``, factors on the result of each sequence (stochastic depth); None: ones.
 
         Returns:
-            ``[B, N, D]``. A padding row (index -1) of a ragged ``visible`` gets the output bias.
+            ``[B, N, D]``. Padding rows (index -1) of a ragged ``visible`` equal the output bias.
 
         Raises:
             ValueError, TypeError: a shape, dtype or device does not match; the message names the argument.
@@ -162,10 +162,10 @@ class TemporalAttention(_PackedAttention):
 
 
 class SpatialAttention(_PackedAttention):
-    """Multi-head attention inside each frame, the one CLS of the video in every frame. Takes **CLS first**.
+    """Multi-head attention inside each frame, with the video's only CLS in every frame. The input has **CLS first**.
 
     A patch row attends to CLS and the visible patches of its frame. CLS attends, in each frame, to itself and the
-    frame's patches, and takes the mean of these results over the frames. Equivalent to (all tokens of K patches and
+    frame's patches; its result is the mean over the frames. Equivalent to (all tokens of K patches and
     S frames)::
 
         cls, rows = tokens[:, :1], tokens[:, 1:].view(B, K, S, D)
@@ -184,8 +184,8 @@ class SpatialAttention(_PackedAttention):
     Args:
         dim: D.
         heads: H; must divide D.
-        qkv_bias, out_bias: whether the projections have biases.
-        device, dtype: of the parameters.
+        qkv_bias, out_bias: whether the two projections have biases.
+        device, dtype: device and dtype of the parameters.
     """
 
     def forward(
@@ -196,18 +196,18 @@ class SpatialAttention(_PackedAttention):
         frames: int | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend in space.
+        """Compute attention inside each frame.
 
         Args:
-            tokens: ``[B, 1+N, D]``, CLS first, then patch-major rows; any float dtype, that of the parameters unless
-                under autocast.
-            visible: which tokens the rows are; None: all tokens of ``frames`` frames.
-            frames: frames of the video, where ``visible`` is None; must divide N.
+            tokens: ``[B, 1+N, D]``, CLS first, then patch-major rows; any float dtype; without autocast that of the
+                parameters.
+            visible: the tokens of the rows; None: all tokens of ``frames`` frames.
+            frames: number of frames, required if ``visible`` is None; must divide N.
             scale: ``[B, steps]``, factors on the result of each frame before CLS takes the mean (stochastic depth),
                 none negative; no gradient flows to it. None: ones.
 
         Returns:
-            ``[B, 1+N, D]``. A padding row (index -1) of a ragged ``visible`` gets the output bias.
+            ``[B, 1+N, D]``. Padding rows (index -1) of a ragged ``visible`` equal the output bias.
 
         Raises:
             ValueError, TypeError: a shape, dtype or device does not match; the message names the argument.
@@ -218,7 +218,7 @@ class SpatialAttention(_PackedAttention):
         if scale is None:
             return self.out(spatial_attention(qkv, visible).flatten(2))
         check_scale(scale, "[B, steps]", visible.batch, visible.steps, tokens.device)
-        # float32, or float64 beside float64: what the op takes for frame_weight
+        # The op takes frame_weight in float32, or in float64 if qkv is float64.
         scale = scale.detach().to(torch.promote_types(qkv.dtype, torch.float32))
         frame_weight, row_scale = frame_weight_and_row_scale(scale, visible)
         update = self.out(spatial_attention(qkv, visible, frame_weight).flatten(2))

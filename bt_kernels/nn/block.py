@@ -17,12 +17,12 @@ from bt_kernels.visible import VisibleTokens
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """``x·sigmoid(1.702·x)``: CLIP's activation."""
+    """Compute ``x·sigmoid(1.702·x)``, the activation of CLIP."""
     return x * torch.sigmoid(1.702 * x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh form."""
+    """Compute GELU with the tanh approximation."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -36,7 +36,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Mlp(nn.Module):
-    """``fc2(activation(fc1(x)))``."""
+    """A multilayer perceptron, ``fc2(activation(fc1(x)))``."""
 
     def __init__(
         self,
@@ -61,13 +61,13 @@ class Mlp(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As the attentions': weights of deviation 0.02, biases 0."""
+        """Draw weights of deviation 0.02 and set biases to 0, as the attentions do."""
         for layer in (self.fc1, self.fc2):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to the same shape."""
+        """Map ``[..., D]`` to the same shape."""
         return self.fc2(self.activation(self.fc1(x)))
 
     def extra_repr(self) -> str:
@@ -77,41 +77,41 @@ class Mlp(nn.Module):
 
 
 class DividedSpaceTimeBlock(nn.Module):
-    """Pre-norm block: attention in time, attention in space, MLP; each added to its input. Takes **CLS first**.
+    """Pre-norm block of attention over time, attention in space and an MLP, with residuals. Input has **CLS first**.
 
-    The order and the places of CLS are TimeSformer's and BT-Adapter's. Equivalent to::
+    The order of layers and the use of CLS are those of TimeSformer and BT-Adapter. Equivalent to::
 
         cls, rows = tokens[:, :1], tokens[:, 1:]
-        rows = rows + temporal_fc(temporal_attention(temporal_norm(rows)))      # CLS passes through untouched
+        rows = rows + temporal_fc(temporal_attention(temporal_norm(rows)))      # CLS is not changed
         tokens = torch.cat([cls, rows], 1)
         tokens = tokens + spatial_attention(spatial_norm(tokens))
         tokens = tokens + mlp(mlp_norm(tokens))
 
-    Stochastic depth, in training: one draw for each (video, patch) in time, before ``temporal_fc``, so that its bias
-    survives a drop; one for each (video, frame) in space, before CLS takes its mean; one for each video's MLP. These
-    are TimeSformer's places (BT-Adapter drops no MLP).
+    Stochastic depth in training draws once for each (video, patch) in time, before ``temporal_fc``, whose bias is never
+    dropped; once for each (video, frame) in space, before the mean for CLS; and once for each video's MLP. TimeSformer
+    does the same (BT-Adapter does not drop the MLP).
 
-    A fresh block does nothing in time, as ``temporal_fc`` starts at zero: put into a pretrained image model, it leaves
-    the frames' results as they were. Example::
+    A new block does not change tokens in time, because ``temporal_fc`` is initialised to zero: inserted into a
+    pretrained image model, it keeps the results of the frames. Example::
 
         block = DividedSpaceTimeBlock(dim=768, heads=12)
         tokens = torch.randn(2, 1 + 196 * 8, 768)                        # CLS, then row k·8 + t: patch k of frame t
         tokens = block(tokens, frames=8)                                 # [2, 1569, 768]
         tokens = block(tokens[:, :473], VisibleTokens.tube(2, 196, 8, ratio=0.7))   # CLS and 59 tubes of 8 frames
 
-    Children, and so the names in a state dict: ``temporal_norm``, ``temporal_attention.{qkv,out}``, ``temporal_fc``,
+    Children, with their names in the state dict: ``temporal_norm``, ``temporal_attention.{qkv,out}``, ``temporal_fc``,
     ``spatial_norm``, ``spatial_attention.{qkv,out}``, ``mlp_norm``, ``mlp.{fc1,fc2}``.
 
     Args:
         dim: D.
         heads: H of both attentions; must divide D.
-        mlp_ratio: the MLP's inner width is ``int(mlp_ratio · D)``.
+        mlp_ratio: the hidden width of the MLP is ``int(mlp_ratio · D)``.
         qkv_bias, out_bias: whether the attentions' projections have biases.
         activation: of the MLP: "gelu", "gelu_tanh", "quick_gelu" (CLIP's), "relu", "silu", or a function or module.
-        norm_eps: of the LayerNorms.
+        norm_eps: epsilon of the LayerNorms.
         drop_path: rate of stochastic depth, in [0, 1).
         temporal_fc: whether a linear layer follows the temporal attention's output projection.
-        device, dtype: of the parameters.
+        device, dtype: device and dtype of the parameters.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class DividedSpaceTimeBlock(nn.Module):
         self._zero_temporal_fc()
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, as a fresh block has them: after ``to_empty`` of a block made on ``meta``."""
+        """Initialise every parameter as in a new block, for example after ``to_empty`` of a block made on ``meta``."""
         for child in self.children():
             if callable(reset := getattr(child, "reset_parameters", None)):
                 reset()
@@ -156,14 +156,14 @@ class DividedSpaceTimeBlock(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor, visible: VisibleTokens | None = None, *, frames: int | None = None) -> Tensor:
-        """One block.
+        """Run the block.
 
         Args:
-            tokens: ``[B, 1+N, D]``, CLS first, then patch-major rows; any float dtype, that of the parameters unless
-                under autocast. Padding rows of a ragged ``visible`` reach no other row, but must be finite in training
-                (a weight's gradient sums over all rows).
-            visible: which tokens the rows are; None: all tokens of ``frames`` frames.
-            frames: frames of the video, where ``visible`` is None; must divide N.
+            tokens: ``[B, 1+N, D]``, CLS first, then patch-major rows; any float dtype; without autocast that of the
+                parameters. Padding rows of a ragged ``visible`` do not affect other rows, but must be finite in
+                training (the gradient of a weight sums over all rows).
+            visible: the tokens of the rows; None: all tokens of ``frames`` frames.
+            frames: number of frames, required if ``visible`` is None; must divide N.
 
         Returns:
             ``[B, 1+N, D]``.
@@ -188,7 +188,7 @@ class DividedSpaceTimeBlock(nn.Module):
         return tokens + update
 
     def _scale(self, count: int, visible: VisibleTokens, like: Tensor) -> Tensor | None:
-        """A draw of stochastic depth, ``[B, count]``; None where nothing drops."""
+        """Draw factors of stochastic depth, ``[B, count]``; None if nothing is dropped."""
         if not self.training or self.drop_path == 0:
             return None
         return draw_scale(self.drop_path, visible.batch, count, like)
