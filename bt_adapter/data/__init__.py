@@ -1,4 +1,4 @@
-"""Video and picture files in, normalised frames out."""
+"""Reads video and picture files, samples frames and normalises them for a CLIP tower."""
 
 from .images import read_image
 from .sampling import sample_indices

@@ -1,4 +1,4 @@
-"""Whether a file ends before the end that its own container states."""
+"""Detects files that are truncated: shorter than their own container states."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _LARGEST_INDEX = 1 << 24  # bytes
 
 
 def is_cut(file: BinaryIO, container: str) -> bool | None:
-    """Whether a file breaks off, by the sizes that its container states; None where it states none.
+    """Tell whether a file is truncated, by the sizes that its container states; None if it states none.
 
     Args:
-        file: opened in binary mode, and can be sought in.
+        file: opened in binary mode and seekable.
         container: FFmpeg's name of its format, such as "matroska,webm".
     """
     size = file.seek(0, os.SEEK_END)
@@ -26,9 +26,9 @@ def is_cut(file: BinaryIO, container: str) -> bool | None:
 
 
 def _cut_fragments(file: BinaryIO, size: int) -> bool | None:
-    """Of a fragmented MP4, whether a fragment reaches beyond the end, or one is missing that an index ("sidx") names.
+    """Tell whether a fragment of a fragmented MP4 exceeds the file, or one that its index ("sidx") lists is missing.
 
-    Others count their frames in their header.
+    Returns None for other MP4 files: their header counts their frames.
     """
     at, fragmented, stated = 0, False, 0
     while at + 8 <= size:
@@ -36,7 +36,7 @@ def _cut_fragments(file: BinaryIO, size: int) -> bool | None:
         length, kind = int.from_bytes(head[:4], "big"), head[4:8]
         if length == 1:
             length = int.from_bytes(head[8:16], "big")
-        elif length == 0:  # up to the end, whatever it is
+        elif length == 0:  # the box extends to the end of the file
             length = size - at
         if length < 8:
             return None
@@ -46,24 +46,24 @@ def _cut_fragments(file: BinaryIO, size: int) -> bool | None:
         if at + length > size:
             return fragmented or None
         at += length
-    # a few bytes that are too few for the head of a box
+    # at < size: the remaining bytes are too few for a box header
     return at < size or size < stated if fragmented else None
 
 
 def _indexed(box: bytes) -> int:
-    """Bytes behind a segment index of which it says what they are (ISO/IEC 14496-12, 8.16.3)."""
+    """Sum the sizes of the fragments that a segment index lists, in bytes after it (ISO/IEC 14496-12, 8.16.3)."""
     if len(box) < 32:
         return 0
-    wide = box[8] > 0  # its version
-    at = 36 if wide else 28
-    offset = int.from_bytes(box[28:36] if wide else box[24:28], "big")
+    has_64_bit_fields = box[8] > 0  # the box's version
+    at = 36 if has_64_bit_fields else 28
+    offset = int.from_bytes(box[28:36] if has_64_bit_fields else box[24:28], "big")
     at += 4
     sizes = [int.from_bytes(box[place : place + 4], "big") & 0x7FFFFFFF for place in range(at, len(box) - 11, 12)]
     return offset + sum(sizes)
 
 
 def _cut_segment(file: BinaryIO, size: int) -> bool | None:
-    """Of a Matroska file, whether its segment reaches beyond the end."""
+    """Tell whether the segment of a Matroska file is longer than the file."""
     at = 0
     while at + 2 <= size:
         head = _read(file, at, 16)
@@ -72,7 +72,7 @@ def _cut_segment(file: BinaryIO, size: int) -> bool | None:
             return None
         kind, length_width = head[:width], _ebml_width(head[width])
         content = int.from_bytes(head[width : width + length_width], "big") & ((1 << 7 * length_width) - 1)
-        if length_width > 8 or content == (1 << 7 * length_width) - 1:  # unknown, as of a live recording
+        if length_width > 8 or content == (1 << 7 * length_width) - 1:  # unknown size: a live recording
             return None
         end = at + width + length_width + content
         if kind == b"\x18\x53\x80\x67":  # the segment
@@ -82,17 +82,17 @@ def _cut_segment(file: BinaryIO, size: int) -> bool | None:
 
 
 def _ebml_width(first: int) -> int:
-    """Bytes of an EBML number, told by the zeros before the first one of its first byte."""
+    """Return the length of an EBML number in bytes: the leading zero bits of its first byte, plus one."""
     return 9 - first.bit_length()
 
 
 def _cut_riff(file: BinaryIO, size: int) -> bool | None:
-    """Of an AVI, whether one of its RIFF chunks reaches beyond the end."""
+    """Tell whether one of the RIFF chunks of an AVI is longer than the file."""
     at, found = 0, None
     while at + 12 <= size:
         head = _read(file, at, 8)
         length = int.from_bytes(head[4:8], "little")
-        if head[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):  # something behind the video; or not filled in
+        if head[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):  # data after the video, or a size not filled in
             return found
         at += 8 + length
         found = at > size

@@ -1,4 +1,4 @@
-"""Passes over a video file that decode it: all its frames, or those wanted, in sequence or by seeking."""
+"""Decodes all or chosen frames of a video file, in sequence or by seeking."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .orientation import OrientationReader
 
 # A seek empties the decoder's pipeline, which costs about as much as decoding this many frames.
 _SEEK_COST = 16
-# Frames whose short side is more than so many times the side they are wanted for are scaled down while they are
-# decoded, to _KEPT times that side. A training crop of 8 % of the area has 0.28 of a side, and needs 3.5 times.
+# Frames whose short side is more than _TOO_LARGE times the requested side are scaled down while they are decoded, to
+# _KEPT times that side. A training crop of 8 % of the area has 0.28 of a side, so it needs 3.5 times the side.
 _TOO_LARGE = 6
 _KEPT = 4
 
@@ -30,15 +30,15 @@ class Taken:
     """Frames kept from one pass over a video.
 
     Attributes:
-        name: the video's, for messages.
-        capacity: frames that there is to be room for.
-        side: the side in pixels that frames will be resized to, if that is known.
-        size: height and width of all frames, upright; None: those of the first one.
+        name: the video's name, for messages.
+        capacity: number of frames to allocate memory for.
+        side: the side in pixels that frames will be resized to; None if unknown.
+        size: height and width of all frames after rotation; None: those of the first frame.
         pixels: uint8 [capacity, H, W, 3].
-        numbers: place of each frame among all frames of the file.
-        order: packet of each frame that was decoded, in order of presentation; None where that is not known.
-        damaged: something could not be decoded.
-        orientations: reads how frames are turned or mirrored.
+        numbers: index of each kept frame among all frames of the file.
+        order: packet number of each decoded frame, in presentation order; None where it is unknown.
+        damaged: part of the file could not be decoded.
+        orientations: reads the rotation and mirroring of frames.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Taken:
     orientations: OrientationReader = field(default_factory=OrientationReader)
 
     def keep(self, frame: av.VideoFrame, number: int) -> None:
-        """Store a frame as RGB, upright, in the size of the first one (a stream may change its size)."""
+        """Store a frame as upright RGB, resized to the first frame's size (a stream may change its size)."""
         orientation = self.orientations.read(frame)
         if self.size is None:
             upright = (frame.width, frame.height) if orientation.transposed else (frame.height, frame.width)
@@ -63,7 +63,7 @@ class Taken:
             except MemoryError as error:
                 height, width = self.size
                 raise VideoError(
-                    f"{self.name}: there is too little memory for {self.capacity} frames of {width} x {height} pixels"
+                    f"{self.name}: not enough memory for {self.capacity} frames of {width} x {height} pixels"
                 ) from error
         height, width = reversed(self.size) if orientation.transposed else self.size
         smaller = height * width < frame.height * frame.width
@@ -75,7 +75,7 @@ class Taken:
 
 
 def bounded_size(height: int, width: int, side: int | None) -> tuple[int, int]:
-    """Height and width in which frames are handed out, of which the short side is wanted in about ``side`` pixels."""
+    """Return the height and width of decoded frames: reduced if the short side far exceeds ``side`` pixels."""
     short = min(height, width)
     if side is None or short <= _TOO_LARGE * side:
         return height, width
@@ -85,7 +85,7 @@ def bounded_size(height: int, width: int, side: int | None) -> tuple[int, int]:
 def take_in_sequence(
     source: Source, index: Index, wanted: Sequence[int], taken: Taken, last: float, progress: Progress | None = None
 ) -> None:
-    """Decode from the first frame to the one after ``last``, keeping those ``wanted`` (numbers in the file)."""
+    """Decode from the first frame to the one after ``last`` and keep the frames ``wanted`` (indices in the file)."""
     left, steps = set(wanted), max(1, int(min(len(index.order), last + 1)))
     with source.open() as container:
         for number, frame in enumerate(decode_all(source, index, container, taken)):
@@ -100,10 +100,10 @@ def take_in_sequence(
 def take_by_seeking(
     source: Source, index: Index, wanted: Sequence[int], taken: Taken, progress: Progress | None, force: bool
 ) -> bool:
-    """Decode only from the key frame before each frame wanted (ascending); `index` must be exact.
+    """Decode only from the keyframe before each wanted frame (ascending); `index` must be exact.
 
-    False where that does not at least halve the work (unless `force`: decoding in sequence also finds damage),
-    and where the file turns out otherwise than its index says.
+    Returns False if seeking does not at least halve the work (unless `force`: sequential decoding also finds
+    damage), or if the file contradicts its index.
     """
     steps, cost, position = [], 0, 0
     key_stamps = set(index.keys)
@@ -115,11 +115,11 @@ def take_by_seeking(
         assert stamp is not None  # the index is exact
         sought = index.keys[bisect.bisect_right(index.keys, stamp) - 1]
         key = place[sought]
-        going_on, jumping = max(0, packet + 1 - position), max(0, packet + 1 - key) + 1 + _SEEK_COST
-        jump = jumping < going_on or (force and key > position)
-        cost += jumping if jump else going_on
-        position = max(packet + 1, 0 if jump else position)
-        steps.append((stamp, number, sought if jump else None))
+        decode_cost, seek_cost = max(0, packet + 1 - position), max(0, packet + 1 - key) + 1 + _SEEK_COST
+        seek = seek_cost < decode_cost or (force and key > position)
+        cost += seek_cost if seek else decode_cost
+        position = max(packet + 1, 0 if seek else position)
+        steps.append((stamp, number, sought if seek else None))
     if not force and 2 * cost > wanted[-1] + 1:
         return False
 
@@ -127,7 +127,7 @@ def take_by_seeking(
         stream = source.stream(container, index.stream)
         decoded = _decode(source, index, container, taken)
         latest: int | None = None
-        reached = -1  # number of the latest frame, as far as frames that come can be counted
+        reached = -1  # number of the latest frame, counted from the last seek
         for done, (stamp, number, target) in enumerate(steps, 1):
             if target is not None:
                 container.seek(target, stream=stream)
@@ -137,10 +137,10 @@ def take_by_seeking(
                 if frame.pts is None or (latest is not None and frame.pts <= latest):
                     return False
                 latest = frame.pts
-                reached += target is None or latest >= target  # others refer to pictures before the key frame
+                reached += target is None or latest >= target  # earlier frames refer to pictures before the keyframe
                 if frame.pts >= stamp:
                     break
-            # Where stamps contradict the order in which the decoder shows frames, their count differs.
+            # The count differs if the time stamps contradict the decoder's presentation order.
             if latest != stamp or reached != number or frame.is_corrupt or taken.damaged:
                 return False
             taken.keep(frame, number)
@@ -152,7 +152,7 @@ def take_by_seeking(
 def decode_all(
     source: Source, index: Index, container: av.container.InputContainer, taken: Taken
 ) -> Iterator[av.VideoFrame]:
-    """All frames that can be decoded, in order of presentation; `taken` learns their packets, and of damage."""
+    """Yield all decodable frames in presentation order; record their packets and any damage in `taken`."""
     for frame in _decode(source, index, container, taken, numbered=True):
         packet = frame.pts if frame.pts is not None and 0 <= frame.pts < len(index.stamps) else None
         taken.order.append(packet)
@@ -168,11 +168,11 @@ def _decode(
     until: int | None = None,
     numbered: bool = False,
 ) -> Iterator[av.VideoFrame]:
-    """All frames from here on that can be decoded, in order of presentation; damage is noted in `taken`.
+    """Yield all decodable frames from the current position, in presentation order; record damage in `taken`.
 
-    After a seek, `until` is the time sought: if the file does not go on with a key frame at or before it, the
-    seek went wrong, and nothing comes. `numbered`: packets get their number as their time stamp, which decoders hand on
-    with the frame that they make of a packet.
+    After a seek, `until` is the requested time stamp: if the next packet is not a keyframe at or before it, the seek
+    failed and nothing is yielded. `numbered`: each packet's number replaces its time stamp, which the decoder copies
+    to the frame.
     """
     stream = source.stream(container, index.stream)
     packets, number = container.demux(stream), -1
@@ -180,10 +180,10 @@ def _decode(
         packet: av.Packet | None
         try:
             packet = next(packets, None)
-        except FFmpegError:  # the file breaks off here; the decoder still holds good frames
+        except FFmpegError:  # the file is truncated here; the decoder still holds good frames
             taken.damaged, packet = True, None
         if packet is not None:
-            if packet.size == 0:  # no frame; to the decoder it would mean the end
+            if packet.size == 0:  # no frame; the decoder would take it for the end of the stream
                 continue
             number += 1
             if numbered:

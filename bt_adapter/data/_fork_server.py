@@ -1,7 +1,7 @@
-"""Imported by the process that worker processes are forked from, and by nothing else (see ``workers.py``).
+"""Sets up the server process that worker processes are forked from; nothing else imports it (see ``workers.py``).
 
-That process stays alive where SIGTERM goes to the whole group or job, as the training process then still ends its step
-and needs its workers. What is forked from it answers SIGTERM as usual.
+The server ignores SIGTERM sent to the whole process group or job, because the training process then still finishes its
+step and needs its workers. Forked workers handle SIGTERM as usual.
 """
 
 import os

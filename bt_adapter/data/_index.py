@@ -1,4 +1,4 @@
-"""Facts about a video that its packets tell, read without decoding any."""
+"""Indexes a video by its packets: time stamps, keyframes and frame order, without decoding."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ._cut import is_cut
 from ._source import Source
 from ._times import FAR, fill_in, least_distance, split_clock, usual_step
 
-# Where one packet is one shown frame with its own time, so that frames can be counted and found without
-# decoding.
+# In these containers one packet is one shown frame with its own time stamp, so frames can be counted and sought
+# without decoding.
 _INDEXED_CONTAINERS = ("mov", "matroska")
-# Their decoders withhold pictures that refer to others which are missing; those of other codecs make grey ones up.
+# Decoders of these codecs drop pictures whose reference pictures are missing; other decoders return grey ones.
 INDEXED_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d")
-# Containers whose clock may start anew or jump, as where files were joined or a broadcast was cut.
+# Containers whose clock may restart or jump where files were joined or a broadcast was cut.
 _RESTARTING_CONTAINERS = ("mpegts", "mpeg")
-# FFmpeg takes raw streams, which say nothing of time, for as many frames a second.
+# FFmpeg's frame rate for raw streams, which store no times.
 _UNKNOWN_FPS = 25.0
 
 Span = tuple[float, float]  # seconds from the start of the file, half-open
@@ -32,15 +32,15 @@ Span = tuple[float, float]  # seconds from the start of the file, half-open
 
 @dataclass
 class _Packets:
-    """Packets of one stream in the order of the file, empty ones left out."""
+    """Packets of one stream in file order, without empty ones."""
 
     shown_at: list[int | None] = field(default_factory=list)  # "pts", in units of the stream's time base
     decoded_at: list[int | None] = field(default_factory=list)  # "dts"
     duration: list[int] = field(default_factory=list)
     key: list[bool] = field(default_factory=list)
-    hidden: list[bool] = field(default_factory=list)  # decoded, never shown: outside of an edit list, or by itself
-    damaged: list[int] = field(default_factory=list)  # numbers of those that FFmpeg calls corrupt
-    empty: int = 0  # packets without content, which stand for no frame
+    hidden: list[bool] = field(default_factory=list)  # decoded but never shown (edit list or codec)
+    damaged: list[int] = field(default_factory=list)  # numbers of the packets that FFmpeg marks as corrupt
+    empty: int = 0  # packets without content, which give no frame
 
     def add(self, packet: av.Packet, codec: str) -> None:
         if packet.is_corrupt:
@@ -54,25 +54,25 @@ class _Packets:
 
 @dataclass(frozen=True)
 class Index:
-    """Facts about a video that its packets tell without decoding.
+    """Time stamps, keyframes and frame order of a video, read from its packets without decoding.
 
-    A packet is named by its number among those of its stream that are not empty, in the order of the file.
+    A packet's number counts the non-empty packets of its stream in file order, from 0.
 
     Attributes:
-        stream: number of the stream in its container.
-        size: height and width as stored, by the header; 0 where it does not say.
-        stamps: time stamp of each packet, in units of ``time_base``; None where it has none that can be relied on.
-        part: of each packet, how often the clock had started anew before it.
+        stream: index of the stream in its container.
+        size: height and width as stored, from the header; 0 if unknown.
+        stamps: time stamp of each packet, in units of ``time_base``; None where it is missing or unreliable.
+        part: for each packet, the number of clock restarts before it.
         origin: start of the file in seconds; times count from here.
         fps: average frames per second.
-        step: usual seconds from one frame to the next.
-        least: frames no more units of ``time_base`` apart count as shown at the same time.
-        order: packets of the frames that are expected, in order of presentation.
-        exact: that is what decoding will give, and frames can be found by seeking.
-        keys: where ``exact``, the time stamps of the key frames, ascending.
-        joints: packets before and behind the places where the clock starts anew.
+        step: median seconds from one frame to the next.
+        least: frames at most this many units of ``time_base`` apart count as shown at the same time.
+        order: packets of the expected frames, in presentation order.
+        exact: decoding will give exactly ``order``, and frames can be sought.
+        keys: time stamps of the keyframes, ascending; empty unless ``exact``.
+        joints: packets before and after each clock restart.
         first_key: packet where decoding begins.
-        truncated: part of the file is missing or damaged, as far as its packets tell.
+        truncated: the packets show that part of the file is missing or damaged.
     """
 
     stream: int
@@ -85,7 +85,7 @@ class Index:
     fps: float
     step: float
     least: int
-    by_place: bool  # stamps go with the places of frames in the order of presentation, not with packets
+    by_place: bool  # stamps belong to positions in presentation order, not to packets
     order: list[int]
     exact: bool
     keys: list[int]
@@ -94,10 +94,10 @@ class Index:
     truncated: bool
 
     def times(self, order: Sequence[int | None]) -> list[float]:
-        """When frames are shown, in seconds from the start of the file, ascending.
+        """Return when frames are shown, in seconds from the start of the file, ascending.
 
         Args:
-            order: the packet of each frame, in order of presentation; None where it is not known.
+            order: the packet of each frame, in presentation order; None where it is unknown.
         """
         base, origin = self.time_base, self.origin
         divisor, zero = base.denominator * origin.denominator, origin.numerator * base.denominator
@@ -112,13 +112,13 @@ class Index:
             places.setdefault(last_part, []).append(place)
         shift, end = 0.0, None
         for part in sorted(places):
-            # Frames come in order of presentation, so that the earliest stamp is the first one's. That also holds where
-            # packets were stamped in the order of decoding.
+            # Frames are in presentation order, so the earliest stamp belongs to the first frame, also where packets
+            # were stamped in decoding order.
             known = [p for p in places[part] if (i := order[p]) is not None and self.stamps[i] is not None]
             stamps: list[tuple[int, int]]
             if self.by_place and len(order) == len(self.stamps):
                 known = places[part]
-                packets: Iterable[int] = (i for i, own in enumerate(self.part) if own == part)
+                packets: Iterable[int] = (i for i, number in enumerate(self.part) if number == part)
             else:
                 packets = (order[p] for p in known)  # type: ignore[misc]
             stamps = sorted((s, i) for i in packets if (s := self.stamps[i]) is not None)
@@ -134,25 +134,25 @@ class Index:
         return fill_in(seconds, self.step, float((self.least + Fraction(1, 2)) * base) if self.least else 0.0)
 
     def duration(self, order: Sequence[int | None], seconds: Sequence[float]) -> float:
-        """Seconds from the first frame's begin to the last one's end."""
+        """Return the seconds from the start of the first frame to the end of the last."""
         if not seconds:
             return 0.0
         last = order[-1]
-        lasts = self.step if last is None or self.stamps[last] is None else self._length(last)
-        if len(seconds) > 1 and self._constant(order):
-            lasts = self.step
-        return seconds[-1] - seconds[0] + lasts
+        length = self.step if last is None or self.stamps[last] is None else self._length(last)
+        if len(seconds) > 1 and self._is_constant(order):
+            length = self.step
+        return seconds[-1] - seconds[0] + length
 
-    def _constant(self, order: Sequence[int | None]) -> bool:
+    def _is_constant(self, order: Sequence[int | None]) -> bool:
         return len({self.stamps[i] for i in order if i is not None}) <= 1
 
     def _length(self, packet: int) -> float:
-        """How long a packet's frame is shown, in seconds."""
+        """Return the display time of a packet's frame in seconds."""
         return float(self.durations[packet] * self.time_base) or self.step
 
 
 def scan(source: Source) -> Index:
-    """Read all packets without decoding any. Raises VideoError."""
+    """Read all packets of a video without decoding and return their index. Raises VideoError."""
     broken = False
     with source.open() as container:
         streams = source.candidates(container)
@@ -168,25 +168,25 @@ def scan(source: Source) -> Index:
         except FFmpegError:
             broken = True
         stream = max(streams, key=lambda stream: _rank(stream, tables[stream.index]))
-        source.stream(container, stream.index)  # refuses frames that are too large
+        source.stream(container, stream.index)  # raises if frames are too large
         return _index(source, container, stream, tables[stream.index], broken)
 
 
 def _is_hidden_vp9(packet: av.Packet) -> bool:
-    """Whether a packet holds one VP9 picture, and that one is only referred to by others (VP9 bitstream, 6.2 and B)."""
+    """Tell whether a packet holds a single VP9 picture that is only a reference (VP9 bitstream, 6.2 and B)."""
     content = memoryview(packet)
     mark = content[-1]
     index_size = 2 + (mark >> 3 & 3) * (frames := (mark & 7) + 1) + frames
     if mark & 0xE0 == 0xC0 and index_size <= len(content) and content[-index_size] == mark:
-        return False  # several pictures, of which one is shown
+        return False  # a superframe: one of its pictures is shown
     first = content[0]
-    profile_3 = first & 0x30 == 0x30  # has a reserved bit more
+    profile_3 = first & 0x30 == 0x30  # has one more reserved bit
     bits = (first << 1 if profile_3 else first) & 0x0F  # show_existing_frame, frame_type, show_frame, error_resilient
     return not bits & 8 and not bits & 2
 
 
 def _rank(stream: av.VideoStream, packets: _Packets) -> tuple:
-    """The greater, the more a stream is what is to be seen: more than a still, the default one, then the largest."""
+    """Return the sort key that picks the stream to read: more than one frame, then the default, then the largest."""
     impaired = Disposition.hearing_impaired | Disposition.visual_impaired
     size = stream.codec_context.height * stream.codec_context.width
     preferred = bool(stream.disposition & Disposition.default) - bool(stream.disposition & impaired)
@@ -203,7 +203,7 @@ def _index(
     count, kind = len(packets.key), container.format.name
     base = stream.time_base or Fraction(1, av.time_base)
     clock = packets.decoded_at if any(t is not None for t in packets.decoded_at) else packets.shown_at
-    # An AVI keeps no times of presentation; what FFmpeg gives there is wrong with B-frames.
+    # AVI stores no presentation times; FFmpeg's estimates are wrong with B-frames.
     by_place = kind == "avi"
     restarts = kind in _RESTARTING_CONTAINERS
     part, wrong = split_clock(clock, base, restarts)
@@ -211,20 +211,20 @@ def _index(
     if all(t is None for t in shown_at):
         shown_at = clock
     stamps = [None if bad else t for t, bad in zip(shown_at, wrong, strict=True)]
-    if restarts:  # what FFmpeg makes up for pictures without a time may come from the other side of a joint
+    if restarts:  # FFmpeg may estimate a missing time from the other side of a clock restart
         far = math.ceil(FAR / base)
         stamps = [
             None if t is not None and c is not None and abs(t - c) > far else t
             for t, c in zip(stamps, clock, strict=True)
         ]
-    # The counters of MPEG-TS packets do not go on where files were joined, which FFmpeg takes for a loss. It notes that
-    # at one of the pictures that its parser still holds.
+    # MPEG-TS continuity counters jump where files were joined. FFmpeg takes that for a loss and marks one of the
+    # pictures that its parser still holds as corrupt.
     clocks = list(zip(part, wrong, strict=True))
     joints = {k for i in range(1, count) if clocks[i] != clocks[i - 1] for k in (i - 2, i - 1, i)}
     damaged = not joints.issuperset(packets.damaged)
 
     first_key = next((i for i, key in enumerate(packets.key) if key), 0)
-    # Pictures before the first key frame, in the file or when shown, refer to pictures that are not in the file.
+    # Pictures before the first keyframe, in file or presentation order, refer to pictures that the file lacks.
     first_shown = stamps[first_key] if count and not by_place else None
     leading = set(range(first_key))
     if first_shown is not None and stream.codec_context.has_b_frames:
@@ -237,7 +237,7 @@ def _index(
 
     known = sorted(t for i in order if part[i] == 0 and (t := stamps[i]) is not None)
     rate = stream.average_rate or stream.guessed_rate
-    if rate and not stream.average_rate and rate * base >= 1:  # no more than the unit of its clock
+    if rate and not stream.average_rate and rate * base >= 1:  # merely the clock's unit, not a frame rate
         rate = None
     step = None if rate else usual_step(known, base, 0)
     fps = float(rate) if rate else 1 / step if step else _UNKNOWN_FPS
@@ -245,7 +245,7 @@ def _index(
     step = usual_step(known, base, least)
     origin = Fraction(container.start_time or 0, av.time_base)
     if known and (container.start_time is None or known[0] * base - origin <= Fraction(1, av.time_base)):
-        origin = known[0] * base  # the container does not say, or rounds to microseconds
+        origin = known[0] * base  # the container states no start, or rounds it to microseconds
     truncated = broken or damaged or headless or _is_cut(source, container, stream, packets, order, fps)
     exact = (
         kind.startswith(_INDEXED_CONTAINERS)
@@ -278,7 +278,7 @@ def _index(
 
 
 def _sorted_by_presentation(order: list[int], stamps: Sequence[int | None], part: Sequence[int]) -> list[int]:
-    """Packets by part and stamp; where some have no stamp, the order of the file has to do within their part."""
+    """Sort packets by part and time stamp; a part in which a stamp is missing keeps its file order."""
     missing = Counter(part[i] for i in order if stamps[i] is None)
     if not missing and not any(part):
         return sorted(order, key=stamps.__getitem__)  # type: ignore[arg-type]
@@ -286,7 +286,7 @@ def _sorted_by_presentation(order: list[int], stamps: Sequence[int | None], part
 
 
 def _stamped_in_decoding_order(stream: av.VideoStream, stamps: Sequence[int | None]) -> bool:
-    """Whether frames are shown in another order than they are decoded in, and their stamps do not say so."""
+    """Tell whether frames are reordered for presentation although their time stamps do not show it."""
     if not stream.codec_context.has_b_frames:
         return False
     return all(a is not None and b is not None and a < b for a, b in zip(stamps, stamps[1:], strict=False))
@@ -300,7 +300,7 @@ def _is_cut(
     order: Sequence[int],
     fps: float,
 ) -> bool:
-    """Whether packets are missing at the end, by what the container states."""
+    """Tell whether packets are missing at the end, compared with the container's stated sizes, times or counts."""
     kind = container.format.name
     stated_frames, number, base = stream.frames, stream.index, stream.time_base or Fraction(1, av.time_base)
     stated_end = _clock_seconds(stream.metadata.get("DURATION", ""))
@@ -311,7 +311,7 @@ def _is_cut(
     if kind.startswith("matroska"):
         if cut is False:
             return False
-        # what is lost may be no more than the index behind the last frame
+        # only the index after the last frame may be missing
         if not stated_end and cut and container.duration:
             stated_end = container.duration / av.time_base
         ends = (t + packets.duration[i] for i in order if (t := packets.shown_at[i]) is not None)
@@ -319,14 +319,14 @@ def _is_cut(
     if cut is not None:
         return cut
     if kind.startswith("mov") and len(packets.key) + packets.empty < stated_frames:
-        # an edit list may leave packets away; without it, all that the header counts are there
+        # an edit list may hide packets; without it, all packets that the header counts must be there
         with source.open(ignore_editlist="1") as whole:
             return sum(1 for packet in whole.demux(whole.streams[number]) if packet.dts is not None) < stated_frames
     return False
 
 
 def _clock_seconds(text: str) -> float:
-    """Matroska's "00:01:02.500000000" in seconds; 0 if it is not of that form."""
+    """Convert Matroska's "00:01:02.500000000" to seconds; return 0 for any other form."""
     parts = text.split(":")
     try:
         hours, minutes, seconds = (float(part) for part in parts)

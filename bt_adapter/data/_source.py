@@ -1,4 +1,4 @@
-"""Video files, or their bytes, as sources that can be opened any number of times."""
+"""Opens video files, or their bytes, any number of times."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import av
 from av.error import FFmpegError
 from av.stream import Disposition
 
-# Containers FFmpeg may take a file for. Without the list it also "plays" text files, and follows playlists to
-# others.
+# Containers that FFmpeg may detect. Without this list it also decodes text files and opens files that playlists
+# name.
 _CONTAINERS = (
     "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,flv,asf,ogg,gif,apng,mxf,nut,dv,rm,"
     "yuv4mpegpipe,wav,w64,mp3,aac,flac,aiff"
 )
-# Twice the pixels of 8K. A decoder takes room for several frames, so a small file could ask for any amount of memory.
+# Twice the pixels of 8K. A decoder allocates several frames, so a small file could request any amount of memory.
 MAX_PIXELS = 1 << 26
 MAX_PIXELS_VARIABLE = "BT_ADAPTER_MAX_PIXELS"
-# Each thread of a decoder that works on whole frames holds one; of larger ones, threads share a frame's slices.
+# With frame threading each thread holds a frame; for frames larger than this, threads share one frame's slices.
 _FRAME_THREAD_PIXELS = 1 << 24
 _FILE_KINDS = {
     stat.S_IFDIR: "a directory",
@@ -37,11 +37,11 @@ PathLike = str | os.PathLike | bytes | BinaryIO
 
 
 class VideoError(ValueError):
-    """A video cannot be read or written as asked; the message names the file and what is wrong."""
+    """A video cannot be read or written; the message names the file and the cause."""
 
 
 def reason(error: BaseException) -> str:
-    """The system's or FFmpeg's own words for an error."""
+    """Return the message of the system or of FFmpeg for an error."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -51,11 +51,11 @@ class Source:
 
     Attributes:
         name: the file's name, for messages.
-        target: an absolute path, the bytes, or a file that can be sought in.
-        threads: of the decoder; 0: one a core.
-        max_pixels: frames with more pixels (width times height) are refused.
-        frame_threads: threads may work on a frame each. Without, a damaged file gives all frames that can be decoded:
-            PyAV does not hand out those that a decoder of several frames still holds when it reports an error.
+        target: an absolute path, the bytes, or a seekable file object.
+        threads: number of decoder threads; 0: one per core.
+        max_pixels: frames with more pixels (width times height) raise VideoError.
+        frame_threads: allow one frame per thread. False recovers all decodable frames of a damaged file: PyAV drops
+            the frames that a frame-threaded decoder still holds when it reports an error.
     """
 
     name: str
@@ -66,9 +66,9 @@ class Source:
 
     @classmethod
     def of(cls, path: PathLike, threads: int = 0, max_pixels: int | None = None) -> Source:
-        """Check what can be checked without opening a file. Raises TypeError, ValueError, VideoError.
+        """Make a source after the checks that need no open file. Raises TypeError, ValueError, VideoError.
 
-        ``max_pixels`` None stands for the environment variable BT_ADAPTER_MAX_PIXELS, or 2**26 where it is not set.
+        ``max_pixels`` None: the environment variable BT_ADAPTER_MAX_PIXELS, or 2**26 if it is not set.
         """
         if max_pixels is None:
             max_pixels = _max_pixels_of_environment()
@@ -79,7 +79,7 @@ class Source:
         if isinstance(path, str | os.PathLike):
             name = os.fsdecode(path)
             _check_regular(name)
-            # absolute: a name such as "a:b.mp4" is no protocol
+            # absolute, so that FFmpeg takes no name such as "a:b.mp4" for a protocol
             return cls(name, os.path.abspath(name), threads, max_pixels)
         if not callable(getattr(path, "read", None)):
             raise TypeError(f"path must be a file name, bytes or a binary file object, got {type(path).__name__}")
@@ -93,21 +93,21 @@ class Source:
 
     @contextmanager
     def open(self, **options: str) -> Iterator[av.container.InputContainer]:
-        """Open a fresh container, with options of FFmpeg's demuxers.
+        """Open a new container with options of FFmpeg's demuxers.
 
-        What PyAV cannot make of the file within the context is a VideoError too, and so are too little memory and
-        storage that fails: by itself, FFmpeg takes a file for one that ends where it cannot be read.
+        Errors of PyAV inside the context are raised as VideoError, and so are a lack of memory and failing storage:
+        FFmpeg alone takes a read error for the end of the file.
         """
         options = {"format_whitelist": _CONTAINERS, **options}
         with ExitStack() as stack:
             try:
                 file = stack.enter_context(self.raw())
-                # tags of old files are in the code page of who wrote them
+                # old files store tags in any code page
                 container = av.open(file, "r", options=options, metadata_errors="replace")
             except (FFmpegError, OSError, ValueError) as error:
                 raise VideoError(f"{self.name}: cannot be read as a video file ({reason(error)})") from error
             except MemoryError as error:
-                raise VideoError(f"{self.name}: there is too little memory to open it") from error
+                raise VideoError(f"{self.name}: not enough memory to open it") from error
             try:
                 with container:
                     try:
@@ -121,13 +121,13 @@ class Source:
             except OSError as error:
                 raise VideoError(f"{self.name}: cannot be read ({reason(error)})") from error
             except MemoryError as error:
-                raise VideoError(f"{self.name}: there is too little memory to decode it ({reason(error)})") from error
+                raise VideoError(f"{self.name}: not enough memory to decode it ({reason(error)})") from error
 
     @contextmanager
     def raw(self) -> Iterator[BinaryIO]:
-        """The file's bytes, from the first one on."""
+        """Open the file's bytes, positioned at the first one."""
         if isinstance(self.target, str):
-            with open(self.target, "rb", buffering=0) as file:  # FFmpeg has a buffer of its own
+            with open(self.target, "rb", buffering=0) as file:  # FFmpeg buffers by itself
                 yield file
         elif isinstance(self.target, bytes):
             yield io.BytesIO(self.target)
@@ -136,15 +136,15 @@ class Source:
             yield self.target
 
     def candidates(self, container: av.container.InputContainer) -> list[av.VideoStream]:
-        """The streams that may be the video: neither marked as cover pictures nor of an unknown codec.
+        """Return the video streams that are neither cover pictures nor of an unknown codec.
 
-        Raises VideoError where there are none.
+        Raises VideoError if there are none.
         """
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             kinds = {s.type for s in container.streams}
             names = {"audio": "sound", "video": "a cover picture", "subtitle": "subtitles", "data": "data"}
-            found = [name for kind, name in names.items() if kind in kinds] or ["nothing that is known"]
+            found = [name for kind, name in names.items() if kind in kinds] or ["streams of unknown kinds"]
             raise VideoError(f"{self.name}: holds no video, only {' and '.join(found)}")
         streams = [s for s in streams if s.codec_context is not None]
         if not streams:
@@ -152,15 +152,15 @@ class Source:
         return streams
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise VideoError for frames of more than ``max_pixels`` pixels."""
+        """Raise VideoError if frames have more than ``max_pixels`` pixels."""
         if height * width > self.max_pixels:
             raise VideoError(
-                f"{self.name}: its frames of {width} x {height} pixels are larger than the {self.max_pixels:,} pixels "
-                f"that are read; to read it, set the environment variable {MAX_PIXELS_VARIABLE} (or max_pixels) to more"
+                f"{self.name}: its frames of {width} x {height} pixels are larger than the limit of "
+                f"{self.max_pixels:,}; to read it, raise max_pixels or the environment variable {MAX_PIXELS_VARIABLE}"
             )
 
     def stream(self, container: av.container.InputContainer, number: int) -> av.VideoStream:
-        """The container's stream ``number``, its decoder set up. Raises VideoError where its frames are too large."""
+        """Return stream ``number`` with its decoder set up. Raises VideoError if its frames are too large."""
         stream = container.streams[number]
         assert isinstance(stream, av.VideoStream)
         decoder = stream.codec_context
@@ -169,15 +169,15 @@ class Source:
             large = decoder.height * decoder.width > _FRAME_THREAD_PIXELS
             decoder.thread_type = "SLICE" if large or not self.frame_threads else "AUTO"
             decoder.thread_count = self.threads
-            decoder.options = {"max_pixels": str(self.max_pixels)}  # also where the size changes on the way
+            decoder.options = {"max_pixels": str(self.max_pixels)}  # also if the size changes within the stream
         return stream
 
 
 def _settle(container: av.container.InputContainer) -> None:
-    """Let the threads of open decoders come to rest, before PyAV frees the decoders.
+    """Wait until the threads of open decoders are idle, before PyAV frees the decoders.
 
-    PyAV frees them while it holds Python's interpreter lock. Where a program has set PyAV's log level, a thread that
-    still works and has something to log waits for that lock, and both wait for ever. Flushing waits without the lock.
+    PyAV frees them while it holds the GIL. If a program has set PyAV's log level, a decoder thread that logs a message
+    waits for the GIL too: a deadlock. Flushing waits for the threads without holding the GIL.
     """
     for stream in container.streams:
         if stream.type == "video" and stream.codec_context is not None and stream.codec_context.is_open:
@@ -185,7 +185,7 @@ def _settle(container: av.container.InputContainer) -> None:
 
 
 def _check_regular(name: str) -> None:
-    """Raise VideoError unless there is a regular file of that name that is not empty; nothing is opened."""
+    """Raise VideoError unless the name is a regular file that is not empty; do not open it."""
     try:
         state = os.stat(name)
     except FileNotFoundError as error:
@@ -193,7 +193,7 @@ def _check_regular(name: str) -> None:
     except (OSError, ValueError) as error:  # a loop of links, a folder without permission, a null character
         raise VideoError(f"{name}: cannot be read ({reason(error)})") from error
     if not stat.S_ISREG(state.st_mode):
-        kind = _FILE_KINDS.get(stat.S_IFMT(state.st_mode), "something else")
+        kind = _FILE_KINDS.get(stat.S_IFMT(state.st_mode), "of another kind")
         raise VideoError(f"{name}: is {kind}, not a regular file")
     if state.st_size == 0:
         raise VideoError(f"{name}: the file is empty (0 bytes)")

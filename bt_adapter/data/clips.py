@@ -1,4 +1,4 @@
-"""A clip and what is said of it: the one form in which every data set reaches training and evaluation."""
+"""Defines a clip with its captions, the form in which every data set reaches training and evaluation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, BinaryIO, cast
 
 from .video import Video, VideoError, read_video
 
-# A member of a shard up to this size is read at once: one request where the shard lies on a network.
+# A member of a shard up to this size in bytes is read whole: a single request on network storage.
 _AT_ONCE = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file inside an uncompressed tar: ``size`` bytes from ``offset`` on."""
+    """A file inside an uncompressed tar: ``size`` bytes starting at ``offset``."""
 
     path: str
     offset: int
@@ -26,7 +26,7 @@ class Member:
     name: str
 
     def open(self) -> BinaryIO:
-        """Its bytes as a file with a name; those of a large one are read when needed. Raises as :meth:`read`."""
+        """Open the member as a named binary file; a large one is read on demand. Raises as :meth:`read`."""
         window = _Window(self)
         if self.size > _AT_ONCE:
             return cast(BinaryIO, window)
@@ -36,7 +36,7 @@ class Member:
         return file
 
     def read(self) -> bytes:
-        """Its bytes. Raises OSError, and VideoError where the tar ends before them."""
+        """Return the member's bytes. Raises OSError, and VideoError if the tar ends inside the member."""
         with self.open() as file:
             return file.read()
 
@@ -46,7 +46,7 @@ class _Named(io.BytesIO):
 
 
 class _Window(io.RawIOBase):
-    """A member of a tar as a file of its own. Raises OSError, and VideoError where the tar ends before it does."""
+    """A read-only file view of a tar member. Raises OSError, and VideoError if the tar ends inside the member."""
 
     def __init__(self, member: Member) -> None:
         self.name, self._member, self._place = f"{member.path}/{member.name}", member, 0
@@ -87,11 +87,11 @@ class Clip:
     """A video, or a part of one, with its captions.
 
     Attributes:
-        key: its name, unique within its data set; what reports call it.
-        source: a video file, or a video inside a shard.
-        captions: of a training clip the alternatives of which one is drawn; of a test clip all that are right.
-        start, end: the part of the video it is, in seconds; None: to that side all.
-        label: number of its class, where the data set has classes; the class's name is then its caption.
+        key: name of the clip, unique within its data set and used in reports.
+        source: path of a video file, or a video inside a shard.
+        captions: for training, alternatives of which one is drawn; for evaluation, all correct captions.
+        start, end: range of the video in seconds; None: from the beginning, to the end.
+        label: class number, if the data set has classes; the caption is then the class name.
     """
 
     key: str
@@ -103,17 +103,17 @@ class Clip:
 
     @property
     def path(self) -> str:
-        """The file on disk that holds it."""
+        """Path of the file on disk that holds the clip."""
         return self.source.path if isinstance(self.source, Member) else self.source
 
     def read(self, frames: int | None, **options: Any) -> Video:
-        """Its frames; arguments and errors as for :func:`read_video`."""
+        """Read the clip's frames; arguments and errors as for :func:`read_video`."""
         with self.source.open() if isinstance(self.source, Member) else nullcontext(self.source) as source:
             return read_video(source, frames, start=self.start, end=self.end, **options)
 
 
 def digest(clips: Sequence[Clip]) -> str:
-    """What tells these clips, in this order, from others; not where their files lie."""
+    """Return a hash of the clips' keys, captions and ranges in this order; file locations do not count."""
     state = hashlib.blake2b(digest_size=8)
     for clip in clips:
         state.update(repr((clip.key, clip.captions, clip.start, clip.end)).encode())
