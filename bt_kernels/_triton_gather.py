@@ -61,8 +61,8 @@ def _forward(
             cls += tl.load(pos + d, mask=inside, other=0.0).to(ACC)
             cls = 0.5 * (cls + tl.load(cls_token + d, mask=inside, other=0.0).to(ACC))
         else:
-            x = tl.load(branch + b * branch_b + d, mask=inside, other=0.0).to(ACC)
-            cls = _merged(cls, x, gate, d, inside, GATED, ACC)
+            branch_cls = tl.load(branch + b * branch_b + d, mask=inside, other=0.0).to(ACC)
+            cls = _merged(cls, branch_cls, gate, d, inside, GATED, ACC)
         tl.store(out + b * (1 + N) * D + d, cls.to(kind), mask=inside)
     else:
         columns = d[None, :]
