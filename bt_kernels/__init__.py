@@ -1,4 +1,4 @@
-"""Kernels for masked temporal attention and token gathering, usable alone as drop-in ops.
+"""Kernels for masked temporal attention and token gathering, usable as drop-in ops without ``bt_adapter``.
 
 Every op takes tensors and a :class:`VisibleTokens`, has a reference implementation in plain PyTorch, and is registered
 with ``torch.library`` (``torch.ops.bt_kernels.*``). ``python -m bt_kernels`` lists the backends of each op.

@@ -42,7 +42,7 @@ class Shape:
 
     @property
     def dim(self) -> int:
-        """D."""
+        """D, the width H·E of a row."""
         return self.heads * self.width
 
     @property
@@ -127,10 +127,7 @@ def flat_arguments(variant: Variant, inputs: Inputs, visible: VisibleTokens, wan
 
 
 def passes(kernel: Kernel, op: Op, arguments: list, needs: tuple[bool, ...]) -> tuple[Callable, Callable]:
-    """Return a kernel's forward and backward as functions without dispatch and autograd.
-
-    Call them in turn: the backward reads the forward's results and starts from gradients of ones.
-    """
+    """Return a kernel's forward and its backward (from ones), without dispatch and autograd, to be called in turn."""
     outputs: list[Tensor] = []
 
     def forward() -> None:

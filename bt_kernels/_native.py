@@ -63,10 +63,8 @@ def cuda_ops() -> Any:
 
 
 def why_not_cuda() -> str | None:
-    """Return the reason why the compiled CUDA kernels cannot run, or None.
-
-    An error in loading is reported before a missing device, because loading needs no device.
-    """
+    """Return why the compiled CUDA kernels cannot run, or None. A loading error is reported before a missing device,
+    because loading needs no device."""
     reason = _load_cuda()
     if reason is None and torch.version.cuda is None:
         reason = f"torch {torch.__version__} was built without CUDA"

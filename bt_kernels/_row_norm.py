@@ -12,10 +12,7 @@ from bt_kernels._layout import zero_padding
 
 
 def normalise(out: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise ``out[:, 1:]`` by LayerNorm.
-
-    Returns ``[B, N, D]`` (zeros where the index is -1), and mean and 1/deviation, each ``[B, N]``.
-    """
+    """Return the LayerNorm of ``out[:, 1:]``, ``[B, N, D]`` (0 where index is -1), and mean and rstd, ``[B, N]``."""
     acc = torch.promote_types(out.dtype, torch.float32)
     rows = out[:, 1:].to(acc)
     normed, mean, rstd = torch.ops.aten.native_layer_norm(rows, rows.shape[-1:], weight.to(acc), bias.to(acc), eps)

@@ -18,7 +18,7 @@ from bt_kernels._dispatch import BackendUnavailable
 from bt_kernels._library import OPS
 
 LARGEST_ERROR = 1e-4
-"""Largest error allowed in float32, relative to the largest float64 value; rounding alone gives about 1e-6."""
+"""Largest error allowed in float32, relative to the largest float64 value; rounding gives about 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Result:
 
     @property
     def wrong(self) -> bool:
-        """Whether the op ran and its error, or NaN, exceeds :data:`LARGEST_ERROR`."""
+        """True if the op ran and its error exceeds :data:`LARGEST_ERROR` or is NaN."""
         return self.why_not is None and not self.error <= LARGEST_ERROR
 
 

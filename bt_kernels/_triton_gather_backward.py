@@ -29,11 +29,8 @@ def _row_grads(
     grad, grad_normed, out, mean, rstd, weight, b, r, real, d, inside, grad_b, grad_n, normed_b, normed_n, N, D,
     NORM: tl.constexpr, GRAD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Return the gradients of rows r, [R], of video b, [R, W], and their share of the gradients of weight and bias.
-
-    They come from grad (of the rows) and grad_normed (of their LayerNorm). Rows that are not real give zeros and are
-    not read.
-    """
+    """Return the gradients of rows r, [R], of video b, [R, W], from grad and through the LayerNorm from grad_normed,
+    and their share of the gradients of weight and bias. Rows that are not real give zeros and are not read."""
     columns = d[None, :]
     used = inside[None, :] & real[:, None]
     total = tl.zeros([r.shape[0], d.shape[0]], ACC)
@@ -63,10 +60,8 @@ def _merge_backward(
     TOTAL: tl.constexpr, COUNTED: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr, AT_ONCE: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
-    """Compute d branch = (1 - gate)·dout, d gate = Σ dout·(m - branch) and the gradients of the LayerNorm.
-
-    A program takes M rows of a video, R at a time, or its CLS row, and writes its partial sums [gate, weight, bias].
-    """
+    """Compute d branch = (1 - gate)·dout, d gate = Σ dout·(m - branch) and the gradients of the LayerNorm. A program
+    takes M rows of a video, R at a time, or its CLS row, and writes its partial sums [gate, weight, bias]."""
     pid = tl.program_id(0).to(tl.int64)
     b, part = pid // parts, pid % parts
     d = tl.arange(0, W)
@@ -127,9 +122,7 @@ def _sum_by_list(
     NORM: tl.constexpr, GRAD: tl.constexpr, TOTAL: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Sum the row gradients of each list (such as the rows of a frame) over the videos; with NORM also [weight, bias].
-
-    A list has Q·G partial sums: each takes every G-th video, and R of every Q·R rows in it.
-    """
+    A list has Q·G partial sums: each takes every G-th video, and R of every Q·R rows in it."""
     pid = tl.program_id(0).to(tl.int64)
     key, c = pid // (Q * G), pid % (Q * G)
     d = tl.arange(0, W)

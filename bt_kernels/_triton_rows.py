@@ -59,11 +59,8 @@ def layer_norm_grad(grad_normed, x, mean, rstd, weight, inside, D, ACC: tl.const
 def list_rows(
     index, order, other, counts, index_b, index_n, N, T, L, K, BY_FRAME: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """List the rows of each frame (or patch) of a video in ascending order, with their number.
-
-    Unless ``other`` is None it gets the patch (or frame) of each row. A program makes one list of at most K rows, and
-    scans C rows at a time.
-    """
+    """List the rows of each frame (or patch) of a video in ascending order, with their number and, unless ``other`` is
+    None, the patch (or frame) of each. A program makes one list of at most K rows and scans C rows at a time."""
     pid = tl.program_id(0).to(tl.int64)
     b, key = pid // L, pid % L
     found = tl.zeros([], tl.int32)
@@ -95,10 +92,8 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def row_options(width: int, dtype: torch.dtype, rows_at_once: int = 1, resident_warps: int = 16) -> dict:
-    """Choose block width and warps of a kernel on whole rows: about 16 bytes per thread and row.
-
-    ``resident_warps`` is the planned number per multiprocessor: 12 leave a thread 168 registers, 16 128, and 32 64.
-    """
+    """Choose block width and warps of a kernel on whole rows: about 16 bytes per thread and row. ``resident_warps`` is
+    the planned number per multiprocessor: 12 leave a thread 168 registers, 16 leave it 128, 32 leave it 64."""
     block = triton.next_power_of_2(max(width, 16))
     warps = max(1, min(8, block * dtype.itemsize // 512))
     if rows_at_once > 1 and block > 1024:

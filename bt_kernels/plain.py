@@ -1,4 +1,4 @@
-"""Checks whether a layer can be computed from its weights alone, without calling it.
+"""Checks whether a layer can be computed from its weights only, without calling it.
 
 A fused op reads ``layer.weight`` and never calls ``layer``. It would silently ignore an adapter (LoRA), a hook, a
 parametrisation, or a quantised, sharded or offloaded weight. So every op that reads weights runs these checks at every
@@ -14,7 +14,7 @@ _LAYERS = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, nn.Identity)
 
 
 def why_not_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = ()) -> str | None:
-    """Return why ``module`` cannot be computed from its class and weights alone, or None if it can.
+    """Return why ``module`` cannot be computed from only its class and weights, or None if it can.
 
     Only the module itself is checked, not its children; see :func:`why_not_all_plain`.
 

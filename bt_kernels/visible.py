@@ -64,7 +64,7 @@ class VisibleTokens:
                 )
         if self.frame_counts is not None:
             if self.slots is not None:
-                raise ValueError("frame_counts goes with the ragged form (slots=None), but slots was given")
+                raise ValueError("frame_counts requires the ragged form (slots=None), but slots was given")
             _check_frame_counts(self.frame_counts, self.index.shape[0])
             if self.frame_counts.device != self.index.device:
                 raise ValueError(f"frame_counts must be on {self.index.device}, but is on {self.frame_counts.device}")
@@ -88,7 +88,7 @@ class VisibleTokens:
 
     @property
     def groups(self) -> int | None:
-        """K of a regular grid, or None when ragged."""
+        """K, the number of groups of a regular grid, or None when ragged."""
         return None if self.slots is None else self.tokens // self.slots
 
     @property
@@ -274,7 +274,7 @@ class VisibleTokens:
 
 
 def _check_count(name: str, value: int, least: int = 1) -> None:
-    if isinstance(value, torch.SymInt):  # under torch.compile: guarded by the shapes it comes from
+    if isinstance(value, torch.SymInt):  # under torch.compile: guards on shapes check it
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, but is {type(value).__name__}")

@@ -33,7 +33,7 @@ def check_or_make_visible(
     if visible is not None:
         check_is_visible(visible)
         if frames is not None:
-            raise ValueError(f"frames goes with visible=None, but both were given (frames={frames!r})")
+            raise ValueError(f"frames requires visible=None, but both were given (frames={frames!r})")
         legend = "[B, 1+N, D]" if cls else "[B, N, D]"
         check_tensor(name, tokens, legend, (None, cls + visible.tokens, None))
         check_visible(visible, name, tokens)

@@ -8,7 +8,7 @@
 
 namespace bt {
 
-// As many lanes as the widest vectors have, because the compiler must not reorder a single chain of additions.
+// The number of lanes is that of the widest vectors, because the compiler must not reorder one chain of additions.
 constexpr int kLanes = 16;
 
 template <typename A, typename F>

@@ -36,11 +36,8 @@ class RowKernels(Protocol):
         self, y: Tensor, b: Tensor, places: Tensor, gain: Tensor, shift: Tensor, eps: float, grads: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Return 2 - 2·cos(a, b) of each row, ``[C]``, where a = LayerNorm(y).
-
-        With ``grads`` also return its gradient in y, ``[C, F]`` in ``dtype``, and those of bias, gain and shift summed
-        over the rows, ``[3, F]``.
-        """
+        """Return 2 - 2·cos(a, b) of each row, ``[C]``, where a = LayerNorm(y); with ``grads`` also its gradient in y,
+        ``[C, F]`` in ``dtype``, and those of bias, gain and shift summed over the rows, ``[3, F]``."""
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,7 @@ def _cosine(
     y, b, places, gain, shift, losses, grad_y, partials, C, F, R, eps,
     GRADS: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Compute the loss 2 - 2·â·b̂ with a = LayerNorm(y), and its gradient in y. A program takes R rows.
-
-    d/da = -2·(b̂ - cos·â)/|a|, followed by the backward of the LayerNorm.
-    """
+    """Compute the loss 2 - 2·â·b̂ of R rows, a = LayerNorm(y), and its gradient in y from d/da = -2·(b̂ - cos·â)/|a|."""
     pid = tl.program_id(0).to(tl.int64)
     f = tl.arange(0, W)
     inside = f < F

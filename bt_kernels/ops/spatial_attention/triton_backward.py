@@ -19,10 +19,8 @@ def _backward_whole(
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, J: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Process a frame of at most M tokens in one program.
-
-    The tile holds all keys and takes J queries at a time, so one product completes dQ, and δ is computed from P.
-    """
+    """Process a frame of at most M tokens in one program. The tile holds all keys and takes J queries at a time, so one
+    product completes dQ, and δ is computed from P."""
     SPLIT: tl.constexpr = E > E0
     pid = tl.program_id(0).to(tl.int64)
     h, frame = pid % H, pid // H
@@ -173,10 +171,8 @@ def _backward_blocks(
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, TAIL: tl.constexpr, J: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Process frames of any length: even programs take M keys and loop over the queries, odd ones the reverse.
-
-    The two programs of a pair are neighbours, so they share reads in the cache.
-    """
+    """Process frames of any length: even programs take M keys and loop over the queries, odd ones take M queries and
+    loop over the keys. The two programs of a pair are adjacent, so they share cached reads."""
     pid = tl.program_id(0).to(tl.int64)
     for_keys, pair = pid % 2 == 0, pid // 2
     block, frame_head = pair % blocks, pair // blocks

@@ -1,8 +1,5 @@
-"""Triton kernels of temporal_attention for tiles whose scores do not fit in registers.
-
-They take all keys of the tile and J queries at a time. All keys of a query are in the tile, so its softmax is complete
-after one product. ``triton.py`` has the legend.
-"""
+"""Triton kernels of temporal_attention for tiles whose scores do not fit in registers: they take all keys of a tile and
+J queries at a time. The tile has all keys of a query, so one product gives its softmax. Legend: ``triton.py``."""
 
 import triton
 import triton.language as tl
@@ -56,10 +53,9 @@ def backward(
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, R: tl.constexpr, J: tl.constexpr, TWICE: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of q, k and v inside each sequence.
+    """Compute dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P∘(dP - rowsum(P∘dP))/√E, dQ = dS·K, dK = dSᵀ·Q in each sequence.
 
-    dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P∘(dP - rowsum(P∘dP))/√E, dQ = dS·K, dK = dSᵀ·Q. With TWICE a separate pass computes
-    dV, for types and widths where registers cannot hold the sums of dV and dK together.
+    With TWICE a separate pass computes dV, where registers cannot hold the sums of dV and dK together.
     """
     SPLIT: tl.constexpr = E > E0
     pid = tl.program_id(0).to(tl.int64)

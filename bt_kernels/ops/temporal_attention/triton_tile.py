@@ -1,7 +1,5 @@
 """Triton kernels of temporal_attention that hold all scores of a tile: short sequences under a block-diagonal mask.
-
-``triton.py`` has the legend.
-"""
+Legend: ``triton.py``."""
 
 import triton
 import triton.language as tl
@@ -76,10 +74,7 @@ def backward(
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, R: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of q, k and v inside each sequence.
-
-    dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P∘(dP - rowsum(P∘dP))/√E, dQ = dS·K, dK = dSᵀ·Q.
-    """
+    """Compute dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P∘(dP - rowsum(P∘dP))/√E, dQ = dS·K, dK = dSᵀ·Q in each sequence."""
     SPLIT: tl.constexpr = E > E0
     pid = tl.program_id(0).to(tl.int64)
     h, tile = pid % H, pid // H
