@@ -119,7 +119,7 @@ Tensor gather_embed(const Tensor& backbone_in, const Tensor& cls_in, const Tenso
   return out;
 }
 
-// Gradients of the three tables. A task takes some columns of all rows: the order of sums is the same for any threads.
+// Gradients of the three tables. A task takes some columns of all rows, so threads do not change the order of sums.
 std::tuple<Tensor, Tensor, Tensor> gather_embed_tables_backward(const Tensor& grad_in, const Tensor& index_in,
                                                                 int64_t patches, int64_t frames, int64_t time_rows,
                                                                 bool need_cls, bool need_pos, bool need_time) {

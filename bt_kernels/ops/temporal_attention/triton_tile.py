@@ -12,7 +12,7 @@ def tile_rows(index, index_n, n0, r, N, S, U, RAGGED: tl.constexpr):
     """Return (row, sequence, owned, padding) of rows r of the tile that starts at row n0, each as long as r.
 
     Grid: tiles hold whole sequences, and U is a multiple of S. Ragged: a sequence belongs to the tile in whose first U
-    rows it starts; it ends within that tile's R ≥ U + T - 1 rows, because sequences have at most T rows. Rows that are
+    rows it starts; it ends within that tile's R = U + T - 1 rows, because sequences have at most T rows. Rows that are
     not owned get sequence -1: together they attend to zeros, and their results are not stored.
     """
     n = n0 + r
