@@ -82,7 +82,9 @@ def test_answers_are_those_of_single_questions(chat, folder, expected, tmp_path)
     assert found[1] == {"id": "q1", "video": "a", "question": QUESTIONS[1], "answer": "left",
                         "prediction": found[1]["prediction"]}  # fmt: skip
     for row in found:
-        tokens = watch.watch(chat, VisualFolder(folder).find(row["video"], "video")[0], Sampling(frames=4)).tokens
+        tokens = watch.encode_video(
+            chat, VisualFolder(folder).find(row["video"], "video")[0], Sampling(frames=4)
+        ).tokens
         assert chat.ask(tokens[None], row["question"], 6).text == row["prediction"]
     assert len({row["prediction"] for row in found}) > 1
     assert set(skipped.reasons) == {"3 (broken.mp4)", "q5 (none.mp4)", "q7 (broken.mp4)"}
@@ -204,7 +206,7 @@ def test_the_command_resumes_and_reports(chat, folder, tmp_path, monkeypatch, ca
     told = " ".join(capsys.readouterr().err.split())
     assert "7 of 10 questions answered" in told and "3 skipped" in told and "q7 (broken.mp4)" in told
     before = out.read_bytes()
-    assert cli.main(command) == 0 and "going on after 7 of 10 answers" in " ".join(capsys.readouterr().err.split())
+    assert cli.main(command) == 0 and "resuming after 7 of 10 answers" in " ".join(capsys.readouterr().err.split())
     assert out.read_bytes() == before
     for change, message in (
         (("--frames", "5"), "made with frames 4, now 5"),
@@ -320,7 +322,7 @@ def test_lines_are_questions_and_commands(chat, folder, monkeypatch, capsys):
     lines = f"/video {folder / 'a.mp4'}\nhow ?\n\nleft ?\n/dance\n/video nowhere.mp4\n/image {folder / 'a.mp4'}\n"
     turns, told = talk(chat, monkeypatch, capsys, lines + "w20 ?\n/help\n/quit\nright ?\n")
     assert turns == ["how ?", "left ?", "w20 ?"]
-    for part in ("4 of 9 frames", "no command /dance", "nowhere.mp4: no such file", "cannot be read as an image",
+    for part in ("4 of 9 frames", "unknown command /dance", "nowhere.mp4: no such file", "cannot be read as an image",
                  "/reset", "prompt tokens run"):  # fmt: skip
         assert part in told
     assert told.count("4 of 9 frames") == 1  # told once, when it was watched
@@ -339,10 +341,10 @@ def test_whatever_a_file_provokes_is_told_and_the_chat_goes_on(chat, folder, mon
     def watched(chat, stream, *arguments):
         if "c.mp4" in str(stream.path):
             raise MemoryError("4 GiB")
-        return watch.watch(chat, stream, *arguments)
+        return watch.encode_video(chat, stream, *arguments)
 
     monkeypatch.setattr(Sampling, "open", opened)
-    monkeypatch.setattr(session, "watch", watched)
+    monkeypatch.setattr(session, "encode_video", watched)
     lines = "".join(f"/video {folder / name}.mp4\n" for name in "bca") + "how ?\n"
     turns, told = talk(chat, monkeypatch, capsys, lines)
     assert turns == ["how ?"] and told.count("4 of 9 frames") == 1
@@ -368,15 +370,15 @@ def test_videos_share_the_room_there_is(folder, monkeypatch):
         conversation = engine.converse(static=compiled)
         shown = session.Session(engine, conversation, Sampling(frames=4), longest, Console(quiet=True))
         path = folder / "a.mp4"
-        picture = engine.see(torch.zeros(3, 32, 32, dtype=torch.uint8))
-        monkeypatch.setattr(session, "look", lambda chat, name: watch.Watched("image", picture.tokens))
+        picture = engine.encode_image(torch.zeros(3, 32, 32, dtype=torch.uint8))
+        monkeypatch.setattr(session, "encode_image", lambda chat, name: watch.EncodedVisual("image", picture.tokens))
         shown.show([shown.sampling.open(path) for _ in range(videos)], [path] * stills)
         return [visual.sets for visual in conversation.visuals[:videos]], shown
 
     monkeypatch.setattr(streaming, "plan_windows", lambda frames, most, windows: [1] * frames)
     assert sets(2)[0] == [2, 2] and sets(1, stills=1)[0] == [3]
     assert sets(1, longest=40)[0] == [2]
-    monkeypatch.setattr(conversation, "_MOST_STATIC", 512 + 20 + 15)
+    monkeypatch.setattr(conversation, "_MAX_STATIC", 512 + 20 + 15)
     assert sets(1, compiled=True)[0] == [1]
     found, shown = sets(1)
     assert found == [4]

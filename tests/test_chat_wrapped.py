@@ -224,11 +224,11 @@ def test_a_tower_called_gives_the_tokens_of_the_one_computed(name):
 def test_states_that_do_not_come_are_an_error():
     chat = attached()
     chat.model.vision_tower.forward = lambda pixels, **_: None
-    with pytest.raises(ValueError, match="output_hidden_states=True .5 with their input., but gives none"):
+    with pytest.raises(ValueError, match="output_hidden_states=True .5 with their input., but returns none"):
         video_tokens(chat, videos())
     chat = attached()
     del chat.model.vision_tower.encoder.layers[-1]
-    with pytest.raises(ValueError, match="but gives 4"):
+    with pytest.raises(ValueError, match="but returns 4"):
         video_tokens(chat, videos())
 
 

@@ -22,7 +22,7 @@ from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, emb
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.streaming import plan_windows, video_tokens_streamed
-from bt_adapter.chat.watch import Sampling, look, read_image, watch
+from bt_adapter.chat.watch import Sampling, encode_image, encode_video, read_image
 from bt_adapter.data import VideoError, read_video, write_video
 from bt_adapter.data.stream import FrameStream
 from bt_adapter.native import make_processor
@@ -339,13 +339,13 @@ def test_a_tuned_folder_is_a_model(monkeypatch, tmp_path):
 
 
 def test_watching_is_encoding_what_was_read(chat, clip):
-    seen = watch(chat, clip, Sampling(frames=12))
+    seen = encode_video(chat, clip, Sampling(frames=12))
     expected = chat.encode(read_video(clip, 12))
     torch.testing.assert_close(seen.tokens[None], expected, rtol=0, atol=1e-5)
     assert (seen.frames, seen.total, seen.sets, seen.truncated) == (12, 90, 1, False)
-    off = watch(chat, clip, Sampling(frames=12, branch=False))
+    off = encode_video(chat, clip, Sampling(frames=12, branch=False))
     torch.testing.assert_close(off.tokens[None], chat.encode(read_video(clip, 12), branch=False), rtol=0, atol=1e-5)
-    three = watch(chat, clip, Sampling(fps=5, windows=3))
+    three = encode_video(chat, clip, Sampling(fps=5, windows=3))
     assert (three.frames, three.sets, len(three.tokens)) == (45, 3, 3 * (CHAT_PATCHES + 1))
 
 
@@ -360,13 +360,13 @@ def test_stills_go_the_image_models_way(chat, tmp_path):
         read = read_image(path)
         if suffix == ".png":
             assert torch.equal(read.permute(1, 2, 0), pixels)
-        seen = look(chat, path)
+        seen = encode_image(chat, path)
         expected = chat.model.get_image_features(chat.prepare(read[None])[0]).pooler_output[0]
         assert seen.kind == "image" and torch.equal(seen.tokens, expected)
     (tmp_path / "text.png").write_text("no image")
     for name, message in (("none.png", "no such file"), ("text.png", "cannot be read as an image")):
         with pytest.raises(VideoError, match=message):
-            look(chat, tmp_path / name)
+            encode_image(chat, tmp_path / name)
 
 
 def test_an_upright_photo(tmp_path):
@@ -398,12 +398,15 @@ def test_every_family_answers_as_its_own_generate_does(name, clip):
         asked = {"qformer_input_ids": read["input_ids"], "qformer_attention_mask": read["attention_mask"]}
     chat = VideoChat(model, make_tokenizer(TEMPLATE), images, questions)
     still = torch.randint(256, (3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    shown = chat.see(still)
+    shown = chat.encode_image(still)
     inputs = {"pixel_values": chat.prepare(still[None])[0]}
     if images is not None:
         inputs = images([still.numpy()], return_tensors="pt", input_data_format="channels_first")
     frames = {"pixel_values": chat.prepare(read_video(clip, 6).frames)}
-    for kind, visual, own in (("video", watch(chat, clip, Sampling(frames=6)), frames), ("image", shown, inputs)):
+    for kind, visual, own in (
+        ("video", encode_video(chat, clip, Sampling(frames=6)), frames),
+        ("image", shown, inputs),
+    ):
         conversation = chat.converse()
         conversation.add(visual)
         reply = conversation.ask("how is it moving ?", 6)
@@ -417,7 +420,7 @@ def test_every_family_answers_as_its_own_generate_does(name, clip):
         assert chat.tokenizer.decode(whole[0, -reply.tokens :], skip_special_tokens=True).strip() == reply.text
     if name == "vipllava":
         with pytest.raises(ValueError, match="several layers of its tower"):
-            watch(chat, clip, Sampling(frames=6, windows=2))
+            encode_video(chat, clip, Sampling(frames=6, windows=2))
 
 
 @pytest.mark.slow

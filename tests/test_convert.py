@@ -329,7 +329,7 @@ def test_what_does_not_fit_is_named(tmp_path, clip):
         convert(Sources(write_published(tmp_path / "plain", plain, clip)), tmp_path / "out")
     source = write_published(tmp_path / "torn", tensors, clip)
     (source / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"pytorch_model-00002-of-00002\.bin, which is not there"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model-00002-of-00002\.bin, which is missing"):
         convert(Sources(source), tmp_path / "out")
     source = write_published(tmp_path / "llava", tensors, clip)
     for name, shape in (("mm_projector.weight", (WIDTH, VISION + 1)), ("mm_projector.bias", (WIDTH + 1,)),

@@ -9,7 +9,7 @@ from test_answer import chat, folder  # noqa: F401 (fixtures)
 
 from bt_adapter import cli
 from bt_adapter.chat import answer, conversation
-from bt_adapter.chat.watch import Sampling, look, watch
+from bt_adapter.chat.watch import Sampling, encode_image, encode_video
 from bt_adapter.errors import CommandError
 from bt_adapter.eval import qa
 
@@ -64,10 +64,10 @@ def test_stills_and_videos_in_one_file(chat, files, tmp_path, monkeypatch, capsy
     }  # fmt: skip
     assert found["m1"]["video"] == "a" and found["m3"]["video"] == "moving.png" and "image" not in found["m3"]
     questions = {record["id"]: record["question"] for record in RECORDS}
-    seen = {key: look(chat, files / name) for key, name in IMAGES.items()}
+    seen = {key: encode_image(chat, files / name) for key, name in IMAGES.items()}
     seen |= {
-        "m3": watch(chat, files / "moving.png", Sampling(frames=4)),
-        "m1": watch(chat, files / "a.mp4", Sampling(4)),
+        "m3": encode_video(chat, files / "moving.png", Sampling(frames=4)),
+        "m1": encode_video(chat, files / "a.mp4", Sampling(4)),
     }
     assert {len(seen[key].tokens) for key in IMAGES} == {len(seen["m1"].tokens) - 1}  # patches alone, without CLS
     for key, visual in seen.items():
@@ -181,7 +181,7 @@ def test_a_question_places_its_still(chat, files):  # noqa: F811
 
     skipped = answer.answer_all(chat, asked, Kept, Sampling(frames=4), 2, 4)
     assert [row["id"] for row in kept] == ["1"] and "places" in next(iter(skipped.reasons.values()))
-    visual = look(chat, files / "one.png")
+    visual = encode_image(chat, files / "one.png")
     turn = conversation.Turn("how <image> ?", ("image",))
     ids = conversation.conversation_ids(chat.processor, [turn], [len(visual.tokens)])
     assert conversation.answer_batch(chat.model, chat.tokenizer, [(ids, [visual])], 4) == [kept[0]["prediction"]]

@@ -107,7 +107,7 @@ def test_commands_show_names_as_they_are(chat, folder, tmp_path, monkeypatch, ca
         for i, name in enumerate(names):
             assert f"{CLOSING}{i} ({name})" in told
         assert f"1 of {len(names) + 1} questions answered: {out}" in told
-    assert f"{out}: going on after 1 of" in told
+    assert f"{out}: resuming after 1 of" in told
 
 
 def test_chat_shows_names_as_they_are(chat, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -121,7 +121,12 @@ def test_chat_shows_names_as_they_are(chat, folder, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     shown.converse()
     told = notes.file.getvalue()
-    for part in (f"watching {cut.name}", f"{cut}: no [/x] here", "none [b].mp4: no such file", "no command /[red]"):
+    for part in (
+        f"watching {cut.name}",
+        f"{cut}: no [/x] here",
+        "none [b].mp4: no such file",
+        "command /[red]",
+    ):
         assert part in told
 
 

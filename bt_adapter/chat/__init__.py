@@ -1,1 +1,1 @@
-"""Video chat: a branch attached to an image chat model, prompts with the right number of video tokens, an engine."""
+"""Video chat: attach a branch to an image chat model, build prompts with video tokens, and answer questions."""

@@ -1,4 +1,4 @@
-"""Videos decoded by threads while the model works on the videos and questions before them."""
+"""Background threads that decode the next videos while the model encodes and answers the current ones."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
     from bt_adapter.chat.watch import Sampling
     from bt_adapter.data.stream import FrameStream
 
-_CHUNKS = 2  # of frames that wait to be taken, of each video
-_POLL = 0.05  # seconds after which a thread that waits looks whether it is still needed
+_CHUNKS = 2  # decoded chunks queued per video
+_POLL = 0.05  # seconds between two checks for cancellation by a thread that waits
 
 
-class _NotNeeded(CommandError):
-    """Nobody takes the frames any more."""
+class _Cancelled(CommandError):
+    """Signals that the consumer closed the video before all frames were read."""
 
 
 class DecodedVideo:
-    """The frames of a video file as the model takes them, decoded and prepared by a thread of its own.
+    """A video file that a background thread decodes and prepares for the model.
 
-    It stands for a ``FrameStream`` whose chunks are prepared already; no more than two of them wait to be taken.
-    Reading a length or count waits until the file is open, and raises what opening it raised.
+    It replaces a ``FrameStream``, but its chunks are already prepared. At most two chunks are queued. Reading a length
+    or count waits until the file is open and raises the error of opening it.
 
     Args:
-        path: of the file.
-        sampling: which frames are taken.
-        prepare: turns a chunk uint8 ``[t, 3, H, W]`` into what is handed out.
+        path: video file.
+        sampling: choice of frames.
+        prepare: converts a chunk uint8 ``[t, 3, H, W]`` into the tensor that iteration yields.
     """
 
     def __init__(self, path: Path, sampling: Sampling, prepare: Callable[[Tensor], Tensor]) -> None:
         self.path, self.sampling, self.prepare = path, sampling, prepare
-        self.progress = None  # of interest to who watches one video
+        self.progress = None  # assigned by `encode_video`; not reported here
         self._stop, self._opened = threading.Event(), threading.Event()
         self._chunks: queue.Queue[Tensor | Exception | None] = queue.Queue(_CHUNKS)
-        self._handed = 0
+        self._delivered = 0
         self._stream: FrameStream | None = None
         self._error: Exception | None = None
         self.thread = threading.Thread(target=self._run, name=f"decoding {path}", daemon=True)
@@ -55,24 +55,24 @@ class DecodedVideo:
         return len(self._open)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The prepared chunks. Raises VideoError where the file is broken, StorageError where it cannot be reached."""
-        while (found := self._chunks.get()) is not None:
-            if isinstance(found, Exception):
-                raise found
-            yield found
+        """Yield the prepared chunks. Raises VideoError for a broken file, StorageError if it cannot be reached."""
+        while (item := self._chunks.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
 
     def close(self) -> None:
-        """End the thread, as soon as it looks: the frames that are left are not needed."""
+        """Ask the thread to stop; the remaining frames are dropped."""
         self._stop.set()
 
     @property
     def total(self) -> int:
-        """Frames in the file."""
+        """Number of frames in the file."""
         return self._open.total
 
     @property
     def truncated(self) -> bool:
-        """Whether part of the file is missing or damaged; known for sure after the last chunk."""
+        """Whether part of the file is missing or damaged; final after the last chunk."""
         return self._open.truncated
 
     @property
@@ -89,54 +89,54 @@ class DecodedVideo:
             read_patiently(self.path, self._decode)
         except VideoError as error:  # without its traceback, which would keep the decoder
             end = self._error = VideoError(str(error))
-        except Exception as error:  # whatever it is, who takes the frames is told
+        except Exception as error:  # raised again in the thread that iterates
             end = self._error = error
         self._opened.set()
         try:
-            self._hand_out(end)
-        except _NotNeeded:
+            self._put(end)
+        except _Cancelled:
             pass
 
     def _decode(self) -> None:
-        """Hand out what was not handed out yet: this is called again where storage failed on the way."""
+        """Queue the chunks that were not queued before; called again after a storage failure."""
         stream = self._stream = self.sampling.open(self.path)
         self._opened.set()
         for number, chunk in enumerate(stream):
-            if number == self._handed:
-                self._hand_out(self.prepare(chunk))
-                self._handed += 1
+            if number == self._delivered:
+                self._put(self.prepare(chunk))
+                self._delivered += 1
 
-    def _hand_out(self, what: Tensor | Exception | None) -> None:
+    def _put(self, item: Tensor | Exception | None) -> None:
         while not self._stop.is_set():
             try:
-                return self._chunks.put(what, timeout=_POLL)
+                return self._chunks.put(item, timeout=_POLL)
             except queue.Full:
                 continue
-        raise _NotNeeded("stopped")
+        raise _Cancelled("stopped")
 
 
 class DecodedAhead:
-    """Videos that are decoded before they are asked for, so many at a time. Leaving it as a context ends its threads.
+    """A pool of videos that are decoded in advance. Leaving its context stops its threads.
 
-    sampling, prepare: as for :class:`DecodedVideo`. workers: videos decoded ahead at a time, 1 or more.
+    sampling, prepare: see :class:`DecodedVideo`. workers: maximum number of videos decoded at a time, 1 or more.
     """
 
     def __init__(self, sampling: Sampling, prepare: Callable[[Tensor], Tensor], workers: int) -> None:
         self.sampling, self.prepare, self.workers = sampling, prepare, workers
-        self._begun: dict[Path, DecodedVideo] = {}
+        self._started: dict[Path, DecodedVideo] = {}
         self._threads: list[threading.Thread] = []
 
-    def begin(self, paths: Iterable[Path]) -> None:
-        """Begin to decode the first of these that there are workers for, where it was not begun yet."""
+    def start(self, paths: Iterable[Path]) -> None:
+        """Start decoding these videos in order, skipping those already started, until all workers are busy."""
         for path in paths:
-            if len(self._begun) >= self.workers:
+            if len(self._started) >= self.workers:
                 return
-            if path not in self._begun:
-                self._begun[path] = self._start(path)
+            if path not in self._started:
+                self._started[path] = self._launch(path)
 
     def take(self, path: Path) -> DecodedVideo:
-        """The video, begun before or now. It is begun anew when it is taken again."""
-        return self._begun.pop(path, None) or self._start(path)
+        """Return the video, starting to decode it if needed. A second call decodes it again."""
+        return self._started.pop(path, None) or self._launch(path)
 
     def __enter__(self) -> DecodedAhead:
         return self
@@ -144,13 +144,13 @@ class DecodedAhead:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for video in self._begun.values():
+        for video in self._started.values():
             video.close()
-        deadline = time.monotonic() + 5.0  # a thread inside of a read that never ends is left to the process's end
+        deadline = time.monotonic() + 5.0  # a daemon thread blocked in a read is left behind
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _start(self, path: Path) -> DecodedVideo:
+    def _launch(self, path: Path) -> DecodedVideo:
         video = DecodedVideo(path, self.sampling, self.prepare)
         self._threads = [thread for thread in self._threads if thread.is_alive()] + [video.thread]
         return video

@@ -1,4 +1,4 @@
-"""Answers to a list of questions about videos and stills, in batches, in a file that survives being killed."""
+"""Answer a list of questions about videos and stills in batches; a killed run resumes from its output file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.session import chosen_dtype, load, sampling_of, say_choices
 from bt_adapter.chat.shares import SharedRows, share_of
-from bt_adapter.chat.watch import Sampling, Watched, look, watch
+from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, encode_video
 from bt_adapter.data.finding import VisualFolder
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
@@ -40,11 +40,11 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a file: a video, or a still, which is asked about as the image chat model takes it.
+    """A question about a video or a still image.
 
-    id: unique; what its answer is found by. video: the file. extra: copied into the answer's row. given: the file as it
-    was asked for, which tells files of one name in two folders apart; None: its name. kind: "video" or "image"; the
-    answer's row names the file under this.
+    id: unique key of the answer. video: path of the file. extra: fields copied into the answer's row. given: the file
+    as the question named it, which distinguishes files of the same name in two folders; None: the file's name. kind:
+    "video" or "image"; the answer's row stores the file's name under this key.
     """
 
     id: str
@@ -60,17 +60,17 @@ class Question:
         return self.video.name if self.given is None else self.given
 
 
-# Processes with short videos wait for those with long ones; one that died is noticed whatever this says.
-_PATIENCE = timedelta(days=7)
+# Processes with short videos wait for those with long ones. A dead process is detected without this timeout.
+_TIMEOUT = timedelta(days=7)
 
 
 def begin_processes(device: str) -> Processes:
-    """Join the processes of a run that answers questions. CommandError: as ``Processes``."""
-    return Processes(device, _PATIENCE)
+    """Join the distributed processes of a run that answers questions. Raises CommandError, see ``Processes``."""
+    return Processes(device, _TIMEOUT)
 
 
 def run_answer(command: Answer) -> int:
-    """Answer what has no answer yet; every process of torchrun does its share. Returns the exit code."""
+    """Answer the questions that have no answer yet, divided among the processes of torchrun. Returns the exit code."""
     questions = read_questions(command.questions, command.videos)
     processes = begin_processes(command.device)
     try:
@@ -89,7 +89,7 @@ CommandT = TypeVar("CommandT", "Answer", "Qa")
 
 
 def settle(command: CommandT, processes: Processes) -> tuple[CommandT, ChosenDtype]:
-    """The command with this process's device and the dtype of all of them, and why that dtype."""
+    """Return the command with this process's device and the dtype that all processes use, and the reason for it."""
     command = replace(command, device=str(processes.device))
     chosen = processes.gather(chosen_dtype(command))[0]
     return replace(command, dtype=chosen.name), chosen
@@ -98,23 +98,23 @@ def settle(command: CommandT, processes: Processes) -> tuple[CommandT, ChosenDty
 def answer_with(
     command: Answer | Qa, questions: Sequence[Question], rows: SharedRows, batch: int, notes: Console
 ) -> Skipped:
-    """Load the model a command line names and answer what ``rows`` lacks; where nothing is lacking, nothing is loaded.
+    """Load the model and answer the questions that ``rows`` lacks; the model is not loaded if none is missing.
 
-    Each process answers its share; in the end the first one has all rows in the file. Returns, in each of them, the
-    questions that could not be put.
+    Each process answers its share; at the end the first process writes all rows to the file. Returns the skipped
+    questions of all processes.
 
-    Raises CommandError where an answer that is there belongs to another question, or one of the processes cannot go on.
+    Raises CommandError if a stored answer belongs to a different question, or if one of the processes fails.
     """
     for question in questions:
         row = rows.done.get(question.id)
         if row is not None and (row["question"], row.get(question.kind)) != (question.text, question.name):
             raise CommandError(
                 f"{rows.path}: the answer of id {question.id!r} is to {row['question']!r} about "
-                f"{row.get('video', row.get('image'))}, but the question now is {question.text!r} about {question.name}"
+                f"{row.get('video', row.get('image'))}, but the question is now {question.text!r} about {question.name}"
             )
     pending = [question for question in questions if question.id not in rows.done]
     if len(pending) < len(questions):
-        say(notes, f"{rows.path}: going on after {len(questions) - len(pending)} of {len(questions)} answers")
+        say(notes, f"{rows.path}: resuming after {len(questions) - len(pending)} of {len(questions)} answers")
     skipped, problem = Skipped(), None
     try:
         share = share_of(pending, rows.processes)
@@ -128,7 +128,7 @@ def answer_with(
                     chat, share, rows, sampling_of(command), batch, command.max_new_tokens, progress,
                     command.workers, skipped,
                 )  # fmt: skip
-    except CommandError as error:  # told when the others have ended their shares: nothing they do is lost
+    except CommandError as error:  # raised after the other processes have finished, so that their answers are kept
         problem = str(error)
     for reasons in rows.processes.gather(skipped.reasons):
         for key, reason in reasons.items():
@@ -139,7 +139,7 @@ def answer_with(
 
 
 def report(notes: Console, out: Path, asked: int, skipped: Skipped) -> int:
-    """Say what was answered and what not. CommandError where nothing was."""
+    """Print how many questions were answered and which were skipped. Raises CommandError if none was answered."""
     if skipped:
         say(notes, skipped.report(), "yellow")
     if len(skipped) == asked:
@@ -149,7 +149,7 @@ def report(notes: Console, out: Path, asked: int, skipped: Skipped) -> int:
 
 
 def about(command: Answer | Qa) -> dict[str, Any]:
-    """What the answers of a command line depend on."""
+    """Return the settings and weight stamps on which the answers of a command line depend."""
     sampling = asdict(sampling_of(command))
     sampling["no_branch"] = not sampling.pop("branch")
     return {"model": command.model, "branch": command.branch, "other_tower": command.other_tower,
@@ -159,7 +159,7 @@ def about(command: Answer | Qa) -> dict[str, Any]:
 
 
 def _weights(name: str | None) -> str | None:
-    """What changes when a local file or folder gets other weights; None for a hub name and mini."""
+    """Return a stamp of a local file or folder that changes with its weights; None for a hub name and mini."""
     path = Path(name or "")
     if name is None or not path.exists():
         return None
@@ -183,14 +183,14 @@ def answer_all(
     workers: int = 2,
     skipped: Skipped | None = None,
 ) -> Skipped:
-    """Greedy answers, ``batch`` prompts at a time, each batch on disk before the next begins.
+    """Write greedy answers, ``batch`` prompts at a time; each batch is on disk before the next begins.
 
-    Videos and stills are encoded once for questions that stand together; videos are decoded by ``workers`` threads
-    beside the model's work. A row: id, video or image, question, prediction, and the extra fields. Returns ``skipped``
-    (None: a new one) with the questions that could not be put: broken or missing file, a video of more frames than the
-    model takes, prompt too long.
+    Consecutive questions about one file share its encoded tokens. ``workers`` threads decode videos while the model
+    runs. A row holds id, video or image, question, prediction, and the extra fields. Returns ``skipped`` (None: a new
+    one) with the questions that were skipped: broken or missing file, more frames than the model takes, prompt too
+    long.
 
-    Raises StorageError where a video cannot be reached and the file is not known to be broken.
+    Raises StorageError if the storage of a video cannot be reached.
     """
     skipped = Skipped() if skipped is None else skipped
     room = video_room(context(chat.model), 0, max_new_tokens)
@@ -223,14 +223,14 @@ def answer_all(
 
 
 def read_questions(path: Path, videos: Path) -> list[Question]:
-    """The questions of a JSON-lines file: {"video" or "image", "question"}, optionally "id" (else the line's number)
-    and "answer".
+    """Read a JSON-lines file of questions.
 
-    ``videos``: the folder of the files named (a name may lack its suffix), or the one file that all are about. A file
-    named as a video that is a picture is asked about as a still.
+    A line is {"video" or "image", "question"}, optionally with "id" (default: the line number) and "answer".
+    ``videos``: the folder of the files (names may lack their suffix), or one file that all questions are about. A
+    picture named under "video" is treated as a still image.
 
-    Raises CommandError naming the line: not UTF-8, not JSON, a field missing, both a video and a still, an empty
-    question, an id twice.
+    Raises CommandError with the line number: not UTF-8, not JSON, a missing field, both a video and an image, an empty
+    question, a duplicate id.
     """
     questions: dict[str, Question] = {}
     folder = VisualFolder(videos.parent if videos.is_file() else videos)
@@ -248,23 +248,23 @@ def read_questions(path: Path, videos: Path) -> list[Question]:
             wanted = wanted if videos.is_file() else ("video (or image)", "question")
             raise CommandError(f"{where}: expected an object with the texts {' and '.join(wanted)}")
         if kind == "image" and row.get("video") is not None:
-            raise CommandError(f"{where}: names a video and an image; a question is about one of them")
+            raise CommandError(f"{where}: names a video and an image; name one of them")
         if not row["question"].strip():
             raise CommandError(f"{where}: the question is empty")
         key = str(row.get("id", number))
         if key in questions:
-            raise CommandError(f"{where}: id {key!r} is there twice")
+            raise CommandError(f"{where}: id {key!r} is used twice; ids must be unique")
         given = None if videos.is_file() else row[kind]
         path, kind = folder.find(videos.name, "video") if given is None else folder.find(given, kind)
         extra = {k: row[k] for k in ("answer",) if k in row}
         questions[key] = Question(key, path, row["question"], extra, given, kind)
     if not questions:
-        raise CommandError(f"{path}: holds no question")
+        raise CommandError(f"{path}: holds no question; expected one JSON object per line")
     return list(questions.values())
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file. Raises CommandError naming the place of a wrong byte."""
+    """Read a UTF-8 file. Raises CommandError with the line and byte of an invalid character."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -273,7 +273,7 @@ def read_text(path: Path) -> str:
 
 
 def _prompt(chat: VideoChat, visual: Visual, question: str, max_new_tokens: int) -> tuple[list[int], list[Visual]]:
-    visual = visual.asked(question)
+    visual = visual.for_question(question)
     length = len(visual.tokens)
     ids = conversation_ids(chat.processor, [Turn(question, (visual.kind,))], [length])
     check_context(context(chat.model), len(ids), length, max_new_tokens)
@@ -281,55 +281,61 @@ def _prompt(chat: VideoChat, visual: Visual, question: str, max_new_tokens: int)
 
 
 class _Files:
-    """The tokens of the last videos and stills, and the names of those that cannot be read.
+    """A cache of the tokens of the latest files, and of the errors of unreadable files.
 
-    chat, sampling, room: how videos are watched. most: how many files' tokens are kept. ahead: decodes the videos.
-    asked: the questions, in the order in which their files will be asked for.
+    chat, sampling, room: see `encode_video`. capacity: maximum number of cached files. ahead: decodes the videos.
+    questions: in the order in which their files will be requested.
     """
 
     def __init__(
-        self, chat: VideoChat, sampling: Sampling, most: int, room: int, ahead: DecodedAhead, asked: Sequence[Question]
+        self,
+        chat: VideoChat,
+        sampling: Sampling,
+        capacity: int,
+        room: int,
+        ahead: DecodedAhead,
+        questions: Sequence[Question],
     ) -> None:
-        self.chat, self.sampling, self.most, self.room, self.ahead = chat, sampling, most, room, ahead
-        self.order = [file for file, _ in groupby((question.kind, question.video) for question in asked)]
-        self.place = 0  # in the order
-        self.seen: dict[tuple[str, Path], Visual] = {}
+        self.chat, self.sampling, self.capacity, self.room, self.ahead = chat, sampling, capacity, room, ahead
+        self.order = [file for file, _ in groupby((question.kind, question.video) for question in questions)]
+        self.place = 0  # index into the order
+        self.encoded: dict[tuple[str, Path], Visual] = {}
         self.broken: dict[tuple[str, Path], str] = {}
 
     def get(self, question: Question) -> Visual:
-        """Tokens of the question's file; the next videos are decoded meanwhile.
+        """Return the tokens of the question's file, and start decoding the next videos.
 
-        Raises ValueError (VideoError), each time one is asked for that cannot be read or is more than fits.
+        Raises ValueError (VideoError) for every request of a file that cannot be read or has too many frames.
         """
         file = (question.kind, question.video)
         if self.order[self.place] != file:
             self.place += 1
         if file in self.broken:
             raise ValueError(self.broken[file])
-        if file not in self.seen:
-            if len(self.seen) >= self.most:
-                del self.seen[next(iter(self.seen))]
-            read = self._watch if question.kind == "video" else self._look
+        if file not in self.encoded:
+            if len(self.encoded) >= self.capacity:
+                del self.encoded[next(iter(self.encoded))]
+            encode = self._encode_video if question.kind == "video" else self._encode_image
             try:
-                self.seen[file] = read(question.video)
-            except ValueError as error:  # VideoError, or more frames than this model takes of a video
+                self.encoded[file] = encode(question.video)
+            except ValueError as error:  # VideoError, or more frames than the model takes
                 self.broken[file] = str(error)
                 raise
-        return self.seen[file]
+        return self.encoded[file]
 
-    def _watch(self, path: Path) -> Watched:
+    def _encode_video(self, path: Path) -> EncodedVisual:
         video = self.ahead.take(path)
-        self._begin_next()
+        self._decode_next()
         try:
-            return watch(self.chat, video, self.sampling, room=self.room)
+            return encode_video(self.chat, video, self.sampling, room=self.room)
         finally:
             video.close()
 
-    def _look(self, path: Path) -> Watched:
-        self._begin_next()
-        return look(self.chat, path)
+    def _encode_image(self, path: Path) -> EncodedVisual:
+        self._decode_next()
+        return encode_image(self.chat, path)
 
-    def _begin_next(self) -> None:
-        following = self.order[self.place + 1 : self.place + 1 + self.most + self.ahead.workers]
-        known = self.seen.keys() | self.broken.keys()
-        self.ahead.begin(path for kind, path in following if kind == "video" and (kind, path) not in known)
+    def _decode_next(self) -> None:
+        following = self.order[self.place + 1 : self.place + 1 + self.capacity + self.ahead.workers]
+        known = self.encoded.keys() | self.broken.keys()
+        self.ahead.start(path for kind, path in following if kind == "video" and (kind, path) not in known)

@@ -1,4 +1,4 @@
-"""A branch attached to an image chat model, which then takes videos (arXiv 2309.15785, section 3.3)."""
+"""Attach a branch to an image chat model, so that it accepts videos (arXiv 2309.15785, section 3.3)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from bt_adapter.branch import Branch
 from bt_adapter.chat.attachment import Attachment, attachment_of, find_attachment
 from bt_adapter.chat.branch_files import load_branch
 from bt_adapter.chat.families import Family, family_of
-from bt_adapter.chat.pairing import absent_branch, beside, check_shapes, check_values, loaded, mirrored, share_tower
+from bt_adapter.chat.pairing import (
+    check_shapes,
+    check_values,
+    copy_modules,
+    join_tower,
+    load_offloaded,
+    make_absent_branch,
+    share_tower,
+)
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.native.conversion import ImageModel, image_model_of, to_image_model, to_video_model, video_fields
 from bt_adapter.progress import Progress
@@ -26,34 +34,34 @@ def attach(
     branch: BTAdapterVisionModel | str | os.PathLike[str] | None,
     require_same_tower: bool = True,
 ) -> Any:
-    """Make an image chat model a video chat model, in place and over the same weights.
+    """Turn an image chat model into a video chat model, in place and with the same weights.
 
-    The model becomes this package's class for its family (``bt_adapter.native``): it takes ``pixel_values_videos``
-    beside ``pixel_values``, and transformers' own ``save_pretrained`` and ``from_pretrained`` write and read it with
-    its branch. ``bt_adapter.native.make_processor`` makes the processor that goes with it. Videos may also come as
-    ``pixel_values`` of ``[V, T, 3, h, w]``, or mixed with stills as `Visuals`, in the places of image tokens.
+    The model becomes this package's class for its family (``bt_adapter.native``): it accepts ``pixel_values_videos``
+    in addition to ``pixel_values``, and transformers' own ``save_pretrained`` and ``from_pretrained`` store and load it
+    with its branch. ``bt_adapter.native.make_processor`` makes its processor. Videos may also be passed as
+    ``pixel_values`` of ``[V, T, 3, h, w]``, or mixed with stills as `Visuals`, at the positions of image tokens.
 
-    A video becomes as many tokens whatever T is (``family_of(model).video_length``): ``video_tokens`` through the
-    model's own projector or Q-Former. Stills and text are answered as before, bit for bit. The chat model's vision
-    tower serves the branch too, frozen. What learns is registered as ``bt_adapter`` in the chat model (LLaVA-like: in
-    its ``model``): it follows ``to`` and ``train`` and is among ``parameters()``; what video tokens never reach (the
-    branch's last layer, its output gate and alignment head) is frozen. `detach` takes it off.
+    A video has a fixed number of tokens whatever T is (``family_of(model).video_length``): ``video_tokens`` through the
+    model's own projector or Q-Former. Stills and text are answered as before, bit for bit. The branch uses the chat
+    model's vision tower, frozen. The branch is registered as ``bt_adapter`` in the chat model (LLaVA-like: in its
+    ``model``): it follows ``to`` and ``train`` and is among ``parameters()``. Parameters that video tokens do not
+    depend on (the branch's last layer, its output gate and alignment head) are frozen. `detach` removes the branch.
 
-    Whatever is put into or around the tower or the branch later is heeded: adapters of PEFT (``modules_to_save=
+    Modules that are later put into or around the tower or the branch take effect: PEFT adapters (``modules_to_save=
     ["bt_adapter"]`` trains a copy of the branch, and that copy runs), hooks, quantised, offloaded or sharded layers.
-    Such layers are called, where plain ones are computed from their weights, which is faster. Gradients reach the
-    adapters; where the tower's own weights or the pixels are asked for a gradient, they get one.
+    Such layers are called as modules; plain ones are computed from their weights, which is faster. Gradients reach the
+    adapters, and the tower's own weights or the pixels where they require a gradient.
 
     Args:
         image_chat_model: LLaVA-1.5, LLaVA-NeXT or ViP-LLaVA with a CLIP tower, BLIP-2 or InstructBLIP, or a
-            ``PeftModel`` around one; changed in place. docs/chat-models.md says what differs.
+            ``PeftModel`` around one; changed in place. docs/chat-models.md lists the differences.
         branch: a model; a folder of `BTAdapterVisionModel.save_pretrained`, or the hub name of one; or a published
-            checkpoint. Its learned part is moved to the tower's device and dtype until `detach`; its own tower is left
-            alone. None: no branch; videos are the mean over their frames of the tower's tokens, the baseline of every
-            comparison, and such a model cannot be saved.
-        require_same_tower: False: a branch trained beside another CLIP of the same shape, or at another resolution
-            (CLIP-L/14 at 224 px beside CLIP-L/14-336), is attached with a warning. For the same CLIP at another
-            resolution it may stay True: the chat model's position table serves.
+            checkpoint. Its trainable part is moved to the tower's device and dtype until `detach`; its own tower is not
+            changed. None: no branch; video tokens are the mean of the tower's tokens over the frames, the baseline of
+            every comparison, and such a model cannot be saved.
+        require_same_tower: False: a branch trained with another CLIP of the same shape, or at another resolution
+            (CLIP-L/14 at 224 px for CLIP-L/14-336), is attached with a warning. For the same CLIP at another
+            resolution it may stay True: the chat model's position table is used.
 
     Returns:
         The same chat model.
@@ -72,17 +80,17 @@ def attach(
         >>> answer = processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :])
 
     Raises:
-        TypeError: ``image_chat_model`` is none of these, or ``branch`` nothing of the above.
+        TypeError: ``image_chat_model`` or ``branch`` is of an unsupported type.
         FileNotFoundError: there is no such branch.
-        ValueError: branch and chat model do not match; the message lists in what.
+        ValueError: branch and chat model do not match; the message lists the differences.
     """
     family = family_of(image_chat_model)
     if not isinstance(family.chat, family.model_class):
         raise TypeError(f"image_chat_model must be the whole {family.model_class.__name__}, but is its inner model")
     family.tower()  # TypeError unless it is a CLIP
-    with loaded(family):
+    with load_offloaded(family):
         if branch is None:
-            branch = absent_branch(family)
+            branch = make_absent_branch(family)
         elif isinstance(branch, (str, os.PathLike)):
             branch = load_branch(branch, family, require_same_tower)
         elif not isinstance(branch, BTAdapterVisionModel):
@@ -90,13 +98,13 @@ def attach(
             raise TypeError(f"branch must be a BTAdapterVisionModel, a folder or a file, but is {found}")
         check_shapes(branch.vision_config, branch.config.depth, family)
         check_values(branch.tower, family, require_same_tower)
-    # a branch of stored features has a tower without embeddings
-    model = beside(family, branch.branch, branch.tower_name) if branch.stored_features else mirrored(branch)
+    # a branch for stored features has a tower without embeddings
+    model = join_tower(family, branch.branch, branch.tower_name) if branch.stored_features else copy_modules(branch)
     model.tower_name = model.tower_name or getattr(family.vision_tower, "name_or_path", None) or None
     if family.why_not_plain() is None:
         share_tower(model.tower, family)
 
-    fields = video_fields(family)  # they hold for another branch too
+    fields = video_fields(family)  # read before `detach`: they also apply to the new branch
     detach(image_chat_model)
     device, dtype = family.tower_place()
     before = Before(model.branch, _to_freeze(family))
@@ -111,15 +119,15 @@ def attach(
 
 
 def attached_branch(image_chat_model: Any) -> BTAdapterVisionModel:
-    """The attached branch with its tower, as they are now. Raises ValueError when none is attached."""
+    """Return the attached branch with its current tower. Raises ValueError when none is attached."""
     return attachment_of(image_chat_model).model()
 
 
 def detach(image_chat_model: Any) -> Any:
-    """Take the branch off and give back the image chat model; does nothing when none is attached.
+    """Remove the branch and return the image chat model; does nothing when none is attached.
 
-    The chat model is as before `attach`, and so is the branch that was given to it: its dtype, device, mode and what
-    asks for gradients. What was learnt meanwhile stays in the branch.
+    The chat model and the branch passed to `attach` are restored: dtype, device, training mode and ``requires_grad``.
+    Weights that were trained meanwhile keep their new values.
     """
     family = family_of(image_chat_model)
     attachment = find_attachment(family)
@@ -133,11 +141,11 @@ def detach(image_chat_model: Any) -> Any:
 
 @contextmanager
 def branch_enabled(image_chat_model: Any, enabled: bool = True) -> Iterator[None]:
-    """Within the context, and in its thread alone, videos go through the branch or (False) past it.
+    """Enable or disable the branch for videos within the context, in the current thread only.
 
-    Past it, a video's tokens are the mean over its frames of tower layer L-2's tokens, P patches and CLS: what
-    ``video_tokens`` is made of but for the branch, and what an image model without any sense of time can see. Other
-    threads see the branch as before. A call's own ``use_branch=`` comes before it.
+    Without the branch, a video's tokens are the mean over its frames of tower layer L-2's tokens, P patches and CLS:
+    ``video_tokens`` less the branch's share, without information about the order of frames. Other threads are not
+    affected. The ``use_branch=`` argument of a call takes precedence.
     """
     with attachment_of(image_chat_model).switched(enabled):
         yield
@@ -150,32 +158,32 @@ def video_tokens(
     long: Long = "average",
     branch: bool | None = None,
 ) -> Tensor:
-    """Tokens of videos ``[B, T, 3, h, w]`` before the projector or Q-Former, ``[B, P+1, D]``, CLS last.
+    """Encode videos ``[B, T, 3, h, w]`` as tokens before the projector or Q-Former, ``[B, P+1, D]``, CLS last.
 
-    ``family_of(model).project`` makes the language model's embeddings of them. ViP-LLaVA: the tokens of its tower
-    layers side by side. progress, long: as for ``BTAdapterVisionModel.video_tokens``. branch: False: past the branch;
-    None: as `branch_enabled`, or else the configuration, says.
+    ``family_of(model).project`` converts them into the language model's embeddings. ViP-LLaVA: the tokens of its tower
+    layers, concatenated along channels. progress, long: see ``BTAdapterVisionModel.video_tokens``. branch: False:
+    without the branch; None: the setting of `branch_enabled`, else of the configuration.
     """
     return attachment_of(image_chat_model).encode(pixel_values, progress, long, branch)
 
 
 class Before:
-    """What `attach` changes of what it is given, and how it was.
+    """The state that `attach` changes in its arguments, recorded so that `detach` can restore it.
 
     Args:
-        branch: whose parameters are cast, moved and frozen, and whose mode follows the chat model's.
-        frozen: parameters of the chat model's tower that ask for a gradient until then.
+        branch: its parameters are cast, moved and frozen, and its training mode follows the chat model's.
+        frozen: parameters of the chat model's tower that required a gradient before.
     """
 
     def __init__(self, branch: Branch, frozen: list[nn.Parameter]) -> None:
         self.frozen = frozen
         self._modes = [(module, module.training) for module in branch.modules()]
-        # the numbers too: a narrower dtype rounds them
+        # the data too, because a narrower dtype rounds the values
         self._parameters = [(p, p.data, p.requires_grad) for p in branch.parameters()]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undo the changes. A parameter that was learnt meanwhile keeps what it learnt, in its former dtype."""
+        """Undo the changes. A parameter trained meanwhile keeps its new values, in its former dtype."""
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         for module, mode in self._modes:
@@ -191,14 +199,14 @@ class Before:
 
 
 class Undo(NamedTuple):
-    """What `detach` puts back."""
+    """The image chat model's class data and the recorded state that `detach` restores."""
 
     image_model: ImageModel
     before: Before
 
 
 def _to_freeze(family: Family) -> list[nn.Parameter]:
-    """Parameters of the chat model's tower that ask for a gradient; none where PEFT has chosen what learns in it."""
+    """List the tower parameters that require a gradient; none where PEFT has chosen the trainable ones."""
     tower = family.vision_tower
     if any(hasattr(module, "base_layer") or hasattr(module, "modules_to_save") for module in tower.modules()):
         return []
@@ -206,7 +214,7 @@ def _to_freeze(family: Family) -> list[nn.Parameter]:
 
 
 def freeze_unreached(branch: BTAdapterVisionModel) -> None:
-    """Video tokens run neither the branch's last layer nor what reads its end: DDP would wait for their gradients."""
+    """Freeze the last layer and output heads, which video tokens do not use: DDP would wait for their gradients."""
     last = branch.config.depth - 1
     unreached = (f"temporal.{last}.", f"spatial.{last}.", "output_gate", "alignment_head.")
     for name, parameter in branch.branch.named_parameters():

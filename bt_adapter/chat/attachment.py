@@ -1,4 +1,4 @@
-"""The branch inside a video chat model together with the tower beside it, as both are now."""
+"""The branch inside a video chat model together with the model's vision tower, in their current state."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from torch import Tensor, nn
 from bt_adapter.branch import Branch
 from bt_adapter.chat.called_tower import CalledTower
 from bt_adapter.chat.families import Family, family_of
-from bt_adapter.chat.pairing import beside, is_shared, share_tower
+from bt_adapter.chat.pairing import is_shared, join_tower, share_tower
 from bt_adapter.chat.wrapped import unwrapped
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.progress import Progress
 from bt_adapter.time_steps import Long
 
-# Of this thread (or task) alone: whether videos go through the branch of an attachment, by the attachment's id.
+# Per thread (or task): whether the branch of an attachment is enabled, by the attachment's id.
 _SWITCHED: ContextVar[Mapping[int, bool]] = ContextVar("branch_enabled", default=MappingProxyType({}))
 
 
 class Attachment:
-    """What encodes the videos of a chat model: its branch beside its own vision tower.
+    """The video encoder of a chat model: its branch with its own vision tower.
 
     Args:
-        family: of the chat model, in whose `home` the branch is registered as ``bt_adapter``.
-        model: the branch with a tower of its own modules, which are given the chat model's weights.
-        undo: what `detach` puts back; None for a model that was made as a video chat model.
+        family: the chat model's; the branch is registered as ``bt_adapter`` in its `home`.
+        model: the branch and a tower whose modules share the chat model's weights.
+        undo: the state that `detach` restores; None for a model constructed as a video chat model.
     """
 
     def __init__(self, family: Family, model: BTAdapterVisionModel, undo: Any = None) -> None:
@@ -40,7 +40,7 @@ class Attachment:
 
     @contextmanager
     def switched(self, enabled: bool) -> Iterator[None]:
-        """Let videos of this thread go through the branch or past it, within the context."""
+        """Enable or disable the branch for this thread's videos within the context."""
         token = _SWITCHED.set({**_SWITCHED.get(), id(self): enabled})
         try:
             yield
@@ -49,7 +49,7 @@ class Attachment:
 
     @property
     def enabled(self) -> bool:
-        """Whether videos of this thread go through the branch where a call does not say."""
+        """Whether this thread's videos go through the branch by default."""
         return _SWITCHED.get().get(id(self), self.family.home.config.use_branch)
 
     def encode(
@@ -59,9 +59,9 @@ class Attachment:
         long: Long = "average",
         branch: bool | None = None,
     ) -> Tensor:
-        """Videos ``[B, T, 3, h, w]`` to the tokens ``[B, P+1, D]`` that the projector or Q-Former reads.
+        """Encode videos ``[B, T, 3, h, w]`` as the tokens ``[B, P+1, D]`` that the projector or Q-Former reads.
 
-        branch: None: as :attr:`enabled`. progress, long: as for ``BTAdapterVisionModel.video_tokens``.
+        branch: None: :attr:`enabled`. progress, long: see ``BTAdapterVisionModel.video_tokens``.
         """
         branch = self.enabled if branch is None else branch
         if branch and getattr(unwrapped(self.family.home.bt_adapter, Branch), "is_absent", False):
@@ -69,9 +69,9 @@ class Attachment:
         return self.family.video_tokens(self.model(), pixel_values, branch=branch, progress=progress, long=long)
 
     def model(self) -> BTAdapterVisionModel:
-        """The branch that runs now beside the tower that runs now.
+        """Return the currently active branch with the currently active tower.
 
-        Where nothing was replaced or wrapped since the branch came in, always the same model.
+        It is always the same model as long as nothing was replaced or wrapped after the branch was attached.
         """
         family, model, wrapper = self.family, self._model, self.family.home.bt_adapter
         branch = unwrapped(wrapper, Branch)
@@ -94,33 +94,33 @@ class Attachment:
         return view
 
     def why_tower_is_called(self) -> str | None:
-        """Why the chat model's tower must be called and not computed from its weights; None: it need not."""
+        """Return why the chat model's tower must be called as a module, not computed from its weights, or None."""
         if torch.is_grad_enabled() and self.family.tower_learns():
             return "asks for gradients"
         return self.family.why_not_plain()
 
 
 def attachment_of(chat: Any) -> Attachment:
-    """The attachment of a chat model, or of LLaVA's model inside it.
+    """Return the attachment of a chat model, or of LLaVA's inner model.
 
     Raises:
-        TypeError: ``chat`` is none of the families'. ValueError: it has no branch.
+        TypeError: ``chat`` belongs to no supported family. ValueError: it has no branch.
     """
     family = family_of(chat)
     found = find_attachment(family)
     if found is None:
-        raise ValueError("image_chat_model has no branch: attach(image_chat_model, branch) comes first")
+        raise ValueError("image_chat_model has no branch: call attach(image_chat_model, branch) first")
     return found
 
 
 def find_attachment(family: Family) -> Attachment | None:
-    """The attachment of a chat model; None where it has no branch."""
+    """Return the attachment of a chat model, or None if it has no branch."""
     home = family.home
     if getattr(home, "bt_adapter", None) is None:
         return None
     found = home.__dict__.get("_attachment")
-    if found is None:  # a video chat model that was loaded or constructed as one
+    if found is None:  # a model loaded or constructed as a video chat model
         branch: Any = unwrapped(home.bt_adapter, Branch)
         name = (home.config.bt_adapter or {}).get("tower_name")
-        found = home.__dict__["_attachment"] = Attachment(family, beside(family, branch, name))
+        found = home.__dict__["_attachment"] = Attachment(family, join_tower(family, branch, name))
     return found

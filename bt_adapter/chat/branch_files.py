@@ -1,4 +1,4 @@
-"""A branch from disk or the hub, for a chat model whose tower serves where the branch comes alone."""
+"""Load a branch from disk or the hub; a branch saved without its tower uses the chat model's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bt_adapter.chat.families import Family
-from bt_adapter.chat.pairing import beside, check_shapes, in_whole_tower, mismatch
+from bt_adapter.chat.pairing import check_shapes, in_whole_tower, join_tower, mismatch
 from bt_adapter.checkpoint import load_exactly, read_safetensors, read_settings
 from bt_adapter.config import TowerConfig
 from bt_adapter.hugging_face import locate_branch
@@ -22,11 +22,11 @@ from bt_adapter.time_steps import read_branch_config
 
 
 def load_branch(source: str | os.PathLike[str], family: Family, require_same_tower: bool) -> BTAdapterVisionModel:
-    """A folder of ``save_pretrained``, its hub name, or a published checkpoint.
+    """Load a branch from a folder of ``save_pretrained``, its hub name, or a published checkpoint.
 
     Raises:
-        FileNotFoundError, OSError: as `locate_branch`.
-        CheckpointError: it cannot be read. ValueError: it does not belong to the chat model.
+        FileNotFoundError, OSError: see `locate_branch`.
+        CheckpointError: it cannot be read. ValueError: it does not fit the chat model.
     """
     path = locate_branch(source)
     if not path.is_dir():
@@ -39,13 +39,13 @@ def load_branch(source: str | os.PathLike[str], family: Family, require_same_tow
 
 
 def check_branch(path: Path, family: Family, require_same_tower: bool) -> None:
-    """Raise a ValueError where a branch cannot stand beside a chat model, as far as sizes tell, without its weights.
+    """Raise a ValueError if the sizes of a branch do not fit a chat model; reads no weights.
 
-    path: of `locate_branch`. family: of the chat model, which may be on the meta device.
+    path: from `locate_branch`. family: the chat model's, which may be on the meta device.
     """
     if not path.is_dir():
         sizes, depth = read_sizes(path)
-        if isinstance(sizes, dict):  # the branch alone says nothing but its own widths
+        if isinstance(sizes, dict):  # a file without a tower holds the branch's widths only
             sizes = replace(family.tower_config, **sizes)
         check_shapes(sizes, depth, family)
         return
@@ -57,18 +57,18 @@ def check_branch(path: Path, family: Family, require_same_tower: bool) -> None:
 
 
 def _other_resolution(config: TowerConfig, family: Family) -> str:
-    """Why a branch saved without its tower cannot be told to fit a tower of another image size; "" where they agree."""
+    """Return why a branch saved without its tower cannot be checked at another image size; "" for the same size."""
     size = family.tower()[1].image_size
     if config.image_size == size:
         return ""
     return (
         f"it was trained at {config.image_size} px, image_chat_model takes {size} px, and the folder holds no tower to "
-        "tell whether both are one CLIP (save_pretrained(..., include_tower=True))"
+        "check that both have the same CLIP (save_pretrained(..., include_tower=True) stores it)"
     )
 
 
 def _alone(path: Path, settings: dict[str, Any], family: Family, require_same_tower: bool) -> BTAdapterVisionModel:
-    """A branch saved without its tower, beside the chat model's."""
+    """Load a branch that was saved without its tower, and join it with the chat model's tower."""
     config, adapter = TowerConfig(**settings["tower"]), read_branch_config(settings["branch"], path)
     check_shapes(config, adapter.depth, family)
     _check_fingerprint(path, settings, config, family, require_same_tower)
@@ -79,17 +79,17 @@ def _alone(path: Path, settings: dict[str, Any], family: Family, require_same_to
     wanted = {
         name.removeprefix("branch."): tensor.float()
         for name, tensor in state.items()
-        if not name.startswith("branch.alignment_head.")  # it needs the shared space, which chat models lack
+        if not name.startswith("branch.alignment_head.")  # chat models have no shared embedding space for it
     }
     saved.branch.to_empty(device="cpu").float()
     load_exactly(saved.branch, wanted, str(path))
-    return beside(family, saved.branch, settings["tower_name"]).eval()
+    return join_tower(family, saved.branch, settings["tower_name"]).eval()
 
 
 def _check_fingerprint(
     path: Path, settings: dict[str, Any], config: TowerConfig, family: Family, require_same_tower: bool
 ) -> None:
-    """All that a branch without its tower can be held to: lengths of some of the tower's weights, its resolution."""
+    """Compare the stored fingerprint (norms of some tower weights) and the resolution with the chat model's tower."""
     tensors, _ = family.tower()
     saved = dict(settings.get("tower_fingerprint") or {})
     wrong = []
@@ -97,12 +97,12 @@ def _check_fingerprint(
         saved.pop("position", None)
         wrong.append(resolution)
     first = config.num_hidden_layers - settings["branch"]["depth"] if settings["stored_features"] else 0
-    off = []
+    different = []
     for name, before in saved.items():
         tensor = tensors.get(in_whole_tower(name, first))
-        if tensor is not None and not abs(before - (length := tensor.detach().float().norm().item())) <= 1e-2 * before:
-            off.append(f"{name} {length:.4g}, expected {before:.4g}")
-    if off:
-        wrong.append(f"it was trained beside another CLIP (lengths of weights: {', '.join(off)})")
+        if tensor is not None and not abs(before - (norm := tensor.detach().float().norm().item())) <= 1e-2 * before:
+            different.append(f"{name} {norm:.4g}, expected {before:.4g}")
+    if different:
+        wrong.append(f"it was trained with another CLIP (norms of weights: {', '.join(different)})")
     if wrong:
         mismatch(f"the branch in {path} does not fit image_chat_model: {'; '.join(wrong)}", require_same_tower)

@@ -1,4 +1,4 @@
-"""Keys and values kept between the turns of a conversation, and whether they can be cut back to an earlier place."""
+"""KV caches of conversations: making one, and testing whether it can be cropped."""
 
 from __future__ import annotations
 
@@ -17,31 +17,30 @@ _SLIDING = (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
 
 
 def make_cache(config: Any, limit: int | None = None) -> Any:
-    """An empty cache for a language model.
+    """Make an empty KV cache for a language model.
 
     Args:
-        config: of the language model. limit: tokens of a cache of fixed size; None: one that grows.
+        config: configuration of the language model. limit: size of a static cache in tokens; None: a growing cache.
     """
     if limit is not None:
         return StaticCache(config=config, max_cache_len=limit)
-    own = DynamicCache(config=config)
-    # A sliding window keeps all tokens here, so that it can be cut back; other kinds of layers need their own cache.
-    return DynamicCache() if all(type(layer) in (*_WHOLE, *_SLIDING) for layer in own.layers) else own
+    cache = DynamicCache(config=config)
+    # Layers with a sliding window get a full cache here, so that it can be cropped; other kinds need their own cache.
+    return DynamicCache() if all(type(layer) in (*_WHOLE, *_SLIDING) for layer in cache.layers) else cache
 
 
 def keeps_all(config: Any) -> bool:
-    """Whether the cache of a language model of this configuration keeps every token in every layer.
+    """Whether the KV cache of a language model with this configuration keeps every token in every layer.
 
-    Then padding may stand between tokens: nothing depends on how far apart their places in the cache are.
+    If so, padding may be placed between tokens: nothing depends on their distance in the cache.
     """
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 def can_crop(cache: Any) -> bool:
-    """Whether every layer still holds all of its tokens, so that the last of them can be taken off.
+    """Whether every layer still holds all of its tokens, so that the last tokens can be removed.
 
-    A sliding window that was filled has dropped tokens which an earlier place needs, and a recurrent state cannot go
-    back.
+    A full sliding window has dropped tokens that an earlier position needs, and a recurrent state cannot be reverted.
     """
     for layer in cache.layers:
         if type(layer) in _SLIDING:
@@ -50,6 +49,6 @@ def can_crop(cache: Any) -> bool:
                 return False
         elif type(layer) not in _WHOLE:
             return False
-        if isinstance(layer, StaticLayer) and "crop" not in vars(StaticLayer):  # of transformers before 5.18
+        if isinstance(layer, StaticLayer) and "crop" not in vars(StaticLayer):  # transformers before 5.18
             return False
     return True

@@ -1,4 +1,4 @@
-"""Turns about videos and stills: greedy answers, with the language model's keys and values kept from turn to turn."""
+"""Conversations about videos and stills: greedy answers with a KV cache that is kept between turns."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from bt_adapter.chat.caches import can_crop, keeps_all, make_cache
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.prompts import Turn, conversation_ids
 
-# Models made for much longer contexts would else fill a GPU with empty places.
-_MOST_STATIC = 8192
-# Tokens kept for questions and further answers when videos take as many as fit.
+# Limit of a static KV cache: at a model's full context an empty cache could fill a GPU.
+_MAX_STATIC = 8192
+# Tokens reserved for questions and later answers when videos use as many tokens as fit.
 _RESERVE = 512
 
 
-# Settings of generation that a model's folder may bring, and what makes a greedy search and a plain result of them.
+# Overrides of a model's generation settings that give greedy decoding and a plain tensor of tokens.
 GREEDY: dict[str, Any] = {
     "do_sample": False, "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "penalty_alpha": None,
     "constraints": None, "force_words_ids": None, "dola_layers": None, "low_memory": None, "guidance_scale": None,
@@ -34,15 +34,15 @@ GREEDY: dict[str, Any] = {
 
 
 class ContextError(ValueError):
-    """A prompt and the answer asked for do not fit into the model's context."""
+    """Raised when a prompt and the requested length of the answer exceed the model's context."""
 
 
 @dataclass
 class Reply:
-    """An answer and what it cost.
+    """An answer with its timings and token counts.
 
-    seconds: "first token" (from the question to it) and "generate" (the rest). prompt: tokens of the whole conversation
-    up to the answer; fed: how many of them had to be run, the rest's keys and values were there.
+    seconds: "first token" (time from the question to it) and "generate" (the rest). prompt: tokens of the whole
+    conversation up to the answer; fed: number of those that were run; the KV cache held the rest.
     """
 
     text: str
@@ -53,17 +53,17 @@ class Reply:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the tokens after the first."""
+        """Decoding speed of the tokens after the first."""
         return (self.tokens - 1) / self.seconds["generate"] if self.tokens > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Visual:
-    """A video or a still as the language model takes it.
+    """A video or a still image, encoded for the language model.
 
-    kind: "video" or "image". tokens: ``[n, E]``, E the language model's width. name: what to call it. reads: for models
-    whose visual tokens depend on the question that comes with them (InstructBLIP): from question to tokens; ``tokens``
-    then only tells how many.
+    kind: "video" or "image". tokens: ``[n, E]``, E the language model's width. name: shown to the user. reads: for
+    models whose visual tokens depend on the question (InstructBLIP), a function from question to tokens; ``tokens``
+    then has the right length but no content.
     """
 
     kind: str
@@ -71,59 +71,59 @@ class Visual:
     name: str = ""
     reads: Callable[[str], Tensor] | None = None
 
-    def asked(self, question: str) -> Visual:
-        """As it stands before a question."""
+    def for_question(self, question: str) -> Visual:
+        """Return the visual with its tokens for a question."""
         return self if self.reads is None else replace(self, tokens=self.reads(question), reads=None)
 
 
 class Conversation:
-    """Questions and answers about any number of videos and stills.
+    """A conversation about any number of videos and stills.
 
-    Each turn runs its own tokens alone: those of the turns before are kept as keys and values. The answers are those of
-    a fresh greedy ``generate`` on the whole conversation; where a chat template writes a past turn otherwise than it
-    was generated, what follows the difference is run again.
+    Each turn runs only its own tokens; the KV cache holds those of earlier turns. The answers equal those of a fresh
+    greedy ``generate`` on the whole conversation. If the chat template writes a past turn differently from the way it
+    was generated, the tokens after the difference are run again.
 
     Args:
-        model: a video chat model. processor: its own.
-        static: keys and values of a fixed size, the context's but at most 8192 tokens: on a GPU decoding is then
-            compiled (at the first turn, which takes minutes).
+        model: a video chat model. processor: its processor.
+        static: use a static KV cache of the context's size, at most 8192 tokens. On a GPU, decoding is then compiled
+            (at the first turn, which takes minutes).
     """
 
     def __init__(self, model: Any, processor: Any, static: bool = False) -> None:
         self.model, self.processor, self.static = model, processor, static
-        self._limit = min(context(model), _MOST_STATIC) if static else context(model)
+        self._limit = min(context(model), _MAX_STATIC) if static else context(model)
         self._whole = context(model)
         self.reset()
 
     def reset(self) -> None:
-        """Forget turns and visuals."""
+        """Discard all turns and visuals."""
         self.turns: list[Turn] = []
         self.visuals: list[Visual] = []
-        self._pending = 0  # visuals at the end of the list that no turn has yet
+        self._pending = 0  # number of visuals at the end of the list that belong to the next question
         self._cache: Any = None
-        self._cached: list[int] = []  # whose keys and values the cache holds
-        self._taken = 0  # tokens of the turns so far, with their visuals
+        self._cached: list[int] = []  # token ids in the cache
+        self._used = 0  # tokens of the turns so far, with their visuals
 
     def add(self, visual: Visual) -> None:
-        """A video or still that comes with the next question."""
+        """Add a video or still to the next question."""
         self.visuals.append(visual)
         self._pending += 1
 
     def room(self, max_new_tokens: int) -> int:
-        """Tokens that videos to come may take beside what is there, an answer of so many tokens and some text."""
+        """Return how many tokens more videos may use, with space left for an answer of this length and some text."""
         pending = sum(len(visual.tokens) for visual in self.visuals[len(self.visuals) - self._pending :])
-        return video_room(self._limit, self._taken + pending, max_new_tokens)
+        return video_room(self._limit, self._used + pending, max_new_tokens)
 
     @torch.no_grad()
     def ask(self, question: str, max_new_tokens: int = 64, on_text: Callable[[str], None] | None = None) -> Reply:
-        """The greedy answer; ``on_text`` is given the text as it comes.
+        """Generate the greedy answer; ``on_text`` is called with each new piece of text.
 
-        Raises PromptError, ContextError: the conversation is then as it was before.
+        Raises PromptError, ContextError; the conversation is then unchanged.
         """
         begin = time.perf_counter()
         known = len(self.visuals) - self._pending
         turn = Turn(question, tuple(visual.kind for visual in self.visuals[known:]))
-        visuals = [visual.asked(question) for visual in self.visuals]
+        visuals = [visual.for_question(question) for visual in self.visuals]
         lengths = [len(visual.tokens) for visual in visuals]
         ids = conversation_ids(self.processor, [*self.turns, turn], lengths)
         check_context(self._limit, len(ids), sum(lengths), max_new_tokens, self._whole)
@@ -140,7 +140,7 @@ class Conversation:
                 self._cache,
                 self.processor.tokenizer,
             )
-        except BaseException:  # an interrupted answer leaves keys and values of no known tokens
+        except BaseException:  # after an interrupted answer the tokens in the cache are unknown
             self._cache, self._cached = None, []
             raise
         self._cached = (ids + new[0].tolist())[: int(self._cache.get_seq_length())]
@@ -149,36 +149,36 @@ class Conversation:
         text = "".join(streamer.text).strip()
         self.turns.append(replace(turn, answer=text))
         self.visuals, self._pending = visuals, 0
-        self._taken = len(ids) + new.shape[1]
+        self._used = len(ids) + new.shape[1]
         return Reply(text, streamer.tokens, seconds, len(ids), len(ids) - kept)
 
     def _keep(self, ids: list[int]) -> int:
-        """Cut the cache down to what these ids begin with; how many tokens that is (never all: one must be run)."""
+        """Crop the cache to its common prefix with these ids; return its length (less than all: one must be run)."""
         most = min(len(ids) - 1, len(self._cached))
         kept = next((i for i in range(most) if ids[i] != self._cached[i]), most)
         config = self.model.config.get_text_config(decoder=True)
-        stale = self._cache is None or config.is_encoder_decoder  # an encoder reads the whole conversation anew
+        stale = self._cache is None or config.is_encoder_decoder  # an encoder runs on the whole conversation
         if stale or kept == 0 or (kept < len(self._cached) and not can_crop(self._cache)):
             self._cache, kept = make_cache(config, self._limit if self.static else None), 0
         elif kept < len(self._cached):
-            self._cache.crop(kept - len(self._cached))  # a count below zero: so many off the end
+            self._cache.crop(kept - len(self._cached))  # a negative count removes tokens from the end
         return kept
 
 
 def context(model: Any) -> int:
-    """Tokens the language model was made for."""
+    """Return the context length of the language model in tokens."""
     return int(model.config.get_text_config().max_position_embeddings)
 
 
 def video_room(limit: int, taken: int, max_new_tokens: int) -> int:
-    """Tokens that videos may take of a context of ``limit``; may be below 0."""
+    """Return how many tokens of a context of ``limit`` videos may use; may be negative."""
     return limit - taken - max_new_tokens - _RESERVE
 
 
 def check_context(limit: int, prompt: int, visual: int, max_new_tokens: int, whole: int | None = None) -> None:
-    """Raise ContextError, naming all counts, where a prompt of so many tokens leaves no room for the answer.
+    """Raise ContextError, with all counts, if prompt and answer together exceed ``limit`` tokens.
 
-    whole: the model's context, where ``limit`` may be less: what compiled decoding holds.
+    whole: the model's context, if ``limit`` may be the smaller one of compiled decoding.
     """
     if prompt + max_new_tokens > limit:
         kept = f"the model's context is {limit}"
@@ -186,18 +186,18 @@ def check_context(limit: int, prompt: int, visual: int, max_new_tokens: int, who
             kept = f"--compile keeps {limit} of the model's context of {whole}"
         raise ContextError(
             f"the prompt takes {prompt} tokens, {visual} of them for videos and images, and {max_new_tokens} are asked "
-            f"for the answer: {prompt + max_new_tokens}, but {kept} (fewer --windows or --max-new-tokens take less)"
+            f"for the answer: {prompt + max_new_tokens}, but {kept} (reduce --windows or --max-new-tokens)"
         )
 
 
 def embed(model: Any, ids: list[int], visuals: Sequence[Visual]) -> Tensor:
-    """``[S, E]``: embeddings of the ids, the visuals' tokens in their places."""
+    """Embed token ids, with the visuals' tokens at the positions of image tokens: ``[S, E]``."""
     row = torch.tensor([ids], device=model.device)
     return family_of(model).home.put_visuals(row, [visual.tokens for visual in visuals])[0]
 
 
 def cache_option(model: Any, cache: Any) -> dict[str, Any]:
-    """A cache under the name by which a model's forward takes it; transformers 5 changes it."""
+    """Return the keyword argument that passes a cache to a model's forward; transformers 5 renames it."""
     accepts = inspect.signature(model.forward).parameters
     return {"cache" if "cache" in accepts else "past_key_values": cache}
 
@@ -211,13 +211,13 @@ def generate(
     cache: Any = None,
     tokenizer: Any = None,
 ) -> Tensor:
-    """Greedy tokens after ``[B, S, E]``, without those of the prompt; rows that end early are padded.
+    """Generate greedy tokens after embeddings ``[B, S, E]``; rows that end early are padded. The prompt is left out.
 
-    The model's ``generation_config`` counts where it says which tokens may come and where an answer ends (end tokens,
-    ``stop_strings``, penalties, forbidden words); what would make it another search than a greedy one, or another kind
-    of result, is overridden.
+    The model's ``generation_config`` applies as far as it restricts tokens or ends an answer (end tokens,
+    ``stop_strings``, penalties, forbidden words). Settings for another search than a greedy one, or another kind of
+    result, are overridden.
 
-    tokenizer: needed where the model has ``stop_strings``.
+    tokenizer: required if the model has ``stop_strings``.
     """
     generator = family_of(model).generator
     settings = generator.generation_config
@@ -240,46 +240,45 @@ def generate(
 def answer_batch(
     model: Any, tokenizer: Any, prompts: Sequence[tuple[list[int], Sequence[Visual]]], max_new_tokens: int
 ) -> list[str]:
-    """Greedy answers to several prompts at once: ids of `conversation_ids` and their visuals.
+    """Answer several prompts in one batch, greedily; a prompt is the ids of `conversation_ids` and its visuals.
 
-    All prompts begin alike, with the chat template and a video's places. Where several of them are about the same video
-    (the very same tensor), that beginning is run once for each video and its keys and values serve all of its
-    questions. Shorter prompts are padded behind the beginning, or on the left where there is none.
+    All prompts share a prefix: the chat template and a video's token positions. If several prompts have the same video
+    (the identical tensor), the prefix is run once per video and its KV cache is used for all of its questions. Shorter
+    prompts are padded after the prefix, or on the left if there is none.
     """
     rows = [embed(model, ids, visuals) for ids, visuals in prompts]
-    begun, cache = _run_beginnings(model, prompts, rows)
+    prefix, cache = _run_prefixes(model, prompts, rows)
     length = max(len(row) for row in rows)
     embeds = rows[0].new_zeros(len(rows), length, rows[0].shape[1])
     mask = torch.zeros(len(rows), length, dtype=torch.long, device=embeds.device)
     for i, row in enumerate(rows):
-        rest = begun + length - len(row)
-        embeds[i, :begun], mask[i, :begun] = row[:begun], 1
-        embeds[i, rest:], mask[i, rest:] = row[begun:], 1
+        rest = prefix + length - len(row)
+        embeds[i, :prefix], mask[i, :prefix] = row[:prefix], 1
+        embeds[i, rest:], mask[i, rest:] = row[prefix:], 1
     new = generate(model, embeds, mask, max_new_tokens, cache=cache, tokenizer=tokenizer)
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def _run_beginnings(
+def _run_prefixes(
     model: Any, prompts: Sequence[tuple[list[int], Sequence[Visual]]], rows: Sequence[Tensor]
 ) -> tuple[int, Any]:
-    """Run what prompts about the same visuals have in common, once for each of those visuals.
+    """Run the prefix that all prompts share, once per distinct set of visuals.
 
-    rows: the prompts' embeddings, ``[S, E]`` each. Returns how many tokens were run, the same for all prompts, and the
-    cache of their keys and values, a row for each prompt; 0 and None where nothing would be saved, or where the
-    language model's cache does not keep all tokens.
+    rows: the prompts' embeddings, ``[S, E]`` each. Returns the length of the prefix in tokens and its KV cache, one row
+    per prompt; 0 and None if nothing would be saved, or if the language model's cache does not keep all tokens.
     """
     generator = family_of(model).generator
     config = model.config.get_text_config(decoder=True)
     most = min(len(ids) for ids, _ in prompts) - 1  # one token at least must be run to answer
     columns = enumerate(zip(*(ids[:most] for ids, _ in prompts), strict=True))
-    begun = next((place for place, column in columns if len(set(column)) > 1), most)
+    prefix = next((place for place, column in columns if len(set(column)) > 1), most)
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, (_, visuals) in enumerate(prompts):
         groups.setdefault(tuple(id(visual.tokens) for visual in visuals), []).append(number)
-    if begun == 0 or len(groups) == len(prompts) or config.is_encoder_decoder or not keeps_all(config):
+    if prefix == 0 or len(groups) == len(prompts) or config.is_encoder_decoder or not keeps_all(config):
         return 0, None
     cache = make_cache(config)
-    embeds = torch.stack([rows[members[0]][:begun] for members in groups.values()])
+    embeds = torch.stack([rows[members[0]][:prefix] for members in groups.values()])
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(generator.forward).parameters else {}
     generator(
         inputs_embeds=embeds,
@@ -290,11 +289,11 @@ def _run_beginnings(
     )
     order = {number: place for place, members in enumerate(groups.values()) for number in members}
     cache.batch_select_indices(torch.tensor([order[number] for number in range(len(rows))], device=embeds.device))
-    return begun, cache
+    return prefix, cache
 
 
 class _Stream(TextStreamer):
-    """Counts tokens, notes when the first came, and hands text on where words end."""
+    """A streamer that counts tokens, records the time of the first, and passes text on at word ends."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -303,7 +302,7 @@ class _Stream(TextStreamer):
         self.first: float | None = None
 
     def put(self, value: Tensor) -> None:
-        if not self.next_tokens_are_prompt:  # the prompt comes first, and is empty where embeddings are given
+        if not self.next_tokens_are_prompt:  # the first call has the prompt, which is empty for embeddings
             self.first = self.first or time.perf_counter()
             self.tokens += value.numel()
         super().put(value)

@@ -1,8 +1,8 @@
-"""Published LLaVA v1 files (LLaVA-7B-v1.1) to a folder of Hugging Face's LLaVA, one file at a time.
+"""Convert published LLaVA v1 files (LLaVA-7B-v1.1) to a folder of Hugging Face's LLaVA, one file at a time.
 
-What differs: names; one linear layer as projector (Hugging Face's has two and an activation: the second becomes the
-identity, the activation none); the vision tower, which the published files leave to CLIP's own; the tokens
-``<vid_patch>``, ``<vid_start>``, ``<vid_end>``, which the published code adds when it loads (``vicuna``).
+The formats differ in the names; the projector, one linear layer (Hugging Face's has two and an activation: the second
+becomes the identity, the activation none); the vision tower, which the published files take from CLIP; and the tokens
+``<vid_patch>``, ``<vid_start>``, ``<vid_end>``, which the published code adds at loading (``vicuna``).
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from bt_adapter.published import load_reference_checkpoint
 
 PROJECTOR = "model.multi_modal_projector"
 _TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
-_RECORD = "sources.json"  # what an unfinished conversion was made from
+_RECORD = "sources.json"  # names the sources of an unfinished conversion
 _SKIPPED = re.compile(r"rotary_emb\.inv_freq$|^model\.vision_tower\.")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What a conversion reads.
+    """The input files and folders of a conversion.
 
     Attributes:
         model: folder of the published layout. clip: folder or hub name of its CLIP; None: the one its config names.
-        base: folder of the LLaMA that ``model`` is a difference to; None: it is whole.
+        base: folder of the LLaMA to which ``model`` holds the weight differences; None: ``model`` holds full weights.
         projector: a file of instruction tuning (``mm_projector.bin``), whose tensors replace ``model``'s.
         branch: a file of BT-Adapter's branch (``btadapter_weight.bin``, or of pretraining). gates: the pretraining
             file from which a ``branch`` without gates was tuned.
-        trained_frames: of the videos ``branch`` was trained with; see `load_reference_checkpoint`.
+        trained_frames: number of frames ``branch`` was trained with; see `load_reference_checkpoint`.
     """
 
     model: Path
@@ -60,9 +60,9 @@ class Sources:
 
 
 def hugging_face_name(name: str) -> str | None:
-    """Of a published tensor; None for what is not needed: rotary tables, and a tower saved along.
+    """Convert a published tensor name; None for tensors that are not needed: rotary tables and a stored tower.
 
-    Raises CheckpointError for a name the layout does not have.
+    Raises CheckpointError for a name outside the published layout.
     """
     if _SKIPPED.search(name):
         return None
@@ -76,7 +76,7 @@ def hugging_face_name(name: str) -> str | None:
 
 
 def second_layer(width: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The projector's second layer as nothing: the identity."""
+    """Make the projector's second layer, the identity."""
     return {
         f"{PROJECTOR}.linear_2.weight": torch.eye(width, dtype=dtype),
         f"{PROJECTOR}.linear_2.bias": torch.zeros(width, dtype=dtype),
@@ -86,28 +86,28 @@ def second_layer(width: int, dtype: torch.dtype) -> dict[str, Tensor]:
 def convert(sources: Sources, out: Path, progress: Progress | None = None) -> Path:
     """Write the model's folder: weights, configuration, tokenizer with chat template, image processor, and ``branch/``.
 
-    Everything is written to ``<out>.converting`` and renamed at the end; a run that was stopped goes on with the
-    first file that is not there. At any time one source file and one tensor to be written of it are in memory, and the
-    CLIP at the end. The dtype is that of the source's projector.
+    Everything is written to ``<out>.converting`` and renamed at the end; an interrupted run resumes at the first
+    missing file. One source file and one of its output tensors are in memory at a time, and the CLIP at the end. The
+    dtype is that of the source's projector.
 
     Args:
-        out: must not be there.
-        progress: called with the files done and all there are.
+        out: must not exist.
+        progress: called with the files done and in total.
 
     Returns:
         ``out``.
 
     Raises:
-        CheckpointError: a source does not have the published layout; the message says in what.
-        CommandError: ``out`` is there, the source is a difference and no base is given, the projector's file is of
-            another size, or too little space is left.
-        OSError: a source is not there.
+        CheckpointError: a source does not have the published layout; the message names the difference.
+        CommandError: ``out`` exists, the source holds differences and no base is given, the projector's file has
+            another size, or there is too little disk space.
+        OSError: a source does not exist.
     """
     if out.exists():
-        raise CommandError(f"{out} is already there; give another place")
+        raise CommandError(f"{out} already exists; choose another folder")
     files = weight_files(sources.model)
     if sources.base is None and "delta" in sources.model.name.lower():
-        raise CommandError(f"{sources.model} is a difference to LLaMA by its name: give the LLaMA (--base)")
+        raise CommandError(f"{sources.model} holds differences to LLaMA, by its name: give the LLaMA (--base)")
     published = read_config(sources.model)
     tokenizer = AutoTokenizer.from_pretrained(sources.model)
     prepare_tokenizer(tokenizer)
@@ -116,7 +116,7 @@ def convert(sources: Sources, out: Path, progress: Progress | None = None) -> Pa
     shape, dtype = reader.projector(files)
     reader.check_tuned(shape)
     clip = load_clip(published, sources.clip)
-    branch = None  # read before anything is written: what is wrong with it is told at once
+    branch = None  # read before anything is written, so that its errors come early
     if sources.branch is not None:
         branch = load_reference_checkpoint(
             sources.branch, clip.config, clip, sources.trained_frames, gates_from=sources.gates
@@ -146,7 +146,7 @@ def convert(sources: Sources, out: Path, progress: Progress | None = None) -> Pa
 
 
 class _Reader:
-    """Source tensors under Hugging Face's names, put together with the base and the tuned ones."""
+    """A reader of source tensors under Hugging Face's names, with base weights added and tuned tensors inserted."""
 
     def __init__(self, sources: Sources, tokenizer: Any, rows: int) -> None:
         self.sources, self.tokenizer, self.rows = sources, tokenizer, rows
@@ -155,10 +155,10 @@ class _Reader:
             with open_weights(sources.projector) as state:
                 self.tuned = {n: t for n, t in state.items() if "btadapter" not in n}
             for name in self.tuned:
-                hugging_face_name(name)  # CheckpointError where it is another kind of file
+                hugging_face_name(name)  # CheckpointError for another kind of file
 
     def tensors(self, path: Path) -> dict[str, Tensor]:
-        """All of one file."""
+        """Read all tensors of one file."""
         with ExitStack() as opened:
             state = opened.enter_context(open_weights(path))
             base = self._base(opened)
@@ -176,12 +176,12 @@ class _Reader:
                 if theirs in _TABLES:
                     tensor = grow(tensor, self.tokenizer)
                     if len(tensor) != self.rows:
-                        raise CheckpointError(f"{name} has {len(tensor)} rows, expected {self.rows}, one a token")
+                        raise CheckpointError(f"{name} has {len(tensor)} rows, expected {self.rows}, one per token")
                 result[theirs] = tensor.contiguous()
         return result
 
     def projector(self, files: list[Path]) -> tuple[torch.Size, torch.dtype]:
-        """Shape of the projector's weight, ``[W, D]``, and the model's dtype."""
+        """Return the shape of the projector's weight, ``[W, D]``, and the model's dtype."""
         for path in files:
             with open_weights(path) as state:
                 if "model.mm_projector.weight" in state:
@@ -190,11 +190,11 @@ class _Reader:
         raise CheckpointError(f"{self.sources.model} has no model.mm_projector.weight: not the published layout")
 
     def check_tuned(self, shape: torch.Size) -> None:
-        """Raise CommandError where a tuned tensor does not fit a projector of that shape, ``[W, D]``."""
+        """Raise CommandError if a tuned tensor does not fit a projector of that shape, ``[W, D]``."""
         for name, tensor in self.tuned.items():
             wanted = list(shape if name == "model.mm_projector.weight" else shape[:1])
             found = list(tensor.shape)
-            if hugging_face_name(name) in _TABLES:  # its rows are counted when it has grown
+            if hugging_face_name(name) in _TABLES:  # its rows are checked after `grow`
                 found = found[1:]
             elif "mm_projector" not in name:
                 continue
@@ -211,12 +211,12 @@ class _Reader:
 
 
 def _get(files: list[Mapping[str, Tensor]], name: str) -> Tensor | None:
-    """None for what a difference holds whole: the projector."""
+    """Find a base tensor; None for the projector, which a file of differences holds in full."""
     return next((state[name] for state in files if name in state), None)
 
 
 def _aside(sources: Sources, out: Path, files: list[Path]) -> Path:
-    """The folder to write to; emptied where an earlier run wrote from other sources."""
+    """Prepare the temporary folder; it is emptied if an earlier run used other sources."""
     aside = out.with_name(out.name + ".converting")
     read = [*files, *(weight_files(sources.base) if sources.base else ()), *filter(None, [sources.projector])]
     stamps = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in read]
@@ -229,12 +229,12 @@ def _aside(sources: Sources, out: Path, files: list[Path]) -> Path:
     needed = sum(f.stat().st_size for f in files) - sum(f.stat().st_size for f in aside.glob("*.safetensors"))
     free = shutil.disk_usage(aside).free
     if needed > free:
-        raise CommandError(f"{out} needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there")
+        raise CommandError(f"{out} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on that disk")
     return aside
 
 
 def _rest(width: int, dtype: torch.dtype, clip: CLIPVisionModel) -> dict[str, Tensor]:
-    """What the published files lack: the tower and the projector's second layer."""
+    """Make the tensors that the published files lack: the tower and the projector's second layer."""
     tower = {f"model.vision_tower.{n}": t.detach().to(dtype) for n, t in clip.state_dict().items()}
     return tower | second_layer(width, dtype)
 
@@ -255,5 +255,5 @@ def _check_complete(config: LlavaConfig, found: Mapping[str, str], tuned: Mappin
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     writing = path.with_name(path.name + ".writing")
     save_file(dict(tensors), writing, metadata={"format": "pt"})
-    os.chmod(writing, (path.parent / _RECORD).stat().st_mode)  # save_file's are their owner's alone
+    os.chmod(writing, (path.parent / _RECORD).stat().st_mode)  # save_file lets only the owner read
     os.replace(writing, path)

@@ -1,4 +1,4 @@
-"""A chat model that takes videos: loading it, frames to tokens, questions to answers."""
+"""A chat model for videos: load it, encode frames as tokens, answer questions."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ __all__ = ["Reply", "VideoChat", "peak_memory", "read"]
 
 
 class VideoChat:
-    """A video chat model with its processor: videos to tokens, questions to answers.
+    """A video chat model with its processor, which encodes videos and answers questions.
 
     Args:
         model: a chat model with a branch (``bt_adapter.attach``, or loaded as a video chat model).
-        processor: its own; or the image chat model's, or its tokenizer alone, of which `make_processor` makes one.
-            Frames are resized, cropped and normalised as its image processor does it.
-        image_processor, qformer_tokenizer: beside a tokenizer: see `make_processor`.
+        processor: the model's; or the image chat model's, or only its tokenizer, from which `make_processor` makes one.
+            Its image processor resizes, crops and normalises the frames.
+        image_processor, qformer_tokenizer: used together with a tokenizer, see `make_processor`.
 
     Raises:
-        ValueError, TypeError: ``model`` has no branch, or as `make_processor`.
+        ValueError, TypeError: ``model`` has no branch; see also `make_processor`.
     """
 
     def __init__(self, model: Any, processor: Any, image_processor: Any = None, qformer_tokenizer: Any = None) -> None:
-        attached_branch(model)  # ValueError unless one is
+        attached_branch(model)  # ValueError if there is none
         self.model, self.family = model.eval(), family_of(model)
         self.processor = make_processor(model, processor, image_processor, qformer_tokenizer)
         self.images: ImageSettings = self.processor.frame_settings
@@ -52,10 +52,9 @@ class VideoChat:
         """Load the small stack, whose weights come in the package ``bt-adapter-mini``.
 
         Args:
-            stage: "fresh": CLIP, SmolLM2 and a projector that learned nothing. "image": tuned on questions about stills
-                alone. Both have the branch pretrained on clips and captions attached. "tuned": the image stage tuned
-                on questions about videos, with its branch as tuned. "control": the same without a branch: videos are
-                the mean of their frames.
+            stage: "fresh": CLIP, SmolLM2 and an untrained projector. "image": tuned on questions about stills only.
+                Both have the branch pretrained on clips and captions. "tuned": the image stage tuned on questions about
+                videos, with its tuned branch. "control": the same without a branch: a video is the mean of its frames.
 
         Raises:
             ValueError: there is no such stage. MiniError: a part is not installed.
@@ -74,25 +73,25 @@ class VideoChat:
         require_same_tower: bool = True,
         use_branch: bool = True,
     ) -> VideoChat:
-        """A video chat model by its local folder or hub name.
+        """Load a video chat model from a local folder or by its hub name.
 
         Args:
             model: a video chat model that :meth:`save`, or ``save_pretrained`` of model and processor, wrote; an image
                 chat model that `attach` takes; or a folder of tuned parts (``bt_adapter.tune``).
-            branch: a folder, hub name or published checkpoint. An image chat model needs one; given with one of the
-                others, it takes the place of the branch that is there.
-            dtype: None for what the model was stored in.
-            quantize: the language model in 4 ("nf4") or 8 bits ("int8"); the tower, the projector and the branch
-                stay as they are.
-            require_same_tower: as for `attach`; a model that was tuned with False is loaded so.
-            use_branch: False: an image chat model may come without a branch. Its videos are then the mean over their
-                frames of the tower's tokens, as they are where :meth:`encode` is given ``branch=False``.
+            branch: a folder, hub name or published checkpoint. An image chat model needs one; for the other kinds it
+                replaces the stored branch.
+            dtype: None for the stored dtype.
+            quantize: load the language model in 4 ("nf4") or 8 bits ("int8"); the tower, the projector and the branch
+                are not quantised.
+            require_same_tower: see `attach`; a model that was tuned with False is also loaded with False.
+            use_branch: False: an image chat model may have no branch. Video tokens are then the mean of the tower's
+                tokens over the frames, as for :meth:`encode` with ``branch=False``.
 
         Raises:
-            ValueError: no such kind of chat model, it needs a branch and none is given, or the two do not fit, which
-                their configurations tell before any weights are read.
+            ValueError: an unsupported kind of chat model, a missing branch, or a branch that does not fit. Both
+                configurations are compared before any weights are read.
             QuantizeError: the package that quantizes is not installed.
-            Else what transformers, `attach` and ``bt_adapter.tune.load`` raise.
+            Also the errors of transformers, `attach` and ``bt_adapter.tune.load``.
         """
         from bt_adapter import tune
 
@@ -106,12 +105,12 @@ class VideoChat:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write model, branch and processor as a folder that :meth:`load` and transformers' Auto classes read.
 
-        ``AutoModelForImageTextToText`` and ``AutoProcessor`` know it once ``bt_adapter.native`` is imported. The folder
-        appears when it is whole.
+        ``AutoModelForImageTextToText`` and ``AutoProcessor`` accept it once ``bt_adapter.native`` is imported. The
+        folder is renamed to its final name when complete.
 
         Raises:
-            FileExistsError: there is such a folder, with something in it. ValueError: the model holds adapters that
-                are not merged into its weights.
+            FileExistsError: the folder exists and is not empty. ValueError: the model has adapters that are not merged
+                into its weights.
         """
         save_video_model(self.model, self.processor, folder)
 
@@ -122,16 +121,16 @@ class VideoChat:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self.model.device
 
     @property
     def branch(self) -> BTAdapterVisionModel:
-        """The attached branch, beside the chat model's own tower."""
+        """The attached branch, with the chat model's own tower."""
         return attached_branch(self.model)
 
     def prepare(self, frames: Tensor) -> Tensor:
-        """Frames uint8 ``[T, 3, H, W]`` -> normalised ``[1, T, 3, h, w]`` in the tower's size, dtype and device."""
+        """Resize and normalise frames uint8 ``[T, 3, H, W]`` to ``[1, T, 3, h, w]``, in the tower's dtype."""
         return self.images.prepare(frames)[None].to(self.device, self.branch.tower.dtype)
 
     @torch.no_grad()
@@ -142,11 +141,11 @@ class VideoChat:
         progress: Progress | None = None,
         question: str | None = None,
     ) -> Tensor:
-        """A video's tokens for the language model, ``[1, V, W]``, from frames that are there already.
+        """Encode decoded frames as a video's tokens for the language model, ``[1, V, W]``.
 
-        video: decoded frames, uint8 ``[T, 3, H, W]`` where a tensor is given. branch: False for the mean of the frames'
-        tokens in the branch's place; None: as the model was tuned (``use_branch`` of its configuration). progress: as
-        for ``video_tokens``. question: as for :meth:`project`. Files of any length: `bt_adapter.chat.watch`.
+        video: decoded frames; a tensor is uint8 ``[T, 3, H, W]``. branch: False for the mean of the frames' tokens
+        instead; None: ``use_branch`` of the model's configuration. progress: see ``video_tokens``. question: see
+        :meth:`project`. For files of any length use `bt_adapter.chat.watch.encode_video`.
         """
         pixels = self.prepare(video.frames if isinstance(video, Video) else video)
         tokens = self.project(video_tokens(self.model, pixels, progress, branch=branch), question)
@@ -155,12 +154,12 @@ class VideoChat:
         return tokens
 
     @torch.no_grad()
-    def see(self, image: Tensor) -> Visual:
-        """A still, uint8 ``[3, H, W]``, as the image chat model itself takes it."""
-        if self.family.has_qformer:  # it reads the tower's tokens, which are those of a one-frame mean
+    def encode_image(self, image: Tensor) -> Visual:
+        """Encode a still, uint8 ``[3, H, W]``, the way the image chat model itself does."""
+        if self.family.has_qformer:  # it reads the tower's tokens, which equal the mean of one frame
             return self.visual("image", self.branch.frame_mean_tokens(self.prepare(image[None])))
         pixels, sizes = self.prepare(image[None])[0], {}
-        if self.family.name == "llava_next":  # which takes a still in pieces
+        if self.family.name == "llava_next":  # it splits a still into tiles
             cut = self.processor.image_processor(
                 images=[image.cpu().numpy()], return_tensors="pt", input_data_format="channels_first"
             )
@@ -170,16 +169,16 @@ class VideoChat:
 
     @torch.no_grad()
     def visual(self, kind: str, tokens: Tensor) -> Visual:
-        """Tokens of the tower and branch, ``[n, P+1, D]``, as a conversation takes them."""
+        """Wrap tokens of the tower and branch, ``[n, P+1, D]``, for a conversation."""
         if not self.family.needs_question:
             return Visual(kind, self.project(tokens).flatten(0, 1))
         count = tokens.new_empty(len(tokens) * self.family.video_length, 0)
         return Visual(kind, count, reads=lambda question: self.project(tokens, question).flatten(0, 1))
 
     def project(self, tokens: Tensor, question: str | None = None) -> Tensor:
-        """Tokens of the tower and branch, ``[n, P+1, D]``, as the language model takes them, ``[n, V, W]``.
+        """Project tokens of the tower and branch, ``[n, P+1, D]``, to the language model's embeddings, ``[n, V, W]``.
 
-        question: for InstructBLIP, whose Q-Former reads it. Raises ValueError where it is needed and not there.
+        question: for InstructBLIP, whose Q-Former reads it. Raises ValueError if it is required and missing.
         """
         if not self.family.needs_question or question is None:
             return self.family.project(tokens)
@@ -187,7 +186,7 @@ class VideoChat:
         return self.family.project(tokens, {name: ids[name] for name in ("input_ids", "attention_mask")})
 
     def converse(self, static: bool = False) -> Conversation:
-        """A conversation with this model; see `Conversation`."""
+        """Begin a conversation with this model; see `Conversation`."""
         return Conversation(self.model, self.processor, static)
 
     def ask(
@@ -197,7 +196,7 @@ class VideoChat:
         max_new_tokens: int = 64,
         on_text: Callable[[str], None] | None = None,
     ) -> Reply:
-        """The greedy answer to one question about an encoded video; on_text is given the text as it comes."""
+        """Answer one question about an encoded video greedily; on_text is called with each new piece of text."""
         conversation = self.converse()
         conversation.add(Visual("video", video_tokens.flatten(0, -2)))
         return conversation.ask(question, max_new_tokens, on_text)
@@ -210,15 +209,15 @@ def read(
     progress: Progress | None = None,
     side: int | None = None,
 ) -> Video:
-    """Decode `frames` evenly spread frames of a video file (fewer there: `repeat` them). Raises VideoError.
+    """Decode `frames` evenly spaced frames of a video file (`repeat` them if it has fewer). Raises VideoError.
 
-    side: the side in pixels that they will be resized to, as for `read_video`.
+    side: target side of the resize in pixels, see `read_video`.
     """
     return read_video(Path(path), frames=frames, sampling="middle", repeat=repeat, progress=progress, side=side)
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes: on a GPU the most its allocator held, else the most this process had resident."""
+    """Return the peak memory in bytes: of a GPU's allocator, else the resident memory of this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""A chat model with its branch written as one folder that transformers loads by itself."""
+"""Write a chat model with its branch as one folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def save_chat(chat: Any, folder: Path, frames: int, long: Long, replace: bool = 
 
     Args:
         chat: a `VideoChat`, with merged adapters, if any.
-        folder, replace: as for `save_video_model`, whose errors are raised.
-        frames: that the processor takes of a video file unless a call says otherwise.
-        long: the configuration's ``long_videos``.
+        folder, replace: see `save_video_model`, whose errors are raised.
+        frames: default number of frames that the processor takes from a video file.
+        long: value of the configuration's ``long_videos``.
     """
     chat.processor.video_frames = frames
     chat.model.config.long_videos = long

@@ -1,4 +1,4 @@
-"""Settings of a published LLaVA v1 as Hugging Face's LLaVA has them: configuration, tower, processor."""
+"""Convert the settings of a published LLaVA v1 to Hugging Face's LLaVA: configuration, tower, processor."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from bt_adapter.checkpoint import CheckpointError
 from bt_adapter.errors import CommandError
 from bt_adapter.hugging_face import load_clip_model
 
-# what tells of the writer and not of the model; use_cache was switched off by training
+# these describe the program that wrote the file, not the model; use_cache was switched off for training
 _WRITERS = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 _NOT_TAKEN = _WRITERS | {"model_type", "use_cache"}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The published ``config.json``. Raises FileNotFoundError, CheckpointError."""
+    """Read the published ``config.json``. Raises FileNotFoundError, CheckpointError."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json")
@@ -39,7 +39,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_clip(published: dict[str, Any], clip: str | None) -> CLIPVisionModel:
-    """The vision tower: ``clip`` (folder or hub name), or the one that the published configuration names."""
+    """Load the vision tower: ``clip`` (folder or hub name), or the one that the published configuration names."""
     name = clip or published.get("mm_vision_tower")
     if name is None:
         raise CommandError("the model's config.json names no mm_vision_tower: give the CLIP (--clip)")
@@ -54,9 +54,9 @@ def make_config(
     token: int,
     clip: CLIPVisionModel,
 ) -> LlavaConfig:
-    """projector: shape of its weight. rows: of the embedding table. token: id of the place of a visual token.
+    """Make Hugging Face's configuration. Raises CheckpointError if the widths of the parts do not fit.
 
-    Raises CheckpointError where the widths of language model, projector and tower do not fit.
+    projector: shape of its weight. rows: number of rows of the embedding table. token: id of the visual token.
     """
     known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - _NOT_TAKEN
     text = {key: value for key, value in published.items() if key in known and value is not None}
@@ -82,7 +82,7 @@ def make_config(
 
 
 def save_settings(folder: Path, config: LlavaConfig, tokenizer: Any, clip: CLIPVisionModel) -> None:
-    """Configuration, generation settings, tokenizer with its chat template, image processor."""
+    """Write the configuration, generation settings, tokenizer with its chat template, and image processor."""
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config.text_config).save_pretrained(folder)
     vision: Any = config.vision_config

@@ -1,4 +1,4 @@
-"""A chat model with a branch from a folder or the hub: checked by its configuration first, then loaded whole."""
+"""Load a chat model with a branch from a folder or the hub; its configuration is checked before the weights load."""
 
 from __future__ import annotations
 
@@ -38,20 +38,19 @@ def load_with_branch(
     require_same_tower: bool,
     use_branch: bool = True,
 ) -> tuple[Any, Any]:
-    """A video chat model and its processor, or the processor or tokenizer of the image chat model it was made of.
+    """Load a video chat model and its processor (or the processor or tokenizer of its image chat model).
 
     Args:
-        name: of an image chat model, whose branch must be given; or of a video chat model, whose own branch one that is
-            given replaces.
-        use_branch: False: an image chat model needs none; videos are then the mean of their frames.
+        name: an image chat model, which needs a branch; or a video chat model, whose branch ``branch`` replaces.
+        use_branch: False: an image chat model needs no branch; video tokens are then the mean over the frames.
 
-    What configurations tell is told before any weights are read: that the model is of another kind, that its tower is
-    no CLIP, and that the branch is missing or belongs to a tower of other sizes.
+    These errors are found in the configurations, before any weights are read: an unsupported kind of model, a tower
+    that is no CLIP, a missing branch, and a branch for a tower of other sizes.
 
     Raises:
         ValueError: one of these. QuantizeError: the package that quantizes is not installed.
         ImportError: the model's processor needs a package that is not installed.
-        CheckpointError, OSError: as `load_pretrained`; as `attach` for the branch.
+        CheckpointError, OSError: see `load_pretrained`, and `attach` for the branch.
     """
     name = check_place(name)
     family = read_skeleton(name)
@@ -72,7 +71,7 @@ def load_with_branch(
     if (settings := generation_settings(name)) is not None:
         options["generation_config"] = settings
     chat = load_pretrained(type(family.chat), name, dtype, **options)
-    if quantize is None and not getattr(chat, "is_quantized", False):  # as stored, or else by accelerate
+    if quantize is None and not getattr(chat, "is_quantized", False):  # accelerate has already placed a quantised one
         chat = chat.to(device)
     if branch is None and isinstance(family.chat, VideoModel):
         return chat, processor
@@ -80,10 +79,10 @@ def load_with_branch(
 
 
 def read_skeleton(name: str) -> Family:
-    """The chat model of a folder or hub name without its weights (on the meta device), read off its ``config.json``.
+    """Build the chat model of a folder or hub name from its ``config.json`` on the meta device, without weights.
 
     Raises:
-        ValueError: the model is of a kind that takes no branch, or its tower is no CLIP.
+        ValueError: the kind of model is not supported, or its tower is no CLIP.
     """
     config = AutoConfig.from_pretrained(name)
     classes: dict[str, Any] = {family.name: family.model_class for family in FAMILIES}
@@ -99,12 +98,12 @@ def read_skeleton(name: str) -> Family:
 
 
 def generation_settings(name: str) -> GenerationConfig | None:
-    """The settings of a model's ``generation_config.json`` where transformers refuses them as they stand; else None.
+    """Read a model's ``generation_config.json`` if transformers refuses it unchanged; else return None.
 
-    What a greedy search overrides anyway is left out of them.
+    The settings that greedy decoding overrides are left out.
 
     Raises:
-        CheckpointError: it is something else that is refused.
+        CheckpointError: the file is damaged, or transformers refuses another of its settings.
     """
     file = _file(name, "generation_config.json")
     try:
@@ -122,7 +121,7 @@ def generation_settings(name: str) -> GenerationConfig | None:
 
 
 def names_outside_language_model(family: Family) -> list[str]:
-    """Names of all modules of a chat model that are no part of its language model's layers, and of its output layer."""
+    """List the modules of a chat model outside its language model's layers, with its output layer."""
     chat = family.chat
     language: Any = family.language_model if family.generator is chat else family.generator
     names = [name for name, module in chat.named_modules() if module is family.lm_head]
@@ -141,7 +140,7 @@ def names_outside_language_model(family: Family) -> list[str]:
 
 
 def read_processor(name: str) -> Any:
-    """A model's processor; where it has none, its tokenizer with its chat template.
+    """Load a model's processor or, if it has none, its tokenizer with its chat template.
 
     Raises:
         ImportError: the image processor needs a package that is not installed. OSError: there is no tokenizer.
@@ -156,5 +155,5 @@ def read_processor(name: str) -> Any:
 
 
 def _file(name: str, file: str) -> str | None:
-    """Where a file of a folder or hub repository lies; None where it has none."""
+    """Return the path of a file in a folder or hub repository, or None if it does not exist."""
     return cached_file(name, file, _raise_exceptions_for_missing_entries=False)

@@ -1,4 +1,4 @@
-"""Whether a branch and a chat model's tower belong together, and making their towers one."""
+"""Check that a branch fits a chat model's vision tower, and make both share the tower's weights."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from bt_adapter.config import BTAdapterConfig, TowerConfig
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.tower import Tower
 
-# a tower stored in half precision differs by rounding alone: at most 2^-8 of the largest value
+# a tower stored in half precision differs only by rounding: at most 2^-8 of the largest value
 _ROUNDING = 2**-7
-# programs that enlarge a position table differ in how (edges, smoothing), the picture stays
+# programs that enlarge a position table treat edges and smoothing differently, so its values differ a little
 _INTERPOLATION = 2**-3
 
 
 def check_shapes(mine: TowerConfig, depth: int, family: Family) -> None:
-    """Raise a ValueError listing what keeps a branch beside the tower ``mine`` from standing beside the chat model's.
+    """Raise a ValueError that lists the differences if a branch for the tower ``mine`` does not fit the chat model's.
 
-    Another ``image_size`` is not in the list: a branch has no table of places, its tower's serves.
+    Another ``image_size`` is accepted, because a branch uses the position embeddings of the tower.
     """
     theirs = family.tower_config
     if mine.is_eva != theirs.is_eva:
@@ -51,10 +51,10 @@ def check_shapes(mine: TowerConfig, depth: int, family: Family) -> None:
 
 
 def check_values(tower: Tower, family: Family, require_same_tower: bool) -> None:
-    """Raise a ValueError where the tower beside which a branch was trained holds other values than the chat model's.
+    """Raise a ValueError if the weights of the tower that a branch was trained with differ from the chat model's.
 
-    ``require_same_tower`` False: a warning in its place. Another resolution of the same CLIP (all weights the same, the
-    position table enlarged bicubically) is told by a warning too.
+    ``require_same_tower`` False: warn instead. The same CLIP at another resolution (equal weights, position table
+    enlarged bicubically) also causes a warning.
     """
     theirs, config = family.tower()
     size, trained = config.image_size, tower.config.image_size
@@ -67,27 +67,27 @@ def check_values(tower: Tower, family: Family, require_same_tower: bool) -> None
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         size_note = f"; image_size {trained} against {size}" if at else ""
         mismatch(
-            f"branch was trained beside another CLIP than image_chat_model's: the vision towers have one shape but "
+            f"branch was trained with another CLIP than image_chat_model's: the vision towers have the same shape but "
             f"other values ({shown}{more} of {len(off)} tensors differ{size_note})",
             require_same_tower,
         )
     elif at:
         warnings.warn(
             f"branch and image_chat_model have the same CLIP at another resolution{at}: the chat model's position "
-            "table is the bicubic enlargement of the branch's and serves both",
+            "table is the bicubic enlargement of the branch's and is used for both",
             stacklevel=3,
         )
 
 
 def mismatch(message: str, require_same_tower: bool) -> None:
-    """Another tower: an error, or a warning where the caller said so."""
+    """Raise an error for a different tower, or warn if the caller accepts one."""
     if require_same_tower:
-        raise ValueError(f"{message}; require_same_tower=False (--other-tower) attaches it all the same")
-    warnings.warn(f"{message}; its answers may be worse than beside its own", stacklevel=4)
+        raise ValueError(f"{message}; require_same_tower=False (--other-tower) attaches it anyway")
+    warnings.warn(f"{message}; its answers may be worse than with its own tower", stacklevel=4)
 
 
 def distances(tower: Tower, theirs: Mapping[str, Tensor]) -> dict[str, float]:
-    """Largest difference of each tensor both towers have, in units of the largest value."""
+    """Compute the largest difference of each tensor that both towers have, relative to its largest value."""
     found = {}
     for name, mine in tower.named_parameters():
         name = in_whole_tower(name, tower.first_layer)
@@ -97,7 +97,7 @@ def distances(tower: Tower, theirs: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def in_whole_tower(name: str, first_layer: int) -> str:
-    """Name of a tensor in the whole tower; a tower of stored features counts its own layers from 0."""
+    """Return a tensor's name in the full tower; a tower for stored features numbers its layers from 0."""
     if first_layer and name.startswith("layers."):
         _, layer, rest = name.split(".", 2)
         return f"layers.{int(layer) + first_layer}.{rest}"
@@ -115,7 +115,7 @@ def _distance(mine: Tensor, theirs: Tensor) -> float:
 
 
 def enlarge(position: Tensor, length: int) -> Tensor:
-    """A position table ``[1+P, D]``, CLS first, for another number of patches: bicubic, ``[length, D]``."""
+    """Resize a position table ``[1+P, D]``, CLS first, to another number of patches bicubically: ``[length, D]``."""
     before, after = (round((n - 1) ** 0.5) for n in (len(position), length))
     grid = position[1:].T.unflatten(1, (before, before))[None]
     new = F.interpolate(grid, size=(after, after), mode="bicubic", align_corners=False)
@@ -123,7 +123,7 @@ def enlarge(position: Tensor, length: int) -> Tensor:
 
 
 def share_tower(tower: Tower, family: Family) -> None:
-    """Make the chat model's tower tensors ``tower``'s own. What the chat model lacks stays as it is."""
+    """Let ``tower`` share the chat model's tower tensors. Tensors that the chat model lacks are not changed."""
     tensors, config = family.tower()
     mine = dict(tower.named_parameters(remove_duplicate=False))
     removed = [f"layers.{config.num_hidden_layers + i}." for i in range(family.layers_removed)]
@@ -136,23 +136,23 @@ def share_tower(tower: Tower, family: Family) -> None:
             parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
             setattr(tower.get_submodule(path), leaf, parameter)
     tower.config = replace(tower.config, image_size=config.image_size)
-    tower.shared_from = _where_they_lie(family)
+    tower.shared_from = _storage_of(family)
 
 
 def is_shared(tower: Tower, family: Family) -> bool:
-    """Whether the chat model's tower still holds the very tensors that `share_tower` found, where they were."""
-    return tower.shared_from == _where_they_lie(family)
+    """Whether the chat model's tower still holds the tensors that `share_tower` shared, in the same memory."""
+    return tower.shared_from == _storage_of(family)
 
 
-def _where_they_lie(family: Family) -> list[tuple[int, int, torch.dtype, torch.device]]:
-    """Of each parameter of the chat model's tower: which it is, and where its numbers are; ``to`` moves them."""
+def _storage_of(family: Family) -> list[tuple[int, int, torch.dtype, torch.device]]:
+    """Return the identity, data pointer, dtype and device of each tower parameter; ``to`` changes the pointers."""
     named = family.vision_tower.named_parameters(remove_duplicate=False)
     return [(id(p), p.data_ptr(), p.dtype, p.device) for _, p in named if not p.is_meta]
 
 
 @contextmanager
-def loaded(family: Family) -> Iterator[None]:
-    """Within the context, what accelerate offloaded of the chat model's tower is there to be read."""
+def load_offloaded(family: Family) -> Iterator[None]:
+    """Load the tower weights that accelerate has offloaded, for the duration of the context."""
     with ExitStack() as stack:
         for module in family.vision_tower.modules():
             if hasattr(module, "_hf_hook"):
@@ -162,10 +162,10 @@ def loaded(family: Family) -> Iterator[None]:
         yield
 
 
-def beside(family: Family, branch: Branch, tower_name: str | None = None) -> BTAdapterVisionModel:
-    """A model of ``branch`` (the same parameters) beside the chat model's tower, for video tokens alone.
+def join_tower(family: Family, branch: Branch, tower_name: str | None = None) -> BTAdapterVisionModel:
+    """Build a model of ``branch`` (sharing its parameters) and the chat model's tower, only for video tokens.
 
-    Where the chat model's tower must be called (`Family.why_not_plain`), this model's own tower stays without weights.
+    If the chat model's tower must be called (`Family.why_not_plain`), this model's own tower has no weights.
     """
     with torch.device("meta"):
         model = BTAdapterVisionModel(family.tower_config, branch.config, chat_only=True)
@@ -181,30 +181,30 @@ def beside(family: Family, branch: Branch, tower_name: str | None = None) -> BTA
     return model.train(branch.training)
 
 
-def absent_branch(family: Family) -> BTAdapterVisionModel:
-    """What stands in the place of a branch in a chat model that has none: it never runs and cannot be saved."""
+def make_absent_branch(family: Family) -> BTAdapterVisionModel:
+    """Make the placeholder for a chat model without a branch; it never runs and cannot be saved."""
     branch = Branch(family.tower_config, BTAdapterConfig(depth=2, alignment_head=False), 1)
     branch.is_absent = True
-    return beside(family, branch)
+    return join_tower(family, branch)
 
 
-def mirrored(source: BTAdapterVisionModel) -> BTAdapterVisionModel:
-    """A model of the same parameters in other modules, but for the branch, which is the same module.
+def copy_modules(source: BTAdapterVisionModel) -> BTAdapterVisionModel:
+    """Copy a model's tower modules, sharing all parameters; the branch stays the same module.
 
-    So its tower can be given other weights and ``source`` keeps its own.
+    The copy's tower can then be given other weights without changing ``source``.
     """
     model: BTAdapterVisionModel = copy.copy(source)
-    model._modules = {**source._modules, "tower": _mirrored(source.tower)}
+    model._modules = {**source._modules, "tower": _copy_module(source.tower)}
     tower = model.tower
     if tower._recorded is not None:
-        tower._recorded = type(tower._recorded)()  # graphs read the weights they were recorded with
+        tower._recorded = type(tower._recorded)()  # CUDA graphs read the weights they were recorded with
     return model
 
 
-def _mirrored(module: Any) -> Any:
-    mirror = copy.copy(module)
-    mirror._parameters, mirror._buffers = dict(module._parameters), dict(module._buffers)
-    mirror._modules = {name: child and _mirrored(child) for name, child in module._modules.items()}
-    if module._compiled_call_impl is not None:  # which a copy leaves out
-        mirror.compile()
-    return mirror
+def _copy_module(module: Any) -> Any:
+    copied = copy.copy(module)
+    copied._parameters, copied._buffers = dict(module._parameters), dict(module._buffers)
+    copied._modules = {name: child and _copy_module(child) for name, child in module._modules.items()}
+    if module._compiled_call_impl is not None:  # `copy.copy` leaves it out
+        copied.compile()
+    return copied

@@ -1,4 +1,4 @@
-"""Prompts of a conversation, by the chat template of a video chat model's processor."""
+"""Build the prompt of a conversation with the chat template of a video chat model's processor."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _PLACE = re.compile(r"(<video>|<image>)")
 
 
 class PromptError(ValueError):
-    """A question cannot be put to the model as it is."""
+    """Raised when a question or conversation cannot be written as a prompt."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question with the videos and stills that come with it, and its answer once there is one.
+    """A question with its videos and stills, and its answer if there is one.
 
-    question: plain text, in which ``<video>`` and ``<image>`` may stand where a visual belongs; without any, all
-    visuals stand before it. kinds: "video" or "image" of each visual, in order.
+    question: plain text, in which ``<video>`` and ``<image>`` may mark the positions of visuals; without any, all
+    visuals precede the text. kinds: "video" or "image" for each visual, in order.
     """
 
     question: str
@@ -30,15 +30,15 @@ class Turn:
 
 
 def conversation_ids(processor: Any, turns: Sequence[Turn], lengths: Sequence[int]) -> list[int]:
-    """Token ids of a conversation up to the place of the last turn's answer.
+    """Tokenize a conversation up to the start of the last turn's answer.
 
     Args:
-        processor: of a video chat model. turns: the last one is to be answered.
-        lengths: tokens of each video and still, in order. All of them are image tokens, which the language model
-            knows.
+        processor: of a video chat model. turns: the last one has no answer yet.
+        lengths: number of tokens of each video and still, in order. All of them become image tokens, which the language
+            model knows.
 
     Raises:
-        PromptError: as :func:`conversation_text`.
+        PromptError: see :func:`conversation_text`.
     """
     token = str(processor.image_token)
     pieces = conversation_text(processor, turns).split(token)
@@ -47,17 +47,17 @@ def conversation_ids(processor: Any, turns: Sequence[Turn], lengths: Sequence[in
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of what a chat template wrote, which may begin with the opening token already."""
-    opened = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, add_special_tokens=not opened)["input_ids"]
+    """Tokenize the text of a chat template; special tokens are not added if it begins with the BOS token."""
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
 
 
 def conversation_text(processor: Any, turns: Sequence[Turn]) -> str:
-    """The text up to the place of the last turn's answer, with one image token for every video and still.
+    """Write the text up to the start of the last turn's answer, with one image token for every video and still.
 
     Raises:
-        PromptError: a question is empty, holds the image token, or has other places than visuals; an answer holds the
-            token of a visual; or the chat template leaves a visual out or refuses the conversation.
+        PromptError: a question is empty, contains the image token, or has the wrong number of places for visuals; an
+            answer contains a visual's token; or the chat template omits a visual or refuses the conversation.
     """
     messages: list[dict[str, Any]] = []
     for turn in turns:
@@ -78,9 +78,9 @@ def conversation_text(processor: Any, turns: Sequence[Turn]) -> str:
 
 
 def _parts(turn: Turn, token: str) -> list[dict[str, str]]:
-    """The content of a question's message: its texts and visuals in order."""
+    """Build the content of a question's message: its texts and visuals in order."""
     if not turn.question.strip():
-        raise PromptError("the question is empty")
+        raise PromptError("the question is empty; give some text")
     pieces = _PLACE.split(turn.question)
     texts, places = pieces[::2], [place.strip("<>") for place in pieces[1::2]]
     if any(token in text for text in texts):

@@ -1,4 +1,4 @@
-"""Language models in 4 or 8 bits, by bitsandbytes or torchao where they are installed."""
+"""Quantise language models to 4 or 8 bits with bitsandbytes or torchao, if installed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ Quantize = Literal["nf4", "int8"]
 
 
 class QuantizeError(RuntimeError):
-    """The package that would quantize is not installed."""
+    """Raised when no installed package supports the requested quantisation."""
 
 
 def quantization(kind: Quantize, kept: Sequence[str]) -> Any:
-    """The ``quantization_config`` of ``from_pretrained``: weights of the language model's linear layers alone.
+    """Make the ``quantization_config`` of ``from_pretrained`` for the language model's linear layers only.
 
-    kept: full names of the modules whose weights stay as they are (transformers compares names from their beginning).
-    "nf4": bitsandbytes, 4 bits, products in bfloat16. "int8": bitsandbytes, or torchao where that alone is installed.
+    kept: full names of the modules that are not quantised (transformers matches prefixes of names). "nf4":
+    bitsandbytes, 4 bits, products in bfloat16. "int8": bitsandbytes, or torchao if only torchao is installed.
 
     Raises:
-        ValueError: another ``kind``. QuantizeError: no package that can do it is installed.
+        ValueError: another ``kind``. QuantizeError: no package that supports it is installed.
     """
     if kind not in ("nf4", "int8"):
         raise ValueError(f"quantize must be 'nf4' or 'int8', but is {kind!r}")

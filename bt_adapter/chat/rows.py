@@ -1,4 +1,4 @@
-"""A file of JSON lines that grows batch by batch; a run that is killed goes on where it stopped."""
+"""A JSON-lines file that grows batch by batch, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from bt_adapter.errors import CommandError
 
 
 def about_file(path: Path) -> Path:
-    """The file that says what the rows of ``path`` were made with."""
+    """Return the path of the file with the settings that produced the rows of ``path``."""
     return path.with_name(path.name + ".about.json")
 
 
 class Rows:
-    """Rows with an "id" each, appended to a file and never rewritten.
+    """An append-only file of rows, each with an "id".
 
-    What is there when it is opened stays; half a line at the end, left by a kill, is cut off. What the rows were made
-    with stands in a file beside it, ``<name>.about.json``: rows of two kinds never mix. While it is open no other
-    process can open it.
+    Existing rows are kept; an incomplete last line, left by a killed run, is removed. The settings that produced the
+    rows are stored in ``<name>.about.json`` next to it, so that rows of different settings never mix. An open file is
+    locked against other processes.
 
     Attributes:
         done: id -> row.
 
     Raises:
-        CommandError: the file holds rows made otherwise, or something else; or another run is writing it.
+        CommandError: the file holds rows of other settings, or no rows at all; or another run is writing it.
     """
 
     def __init__(self, path: str | os.PathLike[str], about: dict[str, Any]) -> None:
@@ -49,15 +49,15 @@ class Rows:
             raise
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows; they are on disk when this returns."""
+        """Append rows; they are on disk when this returns."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        # half a surrogate pair has no place in UTF-8; what stands for it then is JSON's own way to write it
+        # UTF-8 cannot encode half a surrogate pair; the backslash escape is valid JSON
         self._write(text.encode("utf-8", "backslashreplace"))
         os.fsync(self._file)
         self.done |= {row["id"]: row for row in rows}
 
     def close(self) -> None:
-        """Let others have it."""
+        """Close the file and release its lock."""
         os.close(self._file)
 
     def __enter__(self) -> Self:
@@ -73,21 +73,23 @@ class Rows:
             data = data[os.write(self._file, data) :]
 
     def _check(self, about: dict[str, Any]) -> None:
-        """Compare with what stands beside the file, or write it there."""
+        """Compare the settings with the stored ones, or store them for a new file."""
         about = json.loads(json.dumps(about))
-        beside = about_file(self.path)
-        if os.fstat(self._file).st_size and not beside.exists():
-            raise CommandError(f"{self.path} is there already, and no {beside.name} beside it says what made it")
+        stored = about_file(self.path)
+        if os.fstat(self._file).st_size and not stored.exists():
+            raise CommandError(
+                f"{self.path} already exists, but {stored.name} with its settings does not: choose another file"
+            )
         if os.fstat(self._file).st_size:
-            before = json.loads(beside.read_text(encoding="utf-8"))
+            before = json.loads(stored.read_text(encoding="utf-8"))
             names = sorted(name for name in before.keys() | about.keys() if before.get(name) != about.get(name))
             if names:
-                told = ", ".join(f"{name} {before.get(name)!r}, now {about.get(name)!r}" for name in names)
-                raise CommandError(f"{self.path} was made with {told}: give the same, or another file")
+                changed = ", ".join(f"{name} {before.get(name)!r}, now {about.get(name)!r}" for name in names)
+                raise CommandError(f"{self.path} was made with {changed}: use the same settings, or another file")
             return
-        temporary = beside.with_name(beside.name + ".tmp")
+        temporary = stored.with_name(stored.name + ".tmp")
         temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, beside)
+        os.replace(temporary, stored)
 
     def _read(self) -> None:
         data = self.path.read_bytes()
@@ -99,4 +101,4 @@ class Rows:
                 row = json.loads(line)
                 self.done[row["id"]] = row
             except (ValueError, KeyError, TypeError) as error:
-                raise CommandError(f"{self.path}, line {number}, is no row of a run: {error}") from error
+                raise CommandError(f"{self.path}, line {number}, is not a row of a run: {error}") from error

@@ -1,7 +1,7 @@
-"""How videos were sampled when a model or branch was trained: the default of the commands that ask it about videos.
+"""Read the frame sampling of a model's or branch's training, the default of the commands that ask about videos.
 
-``tuned.json`` of a tuned folder and ``pretrained.json`` of a pretrained branch say it under "sampling";
-a video chat model's processor says how many frames it takes, its configuration how long videos are read. Without torch.
+``tuned.json`` of a tuned folder and ``pretrained.json`` of a pretrained branch store it under "sampling"; a video chat
+model's processor stores the number of frames, its configuration the treatment of long videos. Needs no torch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ DEFAULTS: dict[str, Any] = {"frames": 8, "repeat": False, "windows": None, "long
 
 
 def settle_sampling(command: ChatModel) -> tuple[dict[str, Any], list[str]]:
-    """Find the frames, repeat, windows, long and branch of a command: as given, else as in training, else usual.
+    """Resolve the frames, repeat, windows, long and branch of a command: given, else from training, else the default.
 
-    Windows are those of training only with the frames of training. A model tuned without the branch is asked without it
+    The windows of training apply only with the frames of training. A model tuned without the branch is used without it
     unless --branch names one.
 
     Returns:
-        The values by name, and lines that say what was taken from training and what was given otherwise.
+        The values by name, and notes on values that were taken from training or differ from it.
 
     Raises:
         CommandError: ``--repeat`` and ``--no-repeat`` are both given.
@@ -58,10 +58,10 @@ def settle_sampling(command: ChatModel) -> tuple[dict[str, Any], list[str]]:
 
 
 def read_sampling(model: str, branch: str | None) -> tuple[dict[str, Any], str]:
-    """Read the sampling of training: of a tuned folder, a video chat model, or a pretrained branch.
+    """Read the sampling of training from a tuned folder, a video chat model, or a pretrained branch.
 
     Returns:
-        The values by name, and which of the folders says them.
+        The values by name, and the folder that stores them.
     """
     if branch is None and is_native(model):
         frames = read_json(Path(model) / "processor_config.json").get("video_frames")
@@ -80,5 +80,5 @@ def read_sampling(model: str, branch: str | None) -> tuple[dict[str, Any], str]:
             found = about.get("sampling") or {"frames": about["recipe"]["frames"], "repeat": True}
             return {key: found[key] for key in DEFAULTS if key in found}, str(name)
         except (KeyError, TypeError):
-            continue  # who loads the folder says what is wrong with it
+            continue  # loading the folder reports the error
     return {}, ""

@@ -1,4 +1,4 @@
-"""Chat on the terminal: progress bars, streamed answers, what they cost, and a conversation line by line."""
+"""Chat in the terminal: progress bars, streamed answers with their timings, and an interactive conversation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bt_adapter.chat.engine import VideoChat, peak_memory
 from bt_adapter.chat.prompts import PromptError
 from bt_adapter.chat.quantize import QuantizeError
 from bt_adapter.chat.sampled import settle_sampling
-from bt_adapter.chat.watch import Sampling, Watched, look, watch
+from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, encode_video
 from bt_adapter.data import VideoError
 from bt_adapter.data.patience import read_patiently
 from bt_adapter.data.stream import FrameStream
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from bt_adapter.commands.chat import Chat, ChatModel
 
 HELP = """\
-a line is a question; <video> and <image> in it stand for the files that come with it, in order
-/video FILE   a video for the next question       /reset   forget questions and files
-/image FILE   a still for the next question       /quit    or the end of the input: end"""
+Type a question and press Enter; <video> and <image> in it mark the positions of its files, in order.
+/video FILE   add a video to the next question    /reset   discard questions and files
+/image FILE   add a still to the next question    /quit    (or end of input) leave"""
 
 
 def run_chat(command: Chat) -> int:
-    """Load, watch, answer. Answers go to stdout, all else to stderr. Returns the exit code."""
+    """Run the chat command. Answers go to stdout, everything else to stderr. Returns the exit code."""
     notes = make_console(stderr=True)
     sampling = sampling_of(command)
-    streams = [_open(sampling, path) for path in command.video]  # a bad file is told before a model is loaded
+    streams = [_open(sampling, path) for path in command.video]  # before the model is loaded, so that errors come early
     begin = time.perf_counter()
     say_choices(notes, command)
     with notes.status("loading the model"):
@@ -56,11 +56,11 @@ def run_chat(command: Chat) -> int:
 
 
 class Session:
-    """A conversation on the terminal.
+    """A conversation in the terminal.
 
     Args:
-        chat, conversation: the model, and what was said to it. sampling: of videos to come.
-        notes: where all but the answers goes. load: seconds that loading took, told with the first answer.
+        chat, conversation: the model and its conversation. sampling: settings for videos.
+        notes: console for everything but the answers. load: loading time in seconds, shown with the first answer.
     """
 
     def __init__(
@@ -75,46 +75,48 @@ class Session:
         self.chat, self.conversation, self.sampling, self.notes = chat, conversation, sampling, notes
         self.max_new_tokens = max_new_tokens
         self._seconds = {"load": load} if load else {}
-        self._seen: list[Watched] = []  # since the last answer
+        self._seen: list[EncodedVisual] = []  # since the last answer
 
     def show(self, videos: Sequence[FrameStream], images: Sequence[Path]) -> None:
-        """Videos, then stills, for the next question; the videos share the room beside the rest.
+        """Add videos, then stills, to the next question; the videos share the tokens that are left in the context.
 
-        Raises VideoError; CommandError where the options do not fit a video, or the model cannot take a still.
+        Raises VideoError; CommandError if the options do not fit a video, or the model does not accept a still.
         """
-        stills = [self._look(path) for path in images]
-        beside = sum(len(still.tokens) for still in stills)
+        stills = [self._encode_image(path) for path in images]
+        reserved = sum(len(still.tokens) for still in stills)
         for i, stream in enumerate(videos):
-            room = self.conversation.room(self.max_new_tokens) - beside
-            self._add(self._watch(stream, room // (len(videos) - i)))
+            room = self.conversation.room(self.max_new_tokens) - reserved
+            self._add(self._encode_video(stream, room // (len(videos) - i)))
         for still in stills:
             self._add(still)
 
-    def _watch(self, stream: FrameStream, room: int) -> Watched:
+    def _encode_video(self, stream: FrameStream, room: int) -> EncodedVisual:
         with progress_bar(self.notes, f"watching {Path(stream.path).name}") as progress:
             try:
-                seen = watch(self.chat, stream, self.sampling, progress, room)
+                seen = encode_video(self.chat, stream, self.sampling, progress, room)
             except VideoError:
                 raise
             except MemoryError as error:
-                raise VideoError(f"{stream.path}: takes more memory than there is ({error})") from error
+                raise VideoError(
+                    f"{stream.path}: takes more memory than there is ({error}); use fewer frames"
+                ) from error
             except ValueError as error:
                 raise CommandError(str(error)) from error
         if seen.truncated:
-            note = f"damaged or cut short; going on with the {seen.total} frames that are there"
+            note = f"damaged or cut short; continuing with the {seen.total} frames that can be read"
             say(self.notes, f"{stream.path}: {note}", "yellow")
         return seen
 
-    def _look(self, path: Path) -> Watched:
+    def _encode_image(self, path: Path) -> EncodedVisual:
         try:
-            return look(self.chat, path)
+            return encode_image(self.chat, path)
         except VideoError:
             raise
         except ValueError as error:
             raise CommandError(str(error)) from error
 
     def ask(self, question: str) -> None:
-        """Stream the answer to stdout, then say what it cost. Raises PromptError, ContextError."""
+        """Stream the answer to stdout, then print its timings. Raises PromptError, ContextError."""
         reply = self.conversation.ask(question, self.max_new_tokens, _show)
         _show("\n")
         self._seconds |= reply.seconds
@@ -122,21 +124,21 @@ class Session:
         self._seconds, self._seen = {}, []
 
     def converse(self) -> None:
-        """Read lines until they end. What a line asks wrongly is told, and the conversation goes on."""
+        """Read lines until end of input. An invalid line is reported, and the conversation continues."""
         commands: dict[str, Callable[[str], object]] = {
             "/video": lambda name: self.show([_open(self.sampling, Path(name))], ()),
             "/image": lambda name: self.show((), [Path(name)]),
             "/reset": lambda _: self._reset(),
             "/help": lambda _: say(self.notes, HELP),
         }
-        typed = sys.stdin.isatty()
-        if typed:
+        interactive = sys.stdin.isatty()
+        if interactive:
             say(self.notes, HELP, "dim")
         number = 0
         while True:
-            if typed:
+            if interactive:
                 self.notes.print("> ", end="")
-            raw = getattr(sys.stdin, "buffer", sys.stdin).readline()  # bytes: lines before a bad one are still answered
+            raw = getattr(sys.stdin, "buffer", sys.stdin).readline()  # bytes: a bad line must not stop earlier ones
             number += 1
             if not raw:
                 return
@@ -152,15 +154,15 @@ class Session:
                 elif word in commands:
                     commands[word](rest.strip())
                 else:
-                    say(self.notes, f"no command {word}; /help lists them")
+                    say(self.notes, f"unknown command {word}; /help lists all commands")
             except (VideoError, CommandError, PromptError, ContextError) as error:
                 say(self.notes, str(error), "yellow")
             except KeyboardInterrupt:
-                if not typed:
+                if not interactive:
                     raise
                 say(self.notes, "interrupted", "yellow")
 
-    def _add(self, seen: Watched) -> None:
+    def _add(self, seen: EncodedVisual) -> None:
         self.conversation.add(seen)
         self._seen.append(seen)
         for name, seconds in (("decode", seen.decode), ("encode", seen.encode)):
@@ -172,12 +174,12 @@ class Session:
 
 
 def _open(sampling: Sampling, path: Path) -> FrameStream:
-    """Open a video. Raises VideoError whatever its file provokes, StorageError where it cannot be reached."""
+    """Open a video. Raises VideoError for any error of the file, StorageError if it cannot be reached."""
     return read_patiently(path, sampling.open, path)
 
 
 def _decoded(raw: bytes, number: int) -> str:
-    """A line of the input. Raises CommandError with its number where it is not in the input's encoding."""
+    """Decode a line of the input. Raises CommandError with its number if it is not in the input's encoding."""
     encoding = sys.stdin.encoding or "utf-8"
     try:
         return raw.decode(encoding)
@@ -188,37 +190,37 @@ def _decoded(raw: bytes, number: int) -> str:
 
 
 def sampling_of(command: ChatModel) -> Sampling:
-    """How a command line wants videos watched."""
+    """Return the sampling settings of a command line."""
     values, _ = settle_sampling(command)
     return Sampling(fps=command.fps, **values)
 
 
 def say_choices(notes: Console, command: ChatModel) -> None:
-    """Tell the dtype and the sampling of videos, and why, where they were not asked for."""
+    """Print the dtype and the sampling of videos, with the reasons for values that were not given."""
     for line in (str(chosen_dtype(command)), *settle_sampling(command)[1]):
         say(notes, line, "dim")
 
 
 def device_of(command: ChatModel) -> str:
-    """The device a command line asks for. CommandError where there is none of that name."""
+    """Return the device of a command line. Raises CommandError if there is no such device."""
     device = command.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise CommandError(f"--device {device}: no GPU that this torch can use")
+            raise CommandError(f"--device {device}: torch finds no usable GPU; use --device cpu")
     except RuntimeError as error:
-        raise CommandError(f"--device {device}: not a device") from error
+        raise CommandError(f"--device {device}: not a device; use auto, cpu or cuda") from error
     return device
 
 
 def chosen_dtype(command: ChatModel) -> ChosenDtype:
-    """The dtype a command line asks for, or the default on its device. CommandError as for `device_of`."""
+    """Return the dtype of a command line, or the default of its device. Raises CommandError, see `device_of`."""
     return choose_dtype(command.dtype, device_of(command))
 
 
 def load(command: ChatModel) -> VideoChat:
-    """The model a command line asks for. CommandError for what is not there or does not fit."""
+    """Load the model of a command line. Raises CommandError if a part is missing or does not fit."""
     from bt_adapter.tune.loading import load_base
 
     device, dtype = device_of(command), chosen_dtype(command).dtype
@@ -235,8 +237,8 @@ def load(command: ChatModel) -> VideoChat:
         raise CommandError(f"--model {command.model}{branch}: {error}") from error
 
 
-def summary(seen: list[Watched], seconds: dict[str, float], reply: Reply, memory: int) -> str:
-    """ "8 of 132 frames · decode 0.21 s · … · 12 tokens, 25.1 tokens/s · peak memory 1.31 GB"."""
+def summary(seen: list[EncodedVisual], seconds: dict[str, float], reply: Reply, memory: int) -> str:
+    """Format timings: "8 of 132 frames · decode 0.21 s · … · 12 tokens, 25.1 tokens/s · peak memory 1.31 GB"."""
     parts = [
         f"{each.frames} of {each.total} frames" + (f" in {each.sets} sets" if each.sets > 1 else "")
         for each in seen

@@ -1,4 +1,4 @@
-"""A file of rows that many processes make: each writes a file of its own beside it, and in the end there is one."""
+"""A file of rows written by several processes: each has its own part file, and the parts are merged at the end."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ if TYPE_CHECKING:
 
 
 class SharedRows(Rows):
-    """Rows that the processes of a run make together.
+    """Rows that the processes of a distributed run write together.
 
-    The first process appends to the file itself, process number r to ``<name>.part<r>`` beside it. :meth:`merge` puts
-    all rows into the file and removes the parts. Parts that a killed run left are put into the file by the next run,
-    whatever its number of processes. Every process makes one of these, and calls :meth:`merge`.
+    The first process appends to the file itself, process r to ``<name>.part<r>`` next to it. :meth:`merge` appends all
+    rows to the file and removes the parts. The next run merges the parts of a killed run, whatever its number of
+    processes. Every process must construct this class and call :meth:`merge`.
 
     Attributes:
-        done: id -> row, of all processes' rows when it was made, and of this one's since.
+        done: id -> row, for all processes' rows at construction and this process's rows since.
 
     Raises:
-        CommandError: in every process, where one of them cannot have its file (see :class:`Rows`).
+        CommandError: in every process, if one of them cannot open its file (see :class:`Rows`).
     """
 
     def __init__(self, path: Path, about: dict[str, Any], processes: Processes) -> None:
         self.processes = processes
-        own = path if processes.first else path.with_name(f"{path.name}.part{processes.rank}")
+        target = path if processes.first else path.with_name(f"{path.name}.part{processes.rank}")
         opened, problem = False, None
-        for turn in (True, False):  # the first process takes up what was left before the others open their files
+        for turn in (True, False):  # the first process merges old parts before the others open their files
             try:
                 if processes.first is turn:
-                    super().__init__(own, about)
+                    super().__init__(target, about)
                     opened = True
                     if turn:
-                        self._take_up_parts(about)
+                        self._merge_old_parts(about)
             except CommandError as error:
                 problem = str(error)
             try:
@@ -54,12 +54,12 @@ class SharedRows(Rows):
             self.done = done | self.done
 
     def merge(self) -> None:
-        """Put all processes' rows into the file, and remove the parts."""
+        """Append all processes' rows to the file, and remove the parts."""
         new = [] if self.processes.first else [row for key, row in self.done.items() if key not in self._in_file]
         gathered = self.processes.gather(new)
         if self.processes.first:
             self._append_missing([row for rows in gathered for row in rows])
-        self.processes.agree(None)  # the rows are on disk before the parts go
+        self.processes.agree(None)  # the rows are on disk before the parts are removed
         if not self.processes.first:
             _remove(self.path)
 
@@ -69,7 +69,7 @@ class SharedRows(Rows):
             self.append(list(missing.values()))
             self._in_file |= set(missing)
 
-    def _take_up_parts(self, about: dict[str, Any]) -> None:
+    def _merge_old_parts(self, about: dict[str, Any]) -> None:
         self._in_file = set(self.done)
         for name in sorted(glob.glob(f"{glob.escape(str(self.path))}.part*")):
             if name.removeprefix(f"{self.path}.part").isdigit():
@@ -79,7 +79,7 @@ class SharedRows(Rows):
 
 
 def share_of(questions: Sequence[Question], processes: Processes) -> list[Question]:
-    """The questions of this process: about as many for each, those about one video together."""
+    """Select the questions of this process: equal shares, ordered so that questions about one video are adjacent."""
     place = {video: number for number, video in enumerate(dict.fromkeys(question.video for question in questions))}
     ordered = sorted(questions, key=lambda question: place[question.video])
     first, last = (len(ordered) * rank // processes.world for rank in (processes.rank, processes.rank + 1))

@@ -1,11 +1,11 @@
-"""Video tokens of videos of any length in bounded memory: chunks of frames through the tower, means into the branch.
+"""Compute the tokens of videos of any length in bounded memory, one chunk of frames at a time.
 
-A branch layer reads a tower layer's output averaged over neighbouring frames, and the mean over time of layer L-2's is
-all else that video tokens need (arXiv 2309.15785, section 3.3). Both are sums over frames, so a chunk of frames runs
-through the tower's layers 0 to L-2, adds its part, and is forgotten. Held at once: a chunk, and ``steps`` time steps of
-d-1 layers' states, whatever the number of frames.
+A branch layer reads a tower layer's output averaged over neighbouring frames. Besides, video tokens need only the mean
+of layer L-2's output over time (arXiv 2309.15785, section 3.3). Both are sums over frames, so a chunk of frames runs
+through the tower's layers 0 to L-2, is added to the sums, and is discarded. Memory holds one chunk and ``steps`` time
+steps of d-1 layers' states, for any number of frames.
 
-Legend: T frames, P patches, D width, L tower layers, d branch layers; a step is what the branch takes for one moment.
+Legend: T frames, P patches, D width, L tower layers, d branch layers; a step is one time step of the branch.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.time_steps import Long, TimeSteps, check_long, plan_steps
 from bt_kernels import VisibleTokens, pool_video_tokens
 
-# One set of tokens stands for at most so many times the rows of the time table, unless it is told otherwise. Twice is
-# what the published procedure does to 100 frames. The trained steps are no measure for it: language models are trained
-# on one set a video, and cutting a video of 32 or 64 frames into more loses answers, while averaging it loses none
-# (bench/long_videos.py).
+# Default maximum of frames per set of tokens, as a multiple of the rows of the time table. The published procedure uses
+# 2 for 100 frames. The number of trained steps is not used for it: language models are trained on one set per video.
+# Splitting 32 or 64 frames into more sets loses answers; averaging the frames does not (bench/long_videos.py).
 WINDOW_ROWS = 2
 
 
 def plan_windows(frames: int, max_frames: int, windows: int | None = None) -> list[int]:
-    """Frames of each window a video is cut into, each of which becomes one set of P+1 tokens.
+    """Return the number of frames of each window of a video; each window becomes one set of P+1 tokens.
 
-    ``windows`` None: as few as keep every window within ``2 * max_frames`` frames. Else so many, though no more than
-    there are frames. Windows differ by one frame at most. Raises ValueError for counts below 1.
+    ``windows`` None: the smallest number of windows with at most ``2 * max_frames`` frames each. Otherwise that number,
+    at most one per frame. Window lengths differ by at most one frame. Raises ValueError for counts below 1.
     """
     for name, value in (("frames", frames), ("windows", windows)):
         if value is not None and value < 1:
@@ -50,24 +49,24 @@ def video_tokens_streamed(
     long: Long = "average",
     branch: bool = True,
 ) -> Tensor:
-    """Video tokens of one video whose frames come in chunks; equal to ``model.video_tokens`` for ``windows=1``.
+    """Compute the tokens of a video from chunks of its frames; equal to ``model.video_tokens`` for ``windows=1``.
 
     Args:
         model: tower and branch.
         chunks: normalised frames ``[t, 3, h, w]``, any t, on the model's device.
-        frames: T, how many will come. Where fewer come, the video ends there.
-        windows: sets of tokens, see :func:`plan_windows`; each window is a video of its own to the branch.
-        sets: at most so many sets: beyond, those of neighbouring windows are averaged.
-        long: of windows with more frames than the branch was trained with: "average" neighbouring frames down to the
-            trained time steps, "interpolate" the trained rows of the time table, or the "published" steps, trained or
-            not; see ``bt_adapter.time_steps.plan_steps``.
+        frames: T, the expected number of frames. The video ends earlier if the chunks hold fewer.
+        windows: number of windows, see :func:`plan_windows`; the branch treats each as a separate video.
+        sets: maximum number of sets of tokens; the sets of neighbouring windows are averaged to reach it.
+        long: treatment of windows with more frames than the branch was trained with: "average" neighbouring frames
+            down to the trained time steps, "interpolate" the trained rows of the time table, or the "published" steps,
+            trained or not; see ``bt_adapter.time_steps.plan_steps``.
         branch: False: each set is the mean over its frames of tower layer L-2's tokens (``frame_mean_tokens``).
 
     Returns:
-        ``[n, P+1, D]``, n sets in the order of time, CLS last in each.
+        ``[n, P+1, D]``, n sets in temporal order, CLS last in each.
 
     Raises:
-        ValueError: an argument is outside its range, or no frame comes.
+        ValueError: an argument is outside its range, or the chunks hold no frame.
     """
     check_long(long)
     if branch and model.config.depth < 2:
@@ -91,33 +90,33 @@ def video_tokens_streamed(
 
 
 class _Mean:
-    """A running mean in float32 or better over the first axis of what is added."""
+    """A running mean over the first axis of the added tensors, in float32 or better."""
 
     def __init__(self) -> None:
         self.count, self.sum = 0, torch.zeros(())
         self.dtype = torch.float32
 
     def add(self, rows: Tensor) -> None:
-        """``[n, ...]``, n ≥ 1."""
+        """Add rows ``[n, ...]``, n ≥ 1."""
         total = rows.sum(0, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32))
         self.sum = total if self.count == 0 else self.sum.add_(total)
         self.count, self.dtype = self.count + len(rows), rows.dtype
 
     @property
     def value(self) -> Tensor:
-        """``[1, ...]`` in the dtype of what was added."""
+        """The mean, ``[1, ...]``, in the dtype of the added rows."""
         return (self.sum / self.count).to(self.dtype)
 
 
 class _Pieces:
-    """Chunks cut anew at the windows' edges."""
+    """An iterator that splits chunks at the windows' boundaries."""
 
     def __init__(self, chunks: Iterable[Tensor]) -> None:
         self._chunks = iter(chunks)
         self._left: Tensor | None = None
 
     def take(self, frames: int) -> Iterator[Tensor]:
-        """The next ``frames`` frames, in pieces."""
+        """Yield the next ``frames`` frames, in pieces."""
         while frames > 0:
             chunk = self._left if self._left is not None else next(self._chunks, None)
             if chunk is None:
@@ -128,7 +127,7 @@ class _Pieces:
 
 
 class _Window:
-    """What one window's tokens need, gathered chunk by chunk."""
+    """The running means of one window, from which its tokens are computed."""
 
     def __init__(self, model: BTAdapterVisionModel, frames: int, long: Long, branch: bool) -> None:
         self.model, self.frames = model, 0
@@ -136,12 +135,12 @@ class _Window:
         self.plan = plan_steps(model.config, frames, long) if branch else TimeSteps(frames, 1, 1)
         edges = self.plan.edges
         self.sizes = [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
-        # of each branch layer's input, the means over the frames of each time step, in the order of time
+        # for each branch layer: the means of its input over the frames of each time step, in temporal order
         self.steps: list[list[_Mean]] = [[] for _ in range(layers)]
         self.whole = _Mean()
 
     def add(self, images: Tensor) -> None:
-        """Normalised frames ``[t, 3, h, w]``."""
+        """Add normalised frames ``[t, 3, h, w]``."""
         model, tower = self.model, self.model.tower
         x = tower.run(images, model.first_branch_layer)
         for layer in range(model.first_branch_layer, model.vision_config.num_hidden_layers - 1):
@@ -153,7 +152,7 @@ class _Window:
         self.frames += len(images)
 
     def tokens(self) -> Tensor:
-        """``[P+1, D]``, CLS last."""
+        """Compute the window's tokens, ``[P+1, D]``, CLS last."""
         whole = self.whole.value
         if not self.steps:
             return torch.cat([whole[0, 1:], whole[0, :1]])
@@ -163,14 +162,14 @@ class _Window:
         return pool_video_tokens(whole[None].to(z.dtype), z, visible)[0]
 
     def _states(self) -> Iterator[Tensor]:
-        """What each branch layer reads, ``[1, steps, 1+P, D]``; forgotten as it is read."""
+        """Yield the input of each branch layer, ``[1, steps, 1+P, D]``, and free it."""
         for means in self.steps:
-            seen = torch.cat([mean.value for mean in means])[None]
+            states = torch.cat([mean.value for mean in means])[None]
             means.clear()
-            yield seen
+            yield states
 
     def _average(self, means: list[_Mean], x: Tensor) -> None:
-        """Add frames ``[t, 1+P, D]`` to the steps they belong to."""
+        """Add frames ``[t, 1+P, D]`` to the means of their time steps."""
         start = 0
         while start < len(x):
             if not means or means[-1].count == self.sizes[len(means) - 1]:

@@ -1,4 +1,4 @@
-"""The first LLaVA's tokens and prompt (``vicuna_v1_1``), for Hugging Face's tokenizers."""
+"""The special tokens and prompt of the first LLaVA (``vicuna_v1_1``), for Hugging Face's tokenizers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLACE = "<vid_patch>"  # stands where a visual token goes, of a still or a video
+PLACE = "<vid_patch>"  # placeholder of one visual token of a still or a video
 VIDEO_ENDS = ("<vid_start>", "<vid_end>")
 IMAGE_ENDS = ("<im_start>", "<im_end>")
-# in the order in which the published code adds them, so that rows of published embeddings fit
+# in the order of the published code, so that the rows of published embeddings match
 ADDED = (PLACE, *VIDEO_ENDS)
 
 SYSTEM = (
@@ -18,7 +18,7 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-# A visual before the question is followed by a line end, one after it preceded; each between its two tokens.
+# A newline separates a visual from the question; each visual stands between its start and end token.
 _TEMPLATE = (
     "{%- if messages[0]['role'] == 'system' -%}"
     "{%- set system = messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text']"
@@ -47,7 +47,7 @@ _TEMPLATE = (
 
 
 def prepare_tokenizer(tokenizer: Any) -> tuple[str, ...]:
-    """Add the tokens it lacks, and the chat template. Returns those added, in order."""
+    """Add the missing special tokens and the chat template. Returns the added tokens, in order."""
     known = tokenizer.get_vocab()
     added = tuple(token for token in ADDED if token not in known)
     tokenizer.add_tokens(list(added), special_tokens=True)
@@ -59,10 +59,10 @@ def prepare_tokenizer(tokenizer: Any) -> tuple[str, ...]:
 
 
 def grow(table: Tensor, tokenizer: Any) -> Tensor:
-    """An embedding or output table ``[rows, W]`` with a row for every token.
+    """Extend an embedding or output table ``[rows, W]`` to one row per token.
 
-    A token the table has no row for starts as the published code has it in training, at the mean of all; but an end
-    of a video where the table knows the ends of an image, as that: a model that has seen no video reads both alike.
+    A new row is the mean of all rows, as in the published training. The start and end tokens of a video copy those of
+    an image if the table has them, because a model that has seen no video should treat both alike.
     """
     rows, names = len(table), tokenizer.convert_ids_to_tokens(list(range(len(table), len(tokenizer))))
     new = []

@@ -1,4 +1,4 @@
-"""Video and image files to what the language model is given, in bounded memory."""
+"""Encode video and image files as visual tokens for the language model, in bounded memory."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from bt_adapter.time_steps import Long
 if TYPE_CHECKING:
     from bt_adapter.chat.engine import VideoChat
 
-# Frames held at once as they were decoded: 16 of 1080p take 100 MB.
+# Decoded frames held in memory at once: 16 frames of 1080p take 100 MB.
 _CHUNK = 16
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames of a video are taken, and how many tokens they become.
+    """Settings that choose the frames of a video and the number of its tokens.
 
-    frames: so many, evenly spread; fps: so many a second (then frames is not read). repeat: repeat frames of a video
-    that has fewer than ``frames``. windows, long: as for `video_tokens_streamed`; windows None: one for each
-    2·``max_frames`` frames, and as many sets of tokens as there is room for. branch: False for the mean of the frames'
-    tokens. side: pixels of the side that frames will be resized to, as for ``read_video``.
+    frames: number of evenly spaced frames; fps: frames per second instead (``frames`` is then ignored). repeat: repeat
+    frames of a video that has fewer than ``frames``. windows, long: see `video_tokens_streamed`; windows None: one for
+    each 2·``max_frames`` frames, and as many sets of tokens as fit. branch: False for the mean of the frames' tokens.
+    side: target side of the resize in pixels, see ``read_video``.
     """
 
     frames: int = 8
@@ -47,7 +47,7 @@ class Sampling:
     side: int | None = None
 
     def open(self, path: str | Path) -> FrameStream:
-        """The frames of a file, checked and ready to be decoded. Raises VideoError, ValueError."""
+        """Open and check a file, so that its frames can be decoded. Raises VideoError, ValueError."""
         frames = None if self.fps is not None else self.frames
         stream = FrameStream(path, frames, self.fps, repeat=True, chunk=_CHUNK, side=self.side)
         if not self.repeat and self.fps is None and stream.total < self.frames:
@@ -59,8 +59,8 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Watched(Visual):
-    """A video or still from a file. frames: taken of total; sets: of tokens; seconds: "decode" and "encode"."""
+class EncodedVisual(Visual):
+    """An encoded video or still image. frames: number used of total; sets: of tokens; decode, encode: seconds."""
 
     frames: int = 1
     total: int = 1
@@ -71,17 +71,17 @@ class Watched(Visual):
 
 
 @torch.no_grad()
-def watch(
+def encode_video(
     chat: VideoChat,
     video: str | Path | FrameStream | DecodedVideo,
     sampling: Sampling,
     progress: Progress | None = None,
     room: int | None = None,
-) -> Watched:
-    """Make the tokens of a video file, or of one that is open or decoded already, a chunk of frames at a time.
+) -> EncodedVisual:
+    """Encode a video file, an open stream or a decoded video as tokens, one chunk of frames at a time.
 
-    ``progress`` is called with frames done and in all. room: tokens it may take where ``windows`` is None, though one
-    set at least; None: what the model's context leaves. Raises VideoError; ValueError for values out of range.
+    ``progress`` is called with the frames done and in total. room: maximum number of tokens where ``windows`` is None
+    (at least one set); None: what fits into the model's context. Raises VideoError; ValueError for values out of range.
     """
     begin = time.perf_counter()
     model = chat.branch
@@ -119,33 +119,33 @@ def watch(
     visual = chat.visual("video", tokens)
     if tokens.device.type == "cuda":
         torch.cuda.synchronize(tokens.device)
-    return Watched(
+    return EncodedVisual(
         "video", visual.tokens, Path(stream.path).name, visual.reads, seen, stream.total, len(tokens),
         stream.truncated, decode, time.perf_counter() - begin - decode,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def look(chat: VideoChat, path: str | Path) -> Watched:
-    """A still image's tokens, by the image chat model's own path.
+def encode_image(chat: VideoChat, path: str | Path) -> EncodedVisual:
+    """Encode a still image file with the image chat model's own code.
 
-    Raises VideoError where the file cannot be read, StorageError where its storage cannot be reached.
+    Raises VideoError if the file cannot be read, StorageError if its storage cannot be reached.
     """
     begin = time.perf_counter()
     image = read_patiently(path, read_image, path)
     decode = time.perf_counter() - begin
-    visual, name = chat.see(image), Path(path).name
-    return Watched(
+    visual, name = chat.encode_image(image), Path(path).name
+    return EncodedVisual(
         "image", visual.tokens, name, visual.reads, decode=decode, encode=time.perf_counter() - begin - decode
     )
 
 
 def _whole(chat: VideoChat, pieces: Iterator[Tensor], stream: FrameStream | DecodedVideo, sampling: Sampling) -> Tensor:
-    """Tokens ``[1, P+1, …]`` of a model that reads several tower layers: its frames run at once."""
-    most = WINDOW_ROWS * chat.branch.config.max_frames
-    if len(stream) > most or sampling.windows not in (None, 1):
+    """Encode all frames at once, for a model that reads several tower layers: tokens ``[1, P+1, …]``."""
+    limit = WINDOW_ROWS * chat.branch.config.max_frames
+    if len(stream) > limit or sampling.windows not in (None, 1):
         raise ValueError(
             f"{stream.path}: this model reads several layers of its tower, so that a video is one window of at most "
-            f"{most} frames; {len(stream)} frames in {sampling.windows or 'automatic'} windows were asked for"
+            f"{limit} frames; {len(stream)} frames in {sampling.windows or 'automatic'} windows were asked for"
         )
     return video_tokens(chat.model, torch.cat(list(pieces))[None], long=sampling.long, branch=sampling.branch)

@@ -1,4 +1,4 @@
-"""The weight files of a model's folder, opened one at a time."""
+"""Find the weight files of a model's folder, and open them one at a time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bt_adapter.published_files import read_tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a model's folder in order: safetensors where there are any, else torch pickles.
+    """List the weight files of a model's folder in order: safetensors files if there are any, else torch pickles.
 
     Raises:
-        CheckpointError: there is none, or the index names one that is not there.
+        CheckpointError: there is none, or a file named in the index is missing.
     """
     for pattern, index in (
         ("model*.safetensors", "model.safetensors.index.json"),
@@ -28,7 +28,7 @@ def weight_files(folder: Path) -> list[Path]:
         files = sorted(folder.glob(pattern))
         named = _named(folder / index)
         if lacking := sorted(named - {file.name for file in files}):
-            raise CheckpointError(f"{folder / index} names {', '.join(lacking)}, which is not there")
+            raise CheckpointError(f"{folder / index} names {', '.join(lacking)}, which is missing")
         if files:
             return [file for file in files if not named or file.name in named]
     raise CheckpointError(f"{folder} holds neither model*.safetensors nor pytorch_model*.bin")
@@ -36,11 +36,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[Mapping[str, Tensor]]:
-    """The tensors of one file by name, each read when it is asked for; pickles with ``weights_only=True``.
+    """Open a file as a mapping of tensors by name, each read on access; pickles with ``weights_only=True``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is damaged, would run code, or holds something else than tensors.
+        CheckpointError: it is damaged, would run code, or holds objects other than tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -49,7 +49,7 @@ def open_weights(path: Path) -> Iterator[Mapping[str, Tensor]]:
             with safe_open(path, "pt") as file:
                 yield _Lazy(file)
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+            raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
         return
     yield read_tensors(path)
 
@@ -71,7 +71,7 @@ class _Lazy(Mapping[str, Tensor]):
 
 
 def _named(index: Path) -> set[str]:
-    """File names in an index; empty where there is none."""
+    """Return the file names in an index; empty if it does not exist."""
     if not index.is_file():
         return set()
     try:

@@ -1,4 +1,4 @@
-"""The module inside whatever was put around it: PEFT's copies, compilation, data-parallel wrappers."""
+"""Find the module inside wrappers: PEFT's copies, compilation, data parallelism."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Wanted = TypeVar("Wanted", bound=nn.Module)
 
 
 def unwrapped(module: Any, wanted: type[Wanted] | tuple[type[Wanted], ...]) -> Wanted | None:
-    """The module of class ``wanted`` that calling ``module`` runs, or None where there is none.
+    """Return the module of class ``wanted`` that calling ``module`` runs, or None if there is none.
 
-    Looks into PEFT's ``PeftModel`` and ``ModulesToSaveWrapper`` (of the copies it holds, the one that is active now),
-    ``torch.compile``'s wrapper and those of data parallelism.
+    Looks into PEFT's ``PeftModel`` and ``ModulesToSaveWrapper`` (its currently active copy), ``torch.compile``'s
+    wrapper and those of data parallelism.
     """
     while isinstance(module, nn.Module):
         if isinstance(module, wanted):

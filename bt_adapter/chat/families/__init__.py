@@ -1,8 +1,7 @@
-"""Image chat models a branch can be attached to, behind one interface: `family_of`.
+"""One interface, `family_of`, to the image chat models that a branch can be attached to.
 
-Engine, prompts and tuning ask the `Family` and never the model's class. What differs between the models: ``projector``
-(LLaVA-1.5, LLaVA-NeXT, ViP-LLaVA: a projector after a CLIP) and ``qformer`` (BLIP-2, InstructBLIP: a Q-Former after
-an EVA-CLIP).
+Engine, prompts and tuning use the `Family`, never the model's class. The differences are in ``projector`` (LLaVA-1.5,
+LLaVA-NeXT, ViP-LLaVA: a projector after a CLIP) and ``qformer`` (BLIP-2, InstructBLIP: a Q-Former after an EVA-CLIP).
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ FAMILIES: tuple[type[Family], ...] = (Llava, LlavaNext, VipLlava, Blip2, Instruc
 
 
 def family_of(chat: Any) -> Family:
-    """Tell what a chat model is made of and how it takes visual tokens. A ``PeftModel`` stands for the model inside.
+    """Return the family of a chat model, which gives access to its parts. A ``PeftModel`` is unwrapped.
 
     Raises:
-        TypeError: ``chat`` is none of the models a branch can be attached to.
+        TypeError: ``chat`` is not one of the supported models.
     """
     kinds = {kind: family for family in FAMILIES for kind in (family.model_class, family.inner_class) if kind}
     inner = unwrapped(chat, tuple(kinds))

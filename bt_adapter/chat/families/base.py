@@ -1,4 +1,4 @@
-"""What every image chat model has in common, seen from its visual tokens.
+"""The interface that all supported image chat models share.
 
 Legend: B videos, T frames, P patches of a frame, D width of the vision tower, L its layers, W width of the language
 model, V tokens of one video in a prompt.
@@ -23,21 +23,21 @@ from bt_adapter.progress import Progress
 from bt_adapter.time_steps import Long
 from bt_kernels.plain import has_global_hooks, why_not_plain
 
-# implementations of one attention: what they compute differs by rounding alone
+# implementations of the same attention, whose results differ only by rounding
 _ATTENTIONS = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 
 class Family(ABC):
-    """One image chat model of a kind; made by `family_of`, holds nothing but the model.
+    """A view of an image chat model, made by `family_of`; it holds no state but the model.
 
     Attributes:
         chat: the model.
         name: its ``config.model_type``.
-        mean, std: of the normalisation its tower was trained with.
-        inner_class: of the model inside ``chat`` that a `Family` may be made of too; None: there is none.
+        mean, std: normalisation that its tower was trained with.
+        inner_class: class of an inner model that `family_of` also accepts; None: there is none.
         has_qformer: whether a Q-Former reads the tower's tokens.
-        needs_question: whether :meth:`project` must be given the question (InstructBLIP).
-        layers_removed: tower layers that the model's files leave out at the end, 0 or 1.
+        needs_question: whether :meth:`project` requires the question (InstructBLIP).
+        layers_removed: number of last tower layers that the model's files lack, 0 or 1.
     """
 
     name: ClassVar[str]
@@ -55,37 +55,37 @@ class Family(ABC):
     @property
     @abstractmethod
     def vision_tower(self) -> nn.Module:
-        """The chat model's own, or what was put around it."""
+        """The chat model's vision tower, or the wrapper around it."""
 
     @property
     @abstractmethod
     def tower_parts(self) -> tuple[type[nn.Module], ...]:
-        """Classes of the tower, the tower itself first, and of the modules inside it, as transformers makes them."""
+        """Transformers' classes of the tower (first) and of the modules inside it."""
 
     @property
     def plain_tower(self) -> Any:
-        """The tower inside of whatever was put around it."""
+        """The vision tower without wrappers."""
         tower = self.vision_tower
         return unwrapped(tower, self.tower_parts[0]) or tower
 
     @abstractmethod
     def tower(self) -> tuple[dict[str, Tensor], TowerConfig]:
-        """Its tensors under the names of ``bt_adapter.tower.Tower``, sharing its memory, and its configuration.
+        """Return the tower's tensors under the names of ``bt_adapter.tower.Tower``, not copied, and its configuration.
 
-        Where layers have adapters: the tensors below them. Tensors that hold no plain numbers (quantised, sharded) are
-        left out. Raises TypeError where it is neither a CLIP nor an EVA-CLIP.
+        Layers with adapters give their base tensors. Quantised and sharded tensors are left out. Raises TypeError if
+        the tower is neither a CLIP nor an EVA-CLIP.
         """
 
     @abstractmethod
     def position_table(self) -> Tensor:
-        """The tower's table of places, ``[1+P, D]``, as its modules give it now."""
+        """Return the tower's current position embeddings, ``[1+P, D]``."""
 
     @abstractmethod
     def call_layer(self, layer: int, tokens: Tensor) -> Tensor:
-        """One of the tower's layers called as a module, ``[n, 1+P, D]`` to the same shape."""
+        """Call one of the tower's layers as a module, ``[n, 1+P, D]`` to the same shape."""
 
     def why_not_plain(self) -> str | None:
-        """Say what in the tower must be called, as its weights alone do not say what it computes; None: nothing."""
+        """Return why the tower must be called as a module, not computed from its weights; None: it need not."""
         tower: Any = self.vision_tower
         if (kind := type(tower)) is not self.tower_parts[0]:
             return f"is a {kind.__module__}.{kind.__name__}"
@@ -94,7 +94,7 @@ class Family(ABC):
         config: Any = tower.config
         known = (*self.tower_parts, nn.ModuleList, type(ACT2FN[config.hidden_act]))
         for name, part in tower.named_modules():
-            if name == "post_layernorm":  # image tokens do not reach it, or it is called
+            if name == "post_layernorm":  # image tokens do not use it, or it is called as a module
                 continue
             if (reason := why_not_plain(part, known)) is not None:
                 return f"{name or 'it'} {reason}"
@@ -103,16 +103,16 @@ class Family(ABC):
         if len(tower.encoder.layers) != config.num_hidden_layers:
             return f"has {len(tower.encoder.layers)} layers, not the configuration's {config.num_hidden_layers}"
         if (attention := getattr(config, "_attn_implementation", None)) not in _ATTENTIONS:
-            return f"has the attention {attention}"
+            return f"has the attention implementation {attention}"
         return None
 
     def tower_learns(self) -> bool:
-        """Whether a parameter of the tower that image tokens reach asks for a gradient."""
+        """Whether a tower parameter that image tokens depend on requires a gradient."""
         named = self.vision_tower.named_parameters()
         return any(p.requires_grad and "post_layernorm." not in name for name, p in named)
 
     def tower_place(self) -> tuple[torch.device, torch.dtype]:
-        """Device on which the tower computes, and the dtype in which it takes images."""
+        """Return the device on which the tower runs, and the dtype of its input images."""
         place: Tensor = self.plain_tower.embeddings.class_embedding
         device = place.device
         for module in self.vision_tower.modules() if place.is_meta else ():
@@ -124,18 +124,18 @@ class Family(ABC):
     @property
     @abstractmethod
     def feature_layers(self) -> tuple[int, ...]:
-        """After how many tower layers image tokens are read; several: side by side in the channels."""
+        """Numbers of tower layers after which image tokens are read; several are concatenated along channels."""
 
     @property
     def home(self) -> Any:
-        """The module in which the branch is registered as ``bt_adapter``, and that has ``get_image_features``."""
+        """The module that has ``get_image_features`` and in which the branch is registered as ``bt_adapter``."""
         return self.chat
 
     @property
     def tower_config(self) -> TowerConfig:
-        """Of the tower a branch must stand beside: the chat model's with the layers its files leave out."""
-        found = self.tower()[1]
-        return replace(found, num_hidden_layers=found.num_hidden_layers + self.layers_removed)
+        """The tower configuration that a branch must match; it counts the layers that the chat model's files lack."""
+        config = self.tower()[1]
+        return replace(config, num_hidden_layers=config.num_hidden_layers + self.layers_removed)
 
     @property
     def image_size(self) -> int:
@@ -145,29 +145,29 @@ class Family(ABC):
 
     @property
     def patches(self) -> int:
-        """P, patch tokens of one frame."""
+        """P, the number of patch tokens of one frame."""
         size = self.chat.config.vision_config.patch_size
         return (self.image_size // (size if isinstance(size, int) else size[0])) ** 2
 
     @property
     @abstractmethod
     def video_length(self) -> int:
-        """V, the image tokens that one video takes in a prompt, whatever its number of frames."""
+        """V, the number of image tokens of one video in a prompt, for any number of frames."""
 
     @abstractmethod
     def image_length(self, height: int | None = None, width: int | None = None) -> int:
-        """The image tokens one still takes in a prompt; height and width of the picture matter to LLaVA-NeXT alone."""
+        """Return the number of image tokens of a still in a prompt; only LLaVA-NeXT needs the size of the picture."""
 
     @property
     def image_token_id(self) -> int:
-        """Of the token whose places visual tokens take. Raises ValueError where the configuration names none."""
+        """Id of the token that visual tokens replace. Raises ValueError if the configuration names none."""
         token = self.chat.config.image_token_id
         if token is None:
             raise ValueError(f"the configuration of this {self.name} model names no image_token_index: set it")
         return token
 
     def image_token(self, tokenizer: Any) -> str:
-        """Its text. Raises ValueError when the tokenizer does not know it."""
+        """Return the text of the image token. Raises ValueError if the tokenizer does not know it."""
         text = tokenizer.convert_ids_to_tokens(self.image_token_id)
         if text is None:
             raise ValueError(f"tokenizer has no token {self.image_token_id}, the chat model's image token")
@@ -175,10 +175,10 @@ class Family(ABC):
 
     @abstractmethod
     def project(self, tokens: Tensor, question: Mapping[str, Tensor] | None = None) -> Tensor:
-        """What :meth:`video_tokens` gives, to the language model's embeddings of the videos, ``[B, V, W]``.
+        """Project the result of :meth:`video_tokens` to the language model's embeddings, ``[B, V, W]``.
 
-        question: where ``needs_question``: ``input_ids`` and ``attention_mask`` ``[B, S]`` of the question, by the
-        Q-Former's own tokenizer. Gradients flow to the tokens and to what projects.
+        question: required if ``needs_question``: ``input_ids`` and ``attention_mask`` ``[B, S]`` from the Q-Former's
+        tokenizer. Gradients flow to the tokens and to the projector.
         """
 
     def video_tokens(
@@ -192,14 +192,14 @@ class Family(ABC):
         long: Long = "average",
         draws: Iterable[Tensor] | None = None,
     ) -> Tensor:
-        """The visual tokens of videos before the projector or Q-Former, ``[B, P+1, D]`` (several layers: a multiple).
+        """Compute the tokens of videos before the projector or Q-Former, ``[B, P+1, D · number of feature layers]``.
 
         Args:
             model: the attached branch with its tower.
             pixel_values: normalised frames ``[B, T, 3, h, w]``, or None where ``features`` are given, stored for
                 ``start_layer``, ``[B, T, 1+P, D]``: see ``BTAdapterVisionModel.video_tokens``.
-            branch: False: the mean over the frames of the tower's tokens, without the branch (pixels alone).
-            progress, long, draws: as there.
+            branch: False: the mean over the frames of the tower's tokens, without the branch (requires pixels).
+            progress, long, draws: see there.
 
         Raises:
             ValueError, TypeError: an argument has the wrong shape or value; the message names it.
@@ -213,44 +213,44 @@ class Family(ABC):
         return model.frame_mean_tokens(pixel_values, progress)
 
     def stills(self, pixels: list[Tensor], sizes: list, kwargs: dict[str, Any]) -> list[Tensor]:
-        """The language model's embeddings of stills, one tensor each, as the image chat model itself makes them.
+        """Encode stills with the image chat model's own code as embeddings, one tensor per still.
 
         Args:
-            pixels: normalised stills ``[3, h, w]``, or ``[pieces, 3, h, w]`` of LLaVA-NeXT.
-            sizes: the picture's (height, width) of each still in pieces, else None.
+            pixels: normalised stills ``[3, h, w]``, or ``[tiles, 3, h, w]`` for LLaVA-NeXT.
+            sizes: the picture's (height, width) for each still in tiles, else None.
             kwargs: further arguments of its ``get_image_features``.
         """
         return list(self.home.get_image_features(torch.stack(pixels), **kwargs).pooler_output)
 
     def takes_videos(self, pixel_values: Tensor, image_sizes: Any = None) -> bool:
-        """Whether a plain tensor in the place of stills holds videos ``[V, T, 3, h, w]``."""
+        """Whether a plain tensor passed as ``pixel_values`` holds videos ``[V, T, 3, h, w]``."""
         return pixel_values.ndim == 5
 
     @property
     @abstractmethod
     def language_model(self) -> nn.Module:
-        """The decoder alone: ``inputs_embeds [B, S, W]`` to ``last_hidden_state [B, S, W]``."""
+        """The decoder without its output layer: ``inputs_embeds [B, S, W]`` to ``last_hidden_state [B, S, W]``."""
 
     @property
     @abstractmethod
     def generator(self) -> Any:
-        """What has ``generate(inputs_embeds=…)`` over embeddings in which visual tokens stand already."""
+        """The model whose ``generate(inputs_embeds=…)`` takes embeddings that already contain the visual tokens."""
 
     @property
     def lm_head(self) -> nn.Module:
-        """Hidden states ``[…, W]`` to logits over the vocabulary."""
+        """The output layer, from hidden states ``[…, W]`` to logits over the vocabulary."""
         return self.chat.get_output_embeddings()
 
     @property
     def input_embeddings(self) -> nn.Module:
-        """Token ids to ``[…, W]``."""
+        """The embedding layer, from token ids to ``[…, W]``."""
         return self.chat.get_input_embeddings()
 
 
 def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that hold their numbers: neither codes of a quantised layer nor a part of what other processes share.
+    """Keep the plain floating-point tensors; quantised and sharded ones are left out.
 
-    Names of layers below an adapter (PEFT's ``base_layer``) are those of the layers without it.
+    PEFT's ``base_layer`` is removed from names, so that a layer with an adapter has its usual name.
     """
     return {
         name.replace(".base_layer.", "."): tensor
@@ -260,10 +260,10 @@ def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_table(owner: nn.Module, name: str) -> Tensor:
-    """A parameter that no call returns, as it is now: gathered where it is sharded, loaded where it is offloaded."""
+    """Read a parameter's current value, gathered if it is sharded, loaded if it is offloaded."""
     tensor = getattr(owner, name)
     if tensor.is_meta and (hook := getattr(owner, "_hf_hook", None)) is not None:
-        for one in getattr(hook, "hooks", [hook]):  # accelerate puts several into one
+        for one in getattr(hook, "hooks", [hook]):  # accelerate may combine several hooks
             if (stored := getattr(one, "weights_map", None)) is not None:
                 return stored[name].to(one.execution_device)
     return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor

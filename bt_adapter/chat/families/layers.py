@@ -1,4 +1,4 @@
-"""Video tokens for chat models that read several tower layers.
+"""Compute video tokens for chat models that read several tower layers.
 
 Legend: B videos, T frames, P patches, D width, L tower layers, d branch layers; X_l the output of tower layer l.
 """
@@ -25,21 +25,21 @@ def video_tokens_of_layers(
     long: Long = "average",
     draws: Iterable[Tensor] | None = None,
 ) -> Tensor:
-    """Video tokens of several tower layers side by side in the channels, ``[B, P+1, D · len(layers)]``, CLS last.
+    """Compute the video tokens of several tower layers, ``[B, P+1, D · len(layers)]``, CLS last.
 
-    The published method reads one layer: half the mean of X over time, half the mean of the branch beside it. Here
-    the same holds for every layer that has a branch layer beside it (L-d to L-2); layers below, which the branch never
-    saw, give the mean of X over time.
+    The published method reads one layer: the average of the mean of X over time and the mean of the branch. Here this
+    is done for every tower layer with a corresponding branch layer (L-d to L-2); lower layers, which the branch does
+    not read, give the mean of X over time.
 
     Args:
         model: branch and tower.
         pixel_values: normalised frames ``[B, T, 3, h, w]``.
-        layers: after how many tower layers to read, each in [0, L-1].
-        branch: False: the mean of X over time everywhere.
-        progress, long, draws: as in ``BTAdapterVisionModel.video_tokens``.
+        layers: numbers of tower layers after which to read, each in [0, L-1].
+        branch: False: the mean of X over time for all layers.
+        progress, long, draws: see ``BTAdapterVisionModel.video_tokens``.
 
     Raises:
-        ValueError: a layer lies outside that range.
+        ValueError: a layer is outside that range.
     """
     stop = model.vision_config.num_hidden_layers - 1
     if not layers or not all(0 <= layer <= stop for layer in layers):
@@ -57,15 +57,15 @@ def video_tokens_of_layers(
     visible = VisibleTokens.all(batch, model.vision_config.patches, plan.steps, x.device)
     read: dict[int, Tensor] = {}
 
-    def climb(to: int) -> Iterator[int]:
-        """Run the tower's layers up to ``to``: after how many of them x is, at each."""
+    def run_layers(to: int) -> Iterator[int]:
+        """Run the tower's layers up to ``to``; yield the number of layers that x has passed."""
         nonlocal x
         for layer in range(begin, to):
             yield layer
             x = model._run_tower_layer(layer, x, done)
         yield to
 
-    def beside_branch() -> Iterator[Tensor]:
+    def branch_inputs() -> Iterator[Tensor]:
         nonlocal x
         for layer in range(first, last):
             x = model._run_tower_layer(layer, x, done)
@@ -76,18 +76,18 @@ def video_tokens_of_layers(
         if (layer := first + 1 + number) in layers and layer != last:
             read[layer] = pool_video_tokens(x.to(z.dtype), z, visible)
 
-    for layer in climb(min(first, last) if branch else last):
+    for layer in run_layers(min(first, last) if branch else last):
         if layer in layers:
             read[layer] = _mean(x)
     if branch and last > first:
         drawn = None if draws is None else iter(draws)
-        # a hook on the branch as a whole may change what it returns: the last layer is read from there
-        z = model._call_branch(beside_branch(), visible, drawn, after=read_both, plan=plan)
+        # the last layer is read from the branch's return value, which a hook on the branch may change
+        z = model._call_branch(branch_inputs(), visible, drawn, after=read_both, plan=plan)
         read[last] = pool_video_tokens(x.to(z.dtype), z, visible)
     return torch.cat([read[layer].to(read[last].dtype) for layer in layers], -1)
 
 
 def _mean(x: Tensor) -> Tensor:
-    """``[B, T, 1+P, D]`` to the mean over time ``[B, P+1, D]``, CLS last."""
+    """Average ``[B, T, 1+P, D]`` over time: ``[B, P+1, D]``, CLS last."""
     mean = x.mean(1)
     return torch.cat([mean[:, 1:], mean[:, :1]], 1)

@@ -1,4 +1,4 @@
-"""LLaVA-1.5, LLaVA-NeXT and ViP-LLaVA: a projector turns the tokens of a CLIP into the language model's."""
+"""LLaVA-1.5, LLaVA-NeXT and ViP-LLaVA: a projector maps the tokens of a CLIP to the language model's embeddings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from bt_adapter.towers import read_tower
 
 
 class Llava(Family):
-    """LLaVA-1.5, and what is built like it: P tokens a still, P+1 a video, each through the projector."""
+    """LLaVA-1.5 and models of the same structure: P tokens per still, P+1 per video, each through the projector."""
 
     name, model_class, inner_class = "llava", LlavaForConditionalGeneration, LlavaModel
 
@@ -57,7 +57,7 @@ class Llava(Family):
         if found.config.model_type != "clip_vision_model":
             raise TypeError(
                 f"image_chat_model's vision tower must be a CLIP, but is a {type(self.plain_tower).__name__}: "
-                "this chat model takes branches beside a CLIP"
+                "this chat model accepts only branches for a CLIP"
             )
         return plain_tensors(found.tensors), found.config
 
@@ -65,7 +65,7 @@ class Llava(Family):
     def feature_layers(self) -> tuple[int, ...]:
         """From ``vision_feature_layer``, which indexes the tower's hidden states, its input first."""
         config = self.chat.config
-        # ViP-LLaVA's is named in the plural by transformers 5.17; newer ones know it by both names.
+        # transformers 5.17 uses the plural name for ViP-LLaVA; newer versions accept both.
         chosen = getattr(config, "vision_feature_layers", None)
         chosen = config.vision_feature_layer if chosen is None else chosen
         layers = self.chat.config.vision_config.num_hidden_layers
@@ -103,7 +103,7 @@ class Llava(Family):
             return super().video_tokens(model, pixel_values, features, start_layer, branch, progress, long, draws)
         if pixel_values is None:
             raise ValueError(
-                f"this model reads its tower after layers {layers}: it needs pixel_values, stored features hold one"
+                f"this model reads its tower after layers {layers}: give pixel_values (stored features hold one)"
             )
         return video_tokens_of_layers(model, pixel_values, layers, branch, progress, long, draws)
 
@@ -117,21 +117,21 @@ class Llava(Family):
 
 
 class LlavaNext(Llava):
-    """LLaVA-NeXT (1.6): stills go in pieces with tokens at the ends of lines; a video is P+1 tokens and no more.
+    """LLaVA-NeXT (1.6): stills are split into tiles with newline tokens; a video has only P+1 tokens.
 
-    Videos come without ``image_sizes``, stills always with them: that tells one 5-d tensor from the other.
+    A 5-d tensor holds stills if ``image_sizes`` is given, else videos.
     """
 
     name, model_class, inner_class = "llava_next", LlavaNextForConditionalGeneration, LlavaNextModel
 
     def image_length(self, height: int | None = None, width: int | None = None) -> int:
-        """Of a picture of that size, as the processor cuts it. Raises ValueError without a size."""
+        """Return the number of tokens of a picture of that size. Raises ValueError without a size."""
         if height is None or width is None:
             raise ValueError("height and width must be given: a still's tokens depend on them in LLaVA-NeXT")
         config = self.chat.config
         tile = config.vision_config.image_size
         pieces = image_size_to_num_patches((height, width), config.image_grid_pinpoints, tile)
-        blank = torch.empty(pieces, self.patches, 1, device="meta")  # the model's own count, without its arithmetic
+        blank = torch.empty(pieces, self.patches, 1, device="meta")  # only the number of tokens is needed
         packed, _ = self.home.pack_image_features(
             [blank], [(height, width)], config.vision_feature_select_strategy, torch.empty(1, device="meta")
         )
@@ -149,6 +149,6 @@ class LlavaNext(Llava):
 
 
 class VipLlava(Llava):
-    """ViP-LLaVA: its projector reads several tower layers side by side. See ``layers.video_tokens_of_layers``."""
+    """ViP-LLaVA: its projector reads several concatenated tower layers. See ``layers.video_tokens_of_layers``."""
 
     name, model_class, inner_class = "vipllava", VipLlavaForConditionalGeneration, VipLlavaModel

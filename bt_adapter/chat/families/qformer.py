@@ -1,8 +1,8 @@
-"""BLIP-2 and InstructBLIP: a Q-Former reads the tokens of an EVA-CLIP and gives a fixed number of its own.
+"""BLIP-2 and InstructBLIP: a Q-Former reads the tokens of an EVA-CLIP and returns a fixed number of tokens.
 
-Their tower is EVA-CLIP-g without its last layer (39 of 40), so what they read, the output of layer 38 (0-based), is
-X of layer L-2 as video tokens are made of it: the same place by another count. Then comes a LayerNorm that was trained
-with the Q-Former (``post_layernorm``, not the CLIP's own final one); video tokens go through it too.
+Their tower is EVA-CLIP-g without its last layer (39 of 40). They read the output of layer 38 (0-based), which is X of
+layer L-2 in the full tower, the layer that video tokens are computed from. A LayerNorm that was trained with the
+Q-Former follows (``post_layernorm``, not the CLIP's own final norm); video tokens pass it too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LAYER = {
 
 
 class Blip2(Family):
-    """BLIP-2. The Q-Former attends to all video tokens alike, so their order does not matter to it."""
+    """BLIP-2. The Q-Former is invariant to the order of video tokens."""
 
     name, model_class = "blip-2", Blip2ForConditionalGeneration
     layers_removed = 1
@@ -65,11 +65,11 @@ class Blip2(Family):
         return self.plain_tower.encoder.layers[layer](tokens)
 
     def tower(self) -> tuple[dict[str, Tensor], TowerConfig]:
-        """Views of the tower's tensors where shapes differ; the bias of the keys, which no softmax sees, is left."""
+        """Return the tower's tensors, as views if shapes differ; the key bias, which softmax cancels, is left out."""
         config: Any = self.plain_tower.config
         width = config.hidden_size
         tensors: dict[str, Tensor] = {}
-        # a layer that stands in several places counts in each of them
+        # a layer that is used at several positions has a name for each
         named = self.plain_tower.named_parameters(remove_duplicate=False)
         for name, tensor in plain_tensors(dict(named)).items():
             if name in _TOP:
@@ -80,7 +80,7 @@ class Blip2(Family):
                 if inside == "self_attn.qkv.bias":
                     tensors[f"layers.{layer}.attention.q_bias"] = tensor.detach()[:width]
                     tensors[f"layers.{layer}.attention.v_bias"] = tensor.detach()[2 * width :]
-                elif inside in _LAYER:  # an adapter's are in none
+                elif inside in _LAYER:  # leaves out the tensors of adapters
                     tensors[f"layers.{layer}.{_LAYER[inside]}"] = tensor
         return tensors, TowerConfig.of({**vars(config), "model_type": "eva", "projection_dim": None})
 
@@ -96,19 +96,19 @@ class Blip2(Family):
         return self.chat.config.num_query_tokens
 
     def project(self, tokens: Tensor, question: Mapping[str, Tensor] | None = None) -> Tensor:
-        # CLS first as the tower has it, and after the norm behind which the Q-Former was trained
-        seen = self.chat.vision_model.post_layernorm(torch.cat([tokens[:, -1:], tokens[:, :-1]], 1))
+        # CLS first as in the tower, and through the norm that the Q-Former was trained with
+        normed = self.chat.vision_model.post_layernorm(torch.cat([tokens[:, -1:], tokens[:, :-1]], 1))
         table = self.chat.query_tokens
-        queries = (read_table(self.chat, "query_tokens") if table.is_meta else table).expand(len(seen), -1, -1)
+        queries = (read_table(self.chat, "query_tokens") if table.is_meta else table).expand(len(normed), -1, -1)
         output = self.chat.qformer(
             **self._instruct(queries, question),
             query_embeds=queries,
-            encoder_hidden_states=seen,
-            encoder_attention_mask=seen.new_ones(seen.shape[:2], dtype=torch.long),
+            encoder_hidden_states=normed,
+            encoder_attention_mask=normed.new_ones(normed.shape[:2], dtype=torch.long),
         )
         read = output.last_hidden_state[:, : queries.shape[1]]
         projection = self.chat.language_projection
-        # a quantised one holds codes in its weight, and takes what it is given
+        # the weight of a quantised layer has an integer dtype; it accepts any input dtype
         return projection(read.to(projection.weight.dtype) if projection.weight.is_floating_point() else read)
 
     def _instruct(self, queries: Tensor, question: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -116,9 +116,9 @@ class Blip2(Family):
 
     @property
     def language_model(self) -> nn.Module:
-        """Of a decoder-only model. Raises ValueError for one with an encoder (Flan-T5): use ``generator``."""
+        """The decoder of a decoder-only model. Raises ValueError with an encoder (Flan-T5): use ``generator``."""
         if not self.chat.config.use_decoder_only_language_model:
-            raise ValueError("this model's language model has an encoder and a decoder; expected a decoder alone")
+            raise ValueError("this model's language model has an encoder and a decoder; expected only a decoder")
         return self.chat.language_model.base_model
 
     @property
@@ -127,7 +127,7 @@ class Blip2(Family):
 
 
 class InstructBlip(Blip2):
-    """InstructBLIP: BLIP-2 whose Q-Former reads the question too."""
+    """InstructBLIP: BLIP-2 with a Q-Former that also reads the question."""
 
     name, model_class = "instructblip", InstructBlipForConditionalGeneration
     needs_question = True
@@ -142,7 +142,7 @@ class InstructBlip(Blip2):
 
     def _instruct(self, queries: Tensor, question: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         if question is None:
-            raise ValueError("question must be given: InstructBLIP's Q-Former reads it beside the video")
+            raise ValueError("question must be given: InstructBLIP's Q-Former reads it with the video")
         ids = question["input_ids"]
         mask = question.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask

@@ -1,4 +1,4 @@
-"""Stills and videos of one call, in the order in which they stand in the prompts."""
+"""Containers for the stills and videos of one call, in the order of their image tokens in the prompts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class SizedStill(Tensor):
-    """A still in pieces that knows the size of its picture, (height, width), wherever it is moved.
+    """A still in tiles that carries the size of its picture, (height, width).
 
-    Trainers, data loaders and pickling rebuild a list from its items, so that what is said beside them is lost. A
-    result of the same shape (moved, cast, cloned, pinned) is the same picture; any other is a plain tensor.
+    Trainers, data loaders and pickling rebuild lists from their items, which would lose a size stored in the list. A
+    result of the same shape (moved, cast, cloned, pinned) keeps the size; any other result is a plain tensor.
     """
 
     image_size: tuple[int, int] | None = None
@@ -38,7 +38,7 @@ class SizedStill(Tensor):
 
     @staticmethod
     def of(pieces: Tensor, size: tuple[int, int] | Tensor) -> SizedStill:
-        """``pieces`` (the same memory) of a picture of that size."""
+        """Make a still of ``pieces`` (same memory) and the size of its picture."""
         still = pieces.as_subclass(SizedStill)
         height, width = (int(side) for side in size)
         still.image_size = (height, width)
@@ -46,19 +46,19 @@ class SizedStill(Tensor):
 
 
 class Visuals(list[Tensor]):
-    """Goes in the place of ``pixel_values`` where stills and videos, or videos of different length, come together.
+    """A list passed as ``pixel_values`` when stills and videos, or videos of different length, are mixed.
 
     ``Visuals([video, still])`` with the video ``[T, 3, h, w]`` and the still ``[3, h, w]``, normalised. The order is
     that of the image tokens: prompt by prompt, and inside a prompt from left to right.
 
     Args:
         items: the stills and videos.
-        image_sizes: for LLaVA-NeXT alone, one entry an item: the picture's (height, width) where the item is a still
-            ``[pieces, 3, h, w]`` as its processor cuts it, None where it is a video. The sizes go with the items: a
-            list made of them, by a trainer or a data loader, still knows them. None: as the items say.
+        image_sizes: only for LLaVA-NeXT, one entry per item: the picture's (height, width) if the item is a still
+            ``[pieces, 3, h, w]`` from its processor, None if it is a video. The sizes are stored with the items, so a
+            list that a trainer or data loader builds of them keeps them. None: use the sizes stored with the items.
 
     Raises:
-        TypeError, ValueError: an item is no float tensor of such a shape, or the lengths differ.
+        TypeError, ValueError: an item is not a float tensor of such a shape, or the lengths differ.
     """
 
     def __init__(self, items: Iterable[Tensor], image_sizes: Sequence[tuple[int, int] | None] | None = None) -> None:
@@ -81,7 +81,7 @@ class Visuals(list[Tensor]):
 
     @property
     def image_sizes(self) -> list[tuple[int, int] | None]:
-        """The picture's (height, width) of each still that comes in pieces; None for the others."""
+        """The picture's (height, width) for each still in tiles; None for the other items."""
         return [getattr(item, "image_size", None) for item in self]
 
     def __getitem__(self, places: Any) -> Any:
@@ -92,7 +92,7 @@ class Visuals(list[Tensor]):
         return Visuals([*self, *other])
 
     def copy(self) -> Visuals:
-        """Another list of the same items."""
+        """Return a shallow copy."""
         return Visuals(self)
 
     def is_video(self, i: int) -> bool:
@@ -101,22 +101,22 @@ class Visuals(list[Tensor]):
 
     @staticmethod
     def of(items: Iterable[Tensor]) -> Visuals:
-        """A plain list of stills and videos as one."""
+        """Convert a plain list of stills and videos."""
         return items if isinstance(items, Visuals) else Visuals(items)
 
     @property
     def shape(self) -> torch.Size:
-        """How many there are: what chat models ask ``pixel_values`` for."""
+        """The number of items, as a one-dimensional size; chat models read ``pixel_values.shape``."""
         return torch.Size([len(self)])
 
     def size(self, dim: int) -> int:
-        """As :attr:`shape`."""
+        """Return one dimension of :attr:`shape`."""
         return self.shape[dim]
 
     def to(self, *args: Any, **kwargs: Any) -> Visuals:
-        """All items moved or cast, as ``Tensor.to`` does."""
+        """Move or cast all items, like ``Tensor.to``."""
         return Visuals(item.to(*args, **kwargs) for item in self)
 
     def pin_memory(self, device: Any = None) -> Visuals:
-        """All items in pinned memory, as ``Tensor.pin_memory`` does."""
+        """Copy all items to pinned memory, like ``Tensor.pin_memory``."""
         return Visuals(item.pin_memory() for item in self)
