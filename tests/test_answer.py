@@ -163,10 +163,10 @@ def test_rows_of_other_runs_are_refused(folder, tmp_path):
     with pytest.raises(CommandError, match="made with frames 4, now 8"):
         rows.Rows(out, {"model": "tiny", "frames": 8})
     out.write_text('{"id": "1"}\nno row\n')
-    with pytest.raises(CommandError, match="line 2, is no row"):
+    with pytest.raises(CommandError, match="line 2, is not a row"):
         rows.Rows(out, {"model": "tiny", "frames": 4})
     (tmp_path / "foreign.jsonl").write_text('{"id": "1"}\n')
-    with pytest.raises(CommandError, match="foreign.jsonl is there already"):
+    with pytest.raises(CommandError, match="foreign.jsonl already exists"):
         rows.Rows(tmp_path / "foreign.jsonl", {})
 
 

@@ -306,7 +306,7 @@ def test_command(tmp_path, clip, capsys):
     assert "model.safetensors.index.json" in capsys.readouterr().err
     load_converted(tmp_path / "out")
     assert main(["convert", str(source), str(tmp_path / "out")]) == 2
-    assert "already there" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main(["convert", str(source), str(tmp_path / "new"), "--trained-frames", "8"]) == 2
     assert "--trained-frames must be above 0 and goes with --branch" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 2

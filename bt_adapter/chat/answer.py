@@ -110,7 +110,7 @@ def answer_with(
         if row is not None and (row["question"], row.get(question.kind)) != (question.text, question.name):
             raise CommandError(
                 f"{rows.path}: the answer of id {question.id!r} is to {row['question']!r} about "
-                f"{row.get('video', row.get('image'))}, but the question is now {question.text!r} about {question.name}"
+                f"{row.get('video', row.get('image'))}, but the question now is {question.text!r} about {question.name}"
             )
     pending = [question for question in questions if question.id not in rows.done]
     if len(pending) < len(questions):

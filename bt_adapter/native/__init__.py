@@ -1,4 +1,4 @@
-"""Video chat models as Hugging Face models, which the Auto classes of transformers know once this is imported."""
+"""Video chat models as Hugging Face models; importing this package registers them with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -48,11 +48,11 @@ for _name, _native in NATIVE_CLASSES.items():
     AutoModelForImageTextToText.register(_config, _native)
     AutoProcessor.register(_config, PROCESSORS[_name])
 
-# Files have the names of tensors that the family's files have: transformers writes a model that it loaded under the
-# names it found, also one that `attach` made a video chat model. It looks names up by type of model and by class.
-_alike = {name: native.config_class.model_type for name, native in NATIVE_CLASSES.items()}
+# Our files use the tensor names of the family's files: transformers saves a loaded model under the names that it found,
+# also after `attach` changed its class. It looks up the mapping of names by model type and by class.
+_aliases = {name: native.config_class.model_type for name, native in NATIVE_CLASSES.items()}
 for _native in (*NATIVE_CLASSES.values(), *INNER_CLASSES.values()):
-    _alike[_native.__name__.removeprefix("BTAdapter")] = _native.__name__
-for _theirs, _ours in _alike.items():
+    _aliases[_native.__name__.removeprefix("BTAdapter")] = _native.__name__
+for _theirs, _ours in _aliases.items():
     if (_names := get_checkpoint_conversion_mapping(_theirs)) is not None:
         register_checkpoint_conversion_mapping(_ours, _names, overwrite=True)

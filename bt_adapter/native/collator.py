@@ -1,4 +1,4 @@
-"""Chat messages about stills and videos to batches for training, for transformers' Trainer and TRL's SFTTrainer."""
+"""Collate chat messages with stills and videos into batches, for transformers' Trainer and TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import Tensor
 
 from bt_adapter.chat.prompts import text_ids
 
-_IGNORED = -100  # the label that losses leave out
+_IGNORED = -100  # label that the loss ignores
 
 
 class VideoChatCollator:
-    """Make batches of conversations; the loss is on the assistant's messages alone.
+    """A collator of conversations; only the assistant's messages contribute to the loss.
 
     Each example has ``messages`` (roles "user" and "assistant", parts of type "text", "image" and "video"), or
-    ``prompt`` and ``completion`` that together are such messages. Videos are decoded here, in the loader's workers.
+    ``prompt`` and ``completion`` that together form such messages. Videos are decoded here, in the loader's workers.
 
     Args:
         processor: of a video chat model.
-        num_frames: frames taken of each video; None: the processor's own number.
+        num_frames: number of frames per video; None: the processor's default.
     """
 
     def __init__(self, processor: Any, num_frames: int | None = None) -> None:
         self.processor, self.num_frames = processor, num_frames
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch, padded at the end: what the model's ``forward`` takes, with ``labels``.
+        """Make a right-padded batch of inputs for the model's ``forward``, with ``labels``.
 
         Raises:
-            ValueError: an example has no messages, or the chat template writes a conversation so that its answers
-                cannot be told from its questions.
+            ValueError: an example has no messages, or the answers cannot be located in the text that the chat template
+                writes.
         """
         conversations = [self._messages(example) for example in examples]
         options = {} if self.num_frames is None else {"num_frames": self.num_frames}
@@ -55,7 +55,7 @@ class VideoChatCollator:
         return messages
 
     def _answers(self, messages: list[dict[str, Any]], ids: list[int]) -> list[tuple[int, int]]:
-        """The places, begin and end, that the assistant's messages take among the ids of a conversation."""
+        """Locate the assistant's messages in the ids of a conversation, as (begin, end) indices."""
         whole = self._ids_of(messages)
         places = self._places(whole, ids)
         found = []
@@ -66,19 +66,19 @@ class VideoChatCollator:
             after = self._ids_of(messages[: number + 1])
             if whole[: len(before)] != before or whole[: len(after)] != after:
                 raise ValueError(
-                    "the chat template or the tokenizer writes a conversation otherwise than its beginning, so that "
-                    f"the tokens of the answer {message['content']!r} cannot be told from those of its question"
+                    "the chat template or the tokenizer writes the start of a conversation differently when more turns "
+                    f"follow, so the tokens of the answer {message['content']!r} cannot be located"
                 )
             found.append((places[len(before)], places[len(after)]))
         return found
 
     def _ids_of(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        """Token ids with one token for each visual."""
+        """Tokenize messages with one token per visual."""
         text = self.processor.apply_chat_template(messages, **options)
         return text_ids(self.processor.tokenizer, text)
 
     def _places(self, short: list[int], ids: list[int]) -> list[int]:
-        """For each of the ``short`` ids, and for their end, the place among ``ids``, where visuals take many."""
+        """Map each index of ``short``, and its end, to the index in ``ids``, where visuals have many tokens."""
         tokenizer = self.processor.tokenizer
         visual = {tokenizer.convert_tokens_to_ids(str(self.processor.image_token)), self.processor.video_token_id}
         places, place = [], 0
@@ -86,7 +86,7 @@ class VideoChatCollator:
             places.append(place)
             if token not in visual:
                 place += 1
-            elif number + 1 == len(short) or short[number + 1] != token:  # the last of visuals side by side
+            elif number + 1 == len(short) or short[number + 1] != token:  # the last of adjacent visuals
                 while place < len(ids) and ids[place] == token:
                     place += 1
         return [*places, place]

@@ -1,4 +1,4 @@
-"""Configurations of image chat models that carry a BT-Adapter branch, one for each family."""
+"""Configurations of chat models with a BT-Adapter branch, one class per family."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from bt_adapter.time_steps import Long, check_long
 
 @dataclass(kw_only=True)
 class VideoFields:
-    """The fields that a video chat model has beside those of its image chat model.
+    """Configuration fields that a video chat model adds to those of its image chat model.
 
     Attributes:
-        bt_adapter: the branch: the fields of :class:`bt_adapter.BTAdapterConfig` under "branch", the number of branch
-            layers that are stored under "layers" (video tokens need depth - 1), and under "tower_name" the CLIP beside
-            which the branch was trained.
-        video_token_index: id of the token that stands for a video in ``input_ids``. It needs no row in the table of
-            embeddings.
+        bt_adapter: the branch: under "branch" the fields of :class:`bt_adapter.BTAdapterConfig`, under "layers" the
+            number of stored branch layers (video tokens need depth - 1), and under "tower_name" the CLIP that the
+            branch was trained with.
+        video_token_index: id of the token that represents a video in ``input_ids``. It needs no row in the embedding
+            table.
         use_branch: False: video tokens are the mean over the frames of the frozen tower's tokens, the baseline
-            without the branch. An argument ``use_branch`` of a call overrides it.
-        long_videos: how a video of more frames than the branch has trained time steps is read: "average" takes means
-            of neighbouring frames, "interpolate" stretches the trained rows of the time table, "published" reads all
+            without the branch. The ``use_branch`` argument of a call overrides it.
+        long_videos: treatment of videos with more frames than the branch has trained time steps: "average" averages
+            neighbouring frames, "interpolate" interpolates the trained rows of the time table, "published" reads all
             rows as they are stored (:func:`bt_adapter.time_steps.plan_steps`).
     """
 
@@ -50,7 +50,7 @@ class VideoFields:
             self.branch_config()
 
     def branch_config(self) -> BTAdapterConfig:
-        """The branch's configuration. Raises ValueError where there is none, or one of its values is wrong."""
+        """Return the branch's configuration. Raises ValueError if there is none, or one of its values is invalid."""
         if self.bt_adapter is None:
             raise ValueError(f"bt_adapter must be given in a {type(self).__name__}: it describes the branch")
         return BTAdapterConfig(**self.bt_adapter["branch"])

@@ -1,4 +1,4 @@
-"""An image chat model made a video chat model in place, over the same weights, and back."""
+"""Convert an image chat model to a video chat model and back, in place and with the same weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bt_adapter.native.modeling import INNER_CLASSES, NATIVE_CLASSES, NOT_SAVED,
 
 
 class ImageModel(NamedTuple):
-    """The configuration of an image chat model, and the classes of it and of the model inside it."""
+    """The configuration of an image chat model, and the classes of its outer and inner model."""
 
     config: Any
     classes: dict[Any, type]
@@ -24,23 +24,23 @@ class ImageModel(NamedTuple):
 
 @cache
 def _native_class(image_class: type, native: type) -> type:
-    """The video chat model's class for an image chat model's.
+    """Return the video chat model's class for an image chat model's class.
 
-    A class derived from the family's own, as ``fully_shard`` makes one, keeps what it adds.
+    A subclass of the family's class, such as ``fully_shard`` makes, keeps its additions.
     """
     return native if image_class in native.__mro__ else derive(native, image_class)
 
 
 def to_video_model(family: Family, branch: Branch, tower_name: str | None, fields: dict[str, Any]) -> ImageModel:
-    """Make ``family.chat`` a video chat model with this branch, in place: no weight is copied.
+    """Convert ``family.chat`` to a video chat model with this branch, in place; no weight is copied.
 
-    fields: values of the configuration's `VideoFields` that are no defaults.
+    fields: values of the configuration's `VideoFields` that differ from the defaults.
 
-    Returns what `to_image_model` wants.
+    Returns the argument of `to_image_model`, which undoes the conversion.
     """
     native = NATIVE_CLASSES[family.name]
     before = ImageModel(family.chat.config, {module: type(module) for module in _modules(family)})
-    config = copy.copy(family.chat.config)  # the parts' configurations stay the very same objects
+    config = copy.copy(family.chat.config)  # a shallow copy: the sub-configurations stay the same objects
     config.__class__ = native.config_class
     config.__dict__ |= VIDEO_FIELDS | fields
     config.bt_adapter = describe(branch, tower_name)
@@ -49,7 +49,7 @@ def to_video_model(family: Family, branch: Branch, tower_name: str | None, field
         for module, image_class in before.classes.items()
     }
     _change(family, config, wanted)
-    _note_branch(family, True)
+    _set_attributes(family, True)
     family.home.bt_adapter = branch
     return before
 
@@ -59,11 +59,11 @@ def to_image_model(family: Family, before: ImageModel) -> None:
     del family.home.bt_adapter
     family.home.__dict__.pop("_attachment", None)
     _change(family, before.config, before.classes)
-    _note_branch(family, False)
+    _set_attributes(family, False)
 
 
 def image_model_of(family: Family) -> ImageModel:
-    """The image chat model inside a video chat model that was loaded as one."""
+    """Return the image chat model's classes and configuration for a model that was loaded as a video chat model."""
     config = copy.copy(family.chat.config)
     config.__class__ = family.model_class.config_class  # type: ignore[attr-defined]
     for name in VIDEO_FIELDS:
@@ -73,27 +73,27 @@ def image_model_of(family: Family) -> ImageModel:
 
 
 def video_fields(family: Family) -> dict[str, Any]:
-    """What the configuration of a chat model says of videos; nothing where it is an image chat model."""
+    """Read the `VideoFields` of a chat model's configuration; empty for an image chat model."""
     config = family.chat.config
     return {name: getattr(config, name) for name in VIDEO_FIELDS if hasattr(config, name)}
 
 
 def describe(branch: Branch, tower_name: str | None) -> dict[str, Any]:
-    """The configuration's ``bt_adapter``."""
+    """Make the value of the configuration's field ``bt_adapter``."""
     about = {"branch": branch.config.to_dict(), "layers": len(branch.temporal)}
     return about if tower_name is None else about | {"tower_name": tower_name}
 
 
-def _note_branch(family: Family, there: bool) -> None:
-    """Tell a model, as transformers does when it makes one, which layers stay on one device and what is not saved."""
+def _set_attributes(family: Family, has_branch: bool) -> None:
+    """Set the instance attributes of transformers that name unsplittable layers and tensors that are not saved."""
     for module in _modules(family):
-        for attribute, own in (("_no_split_modules", WHOLE), ("_keys_to_ignore_on_save", NOT_SAVED)):
-            noted = set(getattr(module, attribute, None) or ())
-            setattr(module, attribute, noted | set(own) if there else noted - set(own))
+        for attribute, ours in (("_no_split_modules", WHOLE), ("_keys_to_ignore_on_save", NOT_SAVED)):
+            names = set(getattr(module, attribute, None) or ())
+            setattr(module, attribute, names | set(ours) if has_branch else names - set(ours))
 
 
 def _modules(family: Family) -> list[nn.Module]:
-    """The chat model and, where there is one, the model inside it that takes the pixels."""
+    """List the chat model and, if there is one, its inner model, which takes the pixels."""
     return [family.chat] if family.home is family.chat else [family.chat, family.home]
 
 
@@ -103,5 +103,5 @@ def _change(family: Family, config: Any, classes: Mapping[Any, type]) -> None:
         if module.config is old:
             module.config = config
         module.__class__ = wanted
-        if "_old_forward" in module.__dict__:  # accelerate keeps the forward that it wraps: let it be the new class's
+        if "_old_forward" in module.__dict__:  # accelerate wraps a stored forward: store the new class's
             module._old_forward = wanted.forward.__get__(module)  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Image chat models with a branch inside, as Hugging Face models: stills and videos in one call.
+"""Image chat models with a branch, as Hugging Face models that accept stills and videos in one call.
 
-Every class is the family's own class of transformers with a part of this file in front of it. Without a video in a call
-the family's own code runs, so that stills and text are answered bit for bit as before. With one, the features of stills
-and videos are put into the prompts' embeddings first, and the family's code goes on from there.
+Every class inherits from a mixin of this file and from the family's own class of transformers. A call without videos
+runs the family's own code, so stills and text are answered bit for bit as before. In a call with videos, the features
+of stills and videos are first inserted into the prompts' embeddings, and the family's code continues from there.
 
 Legend: B prompts, S tokens of a prompt, V videos in all prompts, T frames, P patches of a frame, W width of the
 language model.
@@ -41,17 +41,17 @@ from bt_adapter.native.config import (
 )
 from bt_adapter.native.video_features import encode_videos, split_videos
 
-_IGNORED = -100  # the label that the loss leaves out
+_IGNORED = -100  # label that the loss ignores
 _VIDEO_ARGUMENTS = ("pixel_values_videos", "video_frame_counts", "use_branch")
-# Layers that device maps and sharding by transformer layers leave whole.
+# Layers that device maps and sharding by transformer layers must not split.
 WHOLE = ("TemporalLayer", "SpatialLayer")
-# Video tokens do not reach the alignment head, and a chat model has no space in which it could align.
+# Video tokens do not use the alignment head, and chat models have no shared embedding space for it.
 NOT_SAVED = [
     f"{home}bt_adapter.alignment_head.{name}"
     for home in ("", "model.")
     for name in ("0.weight", "0.bias", "1.weight", "1.bias")
 ]
-# What `VideoPrompts.embed_prompts` uses up; the language model is given the rest of a call's arguments.
+# Arguments that `VideoPrompts.embed_prompts` consumes; the language model gets the others.
 _VISUAL_ARGUMENTS = (
     *_VIDEO_ARGUMENTS, "pixel_values", "image_sizes", "interpolate_pos_encoding", "vision_feature_layer",
     "vision_feature_layers", "vision_feature_select_strategy", "qformer_input_ids", "qformer_attention_mask",
@@ -61,20 +61,20 @@ _VISUAL_ARGUMENTS = (
 def _takes_videos(
     base: Callable[..., Any], arguments: tuple[str, ...] = _VIDEO_ARGUMENTS
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Hand a method its arguments by name; its signature is ``base``'s with the arguments of videos.
+    """Make a decorator that passes all arguments by name and adds those of videos to ``base``'s signature.
 
-    transformers reads off signatures which arguments ``generate`` and the Trainer may hand over.
+    transformers inspects signatures to find the arguments that ``generate`` and the Trainer may pass.
     """
     parameters = [
-        # what a family cannot do without may be left out where videos or text alone are given
+        # arguments that the family requires are optional here, as calls with videos or only text lack them
         p.replace(default=None)
         if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"
         else p
         for p in inspect.signature(base).parameters.values()
     ]
     rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
-    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in arguments]
-    signature = inspect.Signature([*(p for p in parameters if p not in rest), *own, *rest])
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in arguments]
+    signature = inspect.Signature([*(p for p in parameters if p not in rest), *added, *rest])
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
@@ -91,22 +91,22 @@ def _takes_videos(
 
 
 class VideoPrompts:
-    """The part that puts stills and videos into prompts: of the model that takes the pixels.
+    """A mixin that inserts stills and videos into prompts, for the model that takes the pixels.
 
-    In ``input_ids`` a video stands as ``video_token_id``, once for each of its tokens (P+1 in LLaVA, as many as there
-    are queries behind a Q-Former), a still as ``image_token_id``. ``forward`` and ``generate`` take, beside the
-    family's own arguments:
+    In ``input_ids``, ``video_token_id`` is repeated once per token of a video (P+1 in LLaVA, the number of queries with
+    a Q-Former), ``image_token_id`` once per token of a still. In addition to the family's arguments, ``forward`` and
+    ``generate`` accept:
 
-        pixel_values_videos: normalised frames ``[V, T, 3, h, w]`` in the order of their places, or a list of
+        pixel_values_videos: normalised frames ``[V, T, 3, h, w]`` in the order of their tokens, or a list of
             ``[T, 3, h, w]`` of different length.
-        video_frame_counts: int ``[V]``, where shorter videos are padded at the end: the frames of each.
-        use_branch: False for the mean over the frames in the branch's place; None: the configuration's.
+        video_frame_counts: int ``[V]``, the number of frames of each video if shorter ones are padded at the end.
+        use_branch: False for the mean over the frames instead of the branch; None: the configuration's.
 
-    ``pixel_values`` may hold videos ``[V, T, 3, h, w]`` in the place of image tokens too, or be a
-    :class:`bt_adapter.chat.families.Visuals`. InstructBLIP's ``qformer_input_ids`` have a row for each prompt, or one
-    for each visual.
+    ``pixel_values`` may also hold videos ``[V, T, 3, h, w]`` at the positions of image tokens, or be a
+    :class:`bt_adapter.chat.families.Visuals`. InstructBLIP's ``qformer_input_ids`` have one row per prompt or one per
+    visual.
 
-    The tower is frozen: videos run through it without gradients, unless its weights or the pixels ask for them.
+    The tower is frozen: videos run through it without gradients, unless its weights or the pixels require them.
     """
 
     config: Any
@@ -114,9 +114,9 @@ class VideoPrompts:
 
     @property
     def video_token_id(self) -> int:
-        """The id that stands for a video in ``input_ids``: the configuration's, or the image token's."""
-        own = self.config.video_token_index
-        return self.config.image_token_id if own is None else own
+        """Id of a video's token in ``input_ids``: the configuration's, else the image token's."""
+        token = self.config.video_token_index
+        return self.config.image_token_id if token is None else token
 
     def get_video_features(
         self,
@@ -127,7 +127,7 @@ class VideoPrompts:
         qformer_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """The language model's embeddings of videos.
+        """Encode videos as the language model's embeddings.
 
         Args:
             pixel_values_videos, video_frame_counts, use_branch: see the class.
@@ -159,24 +159,24 @@ class VideoPrompts:
         qformer_attention_mask: Tensor | None = None,
         **stills: Any,
     ) -> Tensor:
-        """Prompts ``[B, S]`` to the embeddings ``[B, S, W]`` that the language model reads, visuals in their places.
+        """Embed prompts ``[B, S]`` with their visuals as ``[B, S, W]``, the language model's input.
 
         Args:
             stills: further arguments of the family's ``get_image_features``.
 
         Raises:
-            ValueError: the prompts have another number of places than the stills and videos have tokens.
+            ValueError: the number of visual tokens in the prompts differs from that of the stills and videos.
         """
         family = family_of(self)
         image_places = input_ids == self.config.image_token_id
         video_places = input_ids == self.video_token_id
-        # a video's token needs no embedding of its own: all its places are written over
+        # a video's token needs no embedding, because all of its positions are overwritten
         embeds = self.get_input_embeddings()(self.known_ids(input_ids))  # type: ignore[attr-defined]
         given = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
         question = {name: rows for name, rows in given.items() if rows is not None}
 
-        def asked(places: Tensor, visuals: int) -> dict[str, Tensor]:
-            """A row of the question for each visual, of the prompt it stands in."""
+        def question_rows(places: Tensor, visuals: int) -> dict[str, Tensor]:
+            """Repeat the rows of the question, so that each visual has the row of its prompt."""
             if not question or len(question["qformer_input_ids"]) == visuals:
                 return question
             of_prompt = places.sum(1) // family.video_length
@@ -185,45 +185,46 @@ class VideoPrompts:
         if pixel_values is not None:
             if self._holds_videos(pixel_values, stills.get("image_sizes")):
                 visuals = Visuals.of(pixel_values)
-                features = self._mixed_features(visuals, use_branch, asked(image_places, len(visuals)), stills)
+                rows = question_rows(image_places, len(visuals))
+                features = self._mixed_features(visuals, use_branch, rows, stills)
             else:
-                more = asked(image_places, len(pixel_values))
-                features = list(self.get_image_features(pixel_values, **stills, **more).pooler_output)
-            embeds = _put(embeds, image_places, features, "image")
+                rows = question_rows(image_places, len(pixel_values))
+                features = list(self.get_image_features(pixel_values, **stills, **rows).pooler_output)
+            embeds = _insert(embeds, image_places, features, "image")
         if pixel_values_videos is None:
             self.check_no_videos(input_ids)
             return embeds
-        more = asked(video_places, len(pixel_values_videos))
-        found = self.get_video_features(pixel_values_videos, video_frame_counts, use_branch, **more)
-        return _put(embeds, video_places, found.pooler_output, "video")
+        rows = question_rows(video_places, len(pixel_values_videos))
+        output = self.get_video_features(pixel_values_videos, video_frame_counts, use_branch, **rows)
+        return _insert(embeds, video_places, output.pooler_output, "video")
 
     def check_no_videos(self, ids: Tensor | None) -> None:
-        """Raise ValueError where prompts have places for videos; to be called where no videos come with them."""
+        """Raise ValueError if prompts without videos contain video tokens."""
         token = self.config.video_token_index
         if ids is not None and token is not None and (count := int((ids == token).sum())):
             raise ValueError(f"input_ids have {count} video tokens, but pixel_values_videos is None")
 
     def put_visuals(self, input_ids: Tensor, visuals: Sequence[Tensor]) -> Tensor:
-        """Prompts ``[B, S]`` to embeddings ``[B, S, W]``, with features of stills and videos that are there already.
+        """Embed prompts ``[B, S]`` as ``[B, S, W]``, with precomputed features of stills and videos.
 
         Args:
-            visuals: features ``[tokens, W]``, in the order of their places, which image and video tokens mark.
+            visuals: features ``[tokens, W]``, in the order of their image and video tokens.
 
         Raises:
-            ValueError: the prompts have another number of places than the visuals have tokens.
+            ValueError: the number of visual tokens in the prompts differs from that of the visuals.
         """
         ids = self.known_ids(input_ids)
         embeds = self.get_input_embeddings()(ids)  # type: ignore[attr-defined]
-        return _put(embeds, ids == self.config.image_token_id, visuals, "visual") if len(visuals) else embeds
+        return _insert(embeds, ids == self.config.image_token_id, visuals, "visual") if len(visuals) else embeds
 
     def known_ids(self, ids: Tensor) -> Tensor:
-        """Ids of the vocabulary, with the image token in the places of videos."""
+        """Replace video tokens, which may lie outside the vocabulary, by the image token."""
         return ids.masked_fill(ids == self.video_token_id, self.config.image_token_id)
 
     def _mixed_features(
         self, visuals: Visuals, use_branch: bool | None, question: dict[str, Tensor], stills: dict[str, Any]
     ) -> list[Tensor]:
-        """Features of stills and videos that stand in the places of image tokens, in order."""
+        """Encode stills and videos that are at the positions of image tokens, in order."""
         stills = {name: value for name, value in stills.items() if name not in ("image_sizes", "return_dict")}
         is_video = [visuals.is_video(number) for number in range(len(visuals))]
         found: dict[int, Tensor] = {}
@@ -247,19 +248,19 @@ class VideoPrompts:
         return isinstance(pixel_values, Tensor) and family_of(self).takes_videos(pixel_values, image_sizes)
 
     def _has_videos(self, given: dict[str, Any]) -> bool:
-        """Whether a call needs more than the family's own code."""
+        """Whether a call has videos, so that the family's own code is not enough."""
         if given.get("pixel_values_videos") is not None:
             return True
         return self._holds_videos(given.get("pixel_values"), given.get("image_sizes"))
 
     def _embedded(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call with embeddings in the place of ids and visuals."""
+        """Replace the ids and visuals of a call's arguments by embeddings."""
         given = dict(given)
         ids = given.pop("input_ids", None)
         if ids is None:
-            raise ValueError("input_ids must be given beside videos: they say where the videos stand")
+            raise ValueError("input_ids must be given with videos: they mark the positions of the videos")
         if given.get("inputs_embeds") is not None:
-            raise ValueError("inputs_embeds must not be given beside videos: they are made from input_ids")
+            raise ValueError("inputs_embeds must not be given with videos: they are made from input_ids")
         arguments = {name: given.pop(name) for name in _VISUAL_ARGUMENTS if name in given}
         given["inputs_embeds"] = self.embed_prompts(ids, **{k: v for k, v in arguments.items() if v is not None})
         if given.get("attention_mask") is None:
@@ -268,7 +269,7 @@ class VideoPrompts:
 
 
 class VideoModel:
-    """The part that every video chat model has: the branch that ``config.bt_adapter`` describes."""
+    """A mixin of all video chat models that adds the branch described by ``config.bt_adapter``."""
 
     config: Any
     _keys_to_ignore_on_save = NOT_SAVED
@@ -284,7 +285,7 @@ class VideoModel:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own; the tower asks for no gradient."""
+        """Load a model like transformers' own method, and freeze its tower."""
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         family_of(model).vision_tower.requires_grad_(False)
@@ -304,7 +305,7 @@ class VideoModel:
 
 
 def _image_features(base: Any) -> Callable[..., Any]:
-    """The family's ``get_image_features``, which takes videos in the place of stills and `Visuals` too."""
+    """Make the family's ``get_image_features`` accept videos and `Visuals` as well as stills."""
 
     @_takes_videos(base.get_image_features, ("use_branch",))
     def get_image_features(self: Any, **given: Any) -> Any:
@@ -346,7 +347,7 @@ def _outer_methods(cls: Any, base: Any) -> Any:
             self.model.check_no_videos(ids)
             return base.generate(self, **_without_videos(given))
         given = self.model._embedded(given)
-        # no embedding is looked up by these ids, but some processors of logits read scores by them
+        # these ids are not embedded, but some logits processors index scores with them
         return _after_prompts(ids, base.generate(self, input_ids=self.model.known_ids(ids), **given))
 
     return _set_methods(cls, base, forward, generate)
@@ -361,7 +362,7 @@ def _qformer_methods(cls: Any, base: Any) -> Any:
             return base.forward(self, **_without_videos(given))
         given = self._embedded(given)
         given["labels"] = _without_placeholders(self, given.get("labels"))
-        if self.config.use_decoder_only_language_model:  # such a model takes no arguments of a decoder
+        if self.config.use_decoder_only_language_model:  # such a model has no arguments for a decoder
             given = {name: value for name, value in given.items() if not name.startswith("decoder_")}
         as_tuple = given.pop("return_dict", None) is False
         outputs = self.language_model(**given, return_dict=True)
@@ -396,7 +397,7 @@ def _set_methods(cls: Any, base: Any, *methods: Any) -> Any:
 
 
 def _around(make_methods: Callable[[Any, Any], Any], base: type) -> Callable[[Any], Any]:
-    """Give a class methods that take videos, around those of ``base``, and let `derive` do the same."""
+    """Give a class methods that accept videos, around those of ``base``, and record how for `derive`."""
 
     def decorate(cls: Any) -> Any:
         cls._make_methods = staticmethod(make_methods)
@@ -410,21 +411,21 @@ def _without_videos(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_placeholders(model: Any, labels: Tensor | None) -> Tensor | None:
-    """Labels that ask for no prediction of a video's token, which is no word of the vocabulary."""
+    """Ignore video tokens in the labels, because they are not in the vocabulary."""
     if labels is None or model.config.video_token_index is None:
         return labels
     return labels.masked_fill(labels == model.config.video_token_index, _IGNORED)
 
 
 def _after_prompts(ids: Tensor, output: Any) -> Any:
-    """The output of ``generate``, its sequences beginning with the prompts as they were given."""
+    """Restore the original prompts at the start of the sequences that ``generate`` returned."""
     sequences = output if isinstance(output, Tensor) else output.sequences
     sequences[:, : ids.shape[1]] = ids.repeat_interleave(len(sequences) // len(ids), 0)
     return output
 
 
-def _put(embeds: Tensor, places: Tensor, features: Sequence[Tensor], kind: str) -> Tensor:
-    """``embeds`` with the features, one after the other, in the places."""
+def _insert(embeds: Tensor, places: Tensor, features: Sequence[Tensor], kind: str) -> Tensor:
+    """Write the features, one after the other, into ``embeds`` where ``places`` is True."""
     rows = torch.cat([feature.flatten(0, -2) for feature in features]).to(embeds.device, embeds.dtype)
     if (count := int(places.sum())) != len(rows):
         raise ValueError(
@@ -449,7 +450,7 @@ class BTAdapterVipLlavaModel(VideoPrompts, VipLlavaModel):
 
 
 class _Llava(VideoModel):
-    """What a LLaVA with a branch says of videos, which its inner model takes."""
+    """A LLaVA with a branch; its methods for videos delegate to the inner model."""
 
     model: Any
 
@@ -517,6 +518,6 @@ INNER_CLASSES: dict[str, Any] = {
 
 
 def derive(native: Any, image_class: type) -> Any:
-    """A video chat model's class over ``image_class``, which is derived from the class that ``native`` is made of."""
+    """Make a video chat model's class from ``image_class``, a subclass of the base of ``native``."""
     fields = {"config_class": native.config_class} if hasattr(native, "config_class") else {}
     return native._make_methods(type(f"BTAdapter{image_class.__name__}", (native, image_class), fields), image_class)

@@ -1,6 +1,6 @@
-"""Processors of video chat models: text, stills and video files to what the model takes.
+"""Processors of video chat models, which convert text, stills and video files to the model's inputs.
 
-They decode videos by this package's own reader and need neither torchvision nor another decoder.
+They decode videos with this package's own reader and need neither torchvision nor another decoder.
 """
 
 from __future__ import annotations
@@ -35,27 +35,26 @@ _FRAMES = 8
 
 
 class VideoReader:
-    """Video files and frames in memory to normalised frames of the tower's size.
+    """A reader of video files and frames in memory that returns normalised frames of the tower's size.
 
     Args:
-        images: how a frame is resized, cropped and normalised.
-        frames: frames taken of a video where neither ``num_frames`` nor ``fps`` is asked for.
+        images: settings of the resize, crop and normalisation of a frame.
+        frames: default number of frames, if neither ``num_frames`` nor ``fps`` is given.
     """
 
     def __init__(self, images: ImageSettings, frames: int = _FRAMES) -> None:
         self.images, self.frames = images, frames
 
     def __call__(self, video: Any, num_frames: int | None = None, fps: float | None = None) -> Tensor:
-        """Frames float32 ``[T, 3, h, w]``.
+        """Read frames as float32 ``[T, 3, h, w]``.
 
         Args:
-            video: a file's name or bytes, of which ``num_frames`` are taken, evenly spread, or ``fps`` a second (of a
-                video with fewer frames some are repeated); or frames that were chosen already, all of which are taken
-                unless ``num_frames`` says otherwise: a list of PIL images, or uint8 ``[T, H, W, 3]`` or ``[T, 3, H,
-                W]``.
+            video: a file's name or bytes, from which ``num_frames`` evenly spaced frames, or ``fps`` frames per second,
+                are taken (frames of shorter videos are repeated); or selected frames, which are all used unless
+                ``num_frames`` is given: a list of PIL images, or uint8 ``[T, H, W, 3]`` or ``[T, 3, H, W]``.
 
         Raises:
-            VideoError: the file cannot be read. TypeError, ValueError: no video, or a wrong number.
+            VideoError: the file cannot be read. TypeError, ValueError: not a video, or an invalid number.
         """
         if num_frames is not None and fps is not None:
             raise ValueError(f"only one of num_frames and fps may be given, but they are {num_frames} and {fps}")
@@ -83,7 +82,7 @@ class VideoReader:
 
     @staticmethod
     def in_memory(video: Any) -> Tensor:
-        """Frames that were decoded elsewhere as uint8 ``[T, 3, H, W]``. Raises TypeError for anything else."""
+        """Convert frames in memory to uint8 ``[T, 3, H, W]``. Raises TypeError for anything else."""
         if isinstance(video, (list, tuple)):
             video = np.stack(
                 [np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame) for frame in video]
@@ -98,22 +97,22 @@ class VideoReader:
 
 
 def pad_videos(videos: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Videos ``[T, 3, h, w]`` as a batch ``pixel_values_videos``, with ``video_frame_counts`` where these differ."""
+    """Pad videos ``[T, 3, h, w]`` to a batch ``pixel_values_videos``; ``video_frame_counts`` is added if T differs."""
     counts = torch.tensor([len(video) for video in videos])
-    most = int(counts.max())
-    padded = [torch.cat([video, video.new_zeros(most - len(video), *video.shape[1:])]) for video in videos]
+    longest = int(counts.max())
+    padded = [torch.cat([video, video.new_zeros(longest - len(video), *video.shape[1:])]) for video in videos]
     batch = {"pixel_values_videos": torch.stack(padded)}
-    return batch if (counts == most).all() else batch | {"video_frame_counts": counts}
+    return batch if (counts == longest).all() else batch | {"video_frame_counts": counts}
 
 
 class VideoProcessing:
-    """The video half of a processor, which every family's processor has.
+    """A mixin that adds videos to every family's processor.
 
     Attributes:
-        video_token, video_token_id: a video in a text, and in ``input_ids``. A text has one, the ids ``video_length``.
-        video_length: tokens of a video.
+        video_token, video_token_id: represent a video: once in a text, ``video_length`` times in ``input_ids``.
+        video_length: number of tokens of a video.
         video_size: height and width of a frame, in pixels.
-        video_frames: frames taken of a video file unless ``num_frames`` or ``fps`` is asked for.
+        video_frames: default number of frames from a video file, if neither ``num_frames`` nor ``fps`` is given.
     """
 
     image_processor: Any
@@ -135,15 +134,15 @@ class VideoProcessing:
 
     @property
     def frame_settings(self) -> ImageSettings:
-        """How a frame is resized, cropped and normalised: as the image processor does it with a still.
+        """Settings of the resize, crop and normalisation of frames, equal to the image processor's for stills.
 
-        Raises CheckpointError where the image processor's frames would not have the tower's size.
+        Raises CheckpointError if the image processor's output does not have the tower's size.
         """
         return settings_of_processor(self.image_processor, self.video_size)
 
     @property
     def video_processor(self) -> VideoReader:
-        """The reader of one video; transformers' own video processors need torchvision."""
+        """The reader of videos; transformers' own video processors need torchvision."""
         return VideoReader(self.frame_settings, self.video_frames)
 
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[dict[str, Tensor], list[str]]:
@@ -154,13 +153,13 @@ class VideoProcessing:
         for name in ("return_tensors", "return_metadata", "video_metadata"):
             kwargs.pop(name, None)
         if refused := sorted(name for name, value in kwargs.items() if value is not None):
-            raise ValueError(f"{', '.join(refused)}: videos take num_frames or fps, and no other option of processing")
+            raise ValueError(f"{', '.join(refused)}: not supported; videos accept only num_frames or fps")
         read = self.video_processor
         frames = [read(video, num_frames, fps) for video in videos]
         return pad_videos(frames), [self.video_token * self.video_length for _ in frames]
 
     def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
-        """The text of a video's tokens."""
+        """Return the text of a video's tokens."""
         return self.video_token * self.video_length
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
@@ -169,12 +168,12 @@ class VideoProcessing:
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of what a call returns for the model."""
+        """Names of the model inputs that a call returns."""
         return [*super().model_input_names, "pixel_values_videos", "video_frame_counts"]  # type: ignore[misc]
 
 
 def flat_videos(videos: Any) -> list[Any]:
-    """A video, a list of them, or a list of lists (those of each text) as one list.
+    """Flatten a video, a list of videos, or a list of lists (one per text) into one list.
 
     A list of pictures (PIL images, or arrays of rank 3) is one video.
     """
@@ -190,7 +189,7 @@ def flat_videos(videos: Any) -> list[Any]:
 
 
 class _LlavaProcessing(VideoProcessing):
-    """Texts with places for stills and videos, as LLaVA's processors have them."""
+    """A mixin for LLaVA's processors, whose texts contain a token for each still and video."""
 
     def __init__(
         self,
@@ -213,23 +212,23 @@ class _LlavaProcessing(VideoProcessing):
         self._set_up_videos(video_size, video_length, video_frames)
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
-        """Texts, stills and videos to the model's inputs.
+        """Convert texts, stills and videos to the model's inputs.
 
         Args:
-            images: stills, as the image model's processor takes them.
-            text: one or several; ``<image>`` and ``<video>`` stand where a visual belongs.
-            videos: files or frames, see :class:`VideoReader`, in the order of their places.
-            kwargs: ``num_frames`` or ``fps`` of videos; those of the image model's processor.
+            images: stills, in a format of the image model's processor.
+            text: one or several; ``<image>`` and ``<video>`` mark the positions of visuals.
+            videos: files or frames, see :class:`VideoReader`, in the order of their tokens.
+            kwargs: ``num_frames`` or ``fps`` of videos; options of the image model's processor.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``pixel_values`` and ``pixel_values_videos`` (and where videos differ in
-            length ``video_frame_counts``): what the model's ``generate`` takes.
+            ``input_ids``, ``attention_mask``, ``pixel_values`` and ``pixel_values_videos`` (and ``video_frame_counts``
+            if videos differ in length), the inputs of the model's ``generate``.
         """
-        if videos is not None:  # transformers checks the number of places by its own idea of a video
+        if videos is not None:  # transformers counts videos in the formats that it knows
             videos = [os.fspath(v) if isinstance(v, os.PathLike) else v for v in flat_videos(videos)]
             videos = [VideoReader.in_memory(v) if isinstance(v, (list, tuple)) else v for v in videos]
         if isinstance(text, list):
-            text = list(text)  # transformers writes into it
+            text = list(text)  # transformers changes the list
         return super().__call__(images=images, text=text, videos=videos, **kwargs)  # type: ignore[misc]
 
 
@@ -242,15 +241,15 @@ class BTAdapterLlavaNextProcessor(_LlavaProcessing, LlavaNextProcessor):
 
 
 class _QFormerProcessing(VideoProcessing):
-    """Texts with places for stills and videos behind a Q-Former; without a place, stills stand before the text."""
+    """A mixin for processors of models with a Q-Former; stills without a token in the text precede it."""
 
     num_query_tokens: int
     valid_processor_kwargs: Any
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
-        """Texts, stills and videos to the model's inputs: see :meth:`_LlavaProcessing.__call__`.
+        """Convert texts, stills and videos to the model's inputs: see :meth:`_LlavaProcessing.__call__`.
 
-        InstructBLIP's Q-Former is given each text without its places (``qformer_input_ids``).
+        InstructBLIP's Q-Former gets each text without visual tokens (``qformer_input_ids``).
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         image_token = str(self.image_token)
@@ -276,7 +275,7 @@ class _QFormerProcessing(VideoProcessing):
             data |= self._process_videos(videos, **merged["videos_kwargs"])[0]
         for token, count in counts.items():
             if (places := sum(one.count(token) for one in texts)) != count:
-                raise ValueError(f"text has {places} places {token}, but {count} files or arrays come for them")
+                raise ValueError(f"text has {places} places {token}, but {count} files or arrays were given for them")
         if (question_tokenizer := getattr(self, "qformer_tokenizer", None)) is not None:
             plain = [_without(one, lengths) for one in texts]
             data |= {f"qformer_{name}": rows for name, rows in question_tokenizer(plain, **options).items()}
@@ -344,31 +343,32 @@ PROCESSORS: dict[str, type] = {
 def make_processor(model: Any, processor: Any, image_processor: Any = None, qformer_tokenizer: Any = None) -> Any:
     """Make the processor of a video chat model from its image chat model's.
 
-    The tokenizer is copied before the video's token is added to it; the model's configuration then names that token.
+    The video token is added to a copy of the tokenizer, and set in the model's configuration.
 
     Args:
         model: one of this package's video chat models.
-        processor: of the image chat model, or its tokenizer alone, with the chat template where there is one. One that
-            was made here before is returned as it is.
-        image_processor: beside a tokenizer; None: CLIP's (LLaVA-NeXT: its own), with the family's mean and deviation.
-        qformer_tokenizer: beside a tokenizer, of InstructBLIP.
+        processor: the image chat model's, or only its tokenizer, with or without a chat template. A processor of this
+            package is returned unchanged.
+        image_processor: used with a tokenizer; None: CLIP's (LLaVA-NeXT: its own), with the family's mean and standard
+            deviation.
+        qformer_tokenizer: used with a tokenizer, for InstructBLIP.
 
     Raises:
-        TypeError: ``model`` is of no family. ValueError: InstructBLIP without the tokenizer of its Q-Former, a
-            tokenizer that lacks the model's image token, or a processor made for another model.
+        TypeError: ``model`` belongs to no supported family. ValueError: InstructBLIP without the tokenizer of its
+            Q-Former, a tokenizer without the model's image token, or a processor made for another model.
     """
     family = family_of(model)
-    made = processor if isinstance(processor, VideoProcessing) else None
-    if made is None:
-        made = _make(family, processor, image_processor, qformer_tokenizer)
-    elif wrong := _differences(made, family):
+    result = processor if isinstance(processor, VideoProcessing) else None
+    if result is None:
+        result = _make(family, processor, image_processor, qformer_tokenizer)
+    elif wrong := _differences(result, family):
         raise ValueError(f"processor was made for another model than this {family.name}: {'; '.join(wrong)}")
-    family.chat.config.video_token_index = made.video_token_id
-    return made
+    family.chat.config.video_token_index = result.video_token_id
+    return result
 
 
 def _differences(processor: VideoProcessing, family: Family) -> list[str]:
-    """Say in what a processor of videos does not fit a model."""
+    """List the differences between a processor's settings and those that a model needs."""
     wanted = {
         "class": PROCESSORS[family.name].__name__, "video_size": family.image_size,
         "video_length": family.video_length, "image token": family.image_token_id,
@@ -382,7 +382,7 @@ def _differences(processor: VideoProcessing, family: Family) -> list[str]:
 
 
 def _image_processor(family: Family) -> Any:
-    """The image processor of a model whose folder brings none."""
+    """Make the image processor of a model that has none."""
     size = {"height": family.image_size, "width": family.image_size}
     options: dict[str, Any] = {
         "size": {"shortest_edge": family.image_size}, "crop_size": size, "image_mean": family.mean,
@@ -407,17 +407,17 @@ def _make(family: Family, processor: Any, image_processor: Any, qformer_tokenize
     }  # fmt: skip
     if family.name in ("blip-2", "instructblip"):
         tokenizer.image_token = image_token
-        own: dict[str, Any] = {"num_query_tokens": config.num_query_tokens}
+        options: dict[str, Any] = {"num_query_tokens": config.num_query_tokens}
         if family.needs_question:
             if qformer_tokenizer is None:
                 raise ValueError("qformer_tokenizer must be given: InstructBLIP's Q-Former reads the question")
-            own["qformer_tokenizer"] = qformer_tokenizer
+            options["qformer_tokenizer"] = qformer_tokenizer
     else:
-        # the model's own: processors that were saved before transformers asked for them lack both
-        own = {
+        # from the model: processors saved by older versions of transformers lack both
+        options = {
             "patch_size": config.vision_config.patch_size,
             "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", "default"),
             "num_additional_image_tokens": 1,
             "image_token": image_token,
         }
-    return PROCESSORS[family.name](**shared, **own)
+    return PROCESSORS[family.name](**shared, **options)

@@ -1,4 +1,4 @@
-"""Chat templates that place videos beside stills."""
+"""Chat templates for conversations with videos and stills."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-# Vicuna's words, for models whose folder brings no template; visuals where they stand in a message.
+# Vicuna's prompt, for models without a template; visuals keep their positions in a message.
 _PLAIN = """\
 {%- for message in messages -%}
   {%- set text = message['content'] | trim -%}
@@ -18,8 +18,8 @@ _PLAIN = """\
 {%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}
 """
 
-# Every part that is a visual is noted and given to the inner template in a form that it knows: PART, or, where it
-# knows text alone, a line of text in one string.
+# The kind of each visual is recorded, and the inner template gets the visual in a form that it supports: PART or, if it
+# supports only text, a line of text in one string.
 _BEFORE = """\
 {%- set visual = namespace(kinds=[], messages=[]) -%}
 {%- for message in messages -%}
@@ -46,7 +46,7 @@ _BEFORE = """\
 {%- endfor -%}
 {%- set messages = visual.messages -%}
 {%- set rendered %}"""
-# In the inner template's text the k-th image token stands for the k-th visual.
+# The k-th image token in the inner template's text belongs to the k-th visual.
 _AFTER = """{% endset -%}
 {%- set pieces = rendered.split(IMAGE) -%}
 {%- if pieces | length != visual.kinds | length + 1 -%}
@@ -59,15 +59,15 @@ _AFTER = """{% endset -%}
 
 
 def with_videos(tokenizer: Any, image_token: str, video_token: str) -> str:
-    """A chat template that takes parts ``{"type": "video"}`` beside ``{"type": "image"}``.
+    """Make a chat template that accepts parts ``{"type": "video"}`` as well as ``{"type": "image"}``.
 
-    It is the tokenizer's own where that has the video's token. Any other is wrapped: it writes an image token for every
-    visual, and those of videos become the video's token afterwards. A template that knows text alone is given the
-    parts of a message as lines of one text. Without a template, Vicuna's words are taken.
+    The tokenizer's template is returned unchanged if it contains the video token. Otherwise it is wrapped: it writes an
+    image token for every visual, and those of videos are replaced by the video token. A template that supports only
+    text gets the parts of a message as lines of one text. Without a template, Vicuna's prompt is used.
 
     Args:
-        tokenizer: with the image chat model's own ``chat_template``, or none.
-        image_token, video_token: what stands for a still and for a video in the text.
+        tokenizer: with or without the image chat model's ``chat_template``.
+        image_token, video_token: the text of a still's and a video's token.
     """
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
@@ -80,7 +80,7 @@ def with_videos(tokenizer: Any, image_token: str, video_token: str) -> str:
         parts = [{"type": part}, {"type": "text", "text": "?"}]
         try:
             text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
-        except (TypeError, TemplateError):  # it knows text alone, or refuses what it does not know
+        except (TypeError, TemplateError):  # it supports only text, or refuses this kind of part
             continue
         if text.count(image_token) == 1:
             return _wrap(template, image_token, video_token, f"{{'type': '{part}'}}", text_alone=False)
@@ -93,4 +93,4 @@ def _wrap(template: str, image_token: str, video_token: str, part: str, text_alo
         text = text.replace("CONTENT", content).replace("PART", part)
         return text.replace("IMAGE", repr(image_token)).replace("VIDEO", repr(video_token))
 
-    return filled(_BEFORE) + template.removesuffix("\n") + filled(_AFTER)  # as Jinja itself ends a template
+    return filled(_BEFORE) + template.removesuffix("\n") + filled(_AFTER)  # Jinja itself removes a final newline

@@ -1,4 +1,4 @@
-"""Videos to the language model's embeddings, through the modules of a video chat model."""
+"""Encode videos as the language model's embeddings with the modules of a video chat model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bt_adapter.chat.families import family_of
 
 
 def split_videos(pixel_values: Tensor | Sequence[Tensor], frame_counts: Tensor | None = None) -> list[Tensor]:
-    """Each video's own frames, ``[T, 3, h, w]``, without the padding of a batch.
+    """Split a batch into the frames of each video, ``[T, 3, h, w]``, without padding.
 
     Args:
         pixel_values: ``[V, T, 3, h, w]``, or a list of ``[T, 3, h, w]``.
-        frame_counts: int ``[V]``, the frames of each that are no padding; None: all.
+        frame_counts: int ``[V]``, number of frames of each video without padding; None: all.
 
     Raises:
         TypeError, ValueError: a wrong type, shape or count.
@@ -44,13 +44,13 @@ def split_videos(pixel_values: Tensor | Sequence[Tensor], frame_counts: Tensor |
 def encode_videos(
     chat: Any, videos: Sequence[Tensor], use_branch: bool | None, question: Mapping[str, Tensor] | None = None
 ) -> list[Tensor]:
-    """Embeddings ``[tokens, W]`` of each video; videos of one length run together.
+    """Encode each video as embeddings ``[tokens, W]``; videos of the same length run as one batch.
 
     Args:
         chat: the model.
         videos: normalised frames ``[T, 3, h, w]`` each.
-        use_branch: False: the mean over the frames in the branch's place; None: as the model says.
-        question: ``input_ids`` and ``attention_mask`` for the Q-Former that reads it, a row for each video.
+        use_branch: False: the mean over the frames instead of the branch; None: the model's setting.
+        question: ``input_ids`` and ``attention_mask`` for InstructBLIP's Q-Former, one row per video.
     """
     family, attachment = family_of(chat), attachment_of(chat)
     groups: dict[torch.Size, list[int]] = {}
@@ -60,6 +60,6 @@ def encode_videos(
     for numbers in groups.values():
         pixels = torch.stack([videos[number].as_subclass(Tensor) for number in numbers])
         tokens = attachment.encode(pixels, long=chat.config.long_videos, branch=use_branch)
-        asked = None if question is None else {name: rows[numbers] for name, rows in question.items()}
-        found |= zip(numbers, family.project(tokens, asked), strict=True)
+        rows_of_group = None if question is None else {name: rows[numbers] for name, rows in question.items()}
+        found |= zip(numbers, family.project(tokens, rows_of_group), strict=True)
     return [found[number] for number in range(len(videos))]
