@@ -1,4 +1,4 @@
-"""The branch: divided space-time layers beside the tower, on the visible tokens alone.
+"""The branch: divided space-time layers that read the tower's states and run only on the visible tokens.
 
 Legend: B videos, T frames, P patches, N visible tokens, D width, d depth; z is the branch's state [B, 1+N, D], CLS
 first; X a tower layer's output [B, T, 1+P, D]. Formulas: arXiv 2309.15785, section 3.1.
@@ -25,7 +25,7 @@ _SPATIAL_EPS = 1e-5  # for CLIP and EVA alike; EVA's tower and temporal layers u
 
 
 class TemporalLayer(nn.Module):
-    """Attention over the frames of each patch, behind a linear layer ``fc`` that starts at zero."""
+    """Attention over the frames of each patch, followed by a linear layer ``fc`` that is initialised to zero."""
 
     def __init__(self, config: TowerConfig):
         super().__init__()
@@ -36,10 +36,10 @@ class TemporalLayer(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, z: Tensor, visible: VisibleTokens, scale: Tensor | None) -> Tensor:
-        """``z_patch + fc(scale · out(attn(norm(z_patch))))``; CLS passes through.
+        """Compute ``z_patch + fc(scale · out(attn(norm(z_patch))))``; CLS is not changed.
 
-        ``scale`` [B, sequences] is the draw of stochastic depth over its keep probability; it sits before ``fc``, so
-        that ``fc``'s bias survives a drop.
+        ``scale`` [B, sequences] is the draw of stochastic depth divided by its keep probability. It is applied before
+        ``fc``, so that ``fc``'s bias is kept when a sequence is dropped.
         """
         cls, rows = z[:, :1], z[:, 1:]
         update = self.attention(self.norm(rows), lambda qkv: temporal_attention(qkv, visible))
@@ -49,15 +49,15 @@ class TemporalLayer(nn.Module):
 
 
 class SpatialLayer(LayerWeights):
-    """Attention inside each frame with the one CLS of the video in every frame, then the MLP."""
+    """Attention inside each frame, with the video's single CLS in every frame, followed by the MLP."""
 
     def __init__(self, config: TowerConfig):
         super().__init__(config, _SPATIAL_EPS, branch_attention(config))
 
     def forward(self, z: Tensor, visible: VisibleTokens, scale: Tensor | None) -> Tensor:
-        """One layer on ``z``; ``scale`` [B, steps] is stochastic depth's draw over its keep probability."""
-        # Each frame's result is scaled, and CLS takes the mean of the scaled ones: weights inside the attention's mean
-        # over frames, and one scale for each row, so that the projections are called once, as modules.
+        """Run the layer on ``z``; ``scale`` [B, steps] is the draw of stochastic depth over its keep probability."""
+        # Each frame's result is scaled, and CLS gets the mean of these results. Weights inside the attention's mean
+        # over frames and one scale per row achieve this with a single call of each projection module.
         weight = row_scale = None
         if scale is not None:
             weight, row_scale = frame_weight_and_row_scale(scale, visible)
@@ -68,12 +68,12 @@ class SpatialLayer(LayerWeights):
         return z + self.mlp(self.norm2(z))
 
 
-# what the fused layers know how to compute; anything else in a layer is called
+# modules that the fused layers can compute; any other module in a layer is called
 _PLAIN_PARTS = (TemporalLayer, SpatialLayer, PackedAttention, EvaAttention)
 
 
 def _are_plain(temporal: nn.Module, spatial: nn.Module) -> bool:
-    """Whether two layers may be computed from their weights: nothing in them replaced or wrapped, no bias left out."""
+    """Whether two layers can be computed from their weights: no part is replaced or wrapped, and no bias missing."""
     for layer in (temporal, spatial):
         if why_not_all_plain(layer, _PLAIN_PARTS) is not None:
             return False
@@ -85,21 +85,21 @@ def _are_plain(temporal: nn.Module, spatial: nn.Module) -> bool:
 
 
 def _gate(slope: float | None, parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``sigmoid(slope · parameter)``, [D] in (0, 1); None where there is no gate."""
+    """Compute a gate ``sigmoid(slope · parameter)``, [D] in (0, 1); None without a gate."""
     if slope is None or parameter is None:
         return None
     return torch.sigmoid(slope * parameter).to(dtype)
 
 
 class Branch(nn.Module):
-    """Everything that learns: layers, CLS, time table, gates and the alignment head.
+    """All trainable parts: layers, CLS, time table, gates and the alignment head.
 
-    ``is_absent`` marks a branch of a chat model that has none: it holds the branch's place and never runs.
+    ``is_absent`` marks the placeholder in a chat model without a branch; it never runs.
 
     Args:
-        tower_config: of the tower it stands beside.
-        config: of the branch.
-        layers: how many of the d layers to build (chat needs d - 1); None: all.
+        tower_config: configuration of its tower.
+        config: configuration of the branch.
+        layers: number of layers to build (chat needs d - 1); None: all d.
     """
 
     is_absent = False
@@ -117,7 +117,7 @@ class Branch(nn.Module):
         self.spatial = nn.ModuleList(SpatialLayer(tower_config) for _ in range(layers))
         self.cls_token = nn.Parameter(torch.zeros(width))
         self.time = nn.Parameter(torch.randn(config.max_frames, width) * 0.02)
-        # A gate is sigmoid(slope · parameter); it starts half open.
+        # A gate is sigmoid(slope · parameter); its initial value is 0.5.
         self.merge_gate = None if config.merge_gate_slope is None else nn.Parameter(torch.zeros(width))
         self.output_gate = None if config.output_gate_slope is None else nn.Parameter(torch.zeros(width))
         self.alignment_head = None
@@ -134,22 +134,22 @@ class Branch(nn.Module):
         after: Callable[[int, Tensor], object] | None = None,
         plan: TimeSteps | None = None,
     ) -> Tensor:
-        """Run one branch layer for each of the tower's states, as they come.
+        """Run one branch layer for each of the tower's states.
 
         Args:
-            states: outputs X of the tower layers beside the branch's layers, ``[B, T, 1+P, D]`` each, in order. The
-                next is asked for when the layer before it is done.
-            position: the tower's table of places, ``[1+P, D]``.
-            visible: which tokens the branch sees.
-            draws: of stochastic depth, as in the model's forward.
-            after: told the number of each layer and z after it.
-            plan: whose rows of the time table are added; None: the table's own.
+            states: outputs X of the tower layers that the branch's layers read, ``[B, T, 1+P, D]`` each, in order. The
+                next one is requested when the previous branch layer is done.
+            position: the tower's position embeddings, ``[1+P, D]``.
+            visible: the tokens that the branch processes.
+            draws: draws of stochastic depth, as in the model's forward.
+            after: called with each layer's index and z after it.
+            plan: selects the rows of the time table; None: the first rows as stored.
 
         Returns:
             z after the last of these layers, ``[B, 1+N, D]``, CLS first.
 
         Raises:
-            RuntimeError: the branch's own parameters are sharded over processes and not gathered.
+            RuntimeError: the branch's parameters are sharded over processes and not gathered.
         """
         self._check_whole()
         z: Any = None
@@ -164,23 +164,23 @@ class Branch(nn.Module):
         if hasattr(self.cls_token, "full_tensor"):  # a DTensor
             raise RuntimeError(
                 "the branch's parameters are sharded (fully_shard) and not gathered here: call the sharded model "
-                "itself, or its unshard() before"
+                "itself, or call its unshard() first"
             )
 
     def embed(self, tokens: Tensor, position: Tensor, visible: VisibleTokens, plan: TimeSteps | None = None) -> Tensor:
-        """The first layer's input from X and the tower's position table: ``[B, 1+N, D]``; ``plan`` as in `forward`."""
+        """Compute the first layer's input ``[B, 1+N, D]`` from X and the positions; ``plan``: see `forward`."""
         time = self.time if plan is None else time_rows(self.time, plan)
         return gather_embed(tokens.to(time.dtype), self.cls_token, position.to(time.dtype), time, visible)
 
     def merge(self, tokens: Tensor, z: Tensor, visible: VisibleTokens) -> Tensor:
-        """A later layer's input: X mixed into the branch through the merge gate."""
+        """Compute a later layer's input: X is mixed into z through the merge gate."""
         tokens, slope = tokens.to(z.dtype), self.config.merge_gate_slope
         if self.config.fused and not tokens.requires_grad:
             return fused.merge(tokens, z, self.merge_gate, slope, visible)
         return gather_merge(tokens, z, _gate(slope, self.merge_gate, z.dtype), visible)
 
     def run_layer(self, layer: int, z: Tensor, visible: VisibleTokens, draws: Iterator[Tensor] | None) -> Tensor:
-        """Temporal then spatial attention of branch layer ``layer``; ``draws`` as in the model's forward."""
+        """Run temporal, then spatial attention of branch layer ``layer``; ``draws`` as in the model's forward."""
         rate = self.config.drop_rate(layer)
 
         def scale(count: int) -> Tensor | None:
@@ -191,7 +191,7 @@ class Branch(nn.Module):
         if self.config.fused and _are_plain(temporal, spatial):
             z = fused.run_layer(z, temporal, spatial, visible, time_scale, space_scale, self.config.recompute)
         elif self.config.recompute != "none" and torch.is_grad_enabled():
-            # called as modules, of which no part is known to be left out alone: the whole layer runs again in backward
+            # modules cannot recompute single parts, so backward runs the whole layer again
             z = checkpoint(_call, temporal, spatial, z, visible, time_scale, space_scale, use_reentrant=False)
         else:
             z = _call(temporal, spatial, z, visible, time_scale, space_scale)
@@ -200,7 +200,7 @@ class Branch(nn.Module):
         return z
 
     def mix_output(self, z_cls: Tensor, tower_cls: Tensor) -> Tensor:
-        """CLS of each frame, ``[B, D]`` and ``[B, T, D]`` to ``[B, T, D]``, through the output gate."""
+        """Mix the CLS of branch and frames, ``[B, D]`` and ``[B, T, D]`` to ``[B, T, D]``, through the output gate."""
         self._check_whole()
         gate = _gate(self.config.output_gate_slope, self.output_gate, z_cls.dtype)
         if gate is None:
@@ -208,7 +208,7 @@ class Branch(nn.Module):
         return (1 - gate) * z_cls[:, None] + gate * tower_cls
 
     def _draw(self, rate: float, batch: int, count: int, like: Tensor, draws: Iterator[Tensor] | None) -> Tensor | None:
-        """Stochastic depth's scale ``[B, count]``: 0 where dropped, 1/(1 - rate) where kept; None: nothing drops."""
+        """Draw stochastic depth's scale ``[B, count]``: 0 if dropped, 1/(1 - rate) if kept; None: no drops."""
         if rate == 0 or not (self.training or draws is not None):
             return None
         dtype = torch.promote_types(like.dtype, torch.float32)

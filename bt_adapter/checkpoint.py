@@ -1,4 +1,4 @@
-"""Weights in and out: a tower from Hugging Face's CLIP, and our own folders. (Published files: ``published.py``.)"""
+"""Load and save weights: towers from Hugging Face's CLIP, and our own folders. (Published files: ``published.py``.)"""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _FORMAT = 1
 def model_from_clip(
     clip: nn.Module | str | os.PathLike, adapter_config: BTAdapterConfig | None = None, share: bool = False
 ) -> BTAdapterVisionModel:
-    """A fresh branch beside a trained image model; spatial layers start as copies of the tower's last.
+    """Build a new branch for a trained image model; its spatial layers are copies of the tower's last layers.
 
     Args:
         clip: a Hugging Face CLIP, SigLIP or DINOv2 (``CLIPModel``, ``SiglipVisionModel``, ``Dinov2Model``, …), a
-            model of open_clip, or the name or folder of one (``bt_adapter.towers.load_image_model``). Of one without a
-            projection, as every DINOv2 is, only ``video_tokens`` works.
-        adapter_config: of the branch.
-        share: use the image model's own parameters instead of copies (they stop asking for gradients). A SigLIP's table
-            of places, which gets a row for CLS, is a copy all the same.
+            model of open_clip, or the name or folder of one (``bt_adapter.towers.load_image_model``). Without a
+            projection, as in every DINOv2, only ``video_tokens`` works.
+        adapter_config: configuration of the branch.
+        share: use the image model's own parameters instead of copies (their ``requires_grad`` becomes False). A
+            SigLIP's position table, which gets a row for CLS, is always copied.
 
     Raises:
         TypeError: ``clip`` is none of these.
-        ValueError: ``share`` is asked for a DINOv2, whose layers' scales are multiplied into copies.
-        CheckpointError: its structure is not one that is computed here.
+        ValueError: ``share`` is True for a DINOv2, whose layers' scales are multiplied into copies.
+        CheckpointError: its structure is not supported.
     """
     clip = _loaded(clip)
     found = read_tower(clip)
@@ -65,12 +65,12 @@ def save_model(
 ) -> None:
     """Write ``config.json`` and ``model.safetensors``, each to a temporary name and then renamed.
 
-    The frozen tower is named, not copied, unless ``include_tower``; ``dtype`` casts what is written. ``branch``: write
-    these tensors and not the branch's own (which may lie in parts on many processes, or be averages of it).
+    Only the name of the frozen tower is stored, unless ``include_tower``. ``dtype`` casts the written tensors.
+    ``branch``: tensors to write instead of the branch's (which may be sharded over processes), such as averages.
 
     Raises:
-        ValueError: ``include_tower`` is asked for a tower in 8 bits, or of a chat model that leaves its last layer out:
-            neither has the weights to write.
+        ValueError: ``include_tower`` is True for a tower in 8 bits, or for a chat model's tower without its last layer:
+            neither has all weights.
     """
     if include_tower and model.tower.is_fp8:
         raise ValueError("include_tower must be False for a tower in 8 bits (optimize(fp8=True)), but is True")
@@ -94,7 +94,7 @@ def save_model(
         "branch": model.config.to_dict(),
     }
     weights, settings = folder / "model.safetensors", folder / "config.json"
-    # bytes and not save_file, which leaves a file only its owner may read
+    # not save_file, whose files only the owner may read
     Path(f"{weights}.writing").write_bytes(save(state, metadata={"format": "pt"}))
     Path(f"{settings}.writing").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     to_disk(f"{weights}.writing", f"{settings}.writing")
@@ -104,7 +104,7 @@ def save_model(
 
 
 def image_settings_of(clip: nn.Module | str | os.PathLike, config: TowerConfig) -> ImageSettings:
-    """How a CLIP's own image processor prepares its pictures; of a module, where the place it came from is at hand."""
+    """Read the settings of a CLIP's image processor; for a module, from the place it was loaded from, if known."""
     if isinstance(clip, (str, os.PathLike)):
         return read_image_settings(clip, config.image_size)
     if isinstance(found := getattr(clip, "image_settings", None), ImageSettings):  # of this package's loaders
@@ -116,15 +116,15 @@ def image_settings_of(clip: nn.Module | str | os.PathLike, config: TowerConfig) 
 
 
 def _stored_images(folder: Path, settings: Mapping[str, Any], clip: Any, config: TowerConfig) -> ImageSettings:
-    """As the branch was trained; of folders that do not say it, as its CLIP's image processor has them."""
+    """Return the image settings of the branch's training or, for folders without them, of its CLIP's processor."""
     theirs = None if clip is None else image_settings_of(clip, config)
     if (stored := settings.get("images")) is None:
         return theirs or ImageSettings(config.image_size)
     mine = ImageSettings.of_dict(stored).at(config.image_size)
     if theirs is not None and theirs != mine:
         warnings.warn(
-            f"the branch in {folder} was trained on pictures prepared by {mine}, but its CLIP's image processor says "
-            f"{theirs}; the branch's are used",
+            f"the branch in {folder} was trained on pictures prepared by {mine}, but its CLIP's image processor has "
+            f"{theirs}; the branch's settings are used",
             stacklevel=3,
         )
     return mine
@@ -132,7 +132,7 @@ def _stored_images(folder: Path, settings: Mapping[str, Any], clip: Any, config:
 
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """Modules made within the context are float32, whatever dtype the program around it has as its default."""
+    """Set the default dtype to float32 within the context, whatever the program's default is."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -142,9 +142,9 @@ def float32_by_default() -> Iterator[None]:
 
 
 def to_disk(*paths: str | os.PathLike) -> None:
-    """Wait until the disk holds these files, or the names in these folders.
+    """Flush these files, or the entries of these folders, to disk (fsync).
 
-    Before a rename: or a machine that crashes may keep the new name and lose what was written.
+    Call it before a rename: otherwise a crash of the machine may keep the new name but lose the content.
     """
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
@@ -157,18 +157,18 @@ def to_disk(*paths: str | os.PathLike) -> None:
 def load_model(
     folder: str | os.PathLike, clip: nn.Module | str | os.PathLike | None = None, share: bool = False
 ) -> BTAdapterVisionModel:
-    """Read a folder written by :func:`save_model`; in evaluation mode, float32 unless the tower is shared.
+    """Load a folder written by :func:`save_model`; the model is in evaluation mode, float32 unless the tower is shared.
 
     Args:
         folder: with ``config.json`` and ``model.safetensors``, or the hub name of one (owner/name).
-        clip: the image model the branch belongs to, where the folder holds the branch alone: as for
-            :func:`model_from_clip`; None: the one it names. A tower without a projection (of a chat model, a DINOv2)
-            gives a model that has ``video_tokens`` alone.
+        clip: the branch's image model, if the folder holds only the branch: see :func:`model_from_clip`; None: the one
+            named in the folder. With a tower without a projection (of a chat model, a DINOv2) only ``video_tokens``
+            works.
         share: use the image model's own parameters, as in :func:`model_from_clip`.
 
     Raises:
         FileNotFoundError: a file is missing.
-        CheckpointError: a file is damaged, names or shapes do not fit, the CLIP is another one, or none is known.
+        CheckpointError: a file is damaged, names or shapes do not fit, the CLIP is a different one, or none is known.
     """
     folder = locate_branch(folder) if is_hub_name(folder) else Path(folder)
     settings = read_settings(folder)
@@ -178,7 +178,7 @@ def load_model(
     if not settings["includes_tower"]:
         clip = clip if clip is not None else name
         if clip is None:
-            raise CheckpointError(f"{folder} holds a branch alone and names no tower: give clip=")
+            raise CheckpointError(f"{folder} holds only a branch and names no tower: give clip=")
         clip = _loaded(clip)
         found = read_tower(clip)
         name = found.name or name
@@ -202,18 +202,18 @@ def load_model(
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file. CheckpointError where it is no whole safetensors file."""
+    """Read the tensors of a file. Raises CheckpointError if it is not a complete safetensors file."""
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+        raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
 
 
 def name_of_tower(branch: str | os.PathLike) -> str | None:
-    """The CLIP that a saved branch names as its own; None where it names none, or is a published file.
+    """Return the name of the CLIP stored with a branch; None if there is none, or for a published file.
 
     Raises:
-        FileNotFoundError, CheckpointError: it is not there or damaged.
+        FileNotFoundError, CheckpointError: the branch is missing or damaged.
     """
     folder = locate_branch(branch) if is_hub_name(branch) else Path(branch)
     if not folder.exists():
@@ -222,6 +222,7 @@ def name_of_tower(branch: str | os.PathLike) -> str | None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` of a saved branch. Raises FileNotFoundError, CheckpointError."""
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} has no {file}: not a saved BT-Adapter branch")
@@ -235,18 +236,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_fingerprint(model: BTAdapterVisionModel, saved: dict[str, float] | None, folder: Path) -> None:
-    """Raise where the tower is not the one the branch was trained beside, to the rounding of half precision."""
+    """Raise a CheckpointError if the tower differs, beyond half precision, from that of the branch's training."""
     for name, value in model.tower.fingerprint().items():
         before = (saved or {}).get(name, value)
         if abs(before - value) > 1e-2 * abs(before):
             raise CheckpointError(
-                f"the branch in {folder} was trained beside another CLIP of the same shape: the length of {name} is "
+                f"the branch in {folder} was trained with another CLIP of the same shape: the norm of {name} is "
                 f"{value:.4g}, expected {before:.4g}"
             )
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load ``state`` into ``module``: no name missing, none unexpected, no shape other.
+    """Load ``state`` into ``module``; all names and shapes must match.
 
     Raises:
         CheckpointError: listing every name that does not fit.
@@ -256,13 +257,13 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
 
 
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Raise a CheckpointError listing every name and shape in which ``state`` is not ``module``'s."""
-    own = module.state_dict()
-    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    """Raise a CheckpointError that lists every name and shape of ``state`` that does not match ``module``."""
+    expected = module.state_dict()
+    missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     shapes = [
-        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
-        for name in sorted(set(own) & set(state))
-        if state[name].shape != own[name].shape
+        f"{name} is {list(state[name].shape)}, expected {list(expected[name].shape)}"
+        for name in sorted(set(expected) & set(state))
+        if state[name].shape != expected[name].shape
     ]
     parts = [
         f"{what}: {', '.join(names)}"
@@ -278,14 +279,14 @@ def _loaded(clip: nn.Module | str | os.PathLike) -> nn.Module:
 
 
 def _load_tower(model: BTAdapterVisionModel, found: FoundTower, share: bool) -> None:
-    """Put the tensors of an image model's tower into ``model.tower``; ``share``: the very same parameters."""
+    """Load the tensors of an image model's tower into ``model.tower``; ``share``: use the same parameters."""
     if not share:
         load_exactly(model.tower, found.tensors, "the tower of clip")
         return
     if scaled := found.changed - {"position"}:
         raise ValueError(
             f"share must be False for this tower (model_type {found.config.model_type!r}), as {len(scaled)} of its "
-            "tensors hold numbers in another form than clip does, but is True"
+            "tensors differ from those of clip, but is True"
         )
     check_fit(model.tower, found.tensors, "the tower of clip")
     for name, tensor in found.tensors.items():

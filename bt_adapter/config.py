@@ -7,25 +7,25 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 MODEL_TYPES = ("clip_vision_model", "eva", "siglip_vision_model", "dinov2")
-AlignLayer = Literal["last", "chat"]  # where pretraining aligns the branch: see the model's `forward`
+AlignLayer = Literal["last", "chat"]  # layer at which pretraining aligns the branch: see the model's `forward`
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """A CLIP, EVA-CLIP, SigLIP or DINOv2 vision tower, with the names of Hugging Face's ``CLIPVisionConfig``.
+    """Configuration of a CLIP, EVA-CLIP, SigLIP or DINOv2 tower; field names follow ``CLIPVisionConfig``.
 
     Attributes:
         hidden_size: D. intermediate_size: width of the MLP. num_hidden_layers: L. num_attention_heads: H.
         image_size, patch_size: in pixels; P = (image_size // patch_size)².
-        projection_dim: F, width of the shared video-text space; None where the tower has no projection (towers of
-            chat models).
+        projection_dim: F, width of the shared video-text space; None for a tower without a projection (in chat
+            models).
         hidden_act: "quick_gelu", "gelu" or "gelu_pytorch_tanh".
-        layer_norm_eps: of the tower.
+        layer_norm_eps: epsilon of the tower's LayerNorms.
         model_type: "clip_vision_model"; "eva" for EVA-CLIP; "siglip_vision_model" for SigLIP, which has no CLS;
             "dinov2" for DINOv2, with registers or without.
-        num_register_tokens: R, tokens that the tower's layers read beside those of the picture (DINOv2).
+        num_register_tokens: R, number of additional tokens in the tower's layers (DINOv2).
     """
 
     hidden_size: int
@@ -66,11 +66,11 @@ class TowerConfig:
 
     @property
     def patches(self) -> int:
-        """P, patches of a frame."""
+        """P, the number of patches of a frame."""
         return (self.image_size // self.patch_size) ** 2
 
     def differences(self, other: TowerConfig) -> list[str]:
-        """What keeps a branch beside this tower from standing beside the other: "name mine against theirs"."""
+        """List the fields that differ and make a branch for this tower unusable for the other."""
         names = [field.name for field in fields(TowerConfig) if field.name != "projection_dim"]
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
         return [f"{name} {mine} against {theirs}" for name, mine, theirs in pairs if mine != theirs]
@@ -87,15 +87,15 @@ class TowerConfig:
 
     @property
     def rows(self) -> int:
-        """Tokens of a frame inside the tower: CLS, the patches, and then the registers."""
+        """Number of tokens of a frame inside the tower: CLS, patches and registers, in this order."""
         return 1 + self.patches + self.num_register_tokens
 
     @staticmethod
     def of(config: TowerConfig | Mapping[str, Any] | Any) -> TowerConfig:
-        """From a TowerConfig, a Hugging Face ``CLIPVisionConfig``, or a dict with its keys.
+        """Convert a TowerConfig, a Hugging Face ``CLIPVisionConfig``, or a dict with its keys.
 
         Raises:
-            ValueError: a key is missing or has a value outside its range.
+            ValueError: a key is missing or its value is out of range.
         """
         if isinstance(config, TowerConfig):
             return config
@@ -117,11 +117,11 @@ class TowerConfig:
 
     @staticmethod
     def eva_clip_g(projection_dim: int | None = 1024, image_size: int = 224) -> TowerConfig:
-        """EVA-CLIP-g/14: 40 layers, width 1408, 16 heads of 88."""
+        """Make the configuration of EVA-CLIP-g/14: 40 layers, width 1408, 16 heads of 88."""
         return TowerConfig(1408, 6144, 40, 16, image_size, 14, projection_dim, "gelu", 1e-6, "eva")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
+        """Return all fields as a dict for JSON."""
         return asdict(self)
 
 
@@ -131,24 +131,24 @@ def _one_of(names: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class BTAdapterConfig:
-    """The branch beside the tower (arXiv 2309.15785, section 3).
+    """Configuration of the branch (arXiv 2309.15785, section 3).
 
     Attributes:
-        depth: d, number of branch layers; they run beside the tower's last d.
-        drop_path: stochastic depth of the last branch layer; rates grow linearly from 0 at the first.
+        depth: d, number of branch layers; they read the tower's last d layers.
+        drop_path: stochastic depth rate of the last branch layer; rates grow linearly from 0 at the first.
         merge_gate_slope: slope of the gate that mixes the tower into the branch; None: no gate, plain sum.
         output_gate_slope: slope of the gate that mixes the branch's CLS and the tower's; None: no gate, plain sum.
-        max_frames: rows of the time table.
-        trained_steps: how many of them have been trained: the time steps of the training videos. Videos of more frames
-            are averaged down to as many steps (``bt_adapter.time_steps``). None: not known; all rows are read.
+        max_frames: number of rows of the time table.
+        trained_steps: number of trained rows: the time steps of the training videos. Videos of more frames are averaged
+            down to this number of steps (``bt_adapter.time_steps``). None: not known; all rows are read.
         alignment_head: whether there is a head for masked branch token alignment.
-        drop_block: EVA's reference also draws stochastic depth on a spatial layer's whole result, residual
-            included; kept for parity, off by default.
-        recompute: what backward computes again instead of keeping it: "none" of the matrix products; "mlp": each
-            layer's first MLP product; "layer": each layer, of which the input alone is kept (``bt_adapter.fused``).
-        fused: run the layers of ``bt_adapter.fused`` wherever every part of a layer is as it was built; a layer in
-            which something was replaced or wrapped (an adapter, a hook) is called instead. False: the plain ones of
-            ``bt_adapter.branch`` always, which know "none" alone.
+        drop_block: apply stochastic depth also to a spatial layer's whole result, residual included, as EVA's reference
+            does; for parity, off by default.
+        recompute: activations that backward recomputes instead of storing: "none"; "mlp": each layer's first MLP
+            product; "layer": each whole layer, of which only the input is stored (``bt_adapter.fused``).
+        fused: run the layers of ``bt_adapter.fused`` if no part of a layer was replaced or wrapped (adapters, hooks);
+            other layers are called as modules. False: always use the plain layers of ``bt_adapter.branch``, which
+            support only recompute "none".
     """
 
     depth: int = 4
@@ -175,12 +175,12 @@ class BTAdapterConfig:
         if self.recompute not in ("none", "mlp", "layer"):
             raise ValueError(f"recompute must be 'none', 'mlp' or 'layer', but is {self.recompute!r}")
         if self.recompute != "none" and not self.fused:
-            raise ValueError(f"recompute must be 'none' where fused is False, but is {self.recompute!r}")
+            raise ValueError(f"recompute must be 'none' if fused is False, but is {self.recompute!r}")
 
     def drop_rate(self, layer: int) -> float:
-        """Rate of stochastic depth of a branch layer, 0-based."""
+        """Return the stochastic depth rate of a branch layer, 0-based."""
         return self.drop_path * layer / max(self.depth - 1, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
+        """Return all fields as a dict for JSON."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""One process of perhaps many: which it is, on which device, and what they tell one another."""
+"""The processes of a distributed run: rank, world size, device, and exchange of Python objects."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from bt_adapter.locked import lock
 
 
 class Processes:
-    """Which of how many processes this is, by torchrun's environment variables, and its device.
+    """The rank, world size and device of this process, from torchrun's environment variables.
 
     Args:
-        device: "cpu", "cuda", "cuda:1"; "auto" takes GPUs where there are any, one a process.
-        patience: how long one process waits for the others, where the group is begun here.
+        device: "cpu", "cuda", "cuda:1"; "auto" uses GPUs if there are any, one per process.
+        patience: timeout of collective operations, if the process group is started here.
 
     Raises:
-        CommandError: no such device, or no GPU that this torch can use.
+        CommandError: no such device, or torch finds no usable GPU.
     """
 
     def __init__(self, device: str = "auto", patience: timedelta = timedelta(minutes=30)) -> None:
@@ -41,14 +41,14 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes."""
+        """Whether this is the first process, which writes the files."""
         return self.rank == 0
 
     def hold(self, folder: Path) -> None:
-        """Keep other runs out of a folder, which is made, until :meth:`leave`. Every process calls it.
+        """Create a folder and lock it against other runs until :meth:`leave`. Every process must call it.
 
         Raises:
-            CommandError: another run has it, or it cannot be made.
+            CommandError: another run has locked it, or it cannot be created.
         """
 
         def take() -> None:
@@ -57,7 +57,7 @@ class Processes:
         self.check_in_first(take)
 
     def check_in_first(self, check: Callable[[], object]) -> None:
-        """Call ``check`` in the first process; the CommandError that it raises is raised in every one."""
+        """Call ``check`` in the first process; a CommandError of it is raised in every process."""
         problem = None
         if self.first:
             try:
@@ -67,20 +67,20 @@ class Processes:
         self.agree(problem)
 
     def agree(self, problem: str | None) -> None:
-        """Wait for all processes, and raise CommandError in every one where one of them has a problem."""
-        for found in self.gather(problem):
-            if found is not None:
-                raise CommandError(found)
+        """Wait for all processes; raise CommandError in every process if one of them reports a problem."""
+        for message in self.gather(problem):
+            if message is not None:
+                raise CommandError(message)
 
     def leave(self) -> None:
-        """End the group, where it was begun here, and let go of the folder."""
+        """Release the folder's lock, and end the process group if it was started here."""
         if self._held is not None:
             self._held.close()
         if self.began:
             dist.destroy_process_group()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of their ranks."""
+        """Collect the value of every process, in the order of ranks."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.world
@@ -92,10 +92,10 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
     except RuntimeError as error:
-        raise CommandError(f"--device {name}: not a device") from error
+        raise CommandError(f"--device {name}: not a device; use auto, cpu or cuda") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise CommandError(f"--device {name}: no GPU that this torch can use")
+            raise CommandError(f"--device {name}: torch finds no usable GPU; use --device cpu")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device

@@ -1,4 +1,4 @@
-"""Draws of stochastic depth that belong to a video, whichever process or part of a batch it runs in.
+"""Draw stochastic depth per video, independently of its process and its position in a batch.
 
 Legend: B videos, K temporal sequences of a video (patches), S time steps; kept: 1, dropped: 0.
 """
@@ -14,18 +14,18 @@ from bt_adapter.config import BTAdapterConfig
 
 
 def draw_kept(config: BTAdapterConfig, sequences: int, steps: int, seeds: Sequence[int]) -> list[Tensor]:
-    """Draw which residuals of each video are kept, each video from a seed of its own.
+    """Draw which residuals of each video are kept, from a separate seed for each video.
 
-    So a video drops the same residuals alone, in a batch, in a part of one, or on another process. For ``draws`` of
-    ``BTAdapterVisionModel.forward`` and ``video_tokens``.
+    A video thus drops the same residuals alone, in any batch, and on any process. The result is the argument ``draws``
+    of ``BTAdapterVisionModel.forward`` and ``video_tokens``.
 
     Args:
-        config: of the branch; its ``drop_path``, ``depth`` and ``drop_block``.
+        config: configuration of the branch: ``drop_path``, ``depth`` and ``drop_block`` are used.
         sequences: K. steps: S.
-        seeds: one for each video.
+        seeds: one per video.
 
     Returns:
-        Bool tensors on the CPU, in the order of their use: of each layer whose rate is above 0 ``[B, K]``, ``[B, S]``
+        Bool tensors on the CPU, in the order of their use: for each layer with a rate above 0 ``[B, K]``, ``[B, S]``
         and, with ``drop_block``, ``[B, 1]``.
     """
     rates = [rate for layer in range(config.depth) if (rate := config.drop_rate(layer)) > 0]

@@ -1,8 +1,8 @@
-"""The dtype a command computes in when none is asked for, and the reason, which is told and recorded.
+"""Choose the default dtype of a command, with a reason that is printed and recorded.
 
-On a GPU bfloat16, or float16 where the GPU lacks bfloat16. On a CPU float32, unless a measurement of a few
-milliseconds shows bfloat16 to be faster in all three matrix products of training: many CPUs can compute in bfloat16
-but emulate it, up to 60 times slower than float32.
+The default is bfloat16 on a GPU, or float16 if the GPU lacks bfloat16. On a CPU it is float32, unless a measurement of
+a few milliseconds shows that bfloat16 is faster in all three matrix products of training: many CPUs only emulate
+bfloat16, up to 60 times slower than float32.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 WIDE, HALF = torch.float32, torch.bfloat16
-ROWS, WIDTH = 192, 384  # 28 million multiply-adds a product: half a millisecond in float32
+ROWS, WIDTH = 192, 384  # 28 million multiply-adds per product: half a millisecond in float32
 REPEATS = 7
 HOPELESS = 3.0
-CLEARLY = 0.8  # bfloat16 must take less than this share of float32's time: what it loses in accuracy must pay
+CLEARLY = 0.8  # bfloat16 must take less than this share of float32's time to justify its loss of accuracy
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ChosenDtype:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The same as torch names it."""
+        """The torch dtype."""
         return getattr(torch, self.name)
 
     def __str__(self) -> str:
@@ -49,8 +49,8 @@ def choose_dtype(asked: str, device: torch.device | str) -> ChosenDtype:
     """Choose the dtype to compute in.
 
     Args:
-        asked: "float32", "bfloat16" or "float16", which is then taken; or "auto".
-        device: on which the computation runs.
+        asked: "float32", "bfloat16" or "float16", which is returned unchanged; or "auto".
+        device: device of the computation.
     """
     if asked != "auto":
         return ChosenDtype(asked, "as asked for")
@@ -67,7 +67,7 @@ def choose_dtype(asked: str, device: torch.device | str) -> ChosenDtype:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Within it, torch's products on ``device`` run in a dtype, given as for :func:`choose_dtype`."""
+    """Make the autocast context for a dtype as in :func:`choose_dtype`; float32 disables it."""
     dtype = choose_dtype(precision, device).dtype
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -84,12 +84,12 @@ def _for_cpu() -> ChosenDtype:
 
 
 def measure_speedups() -> list[float]:
-    """Time the three matrix products of training in bfloat16 against float32, by turns.
+    """Time the three matrix products of training alternately in bfloat16 and float32.
 
     Returns:
-        For forward, input gradient and weight gradient, in this order, how many times as fast bfloat16 is. The list
-        ends with the first product in which bfloat16 is not clearly faster: the others need not be known, and where
-        bfloat16 is emulated they would take long.
+        The speedups of bfloat16 for forward, input gradient and weight gradient, in this order. The list ends with the
+        first product in which bfloat16 is not clearly faster: the others do not matter then, and would be slow if
+        bfloat16 is emulated.
     """
     speedups = []
     with _one_thread(), torch.inference_mode():
@@ -102,7 +102,7 @@ def measure_speedups() -> list[float]:
 
 
 def products() -> Iterator[Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """The three products of a linear layer by its input x, weight w and output gradient g, in the layouts they have."""
+    """Yield the three products of a linear layer of input x, weight w and output gradient g, in their real layouts."""
     yield lambda x, w, g: x @ w.t()
     yield lambda x, w, g: g @ w
     yield lambda x, w, g: g.t() @ x
@@ -110,7 +110,7 @@ def products() -> Iterator[Callable[[Tensor, Tensor, Tensor], Tensor]]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread within the context: several wait for one another where other programs run, which would be measured."""
+    """Use one thread within the context, so that waiting for other threads on a busy machine is not measured."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -120,20 +120,20 @@ def _one_thread() -> Iterator[None]:
 
 
 def _seconds(product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[float, float]:
-    """Least time of a product in float32 and in bfloat16, by turns, after one of each for warming up.
+    """Return the shortest time of a product in float32 and bfloat16, alternating, after a warm-up of each.
 
-    Ends after the first turn where bfloat16 takes several times as long.
+    The loop ends early if bfloat16 takes several times as long.
     """
     shapes = ((ROWS, WIDTH), (WIDTH, WIDTH), (ROWS, WIDTH))
     operands = {dtype: [torch.ones(shape, dtype=dtype) for shape in shapes] for dtype in (WIDE, HALF)}
     for dtype in (WIDE, HALF):
         product(*operands[dtype])
-    least = {WIDE: math.inf, HALF: math.inf}
+    shortest = {WIDE: math.inf, HALF: math.inf}
     for _ in range(REPEATS):
         for dtype in (WIDE, HALF):
             begin = time.perf_counter()
             product(*operands[dtype])
-            least[dtype] = min(least[dtype], time.perf_counter() - begin)
-        if least[HALF] > HOPELESS * least[WIDE]:
+            shortest[dtype] = min(shortest[dtype], time.perf_counter() - begin)
+        if shortest[HALF] > HOPELESS * shortest[WIDE]:
             break
-    return least[WIDE], least[HALF]
+    return shortest[WIDE], shortest[HALF]

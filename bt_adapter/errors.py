@@ -1,9 +1,9 @@
-"""Errors the command line shows as one line."""
+"""Errors that the command line prints as one line."""
 
 
 class CommandError(Exception):
-    """Something the user can put right: shown without a traceback, exit code 2."""
+    """An error that the user can correct: printed without a traceback, exit code 2."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; the message says what does not fit."""
+    """An error of a checkpoint that cannot be loaded; the message lists what does not fit."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Write files and folders atomically: they are complete or do not exist."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write UTF-8 text to a temporary name beside ``path`` and rename it: a kill leaves the old file or the new one."""
+    """Write UTF-8 text to a temporary file and rename it to ``path``: a kill leaves the old file or the new one."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.writing")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
 
 def replace_folder(aside: Path, folder: Path) -> None:
-    """Rename a finished folder to its own name; what had that name is kept until then, and removed after it."""
+    """Rename a finished folder to its final name; an existing folder of that name is removed only after that."""
     old = folder.with_name(f"{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

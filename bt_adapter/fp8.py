@@ -1,4 +1,4 @@
-"""Weights of frozen products in 8 bits, for GPUs whose tensor cores take them (Ada, Hopper and later)."""
+"""8-bit weights of frozen matrix products, for GPUs with float8 tensor cores (Ada, Hopper and later)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _LARGEST = torch.finfo(_FP8).max
 
 
 class Fp8Weight(nn.Module):
-    """A weight ``[O, I]`` as float8 (e4m3) with a scale for each output, in the place of an ``nn.Linear``'s own.
+    """A weight ``[O, I]`` as float8 (e4m3) with a scale per output, which replaces an ``nn.Linear``'s weight.
 
-    The rows it meets get a scale each as they come, so nothing needs to be calibrated. Half the bytes of bfloat16.
+    Input rows are scaled dynamically, one scale per row, without calibration. Half the bytes of bfloat16.
 
     Raises:
-        ValueError: O or I is not a multiple of 16, as the hardware's product needs.
+        ValueError: O or I is not a multiple of 16, which the hardware requires.
     """
 
     def __init__(self, weight: Tensor):
@@ -23,21 +23,21 @@ class Fp8Weight(nn.Module):
         if weight.shape[0] % 16 or weight.shape[1] % 16:
             raise ValueError(f"weight must have sides that are multiples of 16, but is {list(weight.shape)}")
         values, scale = quantize(weight.detach())
-        # as bytes, so that a module's .to(dtype) leaves them alone
+        # as bytes, so that a module's .to(dtype) does not convert them
         self.register_buffer("bytes", values.view(torch.uint8))
         self.register_buffer("scale", scale.t())
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x·weightᵀ + bias`` in the dtype of ``x``, ``[..., I]`` to ``[..., O]``."""
+        """Compute ``x·weightᵀ + bias`` in the dtype of ``x``, ``[..., I]`` to ``[..., O]``."""
         rows, scale = quantize(x.flatten(0, -2))
         weight = self.get_buffer("bytes").view(_FP8).t()
-        # scales of rows and columns go with results in bfloat16 alone
+        # row-wise and column-wise scales are supported only for results in bfloat16
         out = torch._scaled_mm(rows, weight, scale, self.get_buffer("scale").float(), out_dtype=torch.bfloat16)
         out = out.to(x.dtype).unflatten(0, x.shape[:-1])
         return out if bias is None else out.add_(bias.to(x.dtype))
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``[n, I]`` to float8 of the same shape and float32 scales ``[n, 1]``."""
+    """Quantise ``[n, I]`` to float8 of the same shape and float32 scales ``[n, 1]``."""
     scale = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
     return (rows / scale).clamp(-_LARGEST, _LARGEST).to(_FP8), scale

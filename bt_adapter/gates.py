@@ -1,4 +1,4 @@
-"""The two gates between tower and branch in published checkpoints: which there are, and their values."""
+"""Find the two gates between tower and branch in published checkpoints, and their values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.published_files import read_tensors, strip_prefixes
 
 Source = str | os.PathLike | Mapping[str, Tensor]
-# Published name: name in our folders, and the field of BTAdapterConfig that is None where there is no gate.
+# Published name: name in our folders, and the field of BTAdapterConfig that is None without the gate.
 GATES = {
     "balance1": ("branch.output_gate", "output_gate_slope"),
     "balance2": ("branch.merge_gate", "merge_gate_slope"),
@@ -24,19 +24,19 @@ GATES = {
 def find_gates(
     state: Mapping[str, Tensor], holds_tower: bool, eva: bool, source: Source | None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a checkpoint with the gates of ``source``, and the slopes of gates it was trained without.
+    """Add the gates of ``source`` to a checkpoint's tensors, and find the gates it was trained without.
 
     Args:
         state: tensors of the checkpoint under published names without prefixes.
-        holds_tower: whether the tower is among them. eva: whether it is an EVA-CLIP's, which has no gates.
-        source: where a file of the branch alone has its gates from.
+        holds_tower: whether they include the tower. eva: whether it is an EVA-CLIP's, which has no gates.
+        source: the file or tensors with the gates of a file that holds only the branch.
 
     Returns:
-        The tensors, and names of fields of ``BTAdapterConfig`` that must be None.
+        The tensors, and the names of the fields of ``BTAdapterConfig`` that must be None.
 
     Raises:
-        ValueError: ``source`` is given, but the checkpoint says itself which gates it has.
-        CheckpointError: ``source`` has neither gates nor a tower, so that it says nothing of gates.
+        ValueError: ``source`` is given, but the checkpoint itself determines its gates.
+        CheckpointError: ``source`` has neither gates nor a tower, so it does not determine the gates.
     """
     lacking = [name for name in GATES if name not in state]
     if source is not None and (eva or holds_tower or not lacking):
@@ -53,14 +53,14 @@ def find_gates(
 
 
 def fill_gates(own: dict[str, Tensor], model: BTAdapterVisionModel) -> None:
-    """Half-open gates where the model has them and the file does not; the file's left out where the model has none."""
+    """Add half-open gates that the model has and the file lacks; remove those that the model does not have."""
     expected = model.state_dict()
     for gate, _ in GATES.values():
         if gate in own and gate not in expected:
             del own[gate]
         elif gate in expected and gate not in own:
             warnings.warn(
-                f"the checkpoint holds the branch alone and has no gates (balance1, balance2): {gate} is half open. "
+                f"the checkpoint holds only the branch and has no gates (balance1, balance2): {gate} is half open. "
                 "Its trained values are in the pretraining file: give it as gates_from (bt-adapter convert --gates)",
                 stacklevel=3,
             )
@@ -68,7 +68,7 @@ def fill_gates(own: dict[str, Tensor], model: BTAdapterVisionModel) -> None:
 
 
 def _read_gates(source: Source) -> dict[str, Tensor]:
-    """Gates by their published names; one that is not there was trained without."""
+    """Read gates by their published names; a missing gate was not used in training."""
     if not isinstance(source, Mapping) and Path(source).is_dir():
         read_settings(Path(source))
         state = read_safetensors(Path(source) / "model.safetensors")

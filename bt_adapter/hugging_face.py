@@ -1,4 +1,4 @@
-"""Models of transformers by folder or hub name: loaded in the dtype that is asked for, whole, or not at all."""
+"""Load models of transformers by folder or hub name, with all weights and in the requested dtype."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from safetensors import SafetensorError
 from bt_adapter.errors import CheckpointError
 from bt_adapter.model_folders import is_hub_name
 
-_SHOWN = 8  # names of tensors in an error
+_SHOWN = 8  # maximum number of tensor names in an error
 
 
 def load_pretrained(
     model_class: Any, name: str | os.PathLike[str], dtype: torch.dtype | None = torch.float32, **options: Any
 ) -> Any:
-    """A model of transformers with every one of its weights read from the files, in evaluation mode.
+    """Load a model of transformers in evaluation mode, and check that every weight comes from the files.
 
-    transformers itself draws weights at random where the files lack them, and says so in a log; and it takes the dtype
-    of the files where none is given.
+    transformers itself initialises missing weights at random and only logs a warning, and without a dtype it uses that
+    of the files.
 
     Args:
         model_class: a class with ``from_pretrained``. name: local folder or hub name.
-        dtype: of the weights; None: as stored.
-        **options: of ``from_pretrained``.
+        dtype: dtype of the weights; None: as stored.
+        **options: options of ``from_pretrained``.
 
     Raises:
-        CheckpointError: tensors are missing or have other shapes, which are listed, or a file is damaged.
-        OSError: the folder or hub name is not there; a local path that is mistyped is never looked for on the hub.
+        CheckpointError: tensors are missing or have wrong shapes, which are listed, or a file is damaged.
+        OSError: the folder or hub name does not exist; a mistyped local path is never requested from the hub.
     """
     name = check_place(name)
     try:
@@ -40,7 +40,7 @@ def load_pretrained(
             name,
             dtype="auto" if dtype is None else dtype,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they come in the report, and are an error below
+            ignore_mismatched_sizes=True,  # the report lists them, and they are an error below
             **options,
         )
     except SafetensorError as error:
@@ -59,11 +59,11 @@ def load_pretrained(
 
 
 def load_clip_model(model_class: Any, name: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Any:
-    """A CLIP, or its vision tower alone, by :func:`load_pretrained`.
+    """Load a CLIP, or only its vision tower, with :func:`load_pretrained`.
 
     Raises:
-        CheckpointError: the name stands for a model of another type (SigLIP, a chat model), or as there.
-        OSError: as there.
+        CheckpointError: the model is of another type (SigLIP, a chat model); see also there.
+        OSError: see there.
     """
     kind = model_kind(name)
     if kind not in ("clip", "clip_vision_model"):
@@ -72,10 +72,10 @@ def load_clip_model(model_class: Any, name: str | os.PathLike[str], dtype: torch
 
 
 def model_kind(name: str | os.PathLike[str]) -> str | None:
-    """The ``model_type`` in the configuration of a folder or hub name of transformers.
+    """Read the ``model_type`` from the configuration of a folder or hub name of transformers.
 
     Raises:
-        OSError: the folder or hub name is not there, or has no ``config.json``.
+        OSError: the folder or hub name does not exist, or has no ``config.json``.
     """
     from transformers import PreTrainedConfig
 
@@ -86,11 +86,11 @@ def model_kind(name: str | os.PathLike[str]) -> str | None:
 
 
 def check_place(name: str | os.PathLike[str]) -> str:
-    """The name as a string, where it is a file or folder that is there, or can be a hub name (owner/name).
+    """Return the name as a string if it is an existing file or folder, or can be a hub name (owner/name).
 
     Raises:
-        FileNotFoundError: it is a local path that is not there (as every path is whose first folder is there); the
-            message names what lies near it.
+        FileNotFoundError: it is a local path that does not exist (every path whose first folder exists is local); the
+            message suggests a similar name.
     """
     text = os.fspath(name)
     path = Path(text).expanduser()
@@ -103,12 +103,12 @@ def check_place(name: str | os.PathLike[str]) -> str:
 
 
 def locate_branch(source: str | os.PathLike[str]) -> Path:
-    """Where a branch lies: a folder of ``save_pretrained``, or the file of a published checkpoint.
+    """Return the path of a branch: a folder of ``save_pretrained``, or the file of a published checkpoint.
 
-    source: that folder or file, or a name on the hub (owner/name) that is fetched.
+    source: that folder or file, or a hub name (owner/name), which is downloaded.
 
     Raises:
-        FileNotFoundError: it is not there; a mistyped local path is never looked for on the hub.
+        FileNotFoundError: it does not exist; a mistyped local path is never requested from the hub.
         OSError: the hub has no such repository, or there is no network.
         CheckpointError: the repository holds no branch.
     """
@@ -119,7 +119,7 @@ def locate_branch(source: str | os.PathLike[str]) -> Path:
 
     try:
         path = Path(snapshot_download(str(source)))
-    except Exception as error:  # of the hub's client, the network, or a cache without it
+    except Exception as error:  # errors of the hub's client, the network or the cache have no common class
         raise FileNotFoundError(f"branch {source} is no folder or file here, nor found on the hub: {error}") from error
     if (path / "config.json").is_file():
         return path
@@ -130,7 +130,7 @@ def locate_branch(source: str | os.PathLike[str]) -> Path:
 
 
 def _near(path: Path) -> str:
-    """What lies beside a path and has almost its name."""
+    """Suggest an existing path with a similar name in the same folder."""
     parent = path.parent
     if not parent.is_dir():
         return ""

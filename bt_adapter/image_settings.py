@@ -1,4 +1,4 @@
-"""How an image model wants its pictures: resized, cropped and normalised as its own image processor does it."""
+"""Read the image preprocessing (resize, crop, normalisation) of an image model's own image processor."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _FILE = "preprocessor_config.json (or processor_config.json)"
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """The preprocessing of frames, as a CLIP's ``preprocessor_config.json`` has it.
+    """The preprocessing of frames, as in a CLIP's ``preprocessor_config.json``.
 
     Attributes:
-        size: S, height and width of the result in pixels: the tower's.
-        resize: what a picture is resized to before the centre S x S is cropped: its short side, in pixels, or
-            (height, width), which may stretch it. None: the short side to S.
+        size: S, height and width of the result in pixels, equal to the tower's.
+        resize: target of the resize before the centre crop of S x S: the short side in pixels, or (height, width),
+            which may change the aspect ratio. None: the short side becomes S.
         resample: interpolation: "bicubic", "bilinear" or "nearest-exact".
-        mean, std: per channel, of pixels on the scale [0, 1].
+        mean, std: per channel, for pixels on the scale [0, 1].
     """
 
     size: int
@@ -46,42 +46,42 @@ class ImageSettings:
         return max(self.size, resize) if isinstance(resize, int) else max(self.size, *resize)
 
     def crop(self, frames: Tensor) -> Tensor:
-        """uint8 ``[T, 3, H, W]`` to uint8 ``[T, 3, S, S]``: resized and cropped, not normalised."""
+        """Resize and crop uint8 ``[T, 3, H, W]`` to uint8 ``[T, 3, S, S]``, without normalisation."""
         return resize_and_crop(frames, self.size, self.resize, self.resample)
 
     def normalise(self, frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 ``[T, 3, H, W]`` to ``(frames / 255 - mean) / std`` in ``dtype``."""
+        """Normalise uint8 ``[T, 3, H, W]`` to ``(frames / 255 - mean) / std`` in ``dtype``."""
         return normalise(frames, self.mean, self.std, dtype)
 
     def prepare(self, frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 ``[T, 3, H, W]`` to what the tower takes, ``[T, 3, S, S]``."""
+        """Resize, crop and normalise uint8 ``[T, 3, H, W]`` to the tower's input, ``[T, 3, S, S]``."""
         return self.normalise(self.crop(frames), dtype)
 
     def at(self, size: int) -> ImageSettings:
-        """The same for a tower of another image size."""
+        """Return these settings for a tower of another image size."""
         return self if size == self.size else replace(self, size=size, resize=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
+        """Return all fields as a dict for JSON."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @staticmethod
     def of_dict(values: Mapping[str, Any]) -> ImageSettings:
-        """The way back from :meth:`to_dict` and JSON."""
+        """Convert the result of :meth:`to_dict`, also after JSON, back to settings."""
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, (list, tuple))}
         return ImageSettings(**{**values, **lists})
 
 
 def read_image_settings(name: str | os.PathLike[str], size: int, local: bool = False) -> ImageSettings:
-    """The settings in the folder or hub repository of a CLIP whose tower takes ``size`` pixels.
+    """Read the settings from the folder or hub repository of a CLIP whose tower takes ``size`` pixels.
 
-    Where it has no file of them they are CLIP's own: bicubic, CLIP's mean and standard deviation.
+    Without a settings file, CLIP's own are returned: bicubic, CLIP's mean and standard deviation.
 
     Args:
-        local: look into folders and what was downloaded before alone.
+        local: use only local folders and the download cache.
 
     Raises:
-        CheckpointError: the file asks for what is not done here, or its pictures do not fit the tower.
+        CheckpointError: a setting in the file is not supported, or its pictures do not fit the tower.
     """
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -101,12 +101,12 @@ def read_image_settings(name: str | os.PathLike[str], size: int, local: bool = F
 
 
 def read_crop_size(name: str | os.PathLike[str], local: bool = False) -> int | None:
-    """Height and width of the pictures that the image processor of a folder or hub name makes; None: not known.
+    """Read the output height and width of the image processor of a folder or hub name; None: not known.
 
-    For models that take pictures of any size, of which the configuration does not say which they are given.
+    It is needed for models that accept any image size and whose configuration does not name the usual one.
 
     Args:
-        local: look into folders and what was downloaded before alone.
+        local: use only local folders and the download cache.
     """
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -122,9 +122,9 @@ def read_crop_size(name: str | os.PathLike[str], local: bool = False) -> int | N
 
 
 def settings_of_processor(processor: Any, size: int) -> ImageSettings:
-    """The settings of a loaded image processor of transformers, for a tower that takes ``size`` pixels.
+    """Read the settings of a loaded image processor of transformers, for a tower that takes ``size`` pixels.
 
-    Raises CheckpointError as :func:`read_image_settings`.
+    Raises CheckpointError, see :func:`read_image_settings`.
     """
     return _of_processor(type(processor).__name__, processor.to_dict(), size)
 
@@ -141,7 +141,7 @@ def _of_processor(name: str, values: Mapping[str, Any], size: int) -> ImageSetti
 
 
 def _normalisation(name: str, values: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pixels on the scale [0, 1], whatever the file's own scale is."""
+    """Convert mean and standard deviation from the file's scale to that of pixels in [0, 1]."""
     mean, std = [0.0] * 3, [1.0] * 3
     if values.get("do_normalize", True):
         given = [values.get("image_mean"), values.get("image_std")]
@@ -159,7 +159,7 @@ def _normalisation(name: str, values: Mapping[str, Any]) -> tuple[tuple[float, .
 
 
 def _crop(values: Mapping[str, Any]) -> Any:
-    """(height, width) of ``crop_size``, or None."""
+    """Return (height, width) of ``crop_size``, or None."""
     crop: Any = values.get("crop_size")
     if isinstance(crop, Mapping):
         crop = (crop.get("height") or crop.get("shortest_edge"), crop.get("width") or crop.get("shortest_edge"))
@@ -167,7 +167,7 @@ def _crop(values: Mapping[str, Any]) -> Any:
 
 
 def _channels(value: Any, default: Sequence[float]) -> list[float]:
-    """A number for each channel; a single number stands for all three. Empty where the value holds anything else."""
+    """Return one number per channel; a single number is repeated. An invalid value gives an empty list."""
     value = default if value is None else value
     listed = list(value) if isinstance(value, (list, tuple)) else [value] * 3
     fitting = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in listed)
@@ -175,7 +175,7 @@ def _channels(value: Any, default: Sequence[float]) -> list[float]:
 
 
 def _resize(name: str, values: Mapping[str, Any], size: int) -> int | tuple[int, int] | None:
-    """What a picture is resized to so that a crop, or nothing, gives the tower's size."""
+    """Return the target of the resize from which a crop, if any, gives the tower's size."""
     target: Any = values.get("size")
     if isinstance(target, Mapping):
         target = target.get("shortest_edge") or (target.get("height"), target.get("width"))

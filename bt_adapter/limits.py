@@ -1,6 +1,6 @@
-"""One check of the numbers and types of every command's arguments and every recipe.
+"""Check the numbers and types of every command's arguments and every recipe.
 
-It does not import torch, so that wrong arguments are answered at once.
+It does not import torch, so that invalid arguments are reported immediately.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ _WORDS = {
 
 
 def check_numbers(settings: object, limits: Mapping[str, str]) -> None:
-    """Raise CommandError for the first number of a dataclass that lies outside its interval.
+    """Raise CommandError for the first number of a dataclass that is outside its interval.
 
     Args:
-        settings: its fields hold the numbers, alone or in tuples. A field that is None, or a word where its type allows
-            one, is not checked.
-        limits: field -> interval, as "(0, 1]"; "inf" is no bound. NaN lies in no interval.
+        settings: its fields hold numbers or tuples of numbers. A field that is None or a string is not checked.
+        limits: field -> interval, such as "(0, 1]"; "inf" means no bound. NaN lies in no interval.
     """
     for name, interval in limits.items():
         value = getattr(settings, name)
@@ -41,7 +40,7 @@ def check_numbers(settings: object, limits: Mapping[str, str]) -> None:
 
 
 def numeric(kind: type[int] | type[float], interval: str) -> Callable[[str], float]:
-    """A ``type=`` of argparse: numbers inside an interval alone."""
+    """Make a ``type=`` for argparse that accepts only numbers inside an interval."""
 
     def parse(text: str) -> float:
         number = kind(text)
@@ -49,7 +48,7 @@ def numeric(kind: type[int] | type[float], interval: str) -> Callable[[str], flo
             raise ArgumentTypeError(f"must {_in_words(interval, number)}, got {text}")
         return number
 
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    parse.__name__ = kind.__name__  # argparse prints it if the text is not a number
     return parse
 
 
@@ -73,20 +72,20 @@ def _bounds(interval: str) -> tuple[float, float]:
 
 
 def check_types(settings: object) -> None:
-    """Raise CommandError for the first field of a dataclass whose value is not of the field's type."""
+    """Raise CommandError for the first field of a dataclass whose value does not have the field's type."""
     for name, kind in types_of(settings).items():
         if not fits(value := getattr(settings, name), kind):
             raise CommandError(f"{option(name)} must be {type_in_words(kind)}, got {value!r}")
 
 
 def types_of(settings: object) -> dict[str, Any]:
-    """The fields of a dataclass and their types."""
+    """Return the fields of a dataclass with their types."""
     hints = get_type_hints(type(settings))
     return {name: hints[name] for name in vars(settings) if name in hints}
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Whether a value is of a type. A whole number is a float too, truth values are no numbers."""
+    """Whether a value has a type. An int is also a float; a bool is not a number."""
     parts = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
         return any(fits(value, part) for part in parts)
@@ -104,8 +103,9 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def converted(value: Any, kind: Any) -> Any:
-    """A value of a YAML file as ``kind``, where it is written otherwise there: YAML knows no paths and no tuples, and
-    takes 2e-6 for text. Any other value comes back as it is."""
+    """Convert a YAML value to ``kind``: YAML has no paths and no tuples, and reads 2e-6 as text.
+
+    Any other value is returned unchanged."""
     parts = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
         return next((new for part in parts if fits(new := converted(value, part), part)), value)
@@ -128,7 +128,7 @@ def converted(value: Any, kind: Any) -> Any:
 
 
 def type_in_words(kind: Any) -> str:
-    """A type for a person."""
+    """Describe a type in words for an error message."""
     parts = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(type_in_words(part) for part in parts)
@@ -142,5 +142,5 @@ def type_in_words(kind: Any) -> str:
 
 
 def option(name: str) -> str:
-    """A field's name on the command line."""
+    """Return a field's name on the command line."""
     return "--" + name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""One writer a folder."""
+"""Lock a folder, so that only one run writes to it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from bt_adapter.errors import CommandError
 
 
 def lock(folder: Path) -> IO[str]:
-    """Keep other processes out of a folder, which is made, until what is returned is closed.
+    """Create a folder and lock it against other processes until the returned file is closed.
 
     Raises:
-        CommandError: another process has it, or it cannot be made.
+        CommandError: another process has locked it, or it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -21,7 +21,7 @@ def lock(folder: Path) -> IO[str]:
     except OSError as error:
         raise CommandError(f"--out {folder} cannot be written: {error}") from error
     try:
-        # of this process alone: a lock by flock would live on in its decoding processes when it is killed
+        # a lock of this process only: flock's would survive in its decoding processes if it is killed
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.close()

@@ -1,4 +1,4 @@
-"""Losses of pretraining: the contrastive one, and token alignment where its op cannot serve."""
+"""Losses of pretraining: the contrastive loss, and token alignment for cases that its op does not support."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from bt_kernels._layout import patch_rows
 def contrastive_loss(
     video: Tensor, text: Tensor, temperature: float | Tensor, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Symmetric video-text contrastive loss: the sum of both directions' mean negative log-likelihoods.
+    """Compute the symmetric video-text contrastive loss: the sum of both directions' mean negative log-likelihoods.
 
-    Video b and text b belong together; all others of the batch are negatives. Source: VTC, arXiv 2309.15785
-    section 3.2 (the sum and not the mean of the two directions, as published).
+    Video b and text b are a pair; all others of the batch are negatives. Source: VTC, arXiv 2309.15785 section 3.2
+    (the sum, not the mean, of the two directions, as published).
 
     Args:
-        video: ``[B, F]``, any length. text: ``[B, F]``.
+        video: ``[B, F]``, of any norm. text: ``[B, F]``.
         temperature: τ; cosine similarities are divided by it.
-        group: processes whose batches make one, all of the same size. Each compares its own part with the whole, so
-            that no process holds the whole matrix. The mean of the results over processes is the loss of the whole
-            batch, and the mean of the parameters' gradients, which DDP and FSDP take, is its gradient: gradients pass
+        group: processes whose equally large batches form one global batch. Each process compares its own part with the
+            whole, so that no process holds the full matrix. The mean of the results over processes is the loss of the
+            global batch, and the mean of the parameters' gradients, as in DDP and FSDP, is its gradient: gradients pass
             through the exchange.
 
     Returns:
@@ -55,18 +55,18 @@ def called_alignment(
     head: Callable[[Tensor], Tensor],
     project: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Masked branch token alignment by calling the head as a module; ``bt_kernels.alignment_loss`` reads its weights.
+    """Compute masked branch token alignment with the head called as a module, unlike ``bt_kernels.alignment_loss``.
 
-    Mean over the visible tokens of ``2 - 2·cos(a, b)`` (arXiv 2309.15785 section 3.2), a = ``head`` of the branch's
-    tokens, b = ``project`` of the tower's at the same places. No gradient flows to the tower's side.
+    The mean over the visible tokens of ``2 - 2·cos(a, b)`` (arXiv 2309.15785 section 3.2), a = ``head`` of the branch's
+    tokens, b = ``project`` of the tower's tokens at the same positions. No gradient flows to the tower's side.
 
     Args:
         branch: ``[B, 1+N, D]``, CLS first. target: ``[B, T, 1+P, D]``.
-        visible: which tokens.
-        head: ``[B, N, D]`` to ``[B, N, F]``. project: the same, of the tower.
+        visible: the branch's tokens.
+        head: maps ``[B, N, D]`` to ``[B, N, F]``. project: the same for the tower.
 
     Returns:
-        A scalar of the dtype of ``branch``; 0 where nothing is visible.
+        A scalar of the dtype of ``branch``; 0 if no token is visible.
     """
     wide = torch.promote_types(branch.dtype, torch.float32)
     index = visible.target_index
@@ -80,11 +80,11 @@ def called_alignment(
 
 @dataclass(frozen=True)
 class ChatLayer:
-    """What MBCA and MBTA compare at the layer that chat reads.
+    """Inputs of the losses MBCA and MBTA at the layer that chat reads.
 
     Attributes:
-        mean: ``[B, D]``, the mean of a video's patch tokens as a projector reads them: half the tower's, half the
-            branch's (of the visible ones).
+        mean: ``[B, D]``, the mean of a video's patch tokens as a projector reads them: the average of the tower's mean
+            and the branch's mean over the visible tokens.
         distance: a scalar in float32 or wider, the mean over the visible tokens of ``2 - 2·cos(branch, tower)``.
     """
 
@@ -93,20 +93,20 @@ class ChatLayer:
 
 
 def compare_chat_layer(tower: Tensor, branch: Tensor, visible: VisibleTokens) -> ChatLayer:
-    """Compare tower and branch where a chat model reads them: after tower layer L-2 and branch layer d-2.
+    """Compare tower and branch at the layers that a chat model reads: tower layer L-2 and branch layer d-2.
 
-    The losses of arXiv 2309.15785 section 3.2 act behind the last layers, which chat never runs. Here they act on the
-    tokens of section 3.3. No head stands between: what chat reads is itself to stay near the tower's tokens.
+    The losses of arXiv 2309.15785 section 3.2 use the outputs of the last layers, which chat does not run. Here they
+    use the tokens of section 3.3, without a head, because the tokens that chat reads should stay near the tower's.
 
     Args:
         tower: ``[B, T, 1+P, D]``, CLS first; no gradient flows to it. branch: ``[B, 1+N, D]``, CLS first.
-        visible: which tokens the branch has.
+        visible: the branch's tokens.
 
     Raises:
-        ValueError: ``visible`` says how many frames are real (``frame_counts``), which is not supported here.
+        ValueError: ``visible`` has padding frames (``frame_counts``), which is not supported here.
     """
     if visible.frame_counts is not None:
-        raise ValueError("visible must have no frame_counts where align_layer is 'chat'")
+        raise ValueError("visible must have no frame_counts if align_layer is 'chat'")
     wide = torch.promote_types(branch.dtype, torch.float32)
     index = visible.target_index
     real = (index >= 0)[:, :, None]
@@ -119,7 +119,7 @@ def compare_chat_layer(tower: Tensor, branch: Tensor, visible: VisibleTokens) ->
 
 
 class _Gathered(torch.autograd.Function):
-    """The rows of all processes, ``[B, F]`` to ``[k·B, F]``; gradients of one's own rows are summed over processes."""
+    """A gather of all processes' rows, ``[B, F]`` to ``[k·B, F]``, whose backward sums gradients over processes."""
 
     @staticmethod
     def forward(ctx, rows, group):

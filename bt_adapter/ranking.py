@@ -41,7 +41,7 @@ class Retrieval(Places):
     tie_corrected: Places | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
+        """Return all fields as a dict for JSON."""
         return asdict(self)
 
 

@@ -178,7 +178,10 @@ def test_rows_of_other_runs_are_refused(folder, tmp_path):
         (b'{"video": "a"}\n', "line 1: expected an object with the texts video .or image. and question"),
         (b"[1]\n", "line 1: expected an object"),
         (b'\n{"video": "a", "question": "  "}\n', "line 2: the question is empty"),
-        (b'{"id": 1, "video": "a", "question": "x"}\n{"id": "1", "video": "a", "question": "y"}\n', "id '1' is there"),
+        (
+            b'{"id": 1, "video": "a", "question": "x"}\n{"id": "1", "video": "a", "question": "y"}\n',
+            "id '1' is used twice",
+        ),
         (b"\n", "holds no question"),
     ],
 )
