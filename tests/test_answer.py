@@ -180,7 +180,7 @@ def test_rows_of_other_runs_are_refused(folder, tmp_path):
         (b'\n{"video": "a", "question": "  "}\n', "line 2: the question is empty"),
         (
             b'{"id": 1, "video": "a", "question": "x"}\n{"id": "1", "video": "a", "question": "y"}\n',
-            "id '1' is used twice",
+            "'1' is used",
         ),
         (b"\n", "holds no question"),
     ],

@@ -173,7 +173,7 @@ def test_missing_weights_are_listed(lacking, tmp_path, capsys):
 def test_folders_that_cannot_be_loaded_or_written(tmp_path):
     chat = make_video_chat()
     chat.save(tmp_path / "model")
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         chat.save(tmp_path / "model")
     (tmp_path / "empty").mkdir()
     chat.save(tmp_path / "empty")
