@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=("image", "reference", "ours"),
                         default=("image", "reference", "ours"))  # fmt: skip
     parser.add_argument("--frames", type=int, nargs="+", default=FRAMES)
-    parser.add_argument("--batch", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--new", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--seconds", type=float, default=5.0, help="begin no further run of a case after so long")
     parser.add_argument("--most", type=int, default=None, help="prompt tokens of a batch (CPU 6000, GPU 10^6)")
@@ -210,7 +210,7 @@ def main() -> int:
     there = json.loads(path.read_text()) if options.resume and path.exists() else []
     rows = [Row(**row) for row in there if row["peak"]]
     measured = {key(row) for row in rows}
-    for batch in options.batch:
+    for batch in options.batch_size:
         for frames in options.frames:
             for contender in options.only:
                 row = Row(Path(options.model).name, contender, frames, batch, clock=options.clock, facts=about)

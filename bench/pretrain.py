@@ -69,10 +69,10 @@ def make_shards(folder: Path, count: int) -> dict[str, Path]:
 def run(data: str, source: str, processes: int, workers: int, options: argparse.Namespace, device: str) -> Row:
     """One run in processes of its own."""
     with tempfile.TemporaryDirectory() as out:
-        batch = options.batch * processes
-        arguments = ["pretrain", "--data", source, "--clip", options.clip, "--batch", str(batch), "--out", out]
+        batch = options.batch_size * processes
+        arguments = ["pretrain", "--data", source, "--clip", options.clip, "--batch-size", str(batch), "--out", out]
         arguments += ["--steps", str(options.steps), "--workers", str(workers), "--depth", "3"]
-        arguments += [] if device == "cpu" else ["--precision", "bfloat16"]
+        arguments += [] if device == "cpu" else ["--dtype", "bfloat16"]
         launch = [sys.executable, "-m", "bt_adapter.cli"]
         if processes > 1:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -92,7 +92,7 @@ def run(data: str, source: str, processes: int, workers: int, options: argparse.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clip", default="mini")
-    parser.add_argument("--batch", type=int, default=16, help="clips of a process and step")
+    parser.add_argument("--batch-size", type=int, default=16, help="clips per process and step")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path)

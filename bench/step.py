@@ -1,7 +1,7 @@
 """Time and count a pretraining step, its branch alone, and the encoding of a video for chat: ours and the reference's.
 
     python bench/step.py                      the cases that targets name, rows to bench/results/
-    python bench/step.py --part branch --frames 16 --ratio 0 --batch 1
+    python bench/step.py --part branch --frames 16 --mask-ratio 0 --batch-size 1
     python bench/step.py --sweep              counted bytes and time against frames and ratio, for the plots
     python bench/step.py --fits [--memory 24] the largest batch that fits: on a GPU by trying, else from counted bytes
 
@@ -71,7 +71,7 @@ class Row:
 def resident_peaks(case: Case, name: str) -> tuple[int | None, int | None]:
     """Bytes a fresh CPU process holds beyond weights and inputs: with gradients made by the run, and there before."""
     command = [sys.executable, __file__, "--peaks-of", name, "--part", case.part, "--frames", str(case.frames)]
-    command += ["--ratio", str(case.ratio), "--batch", str(case.batch)]
+    command += ["--mask-ratio", str(case.ratio), "--batch-size", str(case.batch)]
     # what is freed goes back at once, so that resident is what is in use and not what the allocator holds on to
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -206,8 +206,8 @@ def main() -> int:
     parser.add_argument("--part", choices=("branch", "step", "chat"), help="one case alone")
     parser.add_argument("--peaks", action="store_true", help="its peaks alone (CPU)")
     parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--ratio", type=float, default=0.7)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--mask-ratio", type=float, default=0.7)
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--sweep", action="store_true", help="the branch against frames and ratio")
     parser.add_argument("--fits", action="store_true", help="the largest batch")
@@ -220,7 +220,7 @@ def main() -> int:
     parser.add_argument("--peaks-of", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peaks_of:
-        print_peaks(Case(options.part, options.frames, options.ratio, options.batch), options.peaks_of)
+        print_peaks(Case(options.part, options.frames, options.mask_ratio, options.batch_size), options.peaks_of)
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not golden_is_green():
@@ -240,7 +240,7 @@ def main() -> int:
             print(f"stopped after {options.minutes} minutes, before {case.name}")
             break
         command = [sys.executable, __file__, "--part", case.part, "--frames", str(case.frames), "--out", str(out)]
-        command += ["--ratio", str(case.ratio), "--batch", str(case.batch), "--only", *options.only]
+        command += ["--mask-ratio", str(case.ratio), "--batch-size", str(case.batch), "--only", *options.only]
         command += ["--rounds", str(options.rounds), *(["--seconds", str(options.seconds)] if options.seconds else [])]
         command += [flag for flag, on in (("--no-peaks", options.no_peaks), ("--peaks", not case.timed)) if on]
         failed |= subprocess.run(command, cwd=ROOT).returncode != 0
@@ -249,7 +249,7 @@ def main() -> int:
 
 def run_case(options: argparse.Namespace, device: str, out: Path) -> None:
     """Measure one case; its rows take the place of those that ``out`` has of the same contenders and case."""
-    case = Case(options.part, options.frames, options.ratio, options.batch, not options.peaks)
+    case = Case(options.part, options.frames, options.mask_ratio, options.batch_size, not options.peaks)
     about = facts(device)
     seconds = options.seconds or (1.0 if device == "cuda" else 15.0)
     rows = []

@@ -11,8 +11,8 @@ from bt_adapter.data import write_video
 from bt_adapter.pretrain.recipe import Recipe
 
 SMALL = {"clip": "mini", 
-    "frames": 4, "batch": 4, "depth": 2, "workers": 0, "ratio": 0.5, "lr": 1e-4, "warmup": 0.1, "max_frames": 8,
-    "precision": "float32",
+    "frames": 4, "batch_size": 4, "depth": 2, "workers": 0, "mask_ratio": 0.5, "lr": 1e-4, "warmup": 0.1,
+    "max_frames": 8, "dtype": "float32",
 }  # fmt: skip
 
 

@@ -213,7 +213,7 @@ def test_the_command_resumes_and_reports(chat, folder, tmp_path, monkeypatch, ca
     assert out.read_bytes() == before
     for change, message in (
         (("--frames", "5"), "made with frames 4, now 5"),
-        (("--batch", "0"), "--batch"),
+        (("--batch-size", "0"), "--batch-size"),
         (("--videos", "nowhere"), "no such file or folder"),
         (("--videos", str(folder / "b.mp4")), "was made with videos"),
         (("--windows", "0"), "--windows"),
@@ -241,9 +241,9 @@ def test_answers_are_told_apart_by_all_that_made_them(folder):
     plain = made()
     changes = {"model": "m", "branch": "b", "frames": 9, "fps": 1.0, "windows": 2, "long": "interpolate",
                "no_branch": True, "dtype": "float16", "quantize": "nf4", "max_new_tokens": 5,
-               "no_repeat": True, "other_tower": True}  # fmt: skip
+               "no_repeat": True, "require_same_tower": False}  # fmt: skip
     assert all(made(**{name: value}) != plain for name, value in changes.items())
-    assert made(batch=3, device="cpu") == plain
+    assert made(batch_size=3, device="cpu") == plain
 
 
 @pytest.mark.parametrize("option", ["model", "branch"])

@@ -107,12 +107,12 @@ def test_commands_take_a_branch_of_another_tower_where_told(tmp_path):
     make_chat(image_size=48).save_pretrained(tmp_path / "chat")
     make_tokenizer().save_pretrained(tmp_path / "chat")
     names = {"model": str(tmp_path / "chat"), "branch": str(tmp_path / "branch")}
-    with pytest.raises(CommandError, match=r"24 px.*48 px.*--other-tower"):
+    with pytest.raises(CommandError, match=r"24 px.*48 px.*--no-require-same-tower"):
         session.load(Chat(**names))
     with pytest.warns(UserWarning, match="24 px"):
-        assert session.load(Chat(**names, other_tower=True)).family.image_size == 48
+        assert session.load(Chat(**names, require_same_tower=False)).family.image_size == 48
     with pytest.warns(UserWarning, match="24 px"):
-        load_tuning(TuneRecipe(**names, other_tower=True, precision="float32"), torch.device("cpu"), True)
+        load_tuning(TuneRecipe(**names, require_same_tower=False, dtype="float32"), torch.device("cpu"), True)
     # what was tuned so needs no leave again
     about = {
         "format": 1,
@@ -127,9 +127,9 @@ def test_commands_take_a_branch_of_another_tower_where_told(tmp_path):
         if leave:
             with pytest.warns(UserWarning, match="24 px"):
                 session.load(Chat(model=str(tmp_path / "tuned")))
-    with pytest.raises(CommandError, match="--other-tower"):
+    with pytest.raises(CommandError, match="--no-require-same-tower"):
         session.load(Chat(model=str(tmp_path / "tuned")))
-    before = {name: value for name, value in TuneRecipe().to_dict().items() if name != "other_tower"}
+    before = {name: value for name, value in TuneRecipe().to_dict().items() if name != "require_same_tower"}
     assert not TuneRecipe().differences(before)  # of a run begun when there was no such option
 
 

@@ -88,7 +88,7 @@ def test_a_pair_that_does_not_fit_is_refused_before_weights_are_read(folders, tm
         (tmp_path / folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="hidden_size 48 against 32"):
         VideoChat.load(chat, tmp_path / "wide")
-    with pytest.raises(ValueError, match=r"trained at 48 px.*takes 24 px.*--other-tower"):
+    with pytest.raises(ValueError, match=r"trained at 48 px.*takes 24 px.*--no-require-same-tower"):
         VideoChat.load(chat, tmp_path / "large")
     with pytest.raises(ValueError, match="EVA-CLIP"):
         VideoChat.load(chat, tmp_path / "eva")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_chat import mini_is_there
 
+import bt_adapter
 from bt_adapter import cli
 from bt_adapter.data import write_video
 
@@ -88,6 +89,21 @@ def test_help_as_a_program():
         [sys.executable, "-m", "bt_adapter.cli", "--help"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and all(name in done.stdout for name in ("chat", "demo", "tune"))
+
+
+@pytest.mark.parametrize("command", ["pretrain", "tune", "answer", "eval qa", "eval retrieval"])
+def test_help_groups_the_options(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*command.split(), "--help"])
+    told = capsys.readouterr().out
+    titles = ("data", "model", "optimisation", "run") if command in ("pretrain", "tune") else ("data", "model", "run")
+    places = [told.index(f"─ {title} options ─") for title in titles]
+    assert exit.value.code == 0 and places == sorted(places)
+    assert ("--config FILE" in told) == (command in ("pretrain", "tune"))
+
+
+def test_version(capsys):
+    assert run(capsys, "--version")[:2] == (0, f"bt-adapter {bt_adapter.__version__}\n")
 
 
 def test_chat_end_to_end_on_the_small_stack(capsys, clip):

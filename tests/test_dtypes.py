@@ -89,11 +89,11 @@ def test_a_run_keeps_the_dtype_it_began_with(measured, tmp_path, capsys):
     """The second half may run on another machine, where another dtype would be chosen."""
     data = write_clips(tmp_path / "clips", 8)
     measured(FAST, FAST, FAST)
-    wanted = recipe(data=str(data), out=tmp_path / "run", steps=1, precision="auto")
+    wanted = recipe(data=str(data), out=tmp_path / "run", steps=1, dtype="auto")
     pretrain(wanted)
     assert "computing in bfloat16: measured on this CPU" in " ".join(capsys.readouterr().err.split())
     state = json.loads((tmp_path / "run/checkpoints/00000001/state.json").read_text())
-    assert state["recipe"]["precision"] == "bfloat16"
+    assert state["recipe"]["dtype"] == "bfloat16"
     measured(EMULATED)
     pretrain(wanted)
     assert "computing in bfloat16: as the run in --out began" in " ".join(capsys.readouterr().err.split())

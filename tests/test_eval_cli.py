@@ -40,7 +40,7 @@ def evaluate(capsys, tmp_path, data):
         out = tmp_path / "result.json"
         common = ("--data", str(manifest), "--out", str(out), "--cache", str(tmp_path / "features"), "--workers", "0")
         common = (*common, "--overwrite")
-        code, table, notes = run(capsys, "eval", "retrieval", *common, "--batch", "3", *arguments)
+        code, table, notes = run(capsys, "eval", "retrieval", *common, "--batch-size", "3", *arguments)
         assert code == 0, notes
         return json.loads(out.read_text()), table, notes
 
@@ -94,14 +94,14 @@ def test_a_second_run_uses_what_is_stored(evaluate, monkeypatch):
 def test_a_result_of_other_settings_is_not_overwritten(capsys, tmp_path, data):
     out = tmp_path / "retrieval [1].json"
     common = ["eval", "retrieval", "--data", str(data), "--out", str(out), "--cache", str(tmp_path / "features")]
-    common += ["--workers", "0", "--precision", "float32"]
+    common += ["--workers", "0", "--dtype", "float32"]
     assert run(capsys, *common)[0] == 0
     before = json.loads(out.read_text())
     assert before["dtype"] == before["precision"] == "float32" and before["dual_softmax_temperature"] is None
     for arguments, told in (
         (("--frames", "4"), "frames 8, now 4"),
         (("--no-branch",), "branch_used True, now False"),
-        (("--precision", "bfloat16"), "precision 'float32', now 'bfloat16'"),
+        (("--dtype", "bfloat16"), "precision 'float32', now 'bfloat16'"),
         (("--dual-softmax",), "dual_softmax_temperature None, now 0.01"),
         (("--views", "2", "--frames", "4", "--sampling", "reference"), "views 1, now 2"),
     ):
@@ -134,7 +134,7 @@ def test_no_branch_is_the_frame_mean(evaluate, data):
 
 def test_half_precision_and_views_are_evaluations_of_their_own(evaluate):
     exact, _, _ = evaluate()
-    half, _, _ = evaluate("--precision", "bfloat16")
+    half, _, _ = evaluate("--dtype", "bfloat16")
     views, _, _ = evaluate("--views", "2", "--sampling", "reference", "--frames", "4")
     assert half["computed"] == views["computed"] == 8 and views["views"] == 2
     assert half["text_to_video"]["mean_rank"] == pytest.approx(exact["text_to_video"]["mean_rank"], abs=1)

@@ -58,7 +58,7 @@ def test_a_range_is_written_on_the_command_line_and_in_a_file(tmp_path, monkeypa
 
 
 def test_all_processes_show_the_same_number_of_frames():
-    wanted = recipe(data="synthetic", steps=9, frames="2..8", batch=4)
+    wanted = recipe(data="synthetic", steps=9, frames="2..8", batch_size=4)
     for step in range(1, 10):
         seen = [draw_visible(wanted, 36, step, rank, 2, torch.device("cpu")).frames for rank in range(2)]
         assert seen == [wanted.frames_of(step - 1)] * 2
@@ -104,7 +104,7 @@ def test_tuning_records_the_rows_it_trained(tmp_path, long, steps):
     model.trained_steps = 3
     before = model.branch.time.detach().clone()
     wanted = tuning_recipe(
-        data=str(write_data(tmp_path / "clips", 2)), out=tmp_path / "out", steps=1, batch=2, long=long
+        data=str(write_data(tmp_path / "clips", 2)), out=tmp_path / "out", steps=1, batch_size=2, long=long
     )
     folder = tune(replace(wanted, learn=("branch",)), chat)
     assert json.loads((folder / "branch/config.json").read_text())["branch"]["trained_steps"] == steps

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
 from bt_adapter import cli
 from bt_adapter.errors import CommandError
@@ -16,31 +17,34 @@ from bt_adapter.pretrain.loop import rate, warm_steps
 from bt_adapter.pretrain.recipe import Recipe, from_yaml
 from bt_adapter.tune.recipe import TuneRecipe
 
-RECIPES = {"pretrain": Recipe(data="x.csv", batch=4), "tune": TuneRecipe(data="x.json")}
+RECIPES = {"pretrain": Recipe(data="x.csv", batch_size=4), "tune": TuneRecipe(data="x.json")}
 BAD_IN_BOTH = [
     ("lr", 0.0), ("lr", -1e-5), ("lr", math.nan), ("lr", math.inf), ("lr", "fast"), ("lr", True), ("lr", None),
-    ("grad_norm", -1.0), ("grad_norm", math.nan), ("grad_norm", math.inf),
+    ("max_grad_norm", -1.0), ("max_grad_norm", math.nan), ("max_grad_norm", math.inf),
     ("beta1", 1.0), ("beta1", 2.0), ("beta2", -0.1), ("beta2", math.nan),
     ("eps", 0.0), ("eps", -1e-8), ("eps", math.inf), ("weight_decay", -0.01), ("weight_decay", math.nan),
     ("warmup", -0.1), ("warmup", 1.5), ("warmup", 2000), ("warmup", math.nan),
     ("epochs", 0.0), ("epochs", -1.0), ("epochs", math.inf), ("epochs", math.nan),
     ("steps", 0), ("steps", -5), ("steps", 2.5), ("steps", True), ("steps", "10"),
-    ("frames", 0), ("frames", -8), ("frames", 8.5), ("batch", 0), ("batch", 2.0), ("accumulate", 0), ("seed", -1),
+    ("frames", 0), ("frames", -8), ("frames", 8.5), ("batch_size", 0), ("batch_size", 2.0),
+    ("accumulate", 0), ("seed", -1),
     ("workers", -1), ("workers", 1.5), ("prefetch", 0), ("tower_chunk", 0), ("keep_last", 0), ("save_steps", 0),
     ("save_minutes", -1.0), ("save_minutes", math.nan), ("max_skipped", -0.1), ("max_skipped", 1.1),
-    ("precision", "float64"), ("device", 3), ("data", ["a", "b"]), ("out", "somewhere"), ("tensorboard", "yes"),
+    ("dtype", "float64"), ("device", 3), ("data", ["a", "b"]), ("out", "somewhere"), ("tensorboard", "yes"),
 ]  # fmt: skip
 BAD = {
     "pretrain": [
-        ("ratio", 1.0), ("ratio", -0.1), ("ratio", math.nan), ("temperature", 0.0), ("temperature", -1.0),
-        ("temperature", math.inf), ("drop_path", 1.0), ("ema", 1.0), ("mbca", -0.1), ("mbta", math.nan), ("depth", 0),
+        ("mask_ratio", 1.0), ("mask_ratio", -0.1), ("mask_ratio", math.nan),
+        ("temperature", 0.0), ("temperature", -1.0), ("temperature", math.inf), ("drop_path", 1.0), ("ema", 1.0),
+        ("mbca", -0.1), ("mbta", math.nan), ("depth", 0),
         ("max_frames", 0), ("crop", (0.0, 1.0)), ("crop", (0.5, math.nan)), ("crop", (0.5,)), ("crop", 0.5),
         ("mask", "tubes"), ("gates", 1),
     ],
     "tune": [
-        ("rank", 0), ("rank", -4), ("rank", 4.5), ("alpha", 0.0), ("alpha", math.nan), ("alpha", math.inf),
+        ("lora_r", 0), ("lora_r", -4), ("lora_r", 4.5), ("lora_alpha", 0.0),
+        ("lora_alpha", math.nan), ("lora_alpha", math.inf),
         ("lora_dropout", 1.0), ("lora_dropout", -0.1), ("lora_dropout", math.nan), ("lr_branch", -1.0),
-        ("lr_lora", 0.0), ("lr_projector", math.inf), ("context", 0), ("head_chunk", 0), ("learn", ["lora"]),
+        ("lr_lora", 0.0), ("lr_projector", math.inf), ("max_length", 0), ("head_chunk", 0), ("learn", ["lora"]),
         ("learn", ("tower",)),
     ],
 }  # fmt: skip
@@ -65,7 +69,9 @@ def test_every_number_of_a_recipe_has_its_limits(kind):
     if kind == "tune":
         recipe = TuneRecipe(data="x.json", branch="b", model="mini")
     recipe.check(1)  # the defaults themselves
-    type(recipe)(**vars(recipe) | {"grad_norm": 0.0, "warmup": 0.0, "workers": 0, "save_minutes": math.inf}).check(1)
+    type(recipe)(**vars(recipe) | {"max_grad_norm": 0.0, "warmup": 0.0, "workers": 0, "save_minutes": math.inf}).check(
+        1
+    )
 
 
 @pytest.mark.parametrize("kind", RECIPES)
@@ -73,8 +79,8 @@ def test_every_number_of_a_recipe_has_its_limits(kind):
     "text",
     [
         "lr: .nan", "lr: -.inf", "lr: true", "lr: null", "lr: [1.0e-4]", "lr: {a: 1}", "lr: abc", "steps: .inf",
-        "steps: 2.5", "batch: many", "grad_norm: -1", "beta1: 2", "eps: 0", "warmup: 3", "data: null", "data: 5",
-        "data: [a.csv]", "out: 7", "tensorboard: 1", "precision: double", "max-skipped: 2\nmax_skipped: 0.1",
+        "steps: 2.5", "batch_size: many", "max_grad_norm: -1", "beta1: 2", "eps: 0", "warmup: 3", "data: null",
+        "data: 5", "data: [a.csv]", "out: 7", "tensorboard: 1", "dtype: double", "max-skipped: 2\nmax_skipped: 0.1",
         "nonsense: 1", "[1, 2]", "device: 2020-01-01",
     ],
 )  # fmt: skip
@@ -90,11 +96,49 @@ def test_wrong_yaml_is_one_line_and_exit_2(kind, text, tmp_path, capsys):
 
 def test_yaml_values_become_the_fields_types(tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text("learn: lora\nlr: 2e-5\nlr-branch: 1\nsteps: 8.0\nout: somewhere\nvideos: null\nrank: 8\n")
+    file.write_text("learn: lora\nlr: 2e-5\nlr-branch: 1\nsteps: 8.0\nout: somewhere\nvideos: null\nlora_r: 8\n")
     found = from_yaml(file, TuneRecipe())
-    assert found == TuneRecipe(learn=("lora",), lr=2e-5, lr_branch=1.0, steps=8, out=Path("somewhere"), rank=8)
+    assert found == TuneRecipe(learn=("lora",), lr=2e-5, lr_branch=1.0, steps=8, out=Path("somewhere"), lora_r=8)
     assert isinstance(found.lr_branch, float) and isinstance(found.steps, int)
     found.check_values()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("pretrain", "--batch", "8"), "--batch is called --batch-size now"),
+        (("pretrain", "--data", "x", "--ratio=0.5"), "--ratio is called --mask-ratio now"),
+        (("pretrain", "--grad_norm", "1"), "--grad-norm is called --max-grad-norm now"),
+        (("tune", "--rank", "8"), "--rank is called --lora-r now"),
+        (("tune", "--alpha", "8"), "--alpha is called --lora-alpha now"),
+        (("tune", "--lora-layers", "q_proj"), "--lora-layers is called --target-modules now"),
+        (("tune", "--context", "99"), "--context is called --max-length now"),
+        (("tune", "--precision", "float32"), "--precision is called --dtype now"),
+        (("chat", "--other-tower"), "--other-tower is called --no-require-same-tower now"),
+        (("export", "m", "out", "--other-tower"), "--other-tower is called --no-require-same-tower now"),
+        (("answer", "q", "--videos", "v", "--batch", "2"), "--batch is called --batch-size now"),
+        (("eval", "qa", "--batch", "2"), "--batch is called --batch-size now"),
+        (("eval", "retrieval", "--data", ".", "--precision", "float32"), "--precision is called --dtype now"),
+        (("eval", "recognition", "--data", ".", "--batch", "2"), "--batch is called --batch-size now"),
+    ],
+)
+def test_former_options_name_the_present_one(words, message, capsys):
+    assert cli.main(list(words)) == 2
+    assert capsys.readouterr().err.strip() == f"bt-adapter: {message}"
+
+
+@pytest.mark.parametrize(("kind", "other"), [("pretrain", {}), ("tune", {"other_tower": True})])
+def test_former_fields_of_yaml_name_the_present_one_but_stored_recipes_load(kind, other, tmp_path):
+    wanted = RECIPES[kind] if kind == "pretrain" else TuneRecipe(data="x.json", require_same_tower=False)
+    former = {now: before for before, now in wanted.renamed.items()}
+    stored = {former.get(name, name): value for name, value in wanted.to_dict().items()} | other
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(stored))
+    assert from_yaml(file, type(wanted)()) == wanted and wanted.differences(stored) == []
+    for before, now in wanted.renamed.items():
+        file.write_text(yaml.safe_dump({before: stored[before]}))
+        with pytest.raises(CommandError, match=f"{before} is called {now} now"):
+            from_yaml(file, type(wanted)())
 
 
 @pytest.mark.parametrize("words", [("--config", "a", "--config=b"), ("--config",), ("--config=",)])
@@ -109,7 +153,7 @@ def test_one_configuration_file(words, capsys):
         (("chat", "what ?", "--frames", "0"), "--frames must be 1 or more, got 0"),
         (("chat", "what ?", "--fps", "nan"), "--fps must be a finite number, above 0, got nan"),
         (("chat", "what ?", "--max-new-tokens", "-1"), "--max-new-tokens must be 1 or more, got -1"),
-        (("answer", "q.jsonl", "--videos", "v", "--batch", "0"), "--batch must be 1 or more, got 0"),
+        (("answer", "q.jsonl", "--videos", "v", "--batch-size", "0"), "--batch-size must be 1 or more, got 0"),
         (("eval", "retrieval", "--data", ".", "--temperature", "nan"), "--temperature must be a finite number"),
         (("eval", "retrieval", "--data", ".", "--workers", "-2"), "--workers must be 0 or more, got -2"),
         (("eval", "qa", "--data", "d", "--videos", "v", "--judge-timeout", "inf"), "--judge-timeout must be a finite"),

@@ -75,9 +75,9 @@ def rates(wanted) -> list[float]:
 @pytest.mark.parametrize("make", [tuned, pretrained])
 def test_the_written_recipe_begins_the_same_run(make, tmp_path):
     wanted, run, default, _ = make(tmp_path)
-    run(replace(wanted, epochs=1.0, precision="auto"))
+    run(replace(wanted, epochs=1.0, dtype="auto"))
     again = from_yaml(wanted.out / "recipe.yaml", default)
-    assert again.precision in ("float32", "bfloat16")
+    assert again.dtype in ("float32", "bfloat16")
     run(replace(again, out=tmp_path / "again"))
     own = [(wanted.out / "log.jsonl").read_text(), (tmp_path / "again/log.jsonl").read_text()]
     losses = [[json.loads(line)["loss"] for line in text.splitlines()] for text in own]

@@ -6,14 +6,12 @@ import sys
 
 import pytest
 import torch
-import tyro
 from miniature import chain, probes, scores
 from miniature.chain import ChainError, Plan, Runner, check_stills_only
 from miniature.world import of_kind
 from safetensors.torch import load_file, save_file
 
 from bt_adapter import cli
-from bt_adapter.commands import pretrain
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.tune.recipe import TuneRecipe
 
@@ -80,12 +78,7 @@ def test_every_command_line_is_one_that_the_product_takes(tmp_path):
     ]
     assert len(commands) == 20
     for words in commands:
-        recipe, tuning = Recipe(), TuneRecipe()
-        if words[0] == "pretrain":
-            recipe, words = pretrain.defaults(words, recipe)
-        if words[0] == "tune":
-            tuning, words = pretrain.defaults(words, tuning)
-        parsed = tyro.cli(cli.commands(recipe, tuning), args=words, config=(tyro.conf.FlagCreatePairsOff,))
+        parsed = cli.parse(words)
         if isinstance(parsed, Recipe | TuneRecipe):
             parsed.check(1)
 

@@ -48,20 +48,20 @@ def test_the_readmes_pipeline_beside_clips_of_two_resolutions(tmp_path, monkeypa
         write_llava(tmp_path / f"llava-{size}", tmp_path / f"clip-{size}")
     captions = pretraining.write_clips(tmp_path / "videos", 4)
     tuning.write_data(tmp_path / "talk", 2)
-    few = ["--steps", "1", "--frames", "4", "--workers", "0", "--device", "cpu", "--precision", "float32"]
-    learn = ["pretrain", "--data", str(captions), "--batch", "4", "--depth", "2", *few]
+    few = ["--steps", "1", "--frames", "4", "--workers", "0", "--device", "cpu", "--dtype", "float32"]
+    learn = ["pretrain", "--data", str(captions), "--batch-size", "4", "--depth", "2", *few]
     assert main(learn) == 2 and "--clip is missing" in capsys.readouterr().err
     assert main([*learn, "--clip", "clip-48"]) == 0
     found = ["eval", "retrieval", "--data", str(captions), "--branch", "pretrained/branch", "--workers", "0"]
-    assert main([*found, "--device", "cpu", "--precision", "float32"]) == 0  # beside the CLIP that the branch names
+    assert main([*found, "--device", "cpu", "--dtype", "float32"]) == 0  # beside the CLIP that the branch names
     result = json.loads((tmp_path / "retrieval.json").read_text())
     assert result["clip"] == "clip-48" and result["precision"] == "float32"
-    tune = ["tune", "--data", "talk/data.json", "--branch", "pretrained/branch", "--batch", "2", *few]
+    tune = ["tune", "--data", "talk/data.json", "--branch", "pretrained/branch", "--batch-size", "2", *few]
     (tmp_path / "llava-96" / "model.safetensors").unlink()  # told from the configurations, not from weights
     capsys.readouterr()
     assert main([*tune, "--model", "llava-96"]) == 2
     error = capsys.readouterr().err
-    assert "48 px" in error and "96 px" in error and "--other-tower" in error
+    assert "48 px" in error and "96 px" in error and "--no-require-same-tower" in error
     assert main([*tune, "--model", "llava-48", "--out", "tuned"]) == 0
     ask = ["chat", "--video", "talk/clip0.mp4", "--model", "tuned/tuned", "how is it moving ?", "--max-new-tokens", "2"]
     assert main([*ask, "--frames", "4"]) == 0

@@ -151,7 +151,7 @@ def test_parts_keep_the_activations_of_one_part(monkeypatch):
 
     kept = {}
     for accumulate in (1, 4):
-        wanted = recipe(accumulate=accumulate, batch=8)
+        wanted = recipe(accumulate=accumulate, batch_size=8)
         module = Pretraining(start_model(wanted, clip, None).train(), wanted)
         weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
         visible = draw_visible(wanted, 36, 1, 0, 1, torch.device("cpu"))
@@ -233,7 +233,7 @@ def test_killed_at_random_moments_it_ends_as_if_never_killed(manifest, tmp_path)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(manifest, tmp_path):
-    arguments = ["--data", str(manifest), "--steps", "200", "--frames", "4", "--batch", "4", "--depth", "2"]
+    arguments = ["--data", str(manifest), "--steps", "200", "--frames", "4", "--batch-size", "4", "--depth", "2"]
     arguments += ["--clip", "mini", "--workers", "0", "--out", str(tmp_path / "run")]
     command = [sys.executable, "-m", "bt_adapter.cli", "pretrain", *arguments]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -297,13 +297,13 @@ def until(monkeypatch, last: int) -> None:
 def test_half_precision_steps_and_goes_on(manifest, tmp_path, monkeypatch, precision):
     if precision == "float16" and not cpu_has_float16():
         pytest.skip("this torch has no products of float16 on a CPU")
-    wanted = recipe(data=str(manifest), out=tmp_path / "run", steps=3, precision=precision)
+    wanted = recipe(data=str(manifest), out=tmp_path / "run", steps=3, dtype=precision)
     until(monkeypatch, 2)
     with pytest.raises(Stopped, match="after step 2 of 3"):
         pretrain(wanted)
     monkeypatch.undo()
     pretrain(wanted)
-    pretrain(replace(wanted, out=tmp_path / "wide", precision="float32"))
+    pretrain(replace(wanted, out=tmp_path / "wide", dtype="float32"))
     rows, exact = losses(tmp_path / "run"), losses(tmp_path / "wide")
     assert [row[0] for row in rows] == [1, 2, 3]
     # cosines that half precision rounds, over a temperature of 0.01

@@ -74,12 +74,14 @@ def test_without_groups_the_order_is_as_it_was(listed):
 
 @needs_mini
 def test_groups_that_cannot_be_are_refused(listed, tmp_path):
-    with pytest.raises(CommandError, match="--batch must be a multiple of processes times --accumulate times --group"):
-        Recipe(data="x", batch=8, group=3).check(1)
-    with pytest.raises(CommandError, match="--batch must be a multiple"):
-        Recipe(data="x", batch=12, group=4, accumulate=2).check(1)
+    with pytest.raises(
+        CommandError, match="--batch-size must be a multiple of processes times --accumulate times --group"
+    ):
+        Recipe(data="x", batch_size=8, group=3).check(1)
+    with pytest.raises(CommandError, match="--batch-size must be a multiple"):
+        Recipe(data="x", batch_size=12, group=4, accumulate=2).check(1)
     with pytest.raises(CommandError, match="--group 2 needs listed clips: those of --data synthetic"):
-        Recipe(data="synthetic", steps=1, batch=4, group=2).check(1)
+        Recipe(data="synthetic", steps=1, batch_size=4, group=2).check(1)
     manifest = write_clips(tmp_path / "clips", 12)
     manifest.write_text(manifest.read_text() + '{"video": "gone.mp4", "caption": "a thing"}\n')
     with pytest.raises(CommandError, match=r"--group 2 needs every listed clip(.|\n)*gone.mp4"):

@@ -87,8 +87,8 @@ def test_yaml_gives_defaults_and_the_command_line_goes_before(tmp_path, monkeypa
     [
         ("nonsense: 1", "unknown nonsense"),
         ("- a list", "fields and values"),
-        ("batch: many", "batch is 'many', expected int"),
-        ("batch: 2.5", "batch is 2.5"),
+        ("batch_size: many", "batch_size is 'many', expected int"),
+        ("batch_size: 2.5", "batch_size is 2.5"),
         ("gates: 3", "true or false"),
         ("mask: tubes", "mask is 'tubes'"),
         ("a: [", "--config"),
@@ -106,8 +106,8 @@ def test_wrong_yaml_is_one_error(tmp_path, text, message):
     [
         ({"data": ""}, 1, "--data is missing"),
         ({"data": "synthetic"}, 1, "--steps"),
-        ({"data": "x.csv", "batch": 6}, 4, "multiple of processes"),
-        ({"data": "x.csv", "ratio": 1.0}, 1, "--ratio"),
+        ({"data": "x.csv", "batch_size": 6}, 4, "multiple of processes"),
+        ({"data": "x.csv", "mask_ratio": 1.0}, 1, "--mask-ratio"),
         ({"data": "x.csv", "frames": 9}, 1, "--max-frames"),
         ({"data": "x.csv", "lr": 0.0}, 1, "--lr"),
         *(
@@ -115,7 +115,7 @@ def test_wrong_yaml_is_one_error(tmp_path, text, message):
             for name, value in [
                 ("steps", 0),
                 ("steps", -3),
-                ("grad_norm", -1.0),
+                ("max_grad_norm", -1.0),
                 ("lr", math.nan),
                 ("lr", math.inf),
                 ("epochs", math.nan),

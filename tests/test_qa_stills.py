@@ -47,7 +47,7 @@ def files(folder):  # noqa: F811
 def ask(files, out, records, batch, *arguments):
     data = out.parent / f"{out.name}.json"
     data.write_text(json.dumps(records))
-    given = ["--data", str(data), "--videos", str(files), "--out", str(out), "--batch", str(batch), *arguments]
+    given = ["--data", str(data), "--videos", str(files), "--out", str(out), "--batch-size", str(batch), *arguments]
     code = cli.main(["eval", "qa", *given, "--frames", "4", "--max-new-tokens", "6"])
     if code:
         return code

@@ -20,7 +20,7 @@ from bt_adapter.data import VideoError, patience
 from bt_adapter.data.patience import StorageError
 from bt_adapter.data.stream import FrameStream
 
-OPTIONS = ("--frames", "4", "--max-new-tokens", "6", "--batch", "2", "--device", "cpu", "--dtype", "float32")
+OPTIONS = ("--frames", "4", "--max-new-tokens", "6", "--batch-size", "2", "--device", "cpu", "--dtype", "float32")
 
 
 def work(rank: int, world: int, arguments: tuple[str, ...], kill: tuple[int, int] | None) -> None:

@@ -338,7 +338,7 @@ def test_killed_at_random_moments_it_ends_as_if_never_killed(data, tmp_path):
 
 
 def test_stopped_and_gone_on_with_is_bit_equal(data, tmp_path, monkeypatch):
-    whole = recipe(data=str(data), out=tmp_path / "whole", learn=EVERY, steps=6, lora_dropout=0.3, batch=3)
+    whole = recipe(data=str(data), out=tmp_path / "whole", learn=EVERY, steps=6, lora_dropout=0.3, batch_size=3)
     run_tuning(whole, make_video_chat())
     split, step = replace(whole, out=tmp_path / "split"), Run._step
 
@@ -374,7 +374,7 @@ def tune_part(rank: int, world: int, wanted: TuneRecipe) -> None:
 @pytest.mark.usefixtures("gloo")
 def test_two_processes_learn_what_one_learns(mixed, tmp_path):
     wanted = recipe(
-        data=str(mixed), out=tmp_path / "one", learn=EVERY, steps=5, batch=3, features=tmp_path / "features-one"
+        data=str(mixed), out=tmp_path / "one", learn=EVERY, steps=5, batch_size=3, features=tmp_path / "features-one"
     )
     run_tuning(wanted, many_drops(make_video_chat()))
     both = replace(wanted, out=tmp_path / "two", features=tmp_path / "features-two")
@@ -404,7 +404,7 @@ def test_half_precision_trains_float32_parts_as_float32_does(data, tmp_path, nam
     dtype = getattr(torch, name)
     wanted = recipe(data=str(data), learn=EVERY, steps=8, packing=True, lr=1e-3, out=tmp_path / "wide")
     run_tuning(wanted, many_drops(make_video_chat()))
-    half = replace(wanted, precision=name, out=tmp_path / "half")
+    half = replace(wanted, dtype=name, out=tmp_path / "half")
     for last in (5, 8):
         chat = many_drops(make_video_chat())
         chat.model.to(dtype)

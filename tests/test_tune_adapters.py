@@ -49,7 +49,7 @@ def logits(chat: VideoChat, model=None) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["llava", "vipllava", "llava_next", "blip-2"])
 @pytest.mark.parametrize("layers", ["all-linear", "q_proj,v_proj"])
 def test_peft_loads_what_tuning_wrote(name, layers, tmp_path):
-    folder = tuned(tmp_path, video_chat(name), lora_layers=layers)
+    folder = tuned(tmp_path, video_chat(name), target_modules=layers)
     plain = video_chat(name)
     before = logits(plain)
     ours = logits(tune.load(folder, model=video_chat(name)))

@@ -359,7 +359,7 @@ def test_values_that_cannot_be():
         ({"data": "x", "frames": 0}, "--frames must be above 0"),
         ({"data": "x", "warmup": 2.0}, "--warmup must lie"),
         ({"data": "x", "model": "./llava", "branch": None}, "needs --branch"),
-        ({"data": "x", "batch": 1}, "--batch must be at least"),
+        ({"data": "x", "batch_size": 1}, "--batch-size must be at least"),
     ):
         with pytest.raises(CommandError, match=message):
             recipe(**changes).check(2)

@@ -40,7 +40,7 @@ def image(stand):
 
 def asked(stand, out, data, **changes):
     options = {"model": str(stand / "chat"), "branch": str(stand / "branch"), "learn": ("projector", "branch", "lora")}
-    return recipe(data=str(stand / data), out=stand / out, steps=3, lr=0.02, batch=2, **{**options, **changes})
+    return recipe(data=str(stand / data), out=stand / out, steps=3, lr=0.02, batch_size=2, **{**options, **changes})
 
 
 def tokens_of(chat, stand, branch=None):

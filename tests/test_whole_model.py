@@ -59,7 +59,7 @@ def write_stand(folder, name: str):
 def options_of(folder, **changes):
     return recipe(
         data=str(folder / "clips/data.json"), out=folder / "run", model=str(folder / "chat"),
-        branch=str(folder / "branch"), learn=("projector", "branch", "lora"), steps=3, lr=0.02, frames=6, batch=2,
+        branch=str(folder / "branch"), learn=("projector", "branch", "lora"), steps=3, lr=0.02, frames=6, batch_size=2,
         **changes,
     )  # fmt: skip
 

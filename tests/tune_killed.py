@@ -20,7 +20,7 @@ def main(data: str, folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     for name, count in (("whole", 0), ("killed", kills)):
         wanted = recipe(
-            data=data, out=folder / name, steps=24, save_steps=3, learn=("projector", "branch", "lora"), batch=3,
+            data=data, out=folder / name, steps=24, save_steps=3, learn=("projector", "branch", "lora"), batch_size=3,
             lora_dropout=0.2, features=folder / f"{name}-features",
         )  # fmt: skip
         killed = run(lambda wanted=wanted: tune(wanted, make_video_chat()), wanted.out, "tuned", count, seed)

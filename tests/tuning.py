@@ -24,7 +24,7 @@ TEMPLATE = (
 )
 ANSWERS = ("it is moving left .", "it is moving right .", "it is moving up .", "it is moving down .")
 SMALL = {
-    "frames": 4, "batch": 4, "workers": 0, "lr": 5e-3, "precision": "float32", "rank": 4, "lora_dropout": 0.0,
+    "frames": 4, "batch_size": 4, "workers": 0, "lr": 5e-3, "dtype": "float32", "lora_r": 4, "lora_dropout": 0.0,
     "device": "cpu", "model": "no/such/tiny/chat", "branch": "no/such/tiny/branch",
 }  # fmt: skip
 

@@ -32,13 +32,13 @@ sys.path[:0] = [str(ROOT)]
 HERE = "bench/miniature"
 WEIGHTS = ROOT / "mini" / "bt_adapter_mini" / "weights"
 SETS = ("pretrain", "stills", "clips", "heldout", "heldout-stills", "retrieval", "stills-ramp", "stills-plain")
-ON_CPU = "--device cpu --precision float32"
+ON_CPU = "--device cpu --dtype float32"
 # Of the first seed: one stage is made in another way, all others are the headline's.
 BRANCH_ABLATIONS = {"no-mbta": "--mbta 0", "no-mbca": "--mbca 0", "reference-order": ""}
 IMAGE_ABLATIONS = {"one-exposure": "stills-ramp", "plain-stills": "stills-plain"}
 QUICK = {
-    "datasets.py": "--count 64", "clip.py": "--steps 2 --batch 8", "pretrain": "--steps 2",
-    "reference_order.py": "--steps 2", "tune": "--steps 2 --batch 8", "probes.py": "--count 36",
+    "datasets.py": "--count 64", "clip.py": "--steps 2 --batch-size 8", "pretrain": "--steps 2",
+    "reference_order.py": "--steps 2", "tune": "--steps 2 --batch-size 8", "probes.py": "--count 36",
 }  # fmt: skip
 
 
@@ -130,7 +130,7 @@ class Plan:
         command = (
             f"bt-adapter eval qa --model WORK/{model}/tuned{_attached(branch)} --data WORK/data/{data}/questions.json"
         )
-        command += f" --videos WORK/data/{data} --out WORK/{name} --batch 32 --max-new-tokens 12"
+        command += f" --videos WORK/data/{data} --out WORK/{name} --batch-size 32 --max-new-tokens 12"
         stills_only = self.work / model / "tuned" if model.endswith("image") else None
         command += f" --device cpu --dtype float32 {options}"
         self._add(name, command, "scores.json", f"data/{data}", model, branch, stills_only=stills_only)

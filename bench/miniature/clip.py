@@ -205,7 +205,7 @@ def train(options: argparse.Namespace) -> None:
     for step in range(done, options.steps):
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         progress = step / options.steps
-        stills, labels = draw_stills(items, options.batch, generator, options.kinds)
+        stills, labels = draw_stills(items, options.batch_size, generator, options.kinds)
         told = caption_labels(labels, generator)
         true = ((told == UNNAMED) | (told == labels[:, None])).all(-1)
         template = torch.randint(len(TEMPLATES), (len(told),), generator=generator).tolist()
@@ -239,10 +239,10 @@ def train(options: argparse.Namespace) -> None:
     seconds = spent + time.monotonic() - began
     scores = score(model.eval(), tokenizer, load_items("test"))
     print(json.dumps(scores), flush=True)
-    drawn = options.steps * options.batch
+    drawn = options.steps * options.batch_size
     about = {
         "files": drawn, "frames": {"1": drawn}, "items": "train", "exposures": list(options.kinds),
-        "seed": options.seed, "steps": options.steps, "batch": options.batch, "seconds": round(seconds, 1),
+        "seed": options.seed, "steps": options.steps, "batch": options.batch_size, "seconds": round(seconds, 1),
         "held_out": scores, "torch": torch.__version__, "threads": torch.get_num_threads(),
     }  # fmt: skip
     save(model, tokenizer, options.out, about)
@@ -305,7 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the trained CLIP")
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=256, help="stills a step")
+    parser.add_argument("--batch-size", type=int, default=256, help="stills a step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--patches", type=float, default=0.5, help="weight of the patch tokens' loss; 0: CLS alone")

@@ -79,7 +79,7 @@ def run_answer(command: Answer) -> int:
         command, chosen = settle(command, processes)
         say(notes, str(chosen), "dim")
         with SharedRows(command.out, about(command), processes) as rows:
-            skipped = answer_with(command, questions, rows, command.batch, notes)
+            skipped = answer_with(command, questions, rows, command.batch_size, notes)
     finally:
         processes.leave()
     return report(notes, command.out, len(questions), skipped) if processes.first else 0
@@ -152,7 +152,7 @@ def about(command: Answer | Qa) -> dict[str, Any]:
     """Return the settings and weight stamps on which the answers of a command line depend."""
     sampling = asdict(sampling_of(command))
     sampling["no_branch"] = not sampling.pop("branch")
-    return {"model": command.model, "branch": command.branch, "other_tower": command.other_tower,
+    return {"model": command.model, "branch": command.branch, "other_tower": not command.require_same_tower,
             "model_files": _weights(command.model), "branch_files": _weights(command.branch),
             "videos": os.path.abspath(command.videos), "dtype": chosen_dtype(command).name,
             "quantize": command.quantize, "max_new_tokens": command.max_new_tokens, **sampling}  # fmt: skip

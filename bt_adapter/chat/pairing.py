@@ -82,7 +82,7 @@ def check_values(tower: Tower, family: Family, require_same_tower: bool) -> None
 def mismatch(message: str, require_same_tower: bool) -> None:
     """Raise an error for a different tower, or warn if the caller accepts one."""
     if require_same_tower:
-        raise ValueError(f"{message}; require_same_tower=False (--other-tower) attaches it anyway")
+        raise ValueError(f"{message}; require_same_tower=False (--no-require-same-tower) attaches it anyway")
     warnings.warn(f"{message}; its answers may be worse than with its own tower", stacklevel=4)
 
 

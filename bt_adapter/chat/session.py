@@ -225,7 +225,7 @@ def load(command: ChatModel) -> VideoChat:
 
     device, dtype = device_of(command), chosen_dtype(command).dtype
     try:
-        same, quantize = not command.other_tower, command.quantize
+        same, quantize = command.require_same_tower, command.quantize
         return load_base(
             command.model, command.branch, device, dtype, quantize=quantize, require_same_tower=same,
             use_branch=sampling_of(command).branch,

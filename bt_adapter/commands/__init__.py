@@ -1,1 +1,1 @@
-"""The commands of ``bt-adapter``: one file each, with its arguments and what runs them. Nothing heavy at import."""
+"""The commands of ``bt-adapter``: one file each, with its options and what runs it. They import nothing heavy."""

@@ -4,42 +4,47 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
-from bt_adapter.commands.chat import ChatModel
+from bt_adapter.commands.chat import BatchOptions, ChatModel
 from bt_adapter.errors import CommandError
 from bt_adapter.limits import COUNT, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer(ChatModel):
-    """Answer a list of questions about videos and stills, in batches; run again after a kill, it goes on.
+class AnswerData:
+    """Questions, files and answers."""
 
-    Under torchrun each process answers its share, and all answers come into one file in the end.
-
-    Questions: one JSON object a line, {"video": …, "question": …}, optionally "id" and "answer" (copied); {"image": …}
-    in the place of the video asks about a still, as the image chat model takes it. Files that cannot be read, and
-    prompts that do not fit into the model's context, are skipped, counted and named at the end.
-    """
+    help_group: ClassVar[str] = "data"
 
     questions: Positional[Annotated[Path, arg(metavar="FILE")]]
-    """The questions."""
+    """File of the questions."""
     videos: Annotated[Path, arg(metavar="PATH")]
     """Folder of the videos and stills, or the one file that all questions are about."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("answers.jsonl")
-    """Answers, one JSON object a line, appended as they come."""
-    batch: int = 8
-    """Questions answered at once."""
-    workers: int = 2
-    """Videos decoded at a time, each by a thread, while the model works on those before them."""
+    """File of the answers, one JSON object per line, appended after each batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(BatchOptions, ChatModel, AnswerData):
+    """Answer a list of questions about videos and stills, in batches; a killed run resumes when it is started again.
+
+    Under torchrun each process answers its share, and all answers are in one file at the end.
+
+    Questions: one JSON object per line, {"video": …, "question": …}, optionally "id" and "answer" (copied);
+    {"image": …} instead of the video asks about a still, as the image chat model takes it. Files that cannot be read,
+    and prompts that do not fit into the model's context, are skipped, counted and named at the end.
+    """
+
+    renamed = ChatModel.renamed | {"batch": "batch_size"}
 
 
 def run(command: Answer) -> int:
-    """Check what can be checked at once, then answer. Returns the exit code."""
+    """Check the options, then answer. Returns the exit code."""
     command.check()
-    check_numbers(command, {"batch": COUNT, "workers": COUNT})
+    check_numbers(command, {"batch_size": COUNT, "workers": COUNT})
     if not command.questions.is_file():
         raise CommandError(f"FILE of questions {command.questions}: there is no such file")
     if not command.videos.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -13,29 +13,46 @@ from bt_adapter.limits import COUNT, POSITIVE, check_numbers
 from bt_adapter.model_folders import check_model, needs_branch
 
 
-@dataclass(frozen=True)
-class ChatModel:
-    """Which model answers, and how it sees a video."""
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The chat model and its branch."""
+
+    help_group: ClassVar[str] = "model"
 
     model: str = "mini"
     """Chat model: "mini" (the small one, extra [mini]; "mini:image": before it saw a video), a folder, a hub name,
     or a folder of a tuning run. An image chat model needs --branch; a video chat model, as save_pretrained writes it,
     has its own."""
     branch: str | None = None
-    """Branch to attach: a folder of save_pretrained, its hub name, or a published checkpoint. It takes the place of the
-    one that mini, a tuned model or a video chat model has."""
-    other_tower: bool = False
-    """Take a branch trained beside another CLIP than the model's, of the same shape but for the resolution."""
+    """Branch to attach: a folder of save_pretrained, its hub name, or a published checkpoint. It replaces the branch
+    that mini, a tuned model or a video chat model has."""
+    require_same_tower: bool = True
+    """Refuse a branch trained beside another CLIP than the model's. Without it, one of the same shape but for the
+    resolution is accepted with a warning."""
+    no_branch: Annotated[bool, arg(name="no-branch")] = False
+    """Switch the branch off: the language model gets the mean of the frames. An image chat model then needs no
+    --branch. Default: as the model was tuned."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Bits of the language model: nf4 (4) or int8 (8), by bitsandbytes or torchao; not for mini. Default: not
+    quantized."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions:
+    """Frames of a video."""
+
+    help_group: ClassVar[str] = "frames"
+
     frames: int | None = None
     """Frames to take, evenly spread; default: as the model was tuned or its branch pretrained, else 8."""
     fps: float | None = None
-    """Take so many frames of each second instead; videos of any length."""
+    """Frames to take per second of the video, instead of --frames; videos of any length."""
     repeat: bool = False
     """Repeat frames where the video has fewer than --frames; default: as the model was tuned."""
     no_repeat: Annotated[bool, arg(name="no-repeat")] = False
-    """Repeat none, though the model was tuned with repeated ones."""
+    """Repeat no frames, though the model was tuned with repeated ones."""
     windows: int | None = None
-    """Cut the video into so many windows, each of which becomes one set of tokens; default: one for each 128 frames
+    """Windows into which the video is cut, each of which becomes one set of tokens; default: one for each 128 frames
     (twice the rows of the branch's time table, however many of them are trained), and no more sets than fit into the
     model's context beside the answer, shared by the videos given together: the sets of neighbouring windows are
     averaged beyond that."""
@@ -43,21 +60,31 @@ class ChatModel:
     """In windows of more frames than the branch was trained with: average neighbouring frames down to its time steps,
     interpolate the trained rows of its time table, or read all its rows as stored, trained or not (as published).
     Default: average."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """Length of an answer, and the device it is computed on."""
+
+    help_group: ClassVar[str] = "run"
+
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
-    no_branch: Annotated[bool, arg(name="no-branch")] = False
-    """Switch the branch off: the language model gets the mean of the frames. An image chat model then needs no
-    --branch. Default: as the model was tuned."""
     device: str = "auto"
-    """"cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one."""
+    """Device: "cpu", "cuda" or "cuda:1"; auto: a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the model; auto: bfloat16 on a GPU, or float16 where it lacks that; on a CPU float32, unless a measurement
-    shows bfloat16 to be faster."""
-    quantize: Literal["nf4", "int8"] | None = None
-    """The language model in 4 or 8 bits, by bitsandbytes or torchao; not for mini."""
+    """Data type of the model; auto: bfloat16 on a GPU, or float16 where the GPU lacks it; on a CPU float32, unless a
+    measurement shows bfloat16 to be faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatModel(AnswerOptions, VideoOptions, ModelOptions):
+    """Base of the commands that ask a chat model."""
+
+    renamed: ClassVar[dict[str, str]] = {"other_tower": "require_same_tower"}
 
     def check(self) -> None:
-        """Raise CommandError for what can be told before anything is loaded."""
+        """Raise CommandError for what is wrong with the options alone, before anything is loaded."""
         check_numbers(self, {"frames": COUNT, "windows": COUNT, "max_new_tokens": COUNT, "fps": POSITIVE})
         check_model(self.model, self.quantize)
         if self.branch is None and not self.no_branch and needs_branch(self.model):
@@ -67,26 +94,53 @@ class ChatModel:
             )
 
 
-@dataclass(frozen=True)
-class Chat(ChatModel):
-    """Ask questions about video files and stills; answers are streamed, then what they cost.
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """Batches of questions."""
 
-    With a question: one answer. Without: a conversation, a question a line, until the input ends; /help tells more.
-    """
+    help_group: ClassVar[str] = "batches"
+
+    batch_size: int = 8
+    """Questions answered at once, per process."""
+    workers: int = 2
+    """Videos decoded at a time, each by a thread, while the model answers questions about earlier ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatQuestion:
+    """Question and files."""
+
+    help_group: ClassVar[str] = "data"
 
     question: Positional[str | None] = None
-    """What to ask. <video> and <image> in it stand for the files in order; without them all files come first."""
+    """The question. <video> and <image> in it stand for the files in order; without them all files come first."""
     video: UseAppendAction[Annotated[tuple[Path, ...], arg(metavar="FILE")]] = ()
-    """Video file, anything FFmpeg decodes; may be given several times."""
+    """Video file, in any format that FFmpeg decodes; may be given several times."""
     image: UseAppendAction[Annotated[tuple[Path, ...], arg(metavar="FILE")]] = ()
     """Still image (JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF, PPM); may be given several times. Stills come
     after the videos."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatDecoding:
+    """Speed of decoding."""
+
+    help_group: ClassVar[str] = "decoding"
+
     compile: bool = False
-    """Keys and values of a fixed size and, on a GPU, compiled decoding: faster after a first answer of minutes."""
+    """Use a KV cache of a fixed size and, on a GPU, compiled decoding: faster after a first answer of minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat(ChatDecoding, ChatModel, ChatQuestion):
+    """Ask questions about video files and stills; answers are streamed, followed by their time and memory.
+
+    With a question: one answer. Without: a conversation, one question per line, until the input ends; /help tells more.
+    """
 
 
 def run(command: Chat) -> int:
-    """Check what can be checked at once, then chat. Returns the exit code."""
+    """Check the options, then chat. Returns the exit code."""
     command.check()
     if command.question is not None and not command.question.strip():
         raise CommandError("the question is empty")

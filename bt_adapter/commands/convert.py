@@ -18,15 +18,15 @@ class Convert:
     model: Positional[Annotated[Path, arg(metavar="FOLDER")]]
     """Published folder: config.json, tokenizer, pytorch_model*.bin or model*.safetensors."""
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
-    """Folder to write. A run that was stopped goes on where it was."""
+    """Folder to write. A stopped conversion resumes when it is started again."""
     clip: str | None = None
-    """Folder or hub name of the CLIP whose tower the model sees with; without it, the one config.json names."""
+    """Folder or hub name of the model's CLIP; default: the one config.json names."""
     base: Path | None = None
-    """Folder of the LLaMA, where the model is published as a difference to it."""
+    """Folder of the LLaMA, where the model is published as the difference of its weights to it."""
     projector: Path | None = None
     """File of instruction tuning with the projector (mm_projector.bin); its tensors replace the model's."""
     branch: Path | None = None
-    """File of the branch (btadapter_weight.bin, or of pretraining); goes to OUT/branch, for chat --branch."""
+    """File of the branch (btadapter_weight.bin, or of pretraining); written to OUT/branch, for chat --branch."""
     trained_frames: int | None = None
     """Frames of the videos the branch was trained with; default: 8 for a file of pretraining, 100 for one of the
     branch alone."""
@@ -35,7 +35,7 @@ class Convert:
 
 
 def run(command: Convert) -> int:
-    """Check what can be checked at once, then convert. Returns the exit code."""
+    """Check the options, then convert. Returns the exit code."""
     if command.trained_frames is not None and (command.trained_frames < 1 or command.branch is None):
         raise CommandError(f"--trained-frames must be above 0 and goes with --branch, got {command.trained_frames}")
     for name in ("model", "base", "projector", "branch", "gates"):

@@ -13,9 +13,9 @@ class Demo:
     """Ask the small stack about short clips and a real one, with the branch on and off, and show measured results."""
 
     clips: int = 9
-    """Clips to ask about, of the nine that come with the small stack."""
+    """Clips to ask about, 1 to 9; default: all nine that come with the small stack."""
     keep: Path | None = None
-    """Folder to copy the clips to."""
+    """Folder to which the clips are copied; default: they are not copied."""
 
 
 def run(command: Demo) -> int:

@@ -4,106 +4,151 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import arg, subcommand
 
+from bt_adapter.commands.groups import grouped
 from bt_adapter.commands.qa import Qa
 from bt_adapter.errors import CommandError
 from bt_adapter.limits import COUNT, NATURAL, POSITIVE, check_numbers
 
+RENAMED = {"batch": "batch_size", "precision": "dtype"}
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What both evaluations are told."""
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationData:
+    """Annotations, videos and results."""
 
     data: Path
     """The data set's annotations: a file or folder, see --layout."""
-    out: Path = Path("evaluation.json")
-    """File of the result."""
     videos: Path | None = None
-    """Folder of the video files; default: the one of --data."""
+    """Folder of the video files; default: the folder of --data."""
     split: str | None = None
-    """Part of the data set, where its layout has parts."""
-    clip: str | None = None
-    """The image model: a hub name or local folder of a CLIP or SigLIP, open_clip:MODEL/WEIGHTS (extra [open-clip]), or
-    "mini" (the small one, extra [mini]); default: the one --branch names."""
-    branch: str | None = None
-    """A folder of save_pretrained, or a published checkpoint; mini has its own."""
-    no_branch: Annotated[bool, arg(name="no-branch")] = False
-    """The baseline: the frozen CLIP's embeddings, averaged over the frames."""
-    frames: int | None = None
-    """Frames of a view; default: 12 for MSR-VTT, 64 for DiDeMo, LSMDC, ActivityNet, 16 for recognition, else 8."""
-    long: Literal["average", "interpolate", "published"] = "average"
-    """Where they are more than the branch was trained with: average neighbouring frames down to its time steps,
-    interpolate the trained rows of its time table, or read all its rows as stored, trained or not (as published)."""
-    sampling: Literal["middle", "reference"] = "middle"
-    """Which frames: the middle of equal parts, or those of the published scores (within two frames of it)."""
-    views: int = 1
-    """Times --frames frames that the model looks at, each spread over the clip; their scores are averaged."""
-    batch: int = 16
-    """Clips that run through the model at once."""
-    workers: int = 4
-    """Decoding processes of each process; 0: decode in it."""
-    device: str = "auto"
-    """"cpu", "cuda", "cuda:1"; "auto" takes GPUs where there are any."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the products of tower and branch; auto: bfloat16 on a GPU, or float16 where it lacks that; on a
-    CPU float32, unless a measurement shows bfloat16 to be faster."""
+    """Split of the data set, where its layout has splits."""
     cache: Path = Path("features")
-    """Folder of stored features: nothing is computed twice, and a run that was killed goes on."""
+    """Folder of stored features: nothing is computed twice, and a killed run resumes."""
     no_cache: Annotated[bool, arg(name="no-cache")] = False
     """Neither read nor store features."""
     overwrite: bool = False
     """Overwrite a result of other settings, which is refused otherwise."""
 
 
-@dataclass(frozen=True)
-class Retrieval(Evaluation):
+@dataclass(frozen=True, kw_only=True)
+class EvaluationModel:
+    """Image model and branch."""
+
+    help_group: ClassVar[str] = "model"
+
+    clip: str | None = None
+    """The image model: a hub name or local folder of a CLIP or SigLIP, open_clip:MODEL/WEIGHTS (extra [open-clip]), or
+    "mini" (the small one, extra [mini]); default: the one --branch names."""
+    branch: str | None = None
+    """A folder of save_pretrained, or a published checkpoint; mini has its own."""
+    no_branch: Annotated[bool, arg(name="no-branch")] = False
+    """Evaluate the baseline: the frozen CLIP's embeddings, averaged over the frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFrames:
+    """Frames of a video."""
+
+    help_group: ClassVar[str] = "frames"
+
+    frames: int | None = None
+    """Frames of a view; default: 12 for MSR-VTT, 64 for DiDeMo, LSMDC, ActivityNet, 16 for recognition, else 8."""
+    long: Literal["average", "interpolate", "published"] = "average"
+    """With more frames than the branch was trained with: average neighbouring frames down to its time steps,
+    interpolate the trained rows of its time table, or read all its rows as stored, trained or not (as published)."""
+    sampling: Literal["middle", "reference"] = "middle"
+    """Which frames: the middle of equal parts, or those of the published scores (within two frames of it)."""
+    views: int = 1
+    """Views of a clip: sets of --frames frames, each spread over the clip, whose scores are averaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRun:
+    """Device and batches."""
+
+    help_group: ClassVar[str] = "run"
+
+    batch_size: int = 16
+    """Clips that run through the model at once, per process."""
+    workers: int = 4
+    """Decoding processes of each process; 0: decode in the evaluating process."""
+    device: str = "auto"
+    """Device: "cpu", "cuda" or "cuda:1"; auto: a GPU for each process where there are any."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the products of tower and branch; auto: bfloat16 on a GPU, or float16 where the GPU lacks it; on a
+    CPU float32, unless a measurement shows bfloat16 to be faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalData(EvaluationData):
+    """Annotations, videos and results."""
+
+    help_group: ClassVar[str] = "data"
+
+    layout: Literal["clips", "msrvtt", "didemo", "lsmdc", "activitynet"] = "clips"
+    """Format of --data; clips: .csv, .jsonl or .tar shards of clips and captions."""
+    out: Path = Path("retrieval.json")
+    """File of the result."""
+    scores: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Also write the similarity of each caption to each clip, with the captions, the clips' keys and which clip is
+    right: FILE.safetensors or FILE.npz. With it two systems can be compared query by query."""
+    dual_softmax: bool = False
+    """Also report figures with scores that all queries of the set compete for (not comparable with others)."""
+    temperature: float = 0.01
+    """Temperature of the dual softmax."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecognitionData(EvaluationData):
+    """Annotations, videos and results."""
+
+    help_group: ClassVar[str] = "data"
+
+    layout: Literal["hmdb51", "ucf101", "kinetics400"]
+    """Format of --data."""
+    out: Path = Path("recognition.json")
+    """File of the result."""
+    templates: Path | None = None
+    """Text file of prompts, one per line, {} where the name goes: their embeddings are averaged; default: the name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(EvaluationRun, EvaluationFrames, EvaluationModel, RetrievalData):
     """Find the video of a caption, and the caption of a video: R@1, R@5, R@10, median and mean rank.
 
     Under torchrun each process computes a part of the features.
     """
 
-    layout: Literal["clips", "msrvtt", "didemo", "lsmdc", "activitynet"] = "clips"
-    """What --data looks like; clips: .csv, .jsonl or .tar shards of clips and captions."""
-    out: Path = Path("retrieval.json")
-    """File of the result."""
-    dual_softmax: bool = False
-    """Also report figures with scores that all queries of the set compete for (not comparable with others)."""
-    temperature: float = 0.01
-    """Of the dual softmax."""
-    scores: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Also write the similarity of each caption to each clip, with the captions, the clips' keys and which clip is
-    right: FILE.safetensors or FILE.npz. With it two systems can be compared query by query."""
+    renamed: ClassVar[dict[str, str]] = RENAMED
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recognition(Evaluation):
-    """Tell which class a video is of, by the classes' names: top-1, top-5, mean accuracy of classes.
+class Recognition(EvaluationRun, EvaluationFrames, EvaluationModel, RecognitionData):
+    """Find the class of a video by the classes' names: top-1, top-5, mean accuracy of classes.
 
     Under torchrun each process computes a part of the features.
     """
 
-    layout: Literal["hmdb51", "ucf101", "kinetics400"]
-    """What --data looks like."""
-    out: Path = Path("recognition.json")
-    """File of the result."""
-    templates: Path | None = None
-    """Text file of prompts, one a line, {} where the name goes: their embeddings are averaged; default: the name."""
+    renamed: ClassVar[dict[str, str]] = RENAMED
 
 
-COMMANDS = Annotated[
-    Annotated[Retrieval, subcommand("retrieval")]
-    | Annotated[Recognition, subcommand("recognition")]
-    | Annotated[Qa, subcommand("qa")],
+Evaluation = Retrieval | Recognition
+
+COMMANDS: Any = Annotated[
+    Annotated[grouped(Retrieval), subcommand("retrieval")]
+    | Annotated[grouped(Recognition), subcommand("recognition")]
+    | Annotated[grouped(Qa), subcommand("qa")],
     subcommand("eval", description="Zero-shot evaluation: text-to-video retrieval, action recognition, questions."),
 ]
 
 
 def run(command: Evaluation) -> int:
-    """Check what can be checked at once, then evaluate. Returns the exit code."""
-    check_numbers(command, {"frames": COUNT, "views": COUNT, "batch": COUNT, "workers": NATURAL})
+    """Check the options, then evaluate. Returns the exit code."""
+    check_numbers(command, {"frames": COUNT, "views": COUNT, "batch_size": COUNT, "workers": NATURAL})
     if isinstance(command, Retrieval):
         check_numbers(command, {"temperature": POSITIVE})
         if command.scores is not None and command.scores.suffix not in (".safetensors", ".npz"):

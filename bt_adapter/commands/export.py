@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
@@ -21,15 +21,18 @@ class Export:
     with its adapters merged.
     """
 
+    renamed: ClassVar[dict[str, str]] = {"other_tower": "require_same_tower"}
+
     model: Positional[Annotated[str, arg(metavar="MODEL")]]
     """Image chat model: a folder, a hub name, a folder of a tuning run (OUT/tuned), or "mini"."""
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
-    """Folder to write. It must not be there."""
+    """Folder to write. It must not exist."""
     branch: str | None = None
-    """Branch to put in: a folder of save_pretrained, its hub name, or a published checkpoint. It takes the place of the
-    one that mini, a tuned model or a video chat model has."""
-    other_tower: bool = False
-    """Take a branch trained beside another CLIP than the model's, of the same shape but for the resolution."""
+    """Branch to attach: a folder of save_pretrained, its hub name, or a published checkpoint. It replaces the branch
+    that mini, a tuned model or a video chat model has."""
+    require_same_tower: bool = True
+    """Refuse a branch trained beside another CLIP than the model's. Without it, one of the same shape but for the
+    resolution is accepted with a warning."""
     frames: int | None = None
     """Frames that the processor takes of a video; default: as the model was tuned or its branch pretrained, else 8."""
     long: Literal["average", "interpolate", "published"] | None = None
@@ -37,14 +40,14 @@ class Export:
     interpolate the trained rows of its time table, or read all its rows as stored. Default: as the model was tuned,
     else average."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights that are written; auto: the dtype in which the model is stored."""
+    """Data type of the weights that are written; auto: the one in which the model is stored."""
 
 
 def run(command: Export) -> int:
-    """Check what can be checked at once, then load and write. Returns the exit code."""
+    """Check the options, then load and write. Returns the exit code."""
     check_numbers(command, {"frames": COUNT})
     if command.out.exists():
-        raise CommandError(f"OUT {command.out} is already there; give another place")
+        raise CommandError(f"OUT {command.out} is already there; name another folder")
     check_model(command.model, None)
     if command.branch is None and needs_branch(command.model):
         raise CommandError(f"MODEL {command.model} needs --branch: a branch pretrained on its CLIP")
@@ -61,7 +64,7 @@ def run(command: Export) -> int:
     frames, long = command.frames or sampling["frames"], command.long or sampling["long"]
     with notes.status("loading the model"):
         try:
-            chat = load_base(command.model, command.branch, dtype=dtype, require_same_tower=not command.other_tower)
+            chat = load_base(command.model, command.branch, dtype=dtype, require_same_tower=command.require_same_tower)
         except (ValueError, TypeError) as error:
             branch = "" if command.branch is None else f" with --branch {command.branch}"
             raise CommandError(f"MODEL {command.model}{branch}: {error}") from error

@@ -11,7 +11,7 @@ from bt_adapter.pretrain.recipe import Recipe, SettingsT, from_yaml
 
 
 def defaults(argv: list[str], default: SettingsT) -> tuple[SettingsT, list[str]]:
-    """``default`` with what ``--config FILE`` says where one is given, and the arguments without it.
+    """``default`` with the options of ``--config FILE`` where one is given, and the arguments without it.
 
     Raises CommandError: ``--config`` comes twice or without a file, or the file is wrong.
     """
@@ -30,14 +30,14 @@ def defaults(argv: list[str], default: SettingsT) -> tuple[SettingsT, list[str]]
 
 
 def run(recipe: Recipe) -> int:
-    """Pretrain. Returns 0, or 143 where the run was stopped and can go on."""
+    """Pretrain. Returns 0, or 143 where the run was stopped and can be resumed."""
     from bt_adapter.pretrain.run import pretrain
 
     return until_stopped(lambda: pretrain(recipe))
 
 
 def until_stopped(work: Callable[[], object]) -> int:
-    """Do it. Returns 0, or 143 where it was stopped and can go on, which is said."""
+    """Call ``work``. Returns 0, or 143 after printing a line where it was stopped and can be resumed."""
     try:
         work()
     except Stopped as stopped:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from tyro.conf import arg
 
-from bt_adapter.commands.chat import ChatModel
+from bt_adapter.commands.chat import BatchOptions, ChatModel
 from bt_adapter.commands.pretrain import until_stopped
 from bt_adapter.errors import CommandError
 from bt_adapter.limits import NATURAL, POSITIVE, check_numbers
@@ -19,53 +19,66 @@ Aspect = Literal["match", "correctness", "detail", "context", "temporal", "consi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qa(ChatModel):
-    """Answer a benchmark's questions and score the answers; run again after a kill, both go on.
+class QaData:
+    """Questions, files and answers."""
 
-    Under torchrun each process answers its share; the first one scores.
-
-    Takes Video-ChatGPT's generic, temporal and consistency questions, ActivityNet-QA, MSVD-QA and MSRVTT-QA as they are
-    published, and lists of {"id", "question", "answer", "video_id"}. With "image" in the place of the video's name, or
-    where the file named is a picture, a question is about a still, as the image chat model takes it.
-
-    Scores: exact match, also for each "type" of record apart, and with --judge-url what a language model says. The
-    judge's wording is this package's own: its scores compare with one another, not with published ones.
-    """
+    help_group: ClassVar[str] = "data"
 
     data: Annotated[Path, arg(metavar="FILE")]
     """The questions: generic_qa.json, temporal_qa.json, consistency_qa.json, test_q.json, test_qa.json."""
     videos: Annotated[Path, arg(metavar="FOLDER")]
     """Folder of the videos and stills."""
     answers: Annotated[Path | None, arg(metavar="FILE")] = None
-    """The right answers where they stand apart (ActivityNet-QA's test_a.json)."""
+    """The right answers where they are in a separate file (ActivityNet-QA's test_a.json)."""
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("qa")
     """Folder of answers.jsonl, predictions.json (as Video-ChatGPT's scorers read it), verdicts and scores.json."""
-    batch: int = 8
-    """Questions answered at once."""
-    workers: int = 2
-    """Videos decoded at a time, each by a thread, while the model works on those before them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """The language model that scores answers."""
+
+    help_group: ClassVar[str] = "judge"
+
     judge_url: str | None = None
-    """Base of an OpenAI-style endpoint, as "http://127.0.0.1:8000/v1"."""
+    """Base URL of an OpenAI-style endpoint, as "http://127.0.0.1:8000/v1"; default: no judge."""
     judge_model: str | None = None
-    """The model asked there; a name with its version, scores differ by up to 10 points between versions."""
+    """Name of the judge with its version; scores differ by up to 10 points between versions."""
     judge_key: str = "OPENAI_API_KEY"
     """Environment variable that holds the endpoint's key."""
     judge_parallel: int = 8
     """Requests at once."""
     judge_timeout: float = 60.0
-    """Seconds a request may take."""
+    """Seconds after which a request fails."""
     judge_tries: int = 5
     """Times a request is sent before its answer counts as not judged."""
     judge_temperature: float | None = 0.0
-    """Sent with each request; "None" sends none, for endpoints that refuse it."""
+    """Sampling temperature sent with each request; "None" sends none, for endpoints that refuse it."""
     aspects: tuple[Aspect, ...] = ()
-    """What is judged; default: what the benchmark asks for."""
+    """Aspects that are judged; default: those of the benchmark."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qa(BatchOptions, ChatModel, JudgeOptions, QaData):
+    """Answer a benchmark's questions and score the answers; both resume when a killed run is started again.
+
+    Under torchrun each process answers its share; the first one scores.
+
+    Takes Video-ChatGPT's generic, temporal and consistency questions, ActivityNet-QA, MSVD-QA and MSRVTT-QA as they are
+    published, and lists of {"id", "question", "answer", "video_id"}. With "image" instead of the video's name, or where
+    the named file is a picture, a question is about a still, as the image chat model takes it.
+
+    Scores: exact match, also for each "type" of record, and with --judge-url the scores that a language model gives.
+    The judge's wording is this package's own: its scores compare with one another, not with published ones.
+    """
+
+    renamed = ChatModel.renamed | {"batch": "batch_size"}
 
 
 def run(command: Qa) -> int:
-    """Check what can be checked at once, then evaluate. Returns 0, or 143 where judging was stopped and can go on."""
+    """Check the options, then evaluate. Returns 0, or 143 where judging was stopped and can be resumed."""
     command.check()
-    names = ("batch", "workers", "judge_parallel", "judge_tries", "judge_timeout")
+    names = ("batch_size", "workers", "judge_parallel", "judge_tries", "judge_timeout")
     check_numbers(command, dict.fromkeys(names, POSITIVE) | {"judge_temperature": NATURAL})
     for label, path in (("data", command.data), ("answers", command.answers)):
         if path is not None and not path.is_file():
@@ -82,10 +95,10 @@ def run(command: Qa) -> int:
 
 
 def check_endpoint(url: str, key: str | None, variable: str) -> None:
-    """Raise CommandError for an address or a key that no request can be sent with; no request is sent.
+    """Raise CommandError for an invalid address or key; no request is sent.
 
     Args:
-        url: of ``--judge-url``. key: of the environment ``variable``, or None; it is not shown.
+        url: value of ``--judge-url``. key: value of the environment ``variable``, or None; it is not shown.
     """
     try:
         parts = urlsplit(url)

@@ -11,10 +11,10 @@ from bt_adapter.limits import COUNT, NATURAL, SHARE, check_numbers
 
 @dataclass(frozen=True)
 class Shards:
-    """Put clips and captions into webdataset shards, as they are or decoded beforehand. The same command again goes on.
+    """Write clips and captions into webdataset shards, unchanged or reduced. The same command again resumes a run.
 
-    With --frames, a shard holds that many frames of each clip, small and each a key frame: training then reads a
-    fraction of the bytes and decodes no frame in vain.
+    With --frames, a shard holds that many frames of each clip, small and each a keyframe: training then reads a
+    fraction of the bytes and decodes no frame that it does not use.
     """
 
     data: str
@@ -24,19 +24,19 @@ class Shards:
     videos: Path | None = None
     """Folder of the video files, where --data names them relative to another one."""
     per_shard: int = 500
-    """Clips of a shard."""
+    """Clips per shard."""
     frames: int | None = None
-    """Frames kept of a clip, evenly spread; default: its file as it is."""
+    """Frames kept of a clip, evenly spread; default: its file unchanged."""
     short_side: int = 256
-    """Pixels of the shorter side, with --frames."""
+    """Shorter side of the frames, in pixels, with --frames."""
     workers: int = 0
-    """Processes that share the shards; 0: this one alone."""
+    """Processes that share the shards; 0: this process alone."""
     max_skipped: float = 0.1
-    """Share of unusable clips that is an error, as is none that can be decoded."""
+    """Largest share of unusable clips, 0 to 1; where there are more, or no clip can be decoded, it is an error."""
 
 
 def run(command: Shards) -> int:
-    """Write the shards and say what is in none. Returns 0. Raises CommandError."""
+    """Write the shards and print which clips are in none. Returns 0. Raises CommandError."""
     from bt_adapter.data.manifests import read_clips
     from bt_adapter.data.shards import write_shards
     from bt_adapter.errors import CommandError
@@ -46,11 +46,11 @@ def run(command: Shards) -> int:
     clips, skipped = read_clips(command.data, command.videos)
     skipped.check(len(clips) + len(skipped), command.max_skipped)
 
-    def tell(done: int, total: int) -> None:
+    def print_progress(done: int, total: int) -> None:
         print(f"shard {done} of {total}", file=sys.stderr)
 
     broken = write_shards(
-        clips, command.out, command.per_shard, command.frames, command.short_side, command.workers, tell
+        clips, command.out, command.per_shard, command.frames, command.short_side, command.workers, print_progress
     )
     if len(broken) == len(clips):
         raise CommandError(f"--data {command.data}: none of {len(clips)} clips can be decoded; {broken.report(10)}")

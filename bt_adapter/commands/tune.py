@@ -7,7 +7,7 @@ from bt_adapter.tune.recipe import TuneRecipe
 
 
 def run(recipe: TuneRecipe) -> int:
-    """Tune. Returns 0, or 143 where the run was stopped and can go on."""
+    """Tune. Returns 0, or 143 where the run was stopped and can be resumed."""
     from bt_adapter.tune.run import tune
 
     return until_stopped(lambda: tune(recipe))

@@ -189,7 +189,7 @@ class _Part:
         views = embed(self.model, decoded.frames.flatten(0, 1), self.branch, self.look.long)
         if not views.isfinite().all():
             raise CommandError(
-                f"features of {self.model.tower.dtype} are not finite numbers; use --precision float32 or bfloat16"
+                f"features of {self.model.tower.dtype} are not finite numbers; use --dtype float32 or bfloat16"
             )
         views = views.unflatten(0, (len(numbers), self.look.views)).cpu()
         found = [Feature(*pair) for pair in zip(views, decoded.truncated, strict=True)]

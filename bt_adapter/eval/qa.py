@@ -74,7 +74,7 @@ def evaluate_qa(command: Qa) -> int:
         made = {**about(command), "data": command.data.name}
         with SharedRows(command.out / "answers.jsonl", made, processes) as rows:
             processes.check_in_first(lambda: _check_scores(command))
-            skipped = answer_with(command, asked, rows, command.batch, notes)
+            skipped = answer_with(command, asked, rows, command.batch_size, notes)
             given = {key: row["prediction"] for key, row in rows.done.items()}
     finally:
         processes.leave()

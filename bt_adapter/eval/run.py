@@ -53,7 +53,7 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     stack.model.to(processes.device)
     frames = command.frames or FRAMES.get(command.layout, _OTHER_FRAMES)
     look = Look(frames, command.sampling, command.views, command.long)
-    precision = processes.gather(choose_dtype(command.precision, processes.device))[0]
+    precision = processes.gather(choose_dtype(command.dtype, processes.device))[0]
     if processes.first:
         say(notes, str(precision))
     if precision.dtype != torch.float32:
@@ -72,7 +72,7 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     began = time.perf_counter()
     with _bar(notes, processes.first) as progress:
         features = extract(
-            stack.model, clips, look, stack.branch, command.batch, command.workers, cache, processes, progress
+            stack.model, clips, look, stack.branch, command.batch_size, command.workers, cache, processes, progress
         )
     seconds = time.perf_counter() - began
     if not processes.first:

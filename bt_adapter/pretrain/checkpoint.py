@@ -123,7 +123,7 @@ def save_trained(
     recipe = state["recipe"]
     sampling = {"frames": FrameRange.of(recipe["frames"]).most, "repeat": True}
     about = {
-        "step": state["step"], "sampling": sampling, "dtype": recipe["precision"],
+        "step": state["step"], "sampling": sampling, "dtype": recipe["dtype"],
         "dtype_chosen": state.get("dtype_chosen"), "recipe": recipe,
     }  # fmt: skip
     write_whole(folder / PRETRAINED, json.dumps(about, indent=2) + "\n")

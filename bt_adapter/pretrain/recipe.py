@@ -1,4 +1,4 @@
-"""What a pretraining run is asked for. Defaults: the published recipe (arXiv 2309.15785, public configuration)."""
+"""The options of a pretraining run. Defaults: the published recipe (arXiv 2309.15785, public configuration)."""
 
 from __future__ import annotations
 
@@ -25,28 +25,40 @@ from bt_adapter.limits import (
 )
 from bt_adapter.pretrain.frames import FrameRange
 
-# of the numbers that both recipes have
+# intervals of the numbers that both recipes have
 LIMITS = {
-    "batch": COUNT, "accumulate": COUNT, "epochs": POSITIVE, "steps": COUNT, "seed": SEED,
+    "batch_size": COUNT, "accumulate": COUNT, "epochs": POSITIVE, "steps": COUNT, "seed": SEED,
     "lr": POSITIVE, "beta1": SHARE_BELOW_1, "beta2": SHARE_BELOW_1, "eps": POSITIVE, "weight_decay": NATURAL,
-    "grad_norm": NATURAL, "warmup": SHARE, "tower_chunk": COUNT, "workers": NATURAL, "prefetch": COUNT,
+    "max_grad_norm": NATURAL, "warmup": SHARE, "tower_chunk": COUNT, "workers": NATURAL, "prefetch": COUNT,
     "max_skipped": SHARE, "save_steps": COUNT, "save_minutes": "[0, inf]", "keep_last": COUNT,
 }  # fmt: skip
+# names that options of both recipes had before, and those they have now
+RENAMED = {"batch": "batch_size", "grad_norm": "max_grad_norm", "precision": "dtype"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the options of a run can do, whichever run it is; subclasses are dataclasses."""
+    """Checks, comparison and storage of a run's options; subclasses are dataclasses."""
 
     free: ClassVar[frozenset[str]]
-    """What may change between the two halves of a run that was stopped: its length, and what no loss depends on."""
+    """Fields that may differ when a stopped run is resumed: its length, and options that do not change the loss."""
     limits: ClassVar[dict[str, str]]
     """The interval in which each number must lie, as "(0, 1]"."""
+    renamed: ClassVar[dict[str, str]]
+    """Former name of a field -> its present name."""
+
+    @classmethod
+    def rename_stored(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        """A stored recipe under the present names of its fields."""
+        return {
+            cls.renamed.get(name, name): not value if name == "other_tower" else value  # its meaning was the opposite
+            for name, value in stored.items()
+        }
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """In what a stored recipe is another run: "name here against there"."""
+        """The options by which a stored recipe is another run: "--name value here against value there"."""
         mine, names = self.to_dict(), [name for name in self.to_dict() if name not in self.free]
-        theirs = type(self)().to_dict() | other  # a recipe of before there was a field had its default
+        theirs = type(self)().to_dict() | self.rename_stored(other)  # a field that was added later had its default
         return [f"{option(name)} {mine[name]} against {theirs[name]}" for name in names if mine[name] != theirs[name]]
 
     def check_values(self) -> None:
@@ -65,36 +77,57 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Recipe(Settings):
-    """Pretrain the branch beside a frozen CLIP on clips and captions.
+class RunOptions:
+    """Options of both trainings that say where and how a run is computed and stored."""
 
-    --config FILE takes fields from a YAML file; what the command line says goes before it. The same command again goes
-    on where a run stopped.
-    """
+    device: str = "auto"
+    """Device: "cpu" or "cuda"; default: auto, a GPU for each process where there are any."""
+    tower_chunk: int = 32
+    """Images that run through the tower at once."""
+    recompute: Literal["none", "mlp", "layer"] = "mlp"
+    """Activations of the branch that backward computes again instead of keeping."""
+    workers: int = 4
+    """Decoding processes of each process; 0: decode in the training process."""
+    prefetch: int = 2
+    """Batches that each decoding process prepares in advance."""
+    save_steps: int | None = None
+    """Steps between checkpoints; default: none, --save-minutes alone decides."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints, in addition to --save-steps."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept; pretrain keeps the best one too."""
+    tensorboard: bool = False
+    """Write TensorBoard events to OUT/tensorboard."""
 
-    free = frozenset(
-        {
-            "epochs", "steps", "workers", "prefetch", "save_steps", "save_minutes", "keep_last", "tensorboard",
-            "device", "sharding", "recompute", "tower_chunk", "tower_compile", "tower_graphs", "max_skipped", "out",
-            "videos",
-        }
-    )  # fmt: skip
-    limits = LIMITS | {
-        "depth": COUNT, "max_frames": COUNT, "temperature": POSITIVE, "mbca": NATURAL, "mbta": NATURAL,
-        "drop_path": SHARE_BELOW_1, "ratio": SHARE_BELOW_1, "ema": SHARE_BELOW_1, "crop": "(0, 1]",
-        "group": COUNT, "time_std": NATURAL, "lr_temporal": POSITIVE, "lr_gates": POSITIVE,
-    }  # fmt: skip
+
+@dataclass(frozen=True)
+class PretrainData:
+    """Clips and captions."""
+
+    help_group: ClassVar[str] = "data"
 
     data: str = ""
     """WebVid-like .csv, .jsonl, a folder or pattern of .tar shards, or "synthetic" (no decoding; needs --steps)."""
-    out: Path = Path("pretrained")
-    """Folder of the run: checkpoints, log, and in the end branch/."""
     videos: Path | None = None
     """Folder of the video files, where --data names them relative to another one."""
     validation: str | None = None
     """Clips and captions as --data; the checkpoint with the best retrieval on them (mean R@1 both ways) is kept."""
     validation_videos: Path | None = None
-    """As --videos, for --validation."""
+    """Folder of the video files of --validation, as --videos."""
+    frames: int | str = 8
+    """T: frames of a clip. A range as 8..16: each step draws T from it, so that 16 rows of the time table are
+    trained."""
+    crop: tuple[float, float] = (0.08, 1.0)
+    """Least and greatest share of a frame's area that the training crop takes."""
+    max_skipped: float = 0.1
+    """Largest share of unusable clips; where there are more, the run ends with an error."""
+
+
+@dataclass(frozen=True)
+class PretrainModel:
+    """Image model and branch."""
+
+    help_group: ClassVar[str] = "model"
 
     clip: str | None = None
     """The image model: a hub name or local folder of a CLIP or SigLIP, open_clip:MODEL/WEIGHTS (extra [open-clip]), or
@@ -102,9 +135,9 @@ class Recipe(Settings):
     init: str | None = None
     """Branch to start from: a folder of save_pretrained or a published checkpoint; default: a fresh one."""
     depth: int = 4
-    """d: branch layers."""
+    """Number of branch layers, d."""
     drop_path: float = 0.1
-    """Stochastic depth of the last branch layer."""
+    """Stochastic depth: drop rate of the last branch layer."""
     gates: bool = True
     """Gates between tower and branch; without them plain sums."""
     max_frames: int = 64
@@ -113,26 +146,32 @@ class Recipe(Settings):
     """Standard deviation of a fresh branch's time table. A small tower, whose tokens are of size 1, wants about 0.7.
     With --init the time table is that of the branch to start from, and another value is refused."""
 
-    frames: int | str = 8
-    """T: frames of a clip. A range as 8..16: each step draws T from it, so that 16 rows of the time table learn."""
-    batch: int = 416
-    """Clips of a step over all processes (published: 8 times 52)."""
+
+@dataclass(frozen=True)
+class PretrainOptimisation:
+    """Batches, losses, optimizer and schedule."""
+
+    help_group: ClassVar[str] = "optimisation"
+
+    batch_size: int = 416
+    """Global batch size: clips of a step over all processes together (published: 8 times 52)."""
     group: int = 1
-    """Keep so many clips that are listed in a row in --data together in one batch, such as a clip and its hard
-    negatives. --batch must be a multiple of it, times the processes, times --accumulate, and --data may list no
-    unusable clip. The order shuffles groups; last clips that are too few for a group are left out."""
+    """Clips listed in a row in --data that stay together in one batch, such as a clip and its hard negatives.
+    --batch-size must be a multiple of it, times the processes, times --accumulate, and --data may list no unusable
+    clip. The order shuffles groups; clips at the end that are too few for a group are left out."""
     accumulate: int = 1
-    """Parts a process cuts its clips into, one after the other; the contrastive losses still see all of them."""
+    """Parts into which a process cuts its clips, computed one after the other; the contrastive losses still compare
+    all of them."""
     epochs: float = 1.0
-    """Passes over the clips. A run can be made longer later: the same command with more of them goes on."""
+    """Passes over the clips. A run can be made longer later: the same command with a larger value resumes it."""
     steps: int | None = None
     """Steps in all, instead of --epochs."""
     mask: Literal["tube", "random"] = "tube"
-    """What is hidden from the branch: whole patches over all frames, or any tokens."""
-    ratio: float = 0.7
-    """Share hidden."""
+    """Which tokens are hidden from the branch: whole patches over all frames, or any tokens."""
+    mask_ratio: float = 0.7
+    """Share of the patch tokens that is hidden from the branch."""
     seed: int = 0
-    """Of order, frames, crops, masks and the fresh branch."""
+    """Seed of order, frames, crops, masks and the fresh branch."""
 
     lr: float = 2e-6
     """Base learning rate: ten times it for the branch, a hundred times for temporal layers and gates."""
@@ -141,17 +180,18 @@ class Recipe(Settings):
     lr_gates: float | None = None
     """Learning rate of the two gates; default: a hundred times --lr. Refused for a branch without gates."""
     beta1: float = 0.9
-    """AdamW's."""
+    """AdamW: decay of the mean of the gradients."""
     beta2: float = 0.98
-    """AdamW's."""
+    """AdamW: decay of the mean of the squared gradients."""
     eps: float = 1e-8
-    """AdamW's."""
+    """AdamW: number added to the denominator."""
     weight_decay: float = 0.05
-    """AdamW's."""
-    grad_norm: float = 5.0
-    """Longest gradient; 0: any."""
+    """AdamW: weight decay."""
+    max_grad_norm: float = 5.0
+    """Gradient norm above which gradients are scaled down to it; 0: no clipping."""
     warmup: float = 0.5
-    """Share of the steps with linear warm-up, cosine to 0 after it (published: half of its one epoch); 0: none."""
+    """Share of all steps, 0 to 1, with linear warm-up, followed by a cosine to 0 (published: half of its one epoch);
+    0: no warm-up."""
     temperature: float | Literal["clip"] = 0.01
     """Temperature of the contrastive losses, by which cosine similarities are divided. "clip": the one that --clip
     learned in its own training, 1/exp(logit_scale). Large CLIPs have about 0.01, small ones more."""
@@ -164,43 +204,51 @@ class Recipe(Settings):
     layers, as published. "chat": on the tokens that a chat model reads, of the last layer but one, without an alignment
     head. Weights of 1 are then a good start, and a chat model reads the branch better without any tuning."""
     ema: float = 0.0
-    """Decay of an averaged branch kept beside (0.999); 0: none."""
+    """Decay of the exponential moving average of the branch, for instance 0.999, written to OUT/ema; 0: none."""
 
-    crop: tuple[float, float] = (0.08, 1.0)
-    """Least and greatest share of a frame's area that the training crop takes."""
-    workers: int = 4
-    """Decoding processes of each process; 0: decode in it."""
-    prefetch: int = 2
-    """Batches each of them is ahead."""
-    max_skipped: float = 0.1
-    """Share of unusable clips that stops the run."""
 
-    device: str = "auto"
-    """"cpu", "cuda"; "auto" takes GPUs where there are any."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the products; weights of the branch and losses are float32. auto: bfloat16 on a GPU, or float16
-    where it lacks that; on a CPU float32, unless a measurement shows bfloat16 to be faster."""
+@dataclass(frozen=True)
+class PretrainRun(RunOptions):
+    """Output, device and checkpoints."""
+
+    help_group: ClassVar[str] = "run"
+
+    out: Path = Path("pretrained")
+    """Folder of the run: checkpoints, log, and at the end branch/."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of matrix products; weights of the branch and losses are float32. auto: bfloat16 on a GPU, or float16
+    where the GPU lacks it; on a CPU float32, unless a measurement shows bfloat16 to be faster."""
     sharding: Literal["ddp", "fsdp2"] = "ddp"
-    """What many processes share: ddp gradients, fsdp2 also the branch's weights and optimizer."""
-    recompute: Literal["none", "mlp", "layer"] = "mlp"
-    """What backward computes again instead of keeping."""
-    tower_chunk: int = 32
-    """Images that run through the tower at once."""
+    """Work shared by many processes: ddp shares gradients, fsdp2 also the branch's weights and optimizer state."""
     tower_compile: bool = False
     """Compile the tower's layers."""
     tower_graphs: bool = False
     """Run the tower as CUDA graphs."""
     tower_fp8: bool = False
-    """Products of the tower in 8 bits."""
+    """Compute the tower's products in 8 bits."""
 
-    save_steps: int | None = None
-    """Write a checkpoint every so many steps."""
-    save_minutes: float = 10.0
-    """And every so many minutes."""
-    keep_last: int = 2
-    """Checkpoints kept, beside the best one."""
-    tensorboard: bool = False
-    """Write TensorBoard events to OUT/tensorboard."""
+
+@dataclass(frozen=True)
+class Recipe(PretrainRun, PretrainOptimisation, PretrainModel, PretrainData, Settings):
+    """Pretrain the branch beside a frozen CLIP on clips and captions.
+
+    --config FILE reads options from a YAML file; options on the command line override them. The same command again
+    resumes a run that stopped.
+    """
+
+    free = frozenset(
+        {
+            "epochs", "steps", "workers", "prefetch", "save_steps", "save_minutes", "keep_last", "tensorboard",
+            "device", "sharding", "recompute", "tower_chunk", "tower_compile", "tower_graphs", "max_skipped", "out",
+            "videos",
+        }
+    )  # fmt: skip
+    limits = LIMITS | {
+        "depth": COUNT, "max_frames": COUNT, "temperature": POSITIVE, "mbca": NATURAL, "mbta": NATURAL,
+        "drop_path": SHARE_BELOW_1, "mask_ratio": SHARE_BELOW_1, "ema": SHARE_BELOW_1, "crop": "(0, 1]",
+        "group": COUNT, "time_std": NATURAL, "lr_temporal": POSITIVE, "lr_gates": POSITIVE,
+    }  # fmt: skip
+    renamed = RENAMED | {"ratio": "mask_ratio"}
 
     @property
     def needs_head(self) -> bool:
@@ -209,7 +257,7 @@ class Recipe(Settings):
 
     @property
     def frame_range(self) -> FrameRange:
-        """Of ``frames``. Raises CommandError where it is no number or range of numbers."""
+        """``frames`` as a range. Raises CommandError where it is no number or range of numbers."""
         return FrameRange.of(self.frames)
 
     def frames_of(self, step: int) -> int:
@@ -217,7 +265,7 @@ class Recipe(Settings):
         return self.frame_range.draw(self.seed, step)
 
     def check(self, world: int) -> None:
-        """Raise CommandError for the first value that cannot be, with ``world`` processes."""
+        """Raise CommandError for the first invalid value, given ``world`` processes."""
         self.check_values()
         most = self.frame_range.most
         if self.crop[0] > self.crop[1]:
@@ -228,13 +276,13 @@ class Recipe(Settings):
             raise CommandError("--data synthetic needs --steps: it has no end of its own")
         if self.data == "synthetic" and self.group > 1:
             raise CommandError(f"--group {self.group} needs listed clips: those of --data synthetic belong to no group")
-        if self.batch % (world * self.accumulate * self.group):
+        if self.batch_size % (world * self.accumulate * self.group):
             raise CommandError(
-                f"--batch must be a multiple of processes times --accumulate times --group, got {self.batch} for "
-                f"{world} times {self.accumulate} times {self.group}"
+                f"--batch-size must be a multiple of processes times --accumulate times --group, got {self.batch_size} "
+                f"for {world} times {self.accumulate} times {self.group}"
             )
-        if self.batch == 1:
-            raise CommandError("--batch must be at least 2: the other clips of a step are what a clip is told from")
+        if self.batch_size == 1:
+            raise CommandError("--batch-size must be at least 2: the losses compare a clip with the others of its step")
         if self.align_layer == "chat" and self.depth < 2:
             raise CommandError("--align-layer chat needs --depth 2 or more: chat reads the branch's last layer but one")
         if most > self.max_frames:
@@ -245,11 +293,13 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def from_yaml(path: str | Path, default: SettingsT) -> SettingsT:
-    """``default``, with what a YAML file of its fields says.
+    """``default``, with the fields that a YAML file gives.
+
+    Former names are accepted in a recipe.yaml that a run wrote, which holds all fields.
 
     Raises:
-        CommandError: the file is missing, no YAML mapping, or holds a field that a recipe lacks, that is there twice or
-            whose value is of another type.
+        CommandError: the file is missing, no YAML mapping, or holds a field that a recipe lacks, that is there twice,
+            that has another name now, or whose value is of another type.
     """
     import yaml
 
@@ -259,9 +309,15 @@ def from_yaml(path: str | Path, default: SettingsT) -> SettingsT:
         raise CommandError(f"--config {path}: {error}") from error
     if not isinstance(values, dict):
         raise CommandError(f"--config {path} must hold fields and values, but holds a {type(values).__name__}")
+    renamed = default.renamed
+    if renamed.keys() - values.keys() <= {"other_tower"}:  # the youngest of them, which early runs did not write
+        values = default.rename_stored(values)
     kinds, given = types_of(default), {}
     for written, value in values.items():
         name = str(written).replace("-", "_")
+        if name in renamed:
+            opposite = ", with the opposite value" if name == "other_tower" else ""
+            raise CommandError(f"--config {path}: {written} is called {renamed[name]} now{opposite}")
         if name not in kinds:
             raise CommandError(f"--config {path}: unknown {written}; known: {', '.join(kinds)}")
         if name in given:

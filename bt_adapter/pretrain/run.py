@@ -125,9 +125,9 @@ class Run(TrainingRun):
             clips, unusable = read_clips(recipe.data, recipe.videos)
             self.skipped.merge(unusable)
             self.began_with("clips", len(clips), digest(clips))
-            if len(clips) < recipe.batch:
+            if len(clips) < recipe.batch_size:
                 raise CommandError(
-                    f"--data {recipe.data} holds {len(clips)} usable clips, fewer than one --batch of {recipe.batch}"
+                    f"--data {recipe.data} holds {len(clips)} usable clips, fewer than --batch-size {recipe.batch_size}"
                     + (f"; {unusable.report()}" if len(unusable) else "")
                 )
             unusable.check(len(clips) + len(unusable), recipe.max_skipped)
@@ -141,7 +141,7 @@ class Run(TrainingRun):
                         f"their whole groups out of --data {recipe.data}; {unusable.report(10)}"
                     )
             self.clips = TrainingClips(clips, recipe.frames_of, transform, recipe.seed, recipe.group)
-            self.steps_per_epoch = len(self.clips) // recipe.batch
+            self.steps_per_epoch = len(self.clips) // recipe.batch_size
             self._plan(recipe.steps or max(1, round(recipe.epochs * self.steps_per_epoch)))
         self.validation: list[Clip] = []
         self.damaged = Damaged()
@@ -170,7 +170,7 @@ class Run(TrainingRun):
         self.text.to(device)
         self.model.to(device).train()
         self.model.recompute = recipe.recompute
-        tower_dtype = None if recipe.precision == "float32" else getattr(torch, recipe.precision)
+        tower_dtype = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
         self.model.tower.optimize(
             tower_dtype, recipe.tower_chunk, recipe.tower_compile, recipe.tower_graphs, recipe.tower_fp8
         )
@@ -188,7 +188,7 @@ class Run(TrainingRun):
                 self.ema = load_averages(folder / "ema", self.model.branch.named_parameters())
         elif recipe.ema:
             self.ema = {name: p.detach().clone() for name, p in self.model.branch.named_parameters()}
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.dtype == "float16")
         if self.state.get("scaler"):
             self.scaler.load_state_dict(self.state["scaler"])
 
@@ -221,7 +221,7 @@ class Run(TrainingRun):
         recipe, processes = self.recipe, self.processes
         data = iter(
             batches(
-                self.clips, recipe.batch // processes.world, processes.rank, processes.world, done, self.steps,
+                self.clips, recipe.batch_size // processes.world, processes.rank, processes.world, done, self.steps,
                 recipe.workers, pin_memory=processes.device.type == "cuda", prefetch=recipe.prefetch,
             )
         ) if done < self.steps else iter(())  # fmt: skip
@@ -258,7 +258,7 @@ class Run(TrainingRun):
         numbers = replace(recipe, temperature=self.temperature)
         parts = backward(self.module, frames, visible, draws, text, numbers, processes.group, scale)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.branch.parameters(), recipe.grad_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.model.branch.parameters(), recipe.max_grad_norm or math.inf)
         factor = rate(step, self.steps, self.warm_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * factor
@@ -295,7 +295,7 @@ class Run(TrainingRun):
         return read
 
     def _tell(self, values: dict[str, Any], clock: Clock) -> float:
-        seen = values["step"] * self.recipe.batch + values["skipped"]
+        seen = values["step"] * self.recipe.batch_size + values["skipped"]
         self.skipped.check(seen, self.recipe.max_skipped, self.listed, self.total)
         self._log(values, clock)
         return values["loss"]

@@ -47,7 +47,7 @@ def draw_visible(recipe: Recipe, patches: int, step: int, rank: int, world: int,
     """What this process's clips show the branch in a step (from 1): its part of the draws for the whole batch."""
     generator = torch.Generator().manual_seed(mix(recipe.seed, step))
     draw = VisibleTokens.tube if recipe.mask == "tube" else VisibleTokens.random
-    whole = draw(recipe.batch, patches, recipe.frames_of(step - 1), recipe.ratio, generator)
+    whole = draw(recipe.batch_size, patches, recipe.frames_of(step - 1), recipe.mask_ratio, generator)
     return part_of(whole, rank, world, device)
 
 
@@ -108,7 +108,7 @@ def backward(
         vtc, mbca and mbta, weighted, float32 ``[3]``: this process's share, whose mean over processes is the batch's.
     """
     if recipe.accumulate == 1:
-        with autocast(recipe.precision, frames.device):
+        with autocast(recipe.dtype, frames.device):
             video, branch, mbta = module(frames, visible, draws)
         vtc, mbca = _contrast(video, branch, text, recipe, group)
         ((vtc + mbca + mbta) * scale).backward()
@@ -121,7 +121,7 @@ def backward(
     ]
     seen = []
     for piece, shown, kept in parts:
-        with torch.no_grad(), autocast(recipe.precision, frames.device):
+        with torch.no_grad(), autocast(recipe.dtype, frames.device):
             seen.append(module(piece, shown, kept, align=False)[:2])
     video, branch = (torch.cat(pieces).requires_grad_() for pieces in zip(*seen, strict=True))
     vtc, mbca = _contrast(video, branch, text, recipe, group)
@@ -131,7 +131,7 @@ def backward(
     mbta = torch.zeros_like(vtc)
     for number, ((piece, shown, kept), (of_video, of_branch)) in enumerate(zip(parts, grads, strict=True)):
         with _waiting(module, number + 1 < len(parts)):
-            with autocast(recipe.precision, frames.device):
+            with autocast(recipe.dtype, frames.device):
                 video, branch, aligned = module(piece, shown, kept)
             aligned = aligned / len(parts)
             carried = (video.float() * of_video.float()).sum() + (branch.float() * of_branch.float()).sum()

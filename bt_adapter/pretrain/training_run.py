@@ -41,19 +41,21 @@ class TrainingRun:
                 f"--out {recipe.out} must be one folder for all processes, but they find checkpoints of steps {steps}"
             )
         self.folder = found[0] if found else None  # of the checkpoint to go on from
-        self.precision = self._choose_precision(found[1]["recipe"]["precision"] if found else None)
-        self.recipe = recipe = replace(recipe, precision=self.precision.name)
+        if found:
+            found[1]["recipe"] = recipe.rename_stored(found[1]["recipe"])
+        self.dtype = self._choose_dtype(found[1]["recipe"]["dtype"] if found else None)
+        self.recipe = recipe = replace(recipe, dtype=self.dtype.name)
         self.state: dict[str, Any] = found[1] if found else {"step": 0, "recipe": recipe.to_dict()}
         if wrong := recipe.differences(self.state["recipe"]):
             raise CommandError(f"--out {recipe.out} holds a run of another recipe: {'; '.join(wrong)}")
         if self.folder is None:
-            self.state["dtype_chosen"] = self.precision.why
+            self.state["dtype_chosen"] = self.dtype.why
         self.skipped = Skipped()
         self.asked = self.stop = False  # by a signal; agreed on by all processes
 
-    def _choose_precision(self, before: str | None) -> ChosenDtype:
+    def _choose_dtype(self, before: str | None) -> ChosenDtype:
         """The dtype of the products, one for all processes. before: of the run that is gone on with."""
-        asked = self.recipe.precision
+        asked = self.recipe.dtype
         if asked == "auto" and before is not None:
             return ChosenDtype(before, "as the run in --out began")
         return self.processes.gather(choose_dtype(asked, self.processes.device))[0]
@@ -100,7 +102,7 @@ class TrainingRun:
         done = self.state["step"]
         first = self.processes.first
         self.log = Log(self.recipe.out, done, self.steps, self.recipe.tensorboard) if first else None
-        self._say(str(self.precision))
+        self._say(str(self.dtype))
         if self.steps > self.before:
             lengths = (self.before, self.steps)
             rates = [rate(done + 1, steps, self.warm_steps) if done < steps else 0.0 for steps in lengths]
@@ -140,8 +142,8 @@ class TrainingRun:
 
     def _log(self, values: dict[str, Any], clock: Clock) -> None:
         """A step's figures; a loss that is no number ends the run, but where a scaler deals with it."""
-        if not math.isfinite(values["loss"]) and self.recipe.precision != "float16":
+        if not math.isfinite(values["loss"]) and self.recipe.dtype != "float16":
             raise CommandError(f"the loss of step {values['step']} is {values['loss']}: --lr may be too large")
         if self.log is not None:
-            per_second, waiting = clock.figures(self.recipe.batch)
+            per_second, waiting = clock.figures(self.recipe.batch_size)
             self.log.step({**values, "clips_per_s": round(per_second, 3), "data_wait": round(waiting, 4)})

@@ -17,6 +17,7 @@ from bt_adapter.mini import weights_folder
 from bt_adapter.model_folders import mini_stage
 from bt_adapter.tune import ABOUT, is_tuned
 from bt_adapter.tune.parts import FILES, FORMAT, branch_fingerprint, check_files, projector_of
+from bt_adapter.tune.recipe import TuneRecipe
 
 
 def load_base(
@@ -79,7 +80,7 @@ def load_tuned(
     check_files(folder, parts)
     own = folder / "branch" if "branch" in parts and branch is None else None
     other = branch or about["branch"]["source"]
-    if about["recipe"].get("other_tower"):  # which was allowed when it was tuned
+    if not about["recipe"].get("require_same_tower", True):  # another tower was allowed when it was tuned
         options["require_same_tower"] = False
     if not about["recipe"].get("use_branch", True):
         options["use_branch"] = False
@@ -121,7 +122,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}/{ABOUT} is damaged: {error}") from error
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{folder}/{ABOUT} has format {about.get('format')!r}, expected {FORMAT}")
-    return about
+    return about | {"recipe": TuneRecipe.rename_stored(about["recipe"])}
 
 
 def _check_branch(folder: Path, chat: VideoChat, stored: dict[str, float]) -> None:

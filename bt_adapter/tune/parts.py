@@ -40,7 +40,7 @@ class Learned(nn.ModuleDict):
         recipe: which parts, and the adapters' sizes.
 
     Raises:
-        CommandError: no layer has a name of ``lora_layers``, or a package is missing.
+        CommandError: no layer has a name of ``target_modules``, or a package is missing.
     """
 
     def __init__(self, chat: Any, recipe: TuneRecipe) -> None:
@@ -129,18 +129,18 @@ def add_adapters(chat: Any, language_model: nn.Module, recipe: TuneRecipe) -> An
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise CommandError("--learn lora needs the package peft: pip install 'bt-adapter[train]'") from error
-    names = recipe.lora_layers
+    names = recipe.target_modules
     for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # by which PEFT knows what it wraps
         if getattr(chat, mark, False):
             setattr(language_model, mark, True)
     config = LoraConfig(
-        r=recipe.rank, lora_alpha=cast(int, recipe.alpha), lora_dropout=recipe.lora_dropout,
+        r=recipe.lora_r, lora_alpha=cast(int, recipe.lora_alpha), lora_dropout=recipe.lora_dropout,
         target_modules=names if names == "all-linear" else names.split(","),
     )  # fmt: skip
     try:
         return get_peft_model(cast(Any, language_model), config)
     except ValueError as error:
-        raise CommandError(f"--lora-layers {names}: {error}") from error
+        raise CommandError(f"--target-modules {names}: {error}") from error
 
 
 def name_inside(chat: nn.Module, part: nn.Module) -> str:

@@ -1,47 +1,53 @@
-"""What a tuning run is asked for. Defaults: the published recipe (arXiv 2309.15785, public configuration)."""
+"""The options of a tuning run. Defaults: the published recipe (arXiv 2309.15785, public configuration)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from bt_adapter.errors import CommandError
 from bt_adapter.limits import COUNT, POSITIVE, SHARE_BELOW_1
 from bt_adapter.model_folders import check_model, needs_branch
-from bt_adapter.pretrain.recipe import LIMITS, Settings
+from bt_adapter.pretrain.recipe import LIMITS, RENAMED, RunOptions, Settings
 
 Part = Literal["projector", "branch", "lora"]
 PARTS: tuple[Part, ...] = ("projector", "branch", "lora")
 
 
 @dataclass(frozen=True)
-class TuneRecipe(Settings):
-    """Tune a chat model with a branch on questions and answers about videos.
+class TuneData:
+    """Conversations, videos and stills."""
 
-    --config FILE takes fields from a YAML file; what the command line says goes before it. The same command again goes
-    on where a run stopped. What was learned is then in OUT/tuned (bt-adapter chat --model OUT/tuned), and the whole
-    model in OUT/model, which transformers loads by itself.
-    """
-
-    free = frozenset(
-        {
-            "epochs", "steps", "videos", "out", "features", "workers", "prefetch", "save_steps", "save_minutes",
-            "keep_last", "tensorboard", "device", "accumulate", "packing", "gradient_checkpointing", "recompute",
-            "tower_chunk", "head_chunk", "max_skipped", "other_tower", "save_model",
-        }
-    )  # fmt: skip
-    limits = LIMITS | {
-        "frames": POSITIVE, "rank": COUNT, "alpha": POSITIVE, "lora_dropout": SHARE_BELOW_1, "context": COUNT,
-        "lr_projector": POSITIVE, "lr_branch": POSITIVE, "lr_lora": POSITIVE, "head_chunk": COUNT,
-    }  # fmt: skip
+    help_group: ClassVar[str] = "data"
 
     data: str = ""
     """VideoInstruct-like .json ("q", "a", "video_id"), LLaVA's conversations, or .jsonl of either."""
-    out: Path = Path("tuning")
-    """Folder of the run: checkpoints, log, and in the end tuned/ and model/."""
     videos: Path | None = None
-    """Folder of videos and stills; default: that of --data."""
+    """Folder of videos and stills; default: the folder of --data."""
+    frames: int = 100
+    """T: frames taken of a video; of a shorter one some are repeated."""
+    max_length: int | None = None
+    """Longest conversation, in tokens; default: the context length of the language model."""
+    skip_long: bool = False
+    """Skip longer conversations instead of ending with an error."""
+    packing: bool = False
+    """Put the conversations of a part into one row instead of padding them to one length; the loss is the same.
+    On a CPU it is slower: attention there takes the row as one sequence and masks the other conversations."""
+    features: Path | None = None
+    """Folder of tower features: written once per video, then read instead of decoding. The size is announced before
+    anything is written."""
+    feature_dtype: Literal["float16", "float8"] = "float16"
+    """Data type of the stored features; float8 takes half the space."""
+    max_skipped: float = 0.1
+    """Largest share of unusable conversations; where there are more, the run ends with an error."""
+
+
+@dataclass(frozen=True)
+class TuneModel:
+    """Chat model, branch and trainable parts."""
+
+    help_group: ClassVar[str] = "model"
 
     model: str = "mini:image"
     """Chat model: hub name, local folder, tuned folder, or "mini" ("mini:image": before it saw a video)."""
@@ -51,117 +57,130 @@ class TuneRecipe(Settings):
     use_branch: bool = True
     """Encode videos by the branch. Without it they are the mean of their frames: the control of every claim that the
     branch helps, for which no branch need be named. The tuned model is then asked about videos in the same way."""
-    other_tower: bool = False
-    """Take a branch trained beside another CLIP than the model's, of the same shape but for the resolution."""
-    learn: tuple[Part, ...] = ("projector", "branch")
-    """What learns: any of projector, branch and lora (adapters of the language model's layers)."""
-    rank: int = 16
-    """Of the adapters."""
-    alpha: float = 32.0
-    """Of the adapters: what they add is scaled by alpha / rank."""
-    lora_dropout: float = 0.05
-    """Of the adapters."""
-    lora_layers: str = "all-linear"
-    """Layers that get adapters: "all-linear", or names with commas (q_proj,v_proj)."""
-
-    frames: int = 100
-    """T: frames of a video; a shorter one repeats some."""
+    require_same_tower: bool = True
+    """Refuse a branch trained beside another CLIP than the model's. Without it, one of the same shape but for the
+    resolution is accepted with a warning."""
     long: Literal["average", "interpolate", "published"] = "average"
-    """Where T exceeds the time steps the branch was trained with: average neighbouring frames down to them, interpolate
-    the trained rows of its time table, or train as many rows as the published procedure reads (100 frames: 50)."""
-    batch: int = 32
-    """Conversations of a step over all processes."""
+    """Videos whose T exceeds the time steps the branch was trained with: average neighbouring frames down to them,
+    interpolate the trained rows of its time table, or train as many rows as the published procedure reads (100 frames:
+    50)."""
+    learn: tuple[Part, ...] = ("projector", "branch")
+    """Trainable parts: any of projector, branch and lora (adapters of the language model's layers)."""
+    lora_r: int = 16
+    """Rank of the LoRA adapters."""
+    lora_alpha: float = 32.0
+    """LoRA alpha: the output of the adapters is scaled by alpha / r."""
+    lora_dropout: float = 0.05
+    """Dropout rate of the LoRA adapters."""
+    target_modules: str = "all-linear"
+    """Layers that get LoRA adapters: "all-linear", or names separated by commas (q_proj,v_proj)."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Bits of the frozen language model: nf4 (4) or int8 (8), by bitsandbytes (QLoRA with --learn lora); not for mini.
+    Default: not quantized."""
+
+
+@dataclass(frozen=True)
+class TuneOptimisation:
+    """Batches, optimizer and schedule."""
+
+    help_group: ClassVar[str] = "optimisation"
+
+    batch_size: int = 32
+    """Global batch size: conversations of a step over all processes together."""
     accumulate: int = 1
-    """Parts a process cuts them into, one after the other; the loss is the same."""
-    packing: bool = False
-    """Put the conversations of a part into one row instead of padding them to one length; the loss is the same.
-    On a CPU it is slower: attention there takes the row as one sequence and masks the other conversations."""
+    """Parts into which a process cuts its conversations, computed one after the other; the loss is the same."""
     epochs: float = 3.0
-    """Passes over the conversations. A run can be made longer later: the same command with more of them goes on."""
+    """Passes over the conversations. A run can be made longer later: the same command with a larger value resumes
+    it."""
     steps: int | None = None
     """Steps in all, instead of --epochs."""
-    context: int | None = None
-    """Longest conversation, in tokens; default: what the language model was made for."""
-    skip_long: bool = False
-    """Leave longer ones out instead of ending with an error."""
     seed: int = 0
-    """Of order, fresh adapters and what drops out."""
+    """Seed of order, fresh adapters and dropout."""
 
     lr: float = 2e-5
-    """Learning rate of the parts that have none of their own."""
+    """Learning rate of the parts that have no own one."""
     lr_projector: float | None = None
-    """Of the projector."""
+    """Learning rate of the projector; default: --lr."""
     lr_branch: float | None = None
-    """Of the branch."""
+    """Learning rate of the branch; default: --lr."""
     lr_lora: float | None = None
-    """Of the adapters."""
+    """Learning rate of the LoRA adapters; default: --lr."""
     beta1: float = 0.9
-    """AdamW's."""
+    """AdamW: decay of the mean of the gradients."""
     beta2: float = 0.999
-    """AdamW's."""
+    """AdamW: decay of the mean of the squared gradients."""
     eps: float = 1e-8
-    """AdamW's."""
+    """AdamW: number added to the denominator."""
     weight_decay: float = 0.0
-    """AdamW's."""
-    grad_norm: float = 1.0
-    """Longest gradient; 0: any."""
+    """AdamW: weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down to it; 0: no clipping."""
     warmup: float = 0.03
-    """Share of the steps with linear warm-up, cosine to 0 after it; 0: none."""
+    """Share of all steps, 0 to 1, with linear warm-up, followed by a cosine to 0; 0: no warm-up."""
 
-    features: Path | None = None
-    """Folder of tower features: written once per video, then read instead of decoding. The size is told before."""
-    feature_dtype: Literal["float16", "float8"] = "float16"
-    """Of the stored features; float8 takes half the space."""
 
-    device: str = "auto"
-    """"cpu", "cuda"; "auto" takes GPUs where there are any."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of frozen weights and products; what learns and the losses are float32. auto: bfloat16 on a GPU, or
-    float16 where it lacks that; on a CPU float32, unless a measurement shows bfloat16 to be faster."""
-    quantize: Literal["nf4", "int8"] | None = None
-    """The frozen language model in 4 or 8 bits, by bitsandbytes (QLoRA with --learn lora); not for mini."""
+@dataclass(frozen=True)
+class TuneRun(RunOptions):
+    """Output, device and checkpoints."""
+
+    help_group: ClassVar[str] = "run"
+
+    out: Path = Path("tuning")
+    """Folder of the run: checkpoints, log, and at the end tuned/ and model/."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of frozen weights and matrix products; trainable parameters and losses are float32. auto: bfloat16 on a
+    GPU, or float16 where the GPU lacks it; on a CPU float32, unless a measurement shows bfloat16 to be faster."""
     gradient_checkpointing: bool = False
-    """The language model's layers run again in backward instead of being kept."""
-    recompute: Literal["none", "mlp", "layer"] = "mlp"
-    """What the branch computes again in backward instead of keeping."""
-    tower_chunk: int = 32
-    """Frames that run through the tower at once."""
+    """Compute the language model's activations again in backward instead of keeping them."""
     head_chunk: int = 512
-    """Answer tokens whose logits exist at once."""
-    workers: int = 4
-    """Decoding processes of each process; 0: decode in it."""
-    prefetch: int = 2
-    """Batches each of them is ahead."""
-    max_skipped: float = 0.1
-    """Share of unusable conversations that ends the run."""
-
-    save_steps: int | None = None
-    """Write a checkpoint every so many steps."""
-    save_minutes: float = 10.0
-    """And every so many minutes."""
-    keep_last: int = 2
-    """Checkpoints kept."""
+    """Answer tokens whose logits are in memory at once."""
     save_model: bool = True
-    """Write the whole tuned model to OUT/model in the end, adapters merged, in the dtype of the model it was tuned
+    """Write the whole tuned model to OUT/model at the end, adapters merged, in the dtype of the model it was tuned
     from. It takes the model's size on the disk, and in memory while it is written."""
-    tensorboard: bool = False
-    """Write TensorBoard events to OUT/tensorboard."""
+
+
+@dataclass(frozen=True)
+class TuneRecipe(TuneRun, TuneOptimisation, TuneModel, TuneData, Settings):
+    """Tune a chat model with a branch on questions and answers about videos.
+
+    --config FILE reads options from a YAML file; options on the command line override them. The same command again
+    resumes a run that stopped. The trained parts are written to OUT/tuned (bt-adapter chat --model OUT/tuned), and the
+    whole model to OUT/model, which transformers loads by itself.
+    """
+
+    free = frozenset(
+        {
+            "epochs", "steps", "videos", "out", "features", "workers", "prefetch", "save_steps", "save_minutes",
+            "keep_last", "tensorboard", "device", "accumulate", "packing", "gradient_checkpointing", "recompute",
+            "tower_chunk", "head_chunk", "max_skipped", "require_same_tower", "save_model",
+        }
+    )  # fmt: skip
+    limits = LIMITS | {
+        "frames": POSITIVE, "lora_r": COUNT, "lora_alpha": POSITIVE, "lora_dropout": SHARE_BELOW_1, "max_length": COUNT,
+        "lr_projector": POSITIVE, "lr_branch": POSITIVE, "lr_lora": POSITIVE, "head_chunk": COUNT,
+    }  # fmt: skip
+    renamed = RENAMED | {
+        "rank": "lora_r", "alpha": "lora_alpha", "lora_layers": "target_modules", "context": "max_length",
+        "other_tower": "require_same_tower",
+    }  # fmt: skip
 
     def rate_of(self, part: str) -> float:
         """Learning rate of a part."""
-        own = getattr(self, f"lr_{part}")
-        return self.lr if own is None else own
+        rate = getattr(self, f"lr_{part}")
+        return self.lr if rate is None else rate
 
     def check(self, world: int) -> None:
-        """Raise CommandError for the first value that cannot be, with ``world`` processes."""
+        """Raise CommandError for the first invalid value, given ``world`` processes."""
         self.check_values()
         check_model(self.model, self.quantize)
         if not self.data:
             raise CommandError("--data is missing: a .json or .jsonl of questions and answers about videos")
         if not self.learn or set(self.learn) - set(PARTS) or len(set(self.learn)) < len(self.learn):
             raise CommandError(f"--learn must name some of {', '.join(PARTS)}, each once, got {list(self.learn)}")
-        if self.batch < world:
-            raise CommandError(f"--batch must be at least one conversation a process, got {self.batch} for {world}")
+        if self.batch_size < world:
+            raise CommandError(
+                f"--batch-size must be at least one conversation per process, got {self.batch_size} for {world}"
+            )
         if not self.use_branch and "branch" in self.learn:
             raise CommandError("--no-use-branch: a branch that does not run cannot learn; leave it out of --learn")
         if not self.use_branch and self.features is not None:

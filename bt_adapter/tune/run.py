@@ -82,7 +82,7 @@ class Run(TrainingRun):
 
     def _data(self, conversations: Sequence[Any]) -> None:
         recipe, chat = self.recipe, self.chat
-        most = recipe.context or context(chat.model)
+        most = recipe.max_length or context(chat.model)
         examples, unusable = make_examples(Tokens(chat.model, chat.processor), conversations, most, recipe.skip_long)
         self._note(unusable)
         if not examples:
@@ -90,7 +90,7 @@ class Run(TrainingRun):
         self.listed += len(examples) - (len(conversations) - len(unusable))  # one may give several examples
         self.began_with("conversations", len(examples), digest(examples))
         self.examples = examples
-        self.order = Order([example.length for example in examples], recipe.batch, recipe.seed)
+        self.order = Order([example.length for example in examples], recipe.batch_size, recipe.seed)
         self._plan(recipe.steps or max(1, round(recipe.epochs * self.order.steps_per_epoch)))
         if self.state.get("skipped"):
             self.skipped.load_state_dict(self.state["skipped"])
@@ -116,7 +116,7 @@ class Run(TrainingRun):
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         # The loss is a sum over answer tokens, thousands of times the mean for which the usual first scale is made.
         self.scaler = torch.amp.GradScaler(
-            self.processes.device.type, init_scale=16.0, enabled=recipe.precision == "float16"
+            self.processes.device.type, init_scale=16.0, enabled=recipe.dtype == "float16"
         )
         if self.state.get("scaler"):
             self.scaler.load_state_dict(self.state["scaler"])
@@ -216,7 +216,7 @@ class Run(TrainingRun):
         """The gradients of all processes over the number of answer tokens, and a step of the optimizer."""
         share_gradients(self.parameters, 1 / count, self.processes.group)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.grad_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * factor
         self.scaler.step(self.optimizer)
@@ -225,7 +225,7 @@ class Run(TrainingRun):
         return float(norm)
 
     def _tell(self, values: dict[str, Any], clock: Clock) -> None:
-        seen = min(values["step"] * self.recipe.batch, len(self.examples))
+        seen = min(values["step"] * self.recipe.batch_size, len(self.examples))
         self.skipped.check(self.listed - len(self.examples) + seen, self.recipe.max_skipped)
         self._log(values, clock)
 
@@ -256,7 +256,7 @@ class Run(TrainingRun):
             },
             "step": self.state["step"],
             "sampling": self._sampling(),
-            "precision": {"dtype": self.precision.name, "chosen": self.precision.why},
+            "precision": {"dtype": self.dtype.name, "chosen": self.dtype.why},
             "recipe": self.recipe.to_dict(),
         }
 
@@ -322,8 +322,8 @@ def load_chat(recipe: TuneRecipe, device: torch.device, needs_branch: bool) -> V
     use_branch = needs_branch or "branch" in recipe.learn
     try:
         chat = load_base(
-            recipe.model, recipe.branch, str(device), getattr(torch, recipe.precision),
-            require_same_tower=not recipe.other_tower, quantize=recipe.quantize, use_branch=use_branch,
+            recipe.model, recipe.branch, str(device), getattr(torch, recipe.dtype),
+            require_same_tower=recipe.require_same_tower, quantize=recipe.quantize, use_branch=use_branch,
         )  # fmt: skip
     except QuantizeError as error:
         raise CommandError(f"--{error}") from error

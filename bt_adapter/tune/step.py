@@ -65,7 +65,7 @@ class Tuning:
             return answer_loss(hidden[rows, columns], targets[places].to(device), head, self.recipe.head_chunk)
 
     def _autocast(self) -> torch.autocast:
-        return autocast(self.recipe.precision, self.chat.device)
+        return autocast(self.recipe.dtype, self.chat.device)
 
     def _inputs(self, part: Part) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Embeddings ``[B, S, W]``, targets ``[B, S]`` on the CPU, and what else the language model is given."""

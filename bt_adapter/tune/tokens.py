@@ -239,7 +239,7 @@ def make_examples(
     if len(long) and not skip_long:
         raise CommandError(
             f"{len(long)} of {len(conversations)} conversations do not fit into the context of {context} tokens "
-            f"(--skip-long leaves them out, --context sets another length); {long.report(5)}"
+            f"(--skip-long leaves them out, --max-length sets another length); {long.report(5)}"
         )
     skipped.merge(long)
     return examples, skipped
