@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from bt_adapter.limits import option
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """The option ``--config``, which is read before all others."""
+    """Options that come from a file."""
 
     config: Annotated[Path | None, arg(metavar="FILE")] = None
     """YAML file of options, written as here or with underscores; options on the command line override it."""
@@ -37,14 +38,12 @@ def grouped(command: type, default: Any = None, config: bool = False) -> type:
         command: class of a command whose options all stand in groups. default: an instance with the default values;
             None: those of the class. config: whether the command takes ``--config``.
     """
-    groups: list[Any] = []
+    groups: list[Any] = [("file", ConfigFile, field(default=ConfigFile()))] if config else []
     for group in group_classes(command):
         values = None if default is None else {item.name: getattr(default, item.name) for item in fields(group)}
         groups.append((vars(group)["help_group"], group, *([] if values is None else [field(default=group(**values))])))
-    if config:
-        groups.append(("config_file", ConfigFile, field(default=ConfigFile())))
     made = make_dataclass(command.__name__, groups, frozen=True, namespace={"command": command})
-    made.__doc__ = command.__doc__
+    made.__doc__ = inspect.getdoc(command)
     return made
 
 
