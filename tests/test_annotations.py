@@ -50,7 +50,7 @@ def test_msrvtt_1k_a(msrvtt):
     assert captions(clips) == {"video3": ("a man sings",), "video1": ("a cat, asleep",)}
     assert clips[0].source.endswith("video3.avi") and clips[0].start is None and clips[0].label is None
     assert list(skipped.reasons) == ["video9"]
-    with pytest.raises(CommandError, match="one split by itself"):
+    with pytest.raises(CommandError, match="holds only one split"):
         read_annotations("msrvtt", table, msrvtt / "videos", "test")
 
 
@@ -186,7 +186,7 @@ def test_kinetics400_lists(tmp_path):
     listed = tmp_path / "kinetics400_val_list_videos.txt"
     listed.write_text("a clip.mp4 1\nsub/b.mp4, 0\nsub/b2.mp4 2\nnonsense\n")
     touch(tmp_path, "a clip.mp4", "sub/b.mp4", "sub/b2.mp4")
-    with pytest.raises(CommandError, match="needs a list of the classes beside it: label_map_k400.txt"):
+    with pytest.raises(CommandError, match="needs a class list in the same folder: label_map_k400.txt"):
         read_annotations("kinetics400", listed)
     (tmp_path / "label_map_k400.txt").write_text("abseiling\nair drumming\n")
     clips, skipped = read_annotations("kinetics400", listed)
@@ -208,12 +208,12 @@ def test_clips_is_the_layout_of_manifests(tmp_path):
         ("msvd", "x.csv", "", "--layout must be one of msrvtt, .*got 'msvd'"),
         ("msrvtt", "x.csv", "a,b\n", "no column video_id; its columns: a, b"),
         ("msrvtt", "x.json", "{}", "no list 'videos'"),
-        ("msrvtt", "x.json", "{", "is no JSON"),
+        ("msrvtt", "x.json", "{", "is not JSON"),
         ("didemo", "x.json", "{}", "expected a list at its top"),
         ("activitynet", "x.json", "[]", "expected a dict at its top"),
         ("lsmdc", "x.csv", "a,b\n", "no usable clip"),
-        ("hmdb51", "x.csv", "", "is not the folder of the splits"),
-        ("ucf101", "x.csv", "", "is not the folder of the splits"),
+        ("hmdb51", "x.csv", "", "expected the folder of the splits"),
+        ("ucf101", "x.csv", "", "expected the folder of the splits"),
     ],
 )
 def test_other_layouts_are_one_error(tmp_path, layout, name, content, message):

@@ -160,12 +160,12 @@ def test_streaming_jumps_in_sparse_long_videos(tmp_path):
     frames = torch.arange(600)[:, None, None, None].remainder(251).to(torch.uint8).expand(600, 3, 32, 32).contiguous()
     write_video(path, frames, fps=10, options={"g": "20", "bf": "0"})
     stream = FrameStream(path, frames=6, chunk=4)
-    assert stream._pays_to_jump()
+    assert stream._is_seeking_cheaper()
     assert torch.equal(torch.cat(list(stream)), read_video(path, 6, method="sequential").frames)
 
 
 def test_streaming_repeats_counts_and_breaks_off(clip, tmp_path):
-    with pytest.raises(VideoError, match="100 frames were asked for, but there are only 90"):
+    with pytest.raises(VideoError, match="100 frames were requested, but there are only 90"):
         FrameStream(clip, frames=100)
     repeated = torch.cat(list(FrameStream(clip, frames=100, repeat=True, chunk=16)))
     assert torch.equal(repeated, read_video(clip, 100, repeat=True).frames)

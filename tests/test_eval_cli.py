@@ -270,7 +270,7 @@ def _camel(name: str) -> str:
         (("--videos", "nowhere"), "there is no such folder"),
         (("--clip", str(Path(__file__).parent)), "found in directory"),
         (("--branch", "nowhere.pth"), "no checkpoint at nowhere.pth"),
-        (("--layout", "msrvtt"), "is no JSON"),
+        (("--layout", "msrvtt"), "is not JSON"),
         (("--device", "cuda:99" if not torch.cuda.is_available() else "nodevice"), "--device"),
     ],
 )

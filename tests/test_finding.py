@@ -57,7 +57,7 @@ def folder(tmp_path):
 def test_one_rule(folder, files, name, found):
     root = folder(*files)
     if found in (None, "twice"):
-        with pytest.raises(VideoError, match="there is no .*" if found is None else "2 times .*name its folder"):
+        with pytest.raises(VideoError, match="there is no .*" if found is None else "2 sub-folders .*write its folder"):
             VideoFolder(root).find(name)
         assert VisualFolder(root).find(name, "video") == (root / name, "video")
     else:

@@ -205,7 +205,7 @@ class Threads(Dataset):
 
 def test_workers_have_one_thread_and_their_death_is_an_error():
     assert list(in_order(Threads(-1), 0, 3, 2)) == [1, 1, 1]
-    with pytest.raises(CommandError, match="decodes died.*worker.*shared memory"):
+    with pytest.raises(CommandError, match="decoding process died.*worker.*shared memory"):
         list(in_order(Threads(1), 0, 8, 2))
 
 

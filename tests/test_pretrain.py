@@ -432,7 +432,7 @@ def test_chance_does_not_end_a_run_and_a_share_too_great_does_early():
                 skipped.add(f"clip{number}", "is empty")
             skipped.check(seen, 0.1, total=200)
         skipped.add("clip20", "is empty")
-        with pytest.raises(TooManySkipped, match="21 of 200 clips.*10 % allowed .--max-skipped 0.1.;"):
+        with pytest.raises(TooManySkipped, match="21 of 200 clips.*10 % allowed by --max-skipped 0.1;"):
             skipped.check(200, 0.1, total=200)
     many = Skipped()
     for number in range(30):

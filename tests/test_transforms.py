@@ -133,7 +133,7 @@ def test_any_size(height, width, size):
         (torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8), ValueError, r"rank 4.*got rank 5"),
         (torch.zeros(2, 3, 8, 8), TypeError, r"must be uint8.*got torch.float32"),
         (torch.zeros(2, 4, 8, 8, dtype=torch.uint8), ValueError, r"3 channels.*got \[2, 4, 8, 8\]"),
-        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), ValueError, r"got \[2, 8, 8, 3\]; channels come second"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), ValueError, r"got \[2, 8, 8, 3\]; permute the channels"),
         (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), ValueError, r"must not be empty, got \[0, 3, 8, 8\]"),
         (torch.zeros(2, 3, 0, 8, dtype=torch.uint8), ValueError, r"must not be empty"),
         ([[0]], TypeError, r"torch.Tensor, got list"),

@@ -179,7 +179,7 @@ def test_more_frames_than_there_are(clip):
     video = read_video(clip, 100, repeat=True)
     assert video.frames.shape == (100, 3, HEIGHT, WIDTH) and video.total == 40
     assert numbers(video.frames) == video.indices.tolist() == sample_indices(40, 100).tolist()
-    with pytest.raises(VideoError, match=r"clip.mp4: 100 frames were asked for, but there are only 40"):
+    with pytest.raises(VideoError, match=r"clip.mp4: 100 frames were requested, but there are only 40"):
         read_video(clip, 100)
     assert read_video(clip, 40).total == 40
 
@@ -231,7 +231,7 @@ def test_range(clip):
     assert read_video(clip, None, start=4.75).indices.tolist() == [38, 39]
     with pytest.raises(VideoError, match=r"clip.mp4: no frame can be decoded between start=99 and end=None"):
         read_video(clip, 4, start=99)
-    with pytest.raises(VideoError, match=r"start=2 must lie before end=1"):
+    with pytest.raises(VideoError, match=r"start=2 must be before end=1"):
         read_video(clip, 4, start=2, end=1)
     with pytest.raises(TypeError, match="start must be a number of seconds, got str"):
         read_video(clip, 4, start="1")

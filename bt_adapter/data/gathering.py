@@ -1,4 +1,4 @@
-"""Clips as lists state them, checked and put together."""
+"""Checks the rows of a data set's list and builds clips from them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bt_adapter.errors import CommandError
 
 @dataclass(frozen=True)
 class Row:
-    """A clip as a list states it, nothing of it checked yet. ``where``: its place in the list."""
+    """An unchecked row of a list. ``where``: its file and line, for messages."""
 
     where: str
     id: Any
-    videos: list[str]  # places to look at, relative to the folder of the videos
+    videos: list[str]  # candidate paths, relative to the folder of the videos
     captions: Any
     start: Any = None
     end: Any = None
@@ -26,29 +26,29 @@ class Row:
 
 
 class Gathered:
-    """Usable clips, and what is not, while a list is being read.
+    """Collects the usable clips and the skipped rows while a list is read.
 
     Attributes:
-        folder: what names of videos are relative to.
-        skipped: what cannot be used.
+        folder: folder that video names are relative to.
+        skipped: rows that cannot be used, with reasons.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder, self.skipped = folder, Skipped()
         self._clips: dict[str, Clip] = {}
-        self._alternatives: dict[str, dict[str, None]] = {}  # captions of clips that several rows speak of, in order
-        self._listed: dict[str, _Listing | None] = {}  # the folders seen so far; None: cannot be listed
+        self._alternatives: dict[str, dict[str, None]] = {}  # captions of clips with several rows, in order
+        self._listed: dict[str, _Listing | None] = {}  # by folder; None: it cannot be listed
 
     def add(self, row: Row) -> None:
-        """Check a row whose video is a file and take it."""
+        """Check a row whose video is a file and add its clip."""
         key = row.id if isinstance(row.id, str) and row.id else str(row.id or next(iter(row.videos), ""))
         if not key or not row.videos:
-            self.skipped.add(row.where, "no video is named")
+            self.skipped.add(row.where, "names no video")
             return
         try:
             start, end = seconds("start", row.start), seconds("end", row.end)
             if (start or 0.0) >= (math.inf if end is None else end):
-                raise ValueError(f"start {start} does not lie before end {end}")
+                raise ValueError(f"start {start} is not before end {end}")
             path = self._find(row.videos)
         except ValueError as error:
             self.skip(key, row.where, str(error))
@@ -61,7 +61,7 @@ class Gathered:
         self, where: str, key: str, source: str | Member, captions: Any, start: float | None = None,
         end: float | None = None, label: int | None = None,
     ) -> None:  # fmt: skip
-        """Check the captions and take the clip."""
+        """Check the captions and add the clip."""
         if not _is_text(key):
             self.skipped.add(where, "its name is not UTF-8")
             return
@@ -69,32 +69,32 @@ class Gathered:
         if not good:
             return
         clip = Clip(key, source, good, start, end, label)
-        there = self._clips.setdefault(key, clip)
-        if there is clip:
+        earlier = self._clips.setdefault(key, clip)
+        if earlier is clip:
             return
-        if (there.source, there.start, there.end, there.label) != (source, start, end, label):
-            self.skip(key, where, "another clip before it has the same name")
+        if (earlier.source, earlier.start, earlier.end, earlier.label) != (source, start, end, label):
+            self.skip(key, where, "an earlier clip has the same name")
             return
-        self._alternatives.setdefault(key, dict.fromkeys(there.captions)).update(dict.fromkeys(good))
+        self._alternatives.setdefault(key, dict.fromkeys(earlier.captions)).update(dict.fromkeys(good))
 
     def __contains__(self, key: str) -> bool:
         return key in self._clips
 
     def result(self, name: str) -> tuple[list[Clip], Skipped]:
-        """All of it. Raises CommandError where no clip is usable."""
+        """Return the clips and the skipped rows. Raises CommandError if no clip is usable."""
         if not self._clips:
-            raise CommandError(f"{name}: no usable clip in it; {self.skipped.report(3)}")
+            raise CommandError(f"{name}: holds no usable clip; {self.skipped.report(3)}")
         for key, captions in self._alternatives.items():
             self._clips[key] = replace(self._clips[key], captions=tuple(captions))
         return list(self._clips.values()), self.skipped
 
     def skip(self, key: str, where: str, reason: str) -> None:
-        """Name a row that cannot be used: by its key, and where that names another one already, by its place too."""
+        """Record an unusable row under its key; a key already taken gets the row's place appended."""
         name = f"{key} ({where})" if key in self._clips or key in self.skipped.reasons else key
         self.skipped.add(name.encode(errors="backslashreplace").decode(), reason)
 
     def _captions(self, key: str, where: str, value: Any) -> tuple[str, ...]:
-        """The usable ones; the others are noted, as the clip itself where none is left."""
+        """Return the usable captions and record the others as skipped; with none left the clip is skipped."""
         values = value if isinstance(value, list | tuple) else [value]
         wrong = [_wrong_caption(caption) for caption in values] or ["no caption"]
         good = tuple(dict.fromkeys(c.strip() for c, why in zip(values, wrong, strict=False) if why is None))
@@ -106,7 +106,7 @@ class Gathered:
         return good
 
     def _find(self, places: list[str]) -> str:
-        """The first that is there. Raises ValueError."""
+        """Return the path of the first candidate that exists. Raises ValueError."""
         for place in places:
             if "://" in place:
                 raise ValueError("its video is an address, not a file")
@@ -115,19 +115,19 @@ class Gathered:
             if not _is_text(place):
                 raise ValueError("the name of its video is not UTF-8")
             path = os.path.join(self.folder, place)
-            if self._is_there(path):
+            if self._exists(path):
                 return path
         raise ValueError(f"no such video in {self.folder or '.'}")
 
-    def _is_there(self, path: str) -> bool:
-        """Whether a file is there, by its folder's listing. Raises ValueError for what is there and no regular file."""
+    def _exists(self, path: str) -> bool:
+        """Tell whether a file exists, by its folder's listing. Raises ValueError if it is no regular file."""
         folder, name = os.path.split(path)
         if folder not in self._listed:
             try:
                 self._listed[folder] = _Listing.of(folder or ".")
             except (FileNotFoundError, NotADirectoryError):
                 self._listed[folder] = _Listing()
-            except PermissionError:  # a folder may be passed through without being listed
+            except PermissionError:  # files may be accessible although the folder cannot be listed
                 self._listed[folder] = None
         listing = self._listed[folder]
         if listing is None:
@@ -139,17 +139,14 @@ class Gathered:
 
 @dataclass
 class _Listing:
-    """What stands in a folder: regular files and links, and what cannot be a video."""
+    """Names in a folder: ``files`` are regular files and links, ``others`` cannot be videos."""
 
     files: set[str] = field(default_factory=set)
     others: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, folder: str) -> _Listing:
-        """Read off the folder; most file systems say of what kind an entry is, so that nothing is asked of the entry.
-
-        Raises OSError.
-        """
+        """List a folder without a stat per entry where the file system gives entry types. Raises OSError."""
         listing = cls()
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -159,7 +156,7 @@ class _Listing:
 
 
 def captions_of(value: dict[str, Any]) -> Any:
-    """What a JSON object gives as caption or captions, unchecked; None: nothing."""
+    """Return the captions or caption of a JSON object, unchecked; None if it has neither."""
     found = value.get("captions")
     return value.get("caption") if found is None or found == [] else found
 
@@ -179,7 +176,7 @@ def _is_text(value: str) -> bool:
 
 
 def seconds(name: str, value: Any) -> float | None:
-    """A time a list states, as a number or in digits; nothing is None. Raises ValueError."""
+    """Convert a time in a list, a number or digits, to seconds; None if it is empty. Raises ValueError."""
     if value is None or value == "":
         return None
     try:

@@ -1,4 +1,4 @@
-"""Picture files to pixels, with Pillow."""
+"""Reads picture files with Pillow."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from PIL import Image, UnidentifiedImageError
 from ._source import VideoError
 from .patience import is_mistake
 
-# Pillow's names, and what the formats are called. A format that is not here is not tried: some run other programs.
+# Pillow's name of each format and its usual name. Other formats are not tried: some readers run external programs.
 FORMATS = {
     "JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP", "DIB": "BMP", "TIFF": "TIFF",
     "JPEG2000": "JPEG 2000", "AVIF": "AVIF", "PPM": "PPM",
 }  # fmt: skip
-# of files of these formats; animations among them are videos too, and GIF counts as a video by its name
+# Suffixes of these formats. An animation in one of them also counts as a video; GIF is a video by its suffix.
 STILL_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".jp2", ".j2k", ".avif",
     ".ppm", ".pgm", ".pbm", ".pnm",
@@ -38,17 +38,17 @@ _SIXTEEN_BITS = 65535
 
 
 def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
-    """Read a picture file as uint8 ``[3, H, W]``, RGB, turned upright as its EXIF orientation says.
+    """Read a picture file as uint8 ``[3, H, W]``, RGB, rotated upright by its EXIF orientation.
 
-    JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF and PPM are read; the content decides, not the name. Of an
-    animation or a file of several pages it is the first picture. Gray, palettes and CMYK become RGB and 16 bits a
-    colour 8; transparency is left out, as CLIP's own preprocessing does, and colour profiles are not applied.
+    JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF and PPM are detected by content, not by name. An animation or a
+    file of several pages gives its first picture. Gray, palettes and CMYK become RGB, and 16 bits per colour become 8;
+    transparency is dropped, as in CLIP's own preprocessing, and colour profiles are not applied.
 
-    Pillow's settings are heeded: ``PIL.Image.MAX_IMAGE_PIXELS`` (twice as many pixels are an error) and
-    ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` (without it, a file that is cut short is an error).
+    Pillow's settings apply: ``PIL.Image.MAX_IMAGE_PIXELS`` (twice as many pixels are an error) and
+    ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` (if it is unset, a truncated file is an error).
 
     Raises:
-        VideoError: the file is missing, no regular file, of another format, cut short, damaged or too large; the
+        VideoError: the file is missing, no regular file, of another format, truncated, damaged or too large; the
             message names it.
     """
     name = os.fspath(path)
@@ -65,13 +65,13 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
     except UnidentifiedImageError as error:
         known = ", ".join(dict.fromkeys(FORMATS.values()))
         raise VideoError(
-            f"{name}: cannot be read as an image: it is none of {known}, or its beginning is damaged"
+            f"{name}: cannot be read as an image: its format is none of {known}, or its beginning is damaged"
         ) from error
     except Image.DecompressionBombError as error:
-        raise VideoError(f"{name}: has too many pixels; PIL.Image.MAX_IMAGE_PIXELS sets how many ({error})") from error
+        raise VideoError(f"{name}: has too many pixels; PIL.Image.MAX_IMAGE_PIXELS sets the limit ({error})") from error
     except MemoryError as error:
-        raise VideoError(f"{name}: takes more memory than there is") from error
-    except Exception as error:  # its readers raise many: OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+        raise VideoError(f"{name}: not enough memory to read it") from error
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error ...
         if is_mistake(error):
             raise
         words = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -80,42 +80,42 @@ def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
 
 
 def is_animation(path: str | os.PathLike[str]) -> bool:
-    """Whether a picture file holds an animation (PNG, WebP or AVIF of several frames); False where it cannot be read.
+    """Tell whether a picture file is an animation (PNG, WebP or AVIF of several frames); False if it is unreadable.
 
-    Only the file's head is read.
+    Only the file's header is read.
     """
     try:
         Image.init()
         with Image.open(path, formats=_ANIMATED) as image:
             return bool(getattr(image, "is_animated", False))
-    except Exception as error:  # whoever reads the picture itself says what is wrong with it
+    except Exception as error:  # reading the picture itself will report the error
         if is_mistake(error):
             raise
         return False
 
 
 def _pixels(file: BinaryIO) -> np.ndarray:
-    """uint8 ``[H, W, 3]``, an array of its own."""
-    Image.init()  # before, Pillow knows the commonest formats only
+    """Decode a picture to a new array, uint8 ``[H, W, 3]``."""
+    Image.init()  # registers the less common formats too
     with Image.open(file, formats=tuple(FORMATS)) as image:
         image.load()
         try:
             turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
-        except Exception:  # EXIF that cannot be read says nothing; the picture itself is whole
+        except Exception:  # damaged EXIF is ignored; the picture itself is intact
             turn = None
         picture = _eight_bits(image)
         if picture.mode == "P":
-            picture = picture.convert("RGBA")  # straight to RGB, Pillow warns where a palette has transparent colours
+            picture = picture.convert("RGBA")  # conversion straight to RGB warns about transparent palettes
         picture = picture.convert("RGB")
         return np.array(picture if turn is None else picture.transpose(turn))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The picture itself, or one of 8 bits of a gray one of 16. Raises ValueError for other depths."""
-    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if not wide and image.mode in ("I", "F"):
-        raise ValueError("its pixels are 32-bit numbers; pictures of 8 or 16 bits a colour are read")
-    if not wide:
+    """Convert a 16-bit gray picture to 8 bits; return 8-bit ones unchanged. Raises ValueError for other depths."""
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not is_16_bit and image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers; only 8 or 16 bits per colour are supported")
+    if not is_16_bit:
         return image
     gray = np.asarray(image).astype(np.uint32)
     return Image.fromarray(((gray * 255 + _SIXTEEN_BITS // 2) // _SIXTEEN_BITS).astype(np.uint8))

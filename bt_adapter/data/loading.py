@@ -1,4 +1,4 @@
-"""Batches of training clips, the same whatever reads them: a function of the seed and the step alone."""
+"""Loads batches of training clips that depend on the seed and the step alone, not on the number of workers."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from bt_adapter.data.video import VideoError
 from bt_adapter.data.workers import begin_worker, worker_context
 from bt_adapter.errors import CommandError
 
-# So many clips are tried in the place of one that cannot be read. Where all of them fail, the data is at fault.
+# Most clips tried for one place of a batch. If all of them are unreadable, the data set is at fault.
 ATTEMPTS = 100
 _NOISE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A clip as a step sees it: uint8 ``[T, 3, S, S]``, a caption, what was tried in vain before it, and its key where
-    its file is damaged."""
+    """A clip of a step: ``frames`` uint8 ``[T, 3, S, S]``, one caption, key and reason of each unreadable clip tried
+    before it (``failed``), and its key if its file is damaged (``damaged``)."""
 
     frames: Tensor
     caption: str
@@ -39,14 +39,14 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's clips of a step.
+    """The clips of one step on one process.
 
     Attributes:
         frames: uint8 ``[B, T, 3, S, S]``, RGB.
         captions: one for each clip.
-        failed: key and reason of each clip that could not be read and had another put in its place. A clip that comes
-            again in a later epoch is named again.
-        damaged: keys of the clips among these whose files are damaged or cut short.
+        failed: key and reason of each unreadable clip that another clip replaced. It is listed again when it recurs in
+            a later epoch.
+        damaged: keys of the clips in this batch whose files are damaged or truncated.
     """
 
     frames: Tensor
@@ -55,48 +55,48 @@ class Batch:
     damaged: list[str]
 
     def pin_memory(self) -> Batch:
-        """The same in page-locked memory (the loader asks for it by this name)."""
+        """Return a copy in page-locked memory; DataLoader calls this method by its name."""
         return replace(self, frames=self.frames.pin_memory())
 
 
 class Damaged(Skipped):
-    """Clips that are used, though their files are damaged or cut short. They count in no share of unusable ones."""
+    """Clips that are used although their files are damaged or truncated; they do not count as skipped."""
 
     def note(self, keys: Sequence[str]) -> None:
-        """Take over a batch's."""
+        """Add the damaged clips of a batch."""
         for key in keys:
             self.add(key, "damaged or cut short")
 
     def report(self, named: int | None = None) -> str:
-        """All keys, with their number; at most ``named`` of them (None: all)."""
+        """Return the number of clips and their keys, at most ``named`` of them (None: all)."""
         keys = list(self.reasons)
         more = f" and {len(keys) - named} more" if named is not None and len(keys) > named else ""
         return f"{len(keys)} used though damaged or cut short: {', '.join(keys[:named])}{more}"
 
 
 class Clips(Protocol):
-    """What :func:`batches` takes its clips from."""
+    """A source of clips for :func:`batches`."""
 
     def draw(self, step: int, place: int, batch: int) -> Drawn:
-        """Clip number ``place`` of the ``batch`` clips of a step, counted from 0."""
+        """Return clip ``place``, from 0, of the ``batch`` clips of a step."""
         ...
 
     def check(self, batch: int) -> None:
-        """Raise CommandError if there cannot be batches of so many clips."""
+        """Raise CommandError if batches of ``batch`` clips are impossible."""
         ...
 
 
 class TrainingClips:
-    """Clips in another order every epoch; of each one frame a segment, one crop and one caption are drawn.
+    """Training clips, shuffled every epoch; each draw takes one frame per segment, one crop and one caption.
 
     Args:
-        clips: with a caption each. They are kept as one block of bytes, which worker processes share.
-        frames: T, or a function that gives T of each step by its number (picklable where worker processes decode); a
-            shorter clip repeats frames.
-        transform: whose :meth:`~TrainTransform.crop` is taken.
-        seed: of all draws.
-        group: so many clips in a row always come together, side by side in one batch; the order is one of groups. The
-            last clips, fewer than a group, are left out.
+        clips: clips with at least one caption. They are stored as one block of bytes that worker processes share.
+        frames: T, or a function from the step's number to T (picklable if worker processes decode); a clip with fewer
+            frames repeats some.
+        transform: its :meth:`~TrainTransform.crop` is applied.
+        seed: seed of all draws.
+        group: number of consecutive clips that stay next to each other in one batch; groups are shuffled. An
+            incomplete last group is left out.
     """
 
     def __init__(
@@ -109,34 +109,34 @@ class TrainingClips:
     ) -> None:
         self.frames, self.transform, self.seed, self.group = frames, transform, seed, group
         self._packed = Packed(clips)
-        self._known: dict[int, tuple[str, str]] = {}  # clips this process found that cannot be read
+        self._known: dict[int, tuple[str, str]] = {}  # clips that this process found unreadable
 
     def __len__(self) -> int:
         return len(self._packed) // self.group * self.group
 
     def check(self, batch: int) -> None:
-        """Raise CommandError if they are fewer than one batch, or a batch is no number of whole groups."""
+        """Raise CommandError if there are fewer clips than one batch, or a batch cannot hold whole groups."""
         if batch % self.group:
-            raise CommandError(f"a batch of {batch} clips cannot hold whole groups of {self.group}")
+            raise CommandError(f"the batch of {batch} clips must be a multiple of the group of {self.group} clips")
         if len(self) < batch:
             raise CommandError(f"there are {len(self)} clips, fewer than one batch of {batch}")
 
     def draw(self, step: int, place: int, batch: int) -> Drawn:
-        """Clip ``place`` of step ``step`` in batches of ``batch``; the last, incomplete batch of an epoch is left out.
+        """Draw clip ``place`` of step ``step`` in batches of ``batch``; an epoch's incomplete last batch is left out.
 
-        In the place of a clip that cannot be read comes the one of the same place in the next batch of the epoch's
-        order, and so on: no other clip of the same batch, as long as there are more. Of groups it is the clip of the
-        same place in another group.
+        An unreadable clip is replaced by the clip at the same place of the next batch in the epoch's order, and so on,
+        so a batch repeats none of its own clips while there are others. With groups, the replacement has the same
+        place in another group.
 
         Raises:
-            CommandError: none of so many clips can be read, or storage fails for good.
+            CommandError: ``ATTEMPTS`` clips (or all) are unreadable, or storage fails permanently.
         """
         count = len(self)
         epoch, within = divmod(step, count // batch)
         position = within * batch + place
         (first, member), size = divmod(position, self.group), batch // self.group
         groups = count // self.group
-        stride = next(s for s in range(size, size + groups + 1) if math.gcd(s, groups) == 1)  # passes through all
+        stride = next(s for s in range(size, size + groups + 1) if math.gcd(s, groups) == 1)  # visits every group
         frames = self.frames if isinstance(self.frames, int) else self.frames(step)
         failed: list[tuple[str, str]] = []
         for attempt in range(min(ATTEMPTS, groups)):
@@ -149,7 +149,7 @@ class TrainingClips:
             else:
                 return replace(drawn, failed=tuple(failed))
         named = "; ".join(f"{key}: {reason}" for key, reason in failed[:3])
-        raise CommandError(f"none of {len(failed)} clips that were tried for one place can be read: {named}")
+        raise CommandError(f"none of the {len(failed)} clips tried for one place of a batch can be read: {named}")
 
     def _read(self, number: int, frames: int, seed: int) -> Drawn:
         if number in self._known:
@@ -162,7 +162,7 @@ class TrainingClips:
             raise _Unreadable(self._known[number]) from error
 
     def _draw(self, clip: Clip, frames: int, seed: int) -> Drawn:
-        generator = torch.Generator().manual_seed(seed)  # anew for each attempt to read: all draw the same
+        generator = torch.Generator().manual_seed(seed)  # new: all attempts draw the same
         caption = clip.captions[int(torch.randint(len(clip.captions), (), generator=generator))]
         video = clip.read(
             frames, sampling="random", generator=generator, repeat=True, threads=1, side=self.transform.size
@@ -172,24 +172,24 @@ class TrainingClips:
 
 
 class SyntheticClips:
-    """Noise with captions, without end: what a run costs without reading any data.
+    """An endless source of noise clips with captions, to measure a run without reading data.
 
     Args:
-        frames: T, or the most there are. size: S. seed: of all draws.
-        frames_of: T of each step by its number; None: all have ``frames``.
+        frames: T, or its maximum. size: S in pixels. seed: seed of all draws.
+        frames_of: function from the step's number to T; None: T is always ``frames``.
     """
 
     def __init__(self, frames: int, size: int, seed: int, frames_of: Callable[[int], int] | None = None) -> None:
         self.shape, self.seed, self.frames_of = (frames, 3, size, size), seed, frames_of
         generator = torch.Generator().manual_seed(seed)
-        # A clip is a window of it, elsewhere for each: to draw every pixel costs more than a decoder takes.
+        # Each clip is another window of this noise: drawing every pixel would cost more than decoding a video.
         self._noise = torch.randint(256, (math.prod(self.shape) + _NOISE,), dtype=torch.uint8, generator=generator)
 
     def check(self, batch: int) -> None:
-        """Any number will do."""
+        """Accept any batch size."""
 
     def draw(self, step: int, place: int, batch: int) -> Drawn:
-        """Clip ``place`` of step ``step``."""
+        """Return clip ``place`` of step ``step``."""
         number = step * batch + place
         start = numbers_seed(self.seed, number) % _NOISE
         frames = self._noise[start : start + math.prod(self.shape)].view(self.shape)
@@ -200,19 +200,19 @@ def batches(
     clips: Clips, size: int, rank: int, world: int, done: int, steps: int, workers: int, pin_memory: bool = False,
     prefetch: int = 2,
 ) -> Iterator[Batch]:  # fmt: skip
-    """Batches of the steps after ``done`` up to ``steps``.
+    """Iterate over the batches of the steps from ``done`` to ``steps``.
 
-    What a step gets depends on the seed and its number only: not on workers, not on where the run was resumed. The
-    clips of all processes together are the same however many they are; each takes its contiguous part.
+    A step's clips depend only on the seed and the step's number, not on the workers or on where the run was resumed.
+    All processes together get the same clips whatever their number; each takes a contiguous part.
 
     Args:
         clips: a :class:`TrainingClips` or :class:`SyntheticClips`.
-        size: clips of a batch of this process.
-        rank, world: which process of how many this is.
-        done, steps: steps done before, and in all.
-        workers: processes that decode, for as long as the iterator lives; 0: this one does.
+        size: clips per batch on this process.
+        rank, world: rank of this process and number of processes.
+        done, steps: steps done before, and steps in total.
+        workers: decoding processes, alive as long as the iterator; 0: decode in this process.
         pin_memory: put the frames into page-locked memory.
-        prefetch: batches each worker is ahead.
+        prefetch: batches that each worker loads in advance.
 
     Raises:
         CommandError: there are fewer clips than one batch of all processes; while iterating: no clip can be read, or a
@@ -225,18 +225,18 @@ def batches(
 def in_order(
     dataset: Dataset, done: int, steps: int, workers: int, pin_memory: bool = False, prefetch: int = 2
 ) -> Iterator[Any]:
-    """``dataset[step]`` of the steps after ``done`` up to ``steps``, counted from 0; the rest as for :func:`batches`.
+    """Iterate over ``dataset[step]`` for ``step`` in ``range(done, steps)``; other arguments as for :func:`batches`.
 
-    With ``workers`` the data set is sent to each of them, so it must be picklable, and a script that calls this must do
-    so below ``if __name__ == "__main__":``, as with every process that Python does not fork.
+    With ``workers`` the data set is pickled to each of them, and a script must call this below
+    ``if __name__ == "__main__":``, as with every process that Python does not fork.
 
-    A CommandError, OSError or VideoError that the data set raises is raised here as it is, also from a worker process.
+    A CommandError, OSError or VideoError of the data set is raised here unchanged, also from a worker process.
     """
     loader = DataLoader(
         _ReturningErrors(dataset), batch_size=None, sampler=range(done, steps), num_workers=workers,
         pin_memory=pin_memory, prefetch_factor=prefetch if workers else None, worker_init_fn=begin_worker,
         multiprocessing_context=worker_context() if workers else None,
-        generator=torch.Generator(),  # or it draws from the global one
+        generator=torch.Generator(),  # else DataLoader draws from the global one
     )  # fmt: skip
     return _checked(iter(loader), workers)
 
@@ -249,8 +249,8 @@ def _checked(batches: Iterator[Any], workers: int) -> Iterator[Any]:
             if "DataLoader worker" not in str(error):
                 raise
             raise CommandError(
-                f"a process that decodes died ({error}); where memory or shared memory (/dev/shm) ran out, fewer of "
-                f"them (now {workers}) or a smaller prefetch help"
+                f"a decoding process died ({error}); if memory or shared memory (/dev/shm) ran out, use fewer workers "
+                f"(now {workers}) or a smaller prefetch"
             ) from error
         if batch is None:
             return
@@ -260,7 +260,7 @@ def _checked(batches: Iterator[Any], workers: int) -> Iterator[Any]:
 
 
 class _ReturningErrors(Dataset):
-    """A data set that returns errors meant for the user: raised in a worker they would come inside a traceback."""
+    """A data set that returns errors meant for the user: DataLoader would wrap a worker's error in a traceback."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -273,7 +273,7 @@ class _ReturningErrors(Dataset):
 
 
 class _Steps(Dataset):
-    """Batch by number of the step."""
+    """A data set that maps a step's number to its batch."""
 
     def __init__(self, clips: Clips, size: int, rank: int, world: int) -> None:
         self.clips, self.size, self.rank, self.world = clips, size, rank, world
@@ -290,7 +290,7 @@ class _Steps(Dataset):
 
 
 class _Unreadable(Exception):
-    """A clip that cannot be read, with its key and the reason."""
+    """A clip cannot be read; ``named`` is its key and the reason."""
 
     def __init__(self, named: tuple[str, str]) -> None:
         super().__init__(*named)
@@ -298,22 +298,22 @@ class _Unreadable(Exception):
 
 
 def shuffled(position: int, count: int, seed: int, epoch: int) -> int:
-    """Which of ``count`` things stands at ``position`` of an epoch's order: a permutation, one value at a time.
+    """Return the index, below ``count``, at ``position`` of an epoch's permutation, without storing the permutation.
 
-    A Feistel network over the next even power of two, gone through again while it leads outside of ``count``.
+    A Feistel network permutes the next even power of two; it is applied again while its result is not below ``count``.
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
         left, right = position >> half, position & mask
-        for turn in range(6):
-            left, right = right, left ^ (numbers_seed(seed, epoch, turn, right) & mask)
+        for network_round in range(6):
+            left, right = right, left ^ (numbers_seed(seed, epoch, network_round, right) & mask)
         position = left << half | right
         if position < count:
             return position
 
 
 def numbers_seed(*numbers: int) -> int:
-    """63 bits that depend on all the numbers, such that neighbours share nothing."""
+    """Hash the numbers to a 63-bit seed; neighbouring numbers give unrelated seeds."""
     text = ",".join(map(str, numbers)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -1,4 +1,4 @@
-"""Lists of clips and captions: CSV, JSON lines, and shards."""
+"""Reads lists of clips and captions: CSV, TSV, JSON lines and shards."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ CAPTION_COLUMNS = ("caption", "name", "text", "sentence")
 
 
 def read_clips(source: str | os.PathLike, videos: str | os.PathLike | None = None) -> tuple[list[Clip], Skipped]:
-    """The clips of a data set that can be used, and what cannot, with the reasons.
+    """Read a data set and return its usable clips and the skipped rows with reasons.
 
-    Whether a file is there is read off its folder, listed once: nothing is opened or asked for per clip. Whether it is
-    a video shows when it is decoded.
+    Files are checked against their folder's listing, made once; no video is opened. Unreadable videos show when they
+    are decoded.
 
     Args:
         source: one of
 
-            - a ``.csv`` or ``.tsv`` with the columns of WebVid, ``videoid``, ``name`` and perhaps ``page_dir``: the
-              videos are ``page_dir/videoid.mp4`` or ``videoid.mp4``, also below a folder ``videos``; or with a column
-              ``video`` (a path) and ``caption``, perhaps ``id``, ``start`` and ``end``. In a ``.csv`` cells may be
-              within quotes, and hold commas and line ends then; in a ``.tsv`` quotes are letters like others;
-            - a ``.jsonl``: one object a line with ``video``, ``caption`` or ``captions``, perhaps ``id``, ``start`` and
-              ``end`` (seconds);
-            - a ``.tar`` of webdataset, a folder of them or a glob pattern: ``key.mp4`` beside ``key.txt`` or a
-              ``key.json`` with ``caption`` or ``captions``. Members are read by their place in the tar, so the tar
-              itself must not be compressed.
-        videos: the folder that names of videos are relative to; default: that of ``source``.
+            - a ``.csv`` or ``.tsv`` with the columns of WebVid, ``videoid``, ``name`` and optionally ``page_dir``: the
+              videos are ``page_dir/videoid.mp4`` or ``videoid.mp4``, also below a folder ``videos``; or with columns
+              ``video`` (a path) and ``caption``, optionally ``id``, ``start`` and ``end``. In a ``.csv``, quoted cells
+              may hold commas and line breaks; in a ``.tsv``, quotes have no meaning;
+            - a ``.jsonl``: one object per line with ``video``, ``caption`` or ``captions``, optionally ``id``,
+              ``start`` and ``end`` (seconds);
+            - a ``.tar`` of webdataset, a folder of them or a glob pattern: ``key.mp4`` and ``key.txt``, or a
+              ``key.json`` with ``caption`` or ``captions``. Members are read by their offset, so the tar must not be
+              compressed.
+        videos: the folder that video names are relative to; default: the folder of ``source``.
 
-    Rows of one video (same id, same part) are one clip with several captions. A row without an id is called by its
-    ``video``, as written, and its part.
+    Rows of one video (same id, same range) become one clip with several captions. The key of a row without an id is
+    its ``video``, as written, and its range.
 
     Raises:
-        CommandError: ``source`` is missing, cannot be read as a whole, or holds no usable clip.
+        CommandError: ``source`` is missing, unreadable as a whole, or holds no usable clip.
     """
     name = os.fspath(source)
     suffix = os.path.splitext(name)[1].lower()
@@ -75,7 +75,7 @@ def _read_table(name: str, delimiter: str, gathered: Gathered) -> None:
 
 
 def _row_reader(table: Table) -> Callable[[str, list[str]], Row]:
-    """The function that makes a row of where it is and its cells, by the table's columns."""
+    """Return the function that converts a row's place and cells to a Row, by the table's columns."""
     caption = next((place for column in CAPTION_COLUMNS if (place := table.place(column)) is not None), None)
     video = next((place for column in VIDEO_COLUMNS if (place := table.place(column)) is not None), None)
     number, page = table.place("videoid"), table.place("page_dir")
@@ -109,10 +109,10 @@ def _read_lines(name: str, gathered: Gathered) -> None:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                gathered.skipped.add(where, f"is no JSON ({error})")
+                gathered.skipped.add(where, f"is not JSON ({error})")
                 continue
             if not isinstance(value, dict) or not isinstance(value.get("video"), str):
-                gathered.skipped.add(where, "is no object with a video's name as its video")
+                gathered.skipped.add(where, "is not an object with a text as its video")
                 continue
             gathered.add(
                 Row(where, value.get("id"), [value["video"]], captions_of(value), value.get("start"), value.get("end"))
@@ -123,17 +123,17 @@ def _tars(name: str) -> list[str]:
     if os.path.isdir(name):
         found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
         if not found:
-            raise CommandError(f"{name}: no .tar in this folder; a list in it is given by its own name ({KINDS})")
+            raise CommandError(f"{name}: this folder holds no .tar; name a list inside it by its own path ({KINDS})")
         return found
     if os.path.exists(name):
         if not os.path.isfile(name):
-            raise CommandError(f"{name}: is no regular file; expected {KINDS}")
+            raise CommandError(f"{name}: is not a regular file; expected {KINDS}")
         if not name.lower().endswith(".tar") and not looks_like_tar(name):
             packed = compression(name)
-            what = "no kind of list that is read" if packed is None else f"compressed by {packed}: unpack it before"
-            raise CommandError(f"{name}: is {what}; expected {KINDS}")
+            problem = "not a known kind of list" if packed is None else f"compressed with {packed}: decompress it first"
+            raise CommandError(f"{name}: is {problem}; expected {KINDS}")
         return [name]
     found = sorted(glob.glob(name))
     if not found:
-        raise CommandError(f"{name}: no such file, and no file of this pattern; expected {KINDS}")
+        raise CommandError(f"{name}: no such file, and no file matches this pattern; expected {KINDS}")
     return found

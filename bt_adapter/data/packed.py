@@ -1,4 +1,4 @@
-"""Many small objects in memory that worker processes share."""
+"""Stores many small objects in memory that worker processes share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Item = TypeVar("Item")
 
 
 class Packed(Generic[Item]):
-    """A sequence as one block of shared memory: millions of objects would be copied into every worker process.
+    """A sequence in one block of shared memory, so that workers do not copy millions of objects.
 
-    A worker that is started with it maps the same memory. The block has no name in ``/dev/shm``, whose size containers
-    limit. An item is unpickled each time that it is asked for.
+    A worker that receives it maps the same memory. The block is a memfd and does not count against ``/dev/shm``, whose
+    size containers limit. Each access unpickles the item again.
     """
 
     _file: int | None = None

@@ -1,4 +1,4 @@
-"""Reading a file that may be broken, on storage that may fail for a while."""
+"""Reads files that may be broken from storage that may fail temporarily."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from bt_adapter.errors import CommandError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Seconds between the attempts to read a file that storage or system fail to give.
+# Seconds between attempts to read a file after an error of storage or the system.
 WAITS = (0.1, 0.5, 2.0, 5.0, 10.0)
-# Attempts after which an error that the file and the system may both cause is put down to the file.
+# Attempts after which an error that either the file or the system may cause is attributed to the file.
 DOUBTFUL_ATTEMPTS = 3
 
 _SYSTEM = frozenset(
@@ -32,7 +32,7 @@ _SYSTEM = frozenset(
     if hasattr(errno, name)
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-# FFmpeg also reports these for the content of a file: a Matroska file that breaks off is an "input/output error".
+# FFmpeg also reports these for file content: a truncated Matroska file is an "input/output error".
 _DOUBTFUL_OF_FFMPEG = (errno.EIO, errno.EAGAIN)
 _MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)
 _PARSERS = ("PIL", "av", "tarfile", "struct", "json")
@@ -44,24 +44,24 @@ _ADVICE = {
 
 
 class StorageError(CommandError):
-    """A file cannot be read, and not the file is at fault but storage, network or a limit of the system."""
+    """A file cannot be read because of storage, network or a system limit, not because of the file itself."""
 
 
 def read_patiently(path: str | os.PathLike[str], read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call ``read(*args, **kwargs)``, which reads the file ``path``, and sort the errors by who is at fault.
+    """Call ``read(*args, **kwargs)``, which reads the file ``path``; retry system errors and classify the others.
 
-    An error of the system (too many open files, an I/O error, a network mount that does not answer) is waited for and
-    tried again, since a file left out for it would make a run depend on chance. Whatever else goes wrong, whichever
-    exception it is, is the file's own fault; but mistakes of the program are no file's (:func:`is_mistake`).
+    A system error (too many open files, an I/O error, an unresponsive network mount) is retried after a pause, because
+    skipping the file would make a run depend on chance. Every other exception is attributed to the file, except errors
+    of the program (:func:`is_mistake`).
 
     Returns:
         The result of ``read``.
 
     Raises:
-        VideoError: the file is at fault, or takes more memory than there is: leave it out and go on.
-        StorageError: the system still fails after all attempts: stop.
-        CommandError, and mistakes of the program: as ``read`` raised them.
-        OSError, VideoError: ``read`` also writes, and the disk is full or may not be written to.
+        VideoError: the file is broken, or needs more memory than available; the caller should skip it.
+        StorageError: the system still fails after all attempts; the caller should stop.
+        CommandError, and errors of the program: as ``read`` raised them.
+        OSError, VideoError: ``read`` also writes, and the disk is full or not writable.
     """
     attempt = 0
     while True:
@@ -81,32 +81,32 @@ def read_patiently(path: str | os.PathLike[str], read: Callable[P, T], *args: P.
             if doubtful and attempt + 1 >= DOUBTFUL_ATTEMPTS or not (doubtful or number in _SYSTEM):
                 if isinstance(error, VideoError):
                     raise
-                problem = "takes more memory than there is" if _is_memory(error) else "cannot be read"
+                problem = "not enough memory to read it" if _is_memory(error) else "cannot be read"
                 raise VideoError(f"{os.fspath(path)}: {problem} ({_words(error)})") from error
             if attempt == len(WAITS):
                 raise StorageError(
-                    f"{os.fspath(path)}: cannot be read ({_words(error)}), in {attempt + 1} attempts within "
-                    f"{sum(WAITS):g} seconds. The file itself is not known to be broken, so it is not left out and the "
-                    f"run stops{_ADVICE.get(number or 0, '')}; the same command goes on from here"
+                    f"{os.fspath(path)}: cannot be read ({_words(error)}) after {attempt + 1} attempts within "
+                    f"{sum(WAITS):g} seconds. The file itself may be intact, so it is not skipped and the run stops"
+                    f"{_ADVICE.get(number or 0, '')}; run the same command again to resume"
                 ) from error
         time.sleep(WAITS[attempt])
         attempt += 1
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether an error is one of storage or of the system's limits, which may be over at another time."""
+    """Tell whether an error comes from storage or a system limit and may be temporary."""
     return _system_error(error) in _SYSTEM
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether there was no room, or no right, to write what was to be written."""
+    """Tell whether a write failed because the disk is full, over quota or read-only."""
     return _system_error(error) in _FULL
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether an error shows a mistake of the program: a wrong type, name or attribute outside of a parser of files.
+    """Tell whether an error is a bug of the program: a wrong type, name or attribute outside of a file parser.
 
-    Parsers raise such errors, too, where a damaged file leads them astray.
+    Parsers may also raise such errors for a damaged file.
     """
     if not isinstance(error, _MISTAKES):
         return False
@@ -115,13 +115,13 @@ def is_mistake(error: BaseException) -> bool:
         return True
     innermost = frames[-1]
     file = innermost.f_code.co_filename
-    # compiled modules give their source's name from their package on, and no globals
+    # compiled modules have no globals and a source name relative to their package's parent folder
     module = innermost.f_globals.get("__name__", "") if os.path.isabs(file) else file.replace("/", ".")
     return module.partition(".")[0] not in _PARSERS
 
 
 def _check_reachable(path: str | os.PathLike[str]) -> None:
-    """Raise OSError where the system cannot say whether a file is there: a reader might call it missing."""
+    """Raise OSError if the system cannot tell whether a file exists: a reader might report it as missing."""
     try:
         os.stat(path)
     except (OSError, ValueError) as error:
@@ -130,7 +130,7 @@ def _check_reachable(path: str | os.PathLike[str]) -> None:
 
 
 def _words(error: BaseException) -> str:
-    """The message of an error; where it is none of the system's, with its type, since it may say little by itself."""
+    """Return an error's message; other errors than the system's get their type in front, for clarity."""
     if isinstance(error, VideoError):
         return str(error)
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -138,7 +138,7 @@ def _words(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised from."""
+    """Yield an error and the chain of errors that it was raised from."""
     current: BaseException | None = error
     while current is not None:
         yield current
@@ -146,7 +146,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _system_error(error: BaseException) -> int | None:
-    """The number of the system's error that is behind it."""
+    """Return the errno of the first system error in the chain of causes; None if there is none."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno is not None:
             return cause.errno
@@ -167,7 +167,7 @@ def _is_of_ffmpeg(error: BaseException) -> bool:
 
 
 def _unreadable(path: str | os.PathLike[str]) -> OSError | None:
-    """The error that reading all bytes of a file gives; None where they can be read."""
+    """Read all bytes of a file; return the OSError that this raises, or None."""
     buffer: Any = bytearray(1 << 20)
     try:
         with open(path, "rb", buffering=0) as file:

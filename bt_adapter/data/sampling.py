@@ -1,4 +1,4 @@
-"""Which frames of a video the model looks at."""
+"""Chooses the frames of a video that the model reads."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ def sample_indices(
 ) -> torch.Tensor:
     """Choose `frames` out of `total` frames: one from each of `frames` equal segments.
 
-    Segment i is `[i·x, (i+1)·x)` with `x = total / frames`; frame f belongs to the segment that holds its
-    centre f + 1/2, so that every frame belongs to exactly one segment.
+    Segment i is `[i·x, (i+1)·x)` with `x = total / frames`; frame f belongs to the segment that contains its
+    centre f + 1/2, so every frame belongs to exactly one segment.
 
-    - `"middle"` (evaluation): the frame around the segment's middle, `floor((i + 1/2)·x)`.
+    - `"middle"` (evaluation): the frame at the segment's middle, `floor((i + 1/2)·x)`.
     - `"random"` (training): a frame drawn uniformly from the segment.
     - `"reference"`: the evaluation rule of the published retrieval and recognition scores (mmaction2's
       UniformSample): `round(i·y) + floor(y / 2)` with `y = (total - 1) / frames`, ties to even. It is within
-      two frames of `"middle"`, and repeats a frame where `frames` comes near `total`.
+      two frames of `"middle"`, and repeats a frame if `frames` is close to `total`.
 
     With `total == frames`, `"middle"` and `"random"` take every frame once. With `total < frames` there is
-    less than one frame a segment: `"random"` then does as `"middle"`, and frames repeat, evenly spread.
+    less than one frame per segment: `"random"` then equals `"middle"`, and frames repeat, evenly spread.
 
     Args:
-        total: number of frames there are, at least 1.
-        frames: number of frames wanted, at least 1.
+        total: number of available frames, at least 1.
+        frames: number of requested frames, at least 1.
         sampling: "middle", "random" or "reference".
-        generator: source of the draws of "random"; torch's global one if None.
+        generator: random generator for "random"; torch's global one if None.
 
     Returns:
         int64 tensor `[frames]`, ascending, in `[0, total)`, on the CPU.
@@ -45,7 +45,7 @@ def sample_indices(
         return torch.tensor([round(step * i) + int(step / 2) for i in range(frames)])
     if sampling == "middle" or total < frames:
         return torch.tensor([(2 * i + 1) * total // (2 * frames) for i in range(frames)])
-    # First frame of segment i: the least f with f + 1/2 >= i·x, in integers: rounding must not lose a frame.
+    # First frame of segment i: the least f with f + 1/2 >= i·x, in integers so that rounding loses no frame.
     first = [-((frames - 2 * i * total) // (2 * frames)) for i in range(frames + 1)]
     device = generator.device if generator is not None else "cpu"
     drawn = [

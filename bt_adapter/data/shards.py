@@ -1,4 +1,4 @@
-"""Writing shards that the webdataset library and :func:`~bt_adapter.data.manifests.read_clips` read."""
+"""Writes shards that the webdataset library and :func:`~bt_adapter.data.manifests.read_clips` can read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from bt_adapter.errors import CommandError
 from bt_adapter.locked import lock
 from bt_adapter.progress import Progress
 
-# Every frame a key frame, without the filters that cost a decoder most.
+# Every frame is a keyframe, without the filters that are slowest to decode.
 ENCODING = {"crf": "18", "g": "1", "tune": "fastdecode"}
 PLAN = "shards.json"
 
@@ -46,27 +46,27 @@ def write_shards(
 ) -> Skipped:
     """Write clips as shards ``000000.tar``, ``000001.tar`` ... of ``per_shard`` clips each.
 
-    A clip is ``NAME.mp4`` (or its file's own suffix) and ``NAME.json``: key, captions, and where it has them, start,
-    end and label; a clip with one caption also has ``NAME.txt``. NAME is the clip's number and what of its key is safe
-    in file names. A shard appears when it is complete, and names its broken clips in ``000000.json`` beside it; the
-    same call again goes on where a run was killed.
+    A clip is ``NAME.mp4`` (or its file's own suffix) and ``NAME.json``: key, captions and, if set, start, end and
+    label; a clip with one caption also has ``NAME.txt``. NAME is the clip's number and the part of its key that is safe
+    in file names. A shard appears only when it is complete; its broken clips are listed in ``000000.json`` in the same
+    folder. The same call resumes a killed run.
 
     Args:
-        clips: what to write.
-        folder: made where it is missing.
-        per_shard: clips of a shard, broken ones counted.
-        frames: None: every file as it is. T: T frames, evenly spread over the clip, as H.264 in which every frame is a
-            key frame; start and end are gone.
-        short_side: pixels of the shorter side, with ``frames``; a smaller clip keeps its size.
-        workers: processes that share the shards; 0: this one does.
-        progress: called with (shards done, shards in all).
+        clips: clips to write.
+        folder: created if missing.
+        per_shard: clips per shard, including broken ones.
+        frames: None: every file is copied unchanged. T: T frames, evenly spread over the clip, are encoded as H.264
+            with only keyframes; start and end are dropped.
+        short_side: with ``frames``, pixels of the short side; a smaller clip keeps its size.
+        workers: processes that write shards in parallel; 0: this process writes them.
+        progress: called with (shards done, shards in total).
 
     Returns:
-        The clips that cannot be decoded, and so are in no shard.
+        The clips that cannot be decoded and so are in no shard.
 
     Raises:
-        CommandError: ``folder`` holds shards of other clips, or made otherwise, or another process writes into it.
-        OSError, VideoError: the disk is full, or the folder cannot be written.
+        CommandError: ``folder`` holds shards of other clips or settings, or another process writes into it.
+        OSError, VideoError: the disk is full, or the folder is not writable.
     """
     check_count("per_shard", per_shard)
     check_count("short_side", short_side)
@@ -91,9 +91,9 @@ def write_shards(
 
 
 def clips_lost(shards: Iterable[str]) -> Skipped:
-    """The clips that :func:`write_shards` was given for these .tar files but could not put into them, with the reasons.
+    """Return the clips that :func:`write_shards` could not put into these .tar files, with the reasons.
 
-    Shards that something else wrote have no notes of that, and nothing is found for them. Raises OSError.
+    Shards that another program wrote have no such record and contribute nothing. Raises OSError.
     """
     lost = Skipped()
     for path in sorted(set(shards)):
@@ -104,7 +104,7 @@ def clips_lost(shards: Iterable[str]) -> Skipped:
 
 
 class _Shards(Dataset):
-    """Writes shard ``missing[i]`` when asked for item i."""
+    """A data set whose item i writes shard ``missing[i]`` and returns its number."""
 
     def __init__(
         self, clips: Sequence[Clip], folder: Path, per_shard: int, frames: int | None, short_side: int,
@@ -118,7 +118,7 @@ class _Shards(Dataset):
         first = number * self.per_shard
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=self.folder) as aside:
             tar_path = Path(aside) / "shard.tar"
-            # GNU's format has room for the size of any file, that of POSIX 1988 for 8 GiB.
+            # The GNU format allows any file size, the POSIX 1988 format only 8 GiB.
             with tarfile.open(tar_path, "w", format=tarfile.GNU_FORMAT) as tar:
                 for place in range(first, min(first + self.per_shard, len(self.clips))):
                     clip = self.clips[place]
@@ -131,11 +131,11 @@ class _Shards(Dataset):
             note = Path(aside) / "note.json"
             note.write_text(json.dumps(skipped.state_dict(), indent=1), encoding="utf-8")
             os.replace(note, _note(self.folder, number))
-            os.replace(tar_path, _tar(self.folder, number))  # last: the shard counts as done from here on
+            os.replace(tar_path, _tar(self.folder, number))  # last: a shard counts as done once its .tar exists
         return number
 
     def _store(self, tar: tarfile.TarFile, place: int, clip: Clip, aside: Path) -> None:
-        """Add a clip to the tar, whole or not at all. Raises VideoError, OSError."""
+        """Add a clip to the tar completely or not at all. Raises VideoError, OSError."""
         begin = tar.offset
         try:
             suffix, video = self._video(clip, aside)
@@ -148,7 +148,7 @@ class _Shards(Dataset):
             raise
 
     def _video(self, clip: Clip, aside: Path) -> tuple[str, Member]:
-        """Suffix of a clip, and where its bytes are. Raises VideoError, OSError."""
+        """Return the suffix of a clip and the location of its bytes. Raises VideoError, OSError."""
         if self.frames is None:
             clip.read(1, side=self.short_side)
             source = clip.source
@@ -164,7 +164,7 @@ class _Shards(Dataset):
 
 
 def _shrink(frames: torch.Tensor, short_side: int) -> torch.Tensor:
-    """uint8 ``[T, 3, H, W]``, its shorter side at most ``short_side``; even sides, as H.264 wants them."""
+    """Resize uint8 ``[T, 3, H, W]`` to a short side of at most ``short_side`` and even sides, which H.264 needs."""
     height, width = frames.shape[-2:]
     factor = min(1.0, short_side / min(height, width))
     size = tuple(max(2, round(side * factor / 2) * 2) for side in (height, width))
@@ -196,27 +196,29 @@ def _add_file(tar: tarfile.TarFile, name: str, size: int, file: BinaryIO) -> Non
     tar.addfile(info, file)
 
 
-def _plan(folder: Path, how: dict[str, Any], clips: Sequence[Clip]) -> None:
-    """Keep what is written here in the folder, and compare with what was."""
+def _plan(folder: Path, settings: dict[str, Any], clips: Sequence[Clip]) -> None:
+    """Store the settings and a digest of the clips in the folder; raise CommandError if it holds others."""
     digest = hashlib.blake2b(digest_size=16)
     for clip in clips:
         digest.update(repr(clip).encode(errors="surrogatepass"))
-    plan = {**how, "clips": len(clips), "digest": digest.hexdigest()}
+    plan = {**settings, "clips": len(clips), "digest": digest.hexdigest()}
     path = folder / PLAN
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if wrong := [f"{name} {there.get(name)}, now {plan[name]}" for name in plan if there.get(name) != plan[name]]:
-            raise CommandError(f"{folder} holds shards of something else ({'; '.join(wrong)}): take another folder")
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if wrong := [f"{name} {old.get(name)}, now {plan[name]}" for name in plan if old.get(name) != plan[name]]:
+            raise CommandError(
+                f"{folder} holds shards of other clips or settings ({'; '.join(wrong)}): name another folder"
+            )
         return
     if any(folder.glob("*.tar")):
-        raise CommandError(f"{folder} holds .tar files that were not written here: take another folder")
+        raise CommandError(f"{folder} holds .tar files of another program: name another folder")
     aside = folder / f".{PLAN}.writing"
     aside.write_text(json.dumps(plan, indent=1), encoding="utf-8")
     os.replace(aside, path)
 
 
 def _safe(key: str) -> str:
-    """What of a key may stand in a member's name: no dot, which would begin the suffix, and no slash."""
+    """Return the part of a key that is safe in a member's name: no slash, and no dot, which would begin the suffix."""
     stem = re.sub(r"\.[A-Za-z0-9]{1,4}$", "", key)
     return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[-60:].strip("_-") or "clip"
 

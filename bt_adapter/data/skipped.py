@@ -1,4 +1,4 @@
-"""What could not be used: kept, counted and named."""
+"""Records clips that cannot be used, with reasons, and stops a run that skips too many."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from typing import Any
 
 from bt_adapter.errors import CommandError
 
-# A share of fewer clips than this says nothing yet, nor do fewer unusable ones than that.
+# The share of skipped clips is not checked below these numbers of seen and of unusable clips.
 LEAST_SEEN = 20
 LEAST_UNUSABLE = 3
-SPREAD = 3  # standard deviations of a count that chance explains
-NAMED = 10  # of one reason
+SPREAD = 3  # standard deviations by which a count may exceed its expectation by chance
+NAMED = 10  # most keys listed for one reason
 
 
 class TooManySkipped(CommandError):
-    """More clips than allowed cannot be used."""
+    """More clips are unusable than allowed."""
 
 
 class Skipped:
-    """Clips (or rows, or shards) that cannot be used, each with the reason. The first reason given stays.
+    """Clips (or rows, or shards) that cannot be used, each with the first reason given.
 
     Attributes:
-        reasons: key -> reason, in the order they came.
+        reasons: key -> reason, in order of addition.
     """
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
 
     def add(self, key: str, reason: str) -> None:
-        """Note that ``key`` cannot be used."""
+        """Record that ``key`` cannot be used; an earlier reason is kept."""
         self.reasons.setdefault(key, reason)
 
     def merge(self, other: Skipped) -> None:
-        """Take over what another one noted."""
+        """Add all entries of another record."""
         for key, reason in other.reasons.items():
             self.add(key, reason)
 
@@ -40,7 +40,7 @@ class Skipped:
         return len(self.reasons)
 
     def report(self, named: int | None = None) -> str:
-        """All keys, grouped by reason, with their numbers; of each reason at most ``named`` keys (None: all)."""
+        """Return a text of all keys grouped by reason, with counts; at most ``named`` keys per reason (None: all)."""
         if not self.reasons:
             return "nothing was skipped"
         groups: dict[str, list[str]] = {}
@@ -54,13 +54,13 @@ class Skipped:
         return "\n".join(lines)
 
     def check(self, seen: int, share: float, listed: int = 0, total: int | None = None) -> None:
-        """Raise :class:`TooManySkipped` if more than ``share`` of ``seen`` clips (usable or not) are noted here.
+        """Raise :class:`TooManySkipped` if more than ``share`` of the ``seen`` clips (usable or not) are skipped.
 
-        Nothing is raised while fewer than 20 were seen, or fewer than 3 are unusable: one bad clip at the start is no
-        reason to stop. With ``share`` 0 the first one is. ``listed``: how many of those noted do not count, because
-        they were found unusable before any clip was seen. ``total``: how many there are, where those seen are a part:
-        raised is then for more than ``share`` of all, and before that only where chance does not explain it, so that
-        the order of the clips does not decide.
+        Fewer than 20 seen or 3 unusable clips never raise, so that one bad clip at the start does not stop a run; with
+        ``share`` 0 the first one raises. ``listed``: number of skipped entries that do not count, since they were
+        found before any clip was seen. ``total``: number of all clips, if those seen are only a part: then more than
+        ``share`` of ``total`` raises, and a smaller count only if chance does not explain it, so that the order of the
+        clips does not matter.
         """
         unusable = len(self) - listed
         least = LEAST_UNUSABLE if share > 0 else 1
@@ -72,21 +72,21 @@ class Skipped:
         elif (seen < LEAST_SEEN and share > 0) or unusable - chance <= share * seen:
             return
         raise TooManySkipped(
-            f"{unusable} of {seen} clips cannot be used, more than the {100 * share:g} % allowed "
-            f"(--max-skipped {share:g}); {self.report(NAMED)}"
+            f"{unusable} of {seen} clips cannot be used, more than the {100 * share:g} % allowed by "
+            f"--max-skipped {share:g}; {self.report(NAMED)}"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return the state as a JSON object, for a checkpoint."""
         return {"reasons": dict(self.reasons)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Add what :meth:`state_dict` gave."""
+        """Add the entries of a state that :meth:`state_dict` returned."""
         for key, reason in state["reasons"].items():
             self.add(str(key), str(reason))
 
 
 def _without(key: str, reason: str) -> str:
-    """A reason without the name of the file in front, so that many files share it."""
+    """Return a reason without a leading file name, so that files with the same problem form one group."""
     front, colon, rest = reason.partition(": ")
     return rest if colon and ("/" in front or key in front) else reason

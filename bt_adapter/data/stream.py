@@ -1,4 +1,4 @@
-"""Frames of a video of any length, a chunk at a time: no more than a chunk is ever held."""
+"""Reads the frames of a video of any length in chunks, with only one chunk in memory."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from ._source import PathLike, Source, VideoError
 from ._times import shown_at_rate
 from .sampling import check_count, sample_indices
 
-# Decoding a frame wanted costs about half a group of pictures; jumping pays where that is well below decoding all.
-_WORTH_JUMPING = 2
-_CHUNK_BYTES = 1 << 28  # of the frames held at once, so that huge ones come fewer at a time
+# A sought frame costs about half a group of pictures; seeking must be this many times cheaper than decoding all.
+_SEEK_ADVANTAGE = 2
+_CHUNK_BYTES = 1 << 28  # most bytes of a chunk, so that chunks of huge frames hold fewer frames
 
 
 class FrameStream:
-    """Chosen frames of a video file, decoded as they are asked for.
+    """Selected frames of a video file, decoded on demand.
 
-    With ``frames``: so many, evenly spread, the same ones as ``read_video(path, frames)``. With ``fps``: the frame
-    shown in the middle of each 1/fps seconds, each frame at most once (of a video of less than half of that, the
-    frame in its middle). With neither: all.
+    With ``frames``: that many, evenly spread, the same as ``read_video(path, frames)``. With ``fps``: the frame shown
+    at the middle of each interval of 1/fps seconds, each frame at most once (for a video shorter than half an interval,
+    the frame in its middle). With neither: all.
 
-    Files whose packets do not tell the number of their frames for sure, or that are cut short, are decoded once more to
-    count. Frames are as :class:`Video` describes them.
+    Files whose packets do not give an exact frame count, and truncated files, are decoded an extra time to count.
+    :class:`Video` describes the frames.
 
     Args:
         path: a local file, its bytes, or a binary file object.
         frames: number of frames T.
         fps: frames per second.
-        repeat: of a video with fewer than ``frames`` frames, repeat frames instead of raising.
-        chunk: frames that are held at once at most; fewer where ``chunk`` of them take more than 256 MiB.
+        repeat: if the video has fewer than ``frames`` frames, repeat frames instead of raising.
+        chunk: most frames per chunk; fewer if ``chunk`` frames exceed 256 MiB.
         side, max_pixels: as for :func:`read_video`.
 
     Attributes:
-        numbers: place of each frame among all frames of the file, ascending; ``len(stream)`` is T.
-        total: frames in the file. duration: seconds. fps: the file's average.
-        truncated: part of the file is missing or damaged (known for sure after the last frame was read).
-        progress: called with frames done and in all; may be set at any time.
+        numbers: index of each frame among all frames of the file, ascending; ``len(stream)`` is T.
+        total: frames in the file. duration: seconds. fps: average of the file.
+        truncated: part of the file is missing or damaged (final only after the last frame was read).
+        progress: called with (frames done, frames in total); may be set at any time.
         side: as given; may be set before frames are read.
 
     Raises:
@@ -88,13 +88,13 @@ class FrameStream:
             self.numbers = list(range(self.total)) if fps is None else shown_at_rate(seconds, self.duration, fps)
         elif self.total < frames and not repeat:
             raise VideoError(
-                f"{self.path}: {frames} frames were asked for, but there are only {self.total}; ask for fewer, or let "
-                "frames repeat (repeat=True)"
+                f"{self.path}: {frames} frames were requested, but there are only {self.total}; request fewer, or pass "
+                "repeat=True to repeat frames"
             )
         else:
             self.numbers = sample_indices(self.total, frames, "middle").tolist()
         self._chunk = chunk
-        self._size: tuple[int, int] | None = None  # of all frames, once the first is there
+        self._size: tuple[int, int] | None = None  # of all frames; None before the first is read
 
     @property
     def path(self) -> str:
@@ -105,35 +105,35 @@ class FrameStream:
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Chunks uint8 ``[t, 3, H, W]``, t ≤ ``chunk``. Fewer frames than ``len`` come where the file breaks off.
+        """Yield chunks uint8 ``[t, 3, H, W]``, t ≤ ``chunk``; a truncated file gives fewer frames than ``len``.
 
-        Raises VideoError when there is none.
+        Raises VideoError if no frame can be decoded.
         """
         height, width = bounded_size(*self._index.size, self.side)
         self._chunk = min(self._most, max(1, _CHUNK_BYTES // (3 * height * width or 1)))
         done = 0
-        if self._index.exact and self._pays_to_jump():
+        if self._index.exact and self._is_seeking_cheaper():
             for start in range(0, len(self.numbers), self._chunk):
                 piece = self.numbers[start : start + self._chunk]
                 wanted = sorted(set(piece))
                 taken = self._room(len(wanted))
                 if not take_by_seeking(self._source, self._index, wanted, taken, None, True):
-                    break  # the file is otherwise than its index says: the rest in sequence
+                    break  # the file contradicts its index: decode the rest in sequence
                 yield self._frames(taken, piece)
                 done = start + len(piece)
-                self._tell(done)
+                self._report_progress(done)
         if done < len(self.numbers):
             yield from self._in_sequence(done)
 
     def _in_sequence(self, done: int) -> Iterator[Tensor]:
-        """The frames from the ``done``-th on, by decoding from the first."""
+        """Yield the frames from index ``done`` on, by decoding from the start of the file."""
         noted = Taken(self.path, 0)
         piece, taken = self.numbers[done : done + self._chunk], None
         before: av.VideoFrame | None = None
         with self._source.open() as container:
             for number, frame in self._numbered(container, noted):
                 while piece:
-                    # Frames that cannot be decoded are represented by the one before, as a player shows it for longer.
+                    # The previous frame replaces frames that cannot be decoded, as players do.
                     behind = -1 if taken is None or not taken.numbers else taken.numbers[-1]
                     for wanted in (w for w in sorted(set(piece)) if behind < w <= number):
                         taken = taken or self._room(len(set(piece)))
@@ -143,8 +143,8 @@ class FrameStream:
                     assert taken is not None
                     yield self._frames(taken, piece)
                     done += len(piece)
-                    self._tell(done)
-                    # a fresh array: what was handed out is the caller's
+                    self._report_progress(done)
+                    # a new array: the yielded one belongs to the caller
                     piece, taken = self.numbers[done : done + self._chunk], None
                 if not piece:
                     break
@@ -154,12 +154,12 @@ class FrameStream:
             found = [number for number in piece if number in set(taken.numbers)]
             yield self._frames(taken, found)
             done += len(found)
-            self._tell(done)
+            self._report_progress(done)
         if done == 0:
             raise VideoError(f"{self.path}: no frame can be decoded")
 
     def _numbered(self, container: av.container.InputContainer, noted: Taken) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Frames with their numbers, ascending; where packets alone were counted, the decoder may withhold some."""
+        """Yield frames with ascending indices; the decoder may drop frames that only their packets were counted for."""
         order, checked = self._index.order, not self._index.exact
         places: dict[int, int] = {}
         number = -1
@@ -167,7 +167,7 @@ class FrameStream:
             number, packet = number + 1, noted.order.pop()
             if not checked and number < len(order) and packet is not None and packet != order[number]:
                 checked = True
-                if len(self._decoded_order()) < len(order):  # else the stamps have frames in another order
+                if len(self._decoded_order()) < len(order):  # else the time stamps give another frame order
                     self.truncated = True
                     places = {packet: place for place, packet in enumerate(order)}
             if packet is not None:
@@ -175,7 +175,7 @@ class FrameStream:
             yield number, frame
 
     def _decoded_order(self) -> list[int | None]:
-        """The packets of all frames that can be decoded, in order of presentation."""
+        """Return the packets of all decodable frames in presentation order, by decoding the file."""
         while True:
             self._source = replace(self._source, frame_threads=not self.truncated)
             taken = Taken(self.path, 0)
@@ -188,7 +188,7 @@ class FrameStream:
         return Taken(self.path, frames, self.side, self._size)
 
     def _frames(self, taken: Taken, numbers: list[int]) -> Tensor:
-        """``[t, 3, H, W]``, channels last in memory; a number may stand several times."""
+        """Return the frames of ``numbers``, ``[t, 3, H, W]``, channels last in memory; numbers may repeat."""
         assert taken.pixels is not None  # `taken` holds a frame
         self._size = taken.size
         pixels = torch.from_numpy(taken.pixels[: len(taken.numbers)])
@@ -197,11 +197,11 @@ class FrameStream:
             pixels = pixels[[place[number] for number in numbers]]
         return pixels.permute(0, 3, 1, 2)
 
-    def _pays_to_jump(self) -> bool:
-        """Whether fetching each frame from the key frame before it costs less than decoding all up to the last."""
-        between = self.total / len(self._index.keys)  # frames in a group of pictures
-        return len(set(self.numbers)) * (between / 2 + 16) * _WORTH_JUMPING < self.numbers[-1]
+    def _is_seeking_cheaper(self) -> bool:
+        """Tell whether seeking each frame from its keyframe costs less than decoding all frames up to the last."""
+        group = self.total / len(self._index.keys)  # frames in a group of pictures
+        return len(set(self.numbers)) * (group / 2 + 16) * _SEEK_ADVANTAGE < self.numbers[-1]
 
-    def _tell(self, done: int) -> None:
+    def _report_progress(self, done: int) -> None:
         if self.progress is not None:
             self.progress(done, len(self.numbers))

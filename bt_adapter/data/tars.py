@@ -1,4 +1,4 @@
-"""Shards of webdataset, read as an index of what is where in them."""
+"""Reads webdataset shards: lists their members with offsets, without extracting them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from bt_adapter.data.video import VideoError
 
 VIDEOS = frozenset(suffix[1:] for suffix in SUFFIXES)
 
-
-_LARGEST_HEADER = 1 << 20  # bytes that one header may take: long names and PAX records
-_LARGEST_TEXT = 1 << 24  # bytes of a .json or .txt
-_PADDING = 20 * tarfile.BLOCKSIZE  # zeros that tar writes behind the last member
+_LARGEST_HEADER = 1 << 20  # most bytes of one header, with long names and PAX records
+_LARGEST_TEXT = 1 << 24  # most bytes of a .json or .txt
+_PADDING = 20 * tarfile.BLOCKSIZE  # zeros that tar writes after the last member
 _COMPRESSED = {
     b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"\x04\"M\x18": "lz4",
     b"PK\3\4": "zip",
@@ -33,22 +32,22 @@ _KINDS = {
 
 
 def looks_like_tar(path: str) -> bool:
-    """Whether a file begins as tars do. Raises OSError."""
+    """Tell whether a file begins with a tar header. Raises OSError."""
     with open(path, "rb") as file:
         return file.read(tarfile.BLOCKSIZE)[257:262] == b"ustar"
 
 
 def compression(path: str) -> str | None:
-    """By what a file is compressed, as its first bytes say. Raises OSError."""
+    """Return the compression format that a file's first bytes show, or None. Raises OSError."""
     with open(path, "rb") as file:
         begin = file.read(8)
     return next((name for mark, name in _COMPRESSED.items() if begin.startswith(mark)), None)
 
 
 def read_shard(path: str, gathered: Gathered) -> None:
-    """Take the clips of a tar. Whatever is broken, incomplete or of no use in it is noted, and nothing raised for it.
+    """Add the clips of a tar to ``gathered``; broken, incomplete or useless members are recorded as skipped.
 
-    Raises CommandError where storage fails.
+    Raises CommandError if storage fails.
     """
     shard = os.path.basename(path)
     try:
@@ -76,7 +75,7 @@ def _take(gathered: Gathered, path: str, key: str, parts: dict[str, Member], fil
         return
     name, label = about.get("key"), about.get("label")
     name = name if isinstance(name, str) and name else key
-    if name in gathered:  # many makers of shards count from 0 in each
+    if name in gathered:  # keys often count from 0 in each shard
         name = f"{shard}/{name}"
     label = label if isinstance(label, int) else None
     gathered.take(f"{path}, {key}", name, video, captions_of(about), start, end, label)
@@ -87,7 +86,8 @@ class _Found:
     """The files in a tar.
 
     Attributes:
-        samples: by key and extension. lost: by key, why a file of it cannot be used. problems: of the tar, by where.
+        samples: members by key and extension. lost: reason why a file of a key cannot be used, by key.
+        problems: damage of the tar itself, by place.
     """
 
     samples: dict[str, dict[str, Member]] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class _Found:
 
 
 class _Headers(io.FileIO):
-    """A tar of which headers alone are read: no damaged one makes the reader ask for gigabytes."""
+    """A file that only allows reads of header size, so that a damaged header cannot request gigabytes."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= _LARGEST_HEADER:
@@ -105,51 +105,51 @@ class _Headers(io.FileIO):
 
 
 def _list_members(path: str) -> _Found:
-    """Every file in a tar, up to where it is damaged. Raises OSError, and VideoError for what is no tar at all."""
+    """List the files of a tar up to any damage. Raises OSError, and VideoError if it is not an uncompressed tar."""
     found = _Found()
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise VideoError(f"{path}: is no regular file")
+        raise VideoError(f"{path}: is not a regular file")
     packed = compression(path)
     if packed is not None:
-        raise VideoError(f"{path}: is compressed by {packed}; members are read by their place, so unpack it before")
+        raise VideoError(f"{path}: is compressed with {packed}; members are read by offset, so decompress it first")
     size, end = os.path.getsize(path), 0
     try:
         with _Headers(path) as headers, tarfile.open(fileobj=headers, mode="r:") as tar:
             while (info := tar.next()) is not None:
                 if tar.offset <= info.offset or info.size < 0:
                     raise tarfile.ReadError("a size below 0")
-                tar.members = []  # type: ignore[attr-defined]  # it keeps them all, and needs none of them
+                tar.members = []  # type: ignore[attr-defined]  # frees memory: tarfile keeps all of them
                 end = tar.offset
                 if not _note(found, path, info, size):
                     return found
             end = tar.offset
-    except Exception as error:  # of damaged headers tarfile raises much more than its own errors
+    except Exception as error:  # for damaged headers tarfile raises many kinds of error
         if is_passing(error) or is_mistake(error):
             raise
-        found.problems[path] = f"is broken as a tar at byte {end} of {size} ({error}): what follows is lost"
+        found.problems[path] = f"is a damaged tar at byte {end} of {size} ({error}): the rest is lost"
         return found
     with open(path, "rb") as file:
         file.seek(end)
         block, rest = file.read(tarfile.BLOCKSIZE), file.read(_PADDING)
     if any(block):
-        found.problems[path] = f"is broken as a tar at byte {end} of {size}: what follows is lost"
+        found.problems[path] = f"is a damaged tar at byte {end} of {size}: the rest is lost"
     elif len(block) < tarfile.BLOCKSIZE:
-        found.problems[path] = f"breaks off at byte {size}: what followed is lost"
+        found.problems[path] = f"is truncated at byte {size}: the rest is lost"
     elif any(rest):
-        found.problems[path] = f"goes on after its end mark at byte {end} (joined tars?): what follows is not read"
+        found.problems[path] = f"continues after its end mark at byte {end} (joined tars?): the rest is not read"
     return found
 
 
 def _note(found: _Found, path: str, info: tarfile.TarInfo, size: int) -> bool:
-    """Put a member where it belongs. Returns whether the tar, of ``size`` bytes, goes on behind it."""
+    """Record a member in ``found``. Returns whether the tar, of ``size`` bytes, continues after it."""
     key, extension = group_of(info.name)
     if info.isdir():
         return True
     if not info.isreg():
         kind = _KINDS.get(info.type, f"no file but of type {info.type!r}").format(info)
-        found.lost.setdefault(key, f"its .{extension} is {kind}; only files stored as such are read")
+        found.lost.setdefault(key, f"its .{extension} is {kind}; only regular files are read")
     elif info.issparse():
-        found.lost.setdefault(key, f"its .{extension} is stored with holes (sparse), of which a tar leaves bytes out")
+        found.lost.setdefault(key, f"its .{extension} is stored as a sparse file; store it in full")
     elif info.offset_data + info.size > size:
         found.lost.setdefault(key, f"the tar ends inside its .{extension}")
         return False
@@ -157,18 +157,18 @@ def _note(found: _Found, path: str, info: tarfile.TarInfo, size: int) -> bool:
         member = Member(path, info.offset_data, info.size, info.name)
         if found.samples.setdefault(key, {}).setdefault(extension, member) is not member:
             where = f"{info.name} at byte {info.offset_data} of {path}"
-            found.problems[where] = "another file before it has the same name"
+            found.problems[where] = "an earlier file has the same name"
     return True
 
 
 def _sample(parts: dict[str, Member], file: BinaryIO) -> tuple[Member, dict[str, Any]]:
-    """The video, and what is said of it. Raises ValueError."""
+    """Return the video member of a key and its metadata. Raises ValueError."""
     videos = [member for extension, member in parts.items() if extension.rpartition(".")[2] in VIDEOS]
     if len(videos) != 1:
-        beside = ", ".join(f".{extension}" for extension in parts)
+        extensions = ", ".join(f".{extension}" for extension in parts)
         if not videos:
-            raise ValueError(f"no video under its key (only {beside})")
-        raise ValueError(f"{len(videos)} videos under one key ({beside}); a key holds no dot")
+            raise ValueError(f"no video under its key (only {extensions})")
+        raise ValueError(f"{len(videos)} videos under one key ({extensions}); a key must not contain a dot")
     if videos[0].size == 0:
         raise ValueError("its video is empty (0 bytes)")
     about: dict[str, Any] = {}
@@ -176,7 +176,7 @@ def _sample(parts: dict[str, Member], file: BinaryIO) -> tuple[Member, dict[str,
         try:
             value = json.loads(_text(parts["json"], file))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"its .json is no JSON ({error})") from error
+            raise ValueError(f"its .json is not JSON ({error})") from error
         about = value if isinstance(value, dict) else {}
     if captions_of(about) is None and "txt" in parts:
         about["caption"] = _text(parts["txt"], file)
@@ -185,7 +185,7 @@ def _sample(parts: dict[str, Member], file: BinaryIO) -> tuple[Member, dict[str,
 
 def _text(member: Member, file: BinaryIO) -> str:
     if member.size > _LARGEST_TEXT:
-        raise ValueError(f"its {member.name} has {member.size} bytes, more than the {_LARGEST_TEXT} of a text")
+        raise ValueError(f"its {member.name} has {member.size} bytes, above the limit of {_LARGEST_TEXT} for a text")
     content = read_patiently(member.path, _bytes, member, file)
     return content.decode("utf-8-sig", errors="surrogateescape")
 
@@ -196,7 +196,7 @@ def _bytes(member: Member, file: BinaryIO) -> bytes:
 
 
 def group_of(name: str) -> tuple[str, str]:
-    """Key and extension of a member of a shard: webdataset cuts the file's name at its first dot."""
+    """Return the key and extension of a shard member: webdataset splits the file name at its first dot."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()

@@ -1,4 +1,4 @@
-"""From uint8 frames to what a CLIP tower takes: resize, crop, normalise."""
+"""Resizes, crops and normalises uint8 frames for a CLIP tower."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Off the CPU, frames are resized in float32 this many at a time: a long clip needs no float copy of itself.
+# Off the CPU, frames are resized in float32 this many at a time, to avoid a float copy of a long clip.
 _CHUNK = 16
 
 
@@ -23,11 +23,11 @@ def preprocess(
     std: Sequence[float] = CLIP_STD,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """CLIP's evaluation transform of the frames of a clip.
+    """Apply CLIP's evaluation transform to the frames of a clip.
 
     The short side is resized to `size` (the long one to `int(size · long / short)`), bicubic with
     antialiasing; the centre `size × size` is cropped; then `(x / 255 - mean) / std`. Resized values are
-    rounded to whole levels within 0..255 as an image library does, at most one level from Pillow's bicubic.
+    rounded to integers in 0..255 as in image libraries, at most one level from Pillow's bicubic.
 
     Args:
         frames: uint8 `[T, 3, H, W]`, RGB, any memory format (fastest on the CPU: channels last, as
@@ -40,8 +40,8 @@ def preprocess(
         `[T, 3, size, size]` on the device of `frames`.
 
     Raises:
-        TypeError: `frames` is no uint8 tensor, `dtype` no floating-point dtype, or `size` no int.
-        ValueError: another rank or channel count, an empty side, `size` below 1, or wrong `mean` or `std`.
+        TypeError: `frames` is not a uint8 tensor, `dtype` not floating-point, or `size` not an int.
+        ValueError: wrong rank or channel count, an empty side, `size` below 1, or wrong `mean` or `std`.
     """
     return normalise(resize_and_crop(frames, size), mean, std, dtype)
 
@@ -49,11 +49,11 @@ def preprocess(
 def resize_and_crop(
     frames: torch.Tensor, size: int, resize: int | tuple[int, int] | None = None, resample: str = "bicubic"
 ) -> torch.Tensor:
-    """`preprocess` before its normalisation: uint8 `[T, 3, H, W]` to uint8 `[T, 3, size, size]`.
+    """Resize and crop as `preprocess` does, without normalising: uint8 `[T, 3, H, W]` to `[T, 3, size, size]`.
 
     Args:
-        resize: pixels of the short side before the centre is cropped, at least `size` (None: `size`), or (height,
-            width), which stretches.
+        resize: pixels of the short side before the centre crop, at least `size` (None: `size`), or (height, width),
+            which stretches.
         resample: "bicubic", "bilinear" or "nearest-exact".
     """
     check_frames(frames)
@@ -75,20 +75,19 @@ class TrainTransform:
     """Training transform of a clip: one random resized crop for all its frames, then CLIP's normalisation.
 
     The crop covers a share of the frame's area drawn from `scale` at an aspect ratio (width : height) drawn
-    log-uniformly from `ratio`, and is resized to `size × size`, bicubic with antialiasing. Defaults are those
-    of the published pretraining recipe, which flips nothing: a mirrored clip makes captions such as "moves
-    left" wrong.
+    log-uniformly from `ratio`, and is resized to `size × size`, bicubic with antialiasing. The defaults are
+    those of the published pretraining recipe, which never flips: captions such as "moves left" would be wrong.
 
     Args:
         size: side of the result in pixels.
-        scale: least and greatest share of the area, in (0, 1].
-        ratio: least and greatest aspect ratio, above 0.
+        scale: smallest and largest share of the area, in (0, 1].
+        ratio: smallest and largest aspect ratio, above 0.
         flip: probability of a horizontal flip of the whole clip.
         mean, std, dtype: as for `preprocess`.
         resample: "bicubic", "bilinear" or "nearest-exact".
 
     Raises:
-        TypeError, ValueError: as `preprocess`, or ranges outside those above.
+        TypeError, ValueError: as `preprocess`, or values outside the ranges above.
     """
 
     def __init__(
@@ -123,17 +122,17 @@ class TrainTransform:
                 top = round(self._uniform(0, height - h, generator))
                 left = round(self._uniform(0, width - w, generator))
                 return top, left, h, w
-        # No draw fitted (a very long or flat frame): the largest centre crop of an allowed aspect ratio.
+        # No draw fitted (a very elongated frame): take the largest centre crop of an allowed aspect ratio.
         aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
         h, w = min(height, max(1, round(width / aspect))), min(width, max(1, round(height * aspect)))
         return (height - h) // 2, (width - w) // 2, h, w
 
     def __call__(self, frames: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """uint8 `[T, 3, H, W]` to `[T, 3, size, size]`; draws from `generator`, or torch's global one."""
+        """Transform uint8 `[T, 3, H, W]` to `[T, 3, size, size]`; draw from `generator`, or torch's global one."""
         return normalise(self.crop(frames, generator), self.mean, self.std, self.dtype)
 
     def crop(self, frames: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """The same without the normalisation, still uint8: a fourth of the bytes to carry to a device."""
+        """Transform without normalising; the result stays uint8, a fourth of the bytes to copy to a device."""
         check_frames(frames)
         top, left, h, w = self.box(frames.shape[-2], frames.shape[-1], generator)
         frames = _resize(frames[:, :, top : top + h, left : left + w], (self.size, self.size), self.resample)
@@ -153,7 +152,7 @@ def normalise(
     std: Sequence[float] = CLIP_STD,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """uint8 `[T, 3, H, W]` to `(frames / 255 - mean) / std`, contiguous. Raises as `preprocess`."""
+    """Return `(frames / 255 - mean) / std` of uint8 frames `[T, 3, H, W]`, contiguous. Raises as `preprocess`."""
     check_frames(frames)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
@@ -170,18 +169,17 @@ def _resize(frames: torch.Tensor, target: tuple[int, int], resample: str = "bicu
     if resample == "nearest-exact":
         return F.interpolate(frames, size=target, mode=resample)
     if frames.device.type == "cpu" and target != (1, 1):  # torch 2.13's uint8 kernel fails for one pixel
-        # torch resizes uint8 on the CPU in fixed point, as Pillow does, and an order of magnitude faster than
-        # float32.
+        # On the CPU torch resizes uint8 in fixed point like Pillow, an order of magnitude faster than float32.
         return F.interpolate(frames, size=target, mode=resample, antialias=True, align_corners=False)
     return torch.cat([_resize_float(chunk, target, resample) for chunk in frames.split(_CHUNK)])
 
 
 def _resize_float(frames: torch.Tensor, target: tuple[int, int], resample: str = "bicubic") -> torch.Tensor:
-    # Width first, then height, rounded and clamped after each, as Pillow does: without the clamp in between
-    # bicubic overshoot at hard edges comes out up to tens of levels differently.
+    # Width first, then height, rounded and clamped after each, as in Pillow: without the intermediate clamp,
+    # bicubic overshoot at hard edges differs by up to tens of levels.
     for size in ((frames.shape[-2], target[1]), target):
-        wide = F.interpolate(frames.float(), size=size, mode=resample, antialias=True, align_corners=False)
-        frames = wide.round_().clamp_(0, 255).to(torch.uint8)
+        resized = F.interpolate(frames.float(), size=size, mode=resample, antialias=True, align_corners=False)
+        frames = resized.round_().clamp_(0, 255).to(torch.uint8)
     return frames
 
 
@@ -194,7 +192,7 @@ def check_frames(frames: torch.Tensor) -> None:
     if frames.dtype != torch.uint8:
         raise TypeError(f"frames must be uint8 with values 0..255, got {frames.dtype}")
     if frames.shape[1] != 3:
-        hint = "; channels come second" if frames.shape[-1] == 3 else ""
+        hint = "; permute the channels to dimension 1" if frames.shape[-1] == 3 else ""
         raise ValueError(f"frames must have 3 channels, [T, 3, H, W], got {list(frames.shape)}{hint}")
     if 0 in frames.shape:
         raise ValueError(f"frames must not be empty, got {list(frames.shape)}")

@@ -1,4 +1,4 @@
-"""Video files to frames and back, with PyAV."""
+"""Reads frames from video files and writes them, with PyAV."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from .transforms import check_frames
 __all__ = ["Video", "VideoError", "read_video", "write_video"]
 
 _METHODS = ("auto", "sequential", "seek")
-# Frames decoded beyond the end of a range where packets do not tell their order for sure: more than a decoder holds
-# back.
+# Extra frames decoded after a range if the packets do not give an exact order: more than any decoder's delay.
 _MARGIN = 32
 
 
@@ -36,21 +35,19 @@ class Video:
     """Frames read from a video.
 
     Attributes:
-        frames: uint8 `[T, 3, H, W]`, RGB, upright (turned and mirrored as the file says), channels last in memory.
-            Pixels are those stored: where they are to be shown wider than high (a "sample aspect ratio" other than
-            1, as of DVDs), frames are not stretched, as the readers that CLIP's video data are read with (decord,
-            FFmpeg) do not stretch them either.
-        timestamps: float64 `[T]`, ascending: when each frame is shown, in seconds from the start of the file, by the
-            file's own clock (whose earliest stream starts at 0), at a variable frame rate too. Where that clock starts
-            anew, as in joined recordings, times go on; frames without a time of their own, or with that of
-            another one, are spread evenly between their neighbours.
-        duration: seconds from the first frame's begin to the last one's end, of all that is there.
+        frames: uint8 `[T, 3, H, W]`, RGB, upright (rotated and mirrored as the file states), channels last in memory.
+            Pixels are as stored: frames with a sample aspect ratio other than 1 (DVDs) are not stretched, as in
+            decord and FFmpeg, the usual readers of CLIP's video data.
+        timestamps: float64 `[T]`, ascending: when each frame is shown, in seconds from the start of the file (where
+            its earliest stream starts), also at a variable frame rate. If the file's clock restarts, as in joined
+            recordings, times continue; missing and repeated times are spread evenly between their neighbours.
+        duration: seconds from the start of the first frame in the file to the end of the last.
         fps: average frames per second.
-        indices: int64 `[T]`, place of each frame among all frames of the file as presented, from 0.
+        indices: int64 `[T]`, index of each frame among all frames of the file in presentation order, from 0.
         path: the file's name ("<bytes>" or "<file>" for nameless sources).
-        total: number of frames sampled from: those of the file, or those between `start` and `end`.
-        truncated: part of the file is missing or damaged (also pictures at its beginning that refer to others which
-            were cut away); all of the above speaks of what could be read.
+        total: number of frames sampled from: all of the file, or those between `start` and `end`.
+        truncated: part of the file is missing or damaged (also if its first pictures refer to missing ones); all
+            values above describe the readable part.
     """
 
     frames: torch.Tensor
@@ -79,37 +76,35 @@ def read_video(
 ) -> Video:
     """Read `frames` frames of a video file, chosen by `sample_indices`.
 
-    Sampling runs over frames in order of presentation, not over seconds: that is the published rule, and the
-    two differ only at a variable frame rate, where `timestamps` tell when each frame is shown. Only the frames
-    asked for are held in memory. Of several video streams the one that moves is read, then the one marked as default,
-    then the largest.
+    Sampling is over frames in presentation order, not over seconds: this is the published rule. The two differ only
+    at a variable frame rate, where `timestamps` give the times. Only the requested frames are held in memory. If there
+    are several video streams, a moving one is preferred, then the default one, then the largest.
 
     Args:
-        path: a local file, its bytes, or a binary file object (read from its present position on).
+        path: a local file, its bytes, or a binary file object (read from its current position).
         frames: number of frames T; None for all.
         sampling: "middle", "random" or "reference", see `sample_indices`.
-        generator: source of the draws of "random"; torch's global one if None.
-        start, end: only frames shown at `start <= t < end`, in seconds from the start of the file.
-        progress: called with (steps done, steps in all) while decoding; begins anew for a second pass, which
-            a file needs whose packets do not tell the number of its frames.
-        repeat: of a video with fewer than `frames` frames, repeat frames, ascending and evenly spread, instead of
+        generator: random generator for "random"; torch's global one if None.
+        start, end: read only frames shown at `start <= t < end`, in seconds from the start of the file.
+        progress: called with (steps done, steps in total) while decoding; restarts for a second pass, which is
+            needed if the packets do not give the number of frames.
+        repeat: if the video has fewer than `frames` frames, repeat frames, ascending and evenly spread, instead of
             raising.
-        method: "sequential" decodes from the first frame on; "seek" jumps to the key frame before each frame
-            wanted where container and codec allow it (MP4, MOV, Matroska, WebM; H.264, H.265, VP9, AV1);
-            "auto" takes the cheaper one. The frames are the same; damage inside a file is only sure to be
-            seen in sequence.
-        threads: of the decoder; None: one a core. Where many processes decode, one each is faster.
+        method: "sequential" decodes from the first frame; "seek" seeks the keyframe before each requested frame
+            if container and codec allow it (MP4, MOV, Matroska, WebM; H.264, H.265, VP9, AV1); "auto" takes the
+            cheaper one. The frames are the same; only sequential decoding is sure to find damage.
+        threads: decoder threads; None: one per core. If many processes decode, one thread each is faster.
         side: the side in pixels that the frames will be resized or cropped to. Much larger frames (a short side of more
-            than 6 times `side`) are then scaled down to 4 times `side` while they are decoded, to spare memory.
-        max_pixels: frames of more pixels are refused; None: what the environment variable BT_ADAPTER_MAX_PIXELS says,
-            or 2**26, which is twice 8K.
+            than 6 times `side`) are scaled down to 4 times `side` while they are decoded, to save memory.
+        max_pixels: limit on the pixels of a frame; None: the environment variable BT_ADAPTER_MAX_PIXELS, or 2**26
+            (twice 8K) if it is not set.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: unknown `sampling` or `method`.
-        VideoError: missing, empty, unreadable or unsupported file, something other than a regular file, no video in
-            it, no frame in it or between `start` and `end`, frames of more than `max_pixels` pixels or for which
-            there is too little memory, `frames` below 1, a bad range, or too few frames without `repeat`.
+        VideoError: the file is missing, empty, unreadable, unsupported or not a regular file; it has no video, or no
+            frame (between `start` and `end`); its frames exceed `max_pixels` or the available memory; `frames` is
+            below 1; the range is empty; or there are too few frames without `repeat`.
     """
     for label, value in (("threads", threads), ("side", side), ("max_pixels", max_pixels)):
         if value is not None:
@@ -125,7 +120,7 @@ def read_video(
     state = generator.get_state()
 
     def choose(total: int) -> list[int]:
-        # From the same state each time: should the count be corrected, the draws are as if it had been known.
+        # Same state each time: if a pass corrects the count, the draws are as if it had been known from the start.
         generator.set_state(state)
         if frames is None:
             return list(range(total))
@@ -137,8 +132,8 @@ def read_video(
             raise VideoError(f"{source.name}: no frame can be decoded{where}")
         if not repeat and frames is not None and total < frames:
             raise VideoError(
-                f"{source.name}: {frames} frames were asked for, but there are only {total}; ask for fewer, or let "
-                "frames repeat (repeat=True)"
+                f"{source.name}: {frames} frames were requested, but there are only {total}; request fewer, or pass "
+                "repeat=True to repeat frames"
             )
 
     index = scan(source)
@@ -147,8 +142,8 @@ def read_video(
     settled, damaged = False, index.truncated
     source = replace(source, frame_threads=not damaged)
     while True:
-        # The first pass goes by what the packets tell, and its frames serve if decoding bears that out. Otherwise a
-        # second one goes by what was decoded.
+        # The first pass follows the packets; its frames are kept if decoding confirms them. Otherwise a second pass
+        # follows the decoded order.
         first = bisect.bisect_left(times, span[0])
         total = bisect.bisect_left(times, span[1]) - first
         if settled or index.exact:
@@ -179,7 +174,7 @@ def read_video(
         times = index.times(order)
     require(total)
     if len(taken.numbers) < len(wanted):
-        raise VideoError(f"{source.name}: is damaged, and decodes to other frames each time")
+        raise VideoError(f"{source.name}: is damaged and decodes to different frames each time")
 
     places = torch.searchsorted(torch.tensor(wanted), torch.tensor(chosen) + first)
     pixels = torch.from_numpy(taken.pixels)  # [U, H, W, 3], each frame once
@@ -203,21 +198,20 @@ def write_video(
     codec: str | None = None,
     options: Mapping[str, str] | None = None,
 ) -> None:
-    """Write frames as a video file: H.264 (libx264), or VP9 (libvpx-vp9) where the name ends in ".webm";
-    yuv420p.
+    """Write frames as a yuv420p video file: VP9 (libvpx-vp9) if the name ends in ".webm", else H.264 (libx264).
 
-    An odd height or width grows by a copy of its last row or column, since yuv420p needs even sides.
+    An odd height or width is padded with a copy of its last row or column, since yuv420p needs even sides.
 
     Args:
-        path: file to write; its suffix chooses the container. It appears, or is replaced, only when complete.
+        path: file to write; its suffix selects the container. It is created or replaced only when complete.
         frames: uint8 `[T, 3, H, W]`, RGB, T at least 1.
         fps: frames per second, above 0.
-        codec: another encoder's name.
-        options: the encoder's own options instead of constant quality ({"crf": "18"}).
+        codec: name of another encoder.
+        options: encoder options, replacing constant quality ({"crf": "18"}).
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank or channel count of `frames`, or `fps` not above 0.
-        VideoError: the folder is missing, or FFmpeg cannot write this container, codec or size.
+        VideoError: the folder is missing, or FFmpeg does not support this container, codec or size.
     """
     check_frames(frames)
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
@@ -255,5 +249,5 @@ def _span(name: str, start: float | None, end: float | None) -> Span:
     low = -math.inf if start is None else float(start)
     high = math.inf if end is None else float(end)
     if not low < high:
-        raise VideoError(f"{name}: start={start} must lie before end={end} (seconds)")
+        raise VideoError(f"{name}: start={start} must be before end={end} (seconds)")
     return low, high

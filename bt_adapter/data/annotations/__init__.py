@@ -1,4 +1,4 @@
-"""What public data sets for retrieval and recognition ship beside their videos, as clips."""
+"""Reads the annotation files of public retrieval and recognition data sets as clips."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CLASSES: dict[str, Callable[[Path], list[str]]] = {
 def read_annotations(
     layout: str, path: str | os.PathLike, videos: str | os.PathLike | None = None, split: str | None = None
 ) -> tuple[list[Clip], Skipped]:
-    """The clips of a data set that can be used, and what cannot, with the reasons.
+    """Read a data set's annotations and return the usable clips and the skipped rows with reasons.
 
     ========== ===================================================================== ===============================
     layout     path                                                                  split
@@ -53,22 +53,22 @@ def read_annotations(
     clips      as for :func:`~bt_adapter.data.manifests.read_clips`                  none
     ========== ===================================================================== ===============================
 
-    A video is looked for by its name with any usual suffix, in the folder itself and in the subfolders in which the
-    data set is distributed (movie, class, split).
+    A video is searched by its name with any known suffix, in the folder itself and in the subfolders that the data set
+    is distributed in (movie, class, split).
 
     Args:
         layout: one of the names above.
         path: the file or folder above.
-        videos: the folder of the videos; default: that of ``path``.
-        split: which part, where ``path`` holds several.
+        videos: the folder of the videos; default: the folder of ``path``.
+        split: name of the split, if ``path`` holds several.
 
     Returns:
-        clips: for retrieval with all captions that are right. For recognition with the class's name, in words, as the
-            only caption, and its number (from 0, the place in :func:`class_names`) as ``label``.
+        clips: for retrieval with all correct captions. For recognition with the class name in words as the only
+            caption, and the class number (from 0, the index in :func:`class_names`) as ``label``.
         skipped: rows that cannot be used.
 
     Raises:
-        CommandError: an unknown layout or split, a file that is missing or of another layout, or no usable clip.
+        CommandError: the layout or split is unknown, a file is missing or of another layout, or no clip is usable.
     """
     _check(layout, LAYOUTS)
     path = Path(path)
@@ -87,13 +87,13 @@ def read_annotations(
 
 
 def class_names(layout: str, path: str | os.PathLike) -> list[str]:
-    """The classes of hmdb51, ucf101 or kinetics400 in words, in the order of their numbers.
+    """Return the class names of hmdb51, ucf101 or kinetics400 in words, in the order of their numbers.
 
-    HMDB-51 has no list of its own: they are numbered by the alphabet, as is usual. So are those of a Kinetics .csv
-    where no list of classes lies beside it (label_map_k400.txt, kinetics_400_labels.csv, classes.txt).
+    HMDB-51 ships no class list: its classes are numbered alphabetically, as usual. So are those of a Kinetics .csv
+    without a class list in its folder (label_map_k400.txt, kinetics_400_labels.csv, classes.txt).
 
     Raises:
-        CommandError: another layout, or no classes in ``path``.
+        CommandError: the layout is another one, or ``path`` holds no classes.
     """
     _check(layout, CLASSES)
     try:
@@ -101,7 +101,7 @@ def class_names(layout: str, path: str | os.PathLike) -> list[str]:
     except OSError as error:
         raise CommandError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
     if not names:
-        raise CommandError(f"{path}: no classes of layout {layout} in it")
+        raise CommandError(f"{path}: holds no classes of layout {layout}")
     return names
 
 

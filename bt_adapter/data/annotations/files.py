@@ -1,4 +1,4 @@
-"""Reading the files of data sets, and the names in them."""
+"""Reads the tables, texts and JSON files of data sets."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from bt_adapter.errors import CommandError
 
 
 def table(path: Path, needed: Iterable[str], skipped: Skipped | None = None) -> Iterator[tuple[str, dict[str, str]]]:
-    """Where a row of a CSV with a header begins, and its cells by their columns; ``needed`` are there.
+    """Yield the place of each row of a CSV with a header, and its cells by column; ``needed`` columns must exist.
 
-    Rows that cannot be read, or have another number of cells, are noted in ``skipped``; without it they are errors.
-    Raises OSError, CommandError.
+    Rows that are unreadable or have a wrong number of cells are recorded in ``skipped``, or raise CommandError if it
+    is None. Raises OSError, CommandError.
     """
     with open_text(str(path)) as file:
         rows = Table(str(path), file, ",")
@@ -33,7 +33,7 @@ def table(path: Path, needed: Iterable[str], skipped: Skipped | None = None) -> 
 
 
 def lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Where and what: the lines of a text that are not empty. Raises OSError."""
+    """Yield the place and content of each line of a text that is not empty. Raises OSError."""
     with open_text(str(path)) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -41,19 +41,19 @@ def lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """A JSON file with a ``kind`` at its top. Raises OSError, CommandError."""
+    """Read a JSON file whose top-level value must be a ``kind``. Raises OSError, CommandError."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             value = json.load(file)
     except (ValueError, RecursionError) as error:
-        raise CommandError(f"{path}: is no JSON ({error})") from error
+        raise CommandError(f"{path}: is not JSON ({error})") from error
     if not isinstance(value, kind):
-        raise CommandError(f"{path}: expected a {kind.__name__} at its top, it is a {type(value).__name__}")
+        raise CommandError(f"{path}: expected a {kind.__name__} at its top level, got a {type(value).__name__}")
     return value
 
 
 def records(path: Path, data: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """A list of objects in the JSON of ``path``. Raises CommandError."""
+    """Return the list of objects called ``name`` in the JSON of ``path``. Raises CommandError."""
     found = data.get(name)
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise CommandError(f"{path}: has no list {name!r} of objects")
@@ -61,11 +61,11 @@ def records(path: Path, data: dict[str, Any], name: str) -> list[dict[str, Any]]
 
 
 def words(name: str) -> str:
-    """ "brush_hair", "ApplyEyeMakeup" in words."""
+    """Split a class name such as "brush_hair" or "ApplyEyeMakeup" into lower-case words."""
     return " ".join(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace("_", " ").lower().split())
 
 
 def one_split(path: Path, split: str | None) -> None:
-    """Raise CommandError where a split is asked of a file that is one."""
+    """Raise CommandError if a split is given for a file that holds only one."""
     if split is not None:
-        raise CommandError(f"--split {split}: {path} is one split by itself")
+        raise CommandError(f"--split {split}: {path} holds only one split; leave --split out")

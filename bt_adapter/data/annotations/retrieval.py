@@ -1,4 +1,4 @@
-"""Captions of MSR-VTT, DiDeMo, LSMDC and ActivityNet."""
+"""Reads the videos and captions of MSR-VTT, DiDeMo, LSMDC and ActivityNet."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bt_adapter.data.gathering import Row
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 
-DIDEMO_SECONDS = 30.0  # what its annotators saw of a video, at most
+DIDEMO_SECONDS = 30.0  # annotators saw at most this part of a video
 
 
 def msrvtt(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
-    """The captions of a video are all right; 1k-A keeps one of each."""
+    """Read MSR-VTT: all captions of a video are correct; the 1k-A list has one per video."""
     chosen: dict[str, Any] | None = None
     if path.suffix == ".csv":
         one_split(path, split)
@@ -44,7 +44,7 @@ def msrvtt(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
 
 
 def didemo(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
-    """The descriptions of a video in one paragraph."""
+    """Read DiDeMo: the descriptions of a video become one paragraph."""
     one_split(path, split)
     paragraphs: dict[str, list[Any]] = {}
     for number, entry in enumerate(read_json(path, list)):
@@ -59,21 +59,21 @@ def didemo(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
 
 
 def lsmdc(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
-    """A sentence a clip."""
+    """Read LSMDC: one sentence per clip."""
     one_split(path, split)
     for where, line in lines(path):
         cells = line.split("\t")
         if cells[0].lower().strip("<>") in ("clip_id", "video_id"):
             continue
         if len(cells) != 6:
-            skipped.add(where, f"{len(cells)} columns, between tabs, instead of 6")
+            skipped.add(where, f"{len(cells)} columns separated by tabs, instead of 6")
             continue
         name, movie = cells[0], cells[0].rpartition("_")[0]  # movie_begin-end
         yield Row(where, name, [*named_with_suffixes(f"{movie}/{name}"), *named_with_suffixes(name)], cells[5])
 
 
 def activitynet(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row]:
-    """The sentences of a video in one paragraph."""
+    """Read ActivityNet Captions: the sentences of a video become one paragraph."""
     one_split(path, split)
     for name, entry in read_json(path, dict).items():
         sentences = entry.get("sentences") if isinstance(entry, dict) else None
@@ -84,9 +84,9 @@ def activitynet(path: Path, split: str | None, skipped: Skipped) -> Iterator[Row
 
 
 def _paragraph(name: str, sentences: list[Any], skipped: Skipped) -> str | None:
-    """All sentences that are text; the others are noted."""
+    """Join all sentences that are text; record the others as skipped. Returns None if there are none."""
     good = [s.strip() for s in sentences if isinstance(s, str) and s.strip()]
     for number, sentence in enumerate(sentences, 1):
         if good and not (isinstance(sentence, str) and sentence.strip()):
-            skipped.add(f"{name}, sentence {number}", "is empty or no text")
+            skipped.add(f"{name}, sentence {number}", "is empty or not text")
     return " ".join(good) or None
