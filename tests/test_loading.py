@@ -171,7 +171,7 @@ def test_a_clip_known_to_fail_is_not_tried_again_but_named_again(good, tmp_path,
 def test_where_nothing_can_be_read_the_error_names_clips(tmp_path):
     clips = [Clip(f"missing{n}", str(tmp_path / f"{n}.mp4"), ("never",)) for n in range(300)]
     for workers in (0, 1):
-        with pytest.raises(CommandError, match="none of 100 clips.*missing") as error:
+        with pytest.raises(CommandError, match="none of the 100 clips.*missing") as error:
             take(data(clips), 2, 0, 1, workers=workers)
         assert "Traceback" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""Image models that can be the frozen tower: which they are, and how their tensors become the tower's."""
+"""Loads image models that can be the frozen tower, and converts their tensors to the tower's."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ SUPPORTED = (
     "a CLIP of Hugging Face (CLIPModel, CLIPVisionModelWithProjection, CLIPVisionModel), a SigLIP (SiglipModel, "
     "SiglipVisionModel), a DINOv2 (Dinov2Model, Dinov2WithRegistersModel), or a model of open_clip"
 )
-# Types of models, as a config.json has them.
+# Values of model_type in config.json.
 CLIP, SIGLIP, DINOV2 = ("clip", "clip_vision_model"), ("siglip", "siglip_vision_model"), dinov2.MODEL_TYPES
 
 
 def read_tower(clip: nn.Module) -> FoundTower:
-    """The vision tower of a loaded image model.
+    """Read the vision tower of a loaded image model.
 
     Args:
         clip: a Hugging Face CLIP, SigLIP or DINOv2, or a model of open_clip.
 
     Raises:
-        TypeError: it is none of these.
-        CheckpointError: it is one of another structure than those that are computed here.
+        TypeError: ``clip`` is none of these.
+        CheckpointError: the structure of the model is not supported.
     """
     if open_clip.is_model(clip):
         return open_clip.read(clip)
@@ -45,15 +45,15 @@ def read_tower(clip: nn.Module) -> FoundTower:
 
 
 def load_image_model(name: str | os.PathLike[str]) -> nn.Module:
-    """The image model of a name, float32: what a branch stands beside. Where it can be, without its text tower.
+    """Load the frozen image model for a branch, float32, without its text tower where possible.
 
     Args:
         name: "mini" (the small CLIP of this package), a local folder, a hub name, or a name of open_clip (see
             ``bt_adapter.towers.open_clip``).
 
     Raises:
-        OSError: it is not there. CheckpointError: it is no such model, or lacks weights.
-        CommandError: it is a model of open_clip, and that is not installed.
+        OSError: the model is not found. CheckpointError: the model is of another type, or lacks weights.
+        CommandError: the model needs open_clip, which is not installed.
     """
     from transformers import CLIPVisionModelWithProjection, SiglipVisionModel
 
@@ -75,13 +75,13 @@ def load_image_model(name: str | os.PathLike[str]) -> nn.Module:
 
 
 def with_image_settings(model: Any, name: str) -> Any:
-    """The model, with how its image processor prepares pictures as ``image_settings``."""
+    """Set the model's ``image_settings`` from its image processor and return the model."""
     config = getattr(model.config, "vision_config", model.config)
     model.image_settings = read_image_settings(name, config.image_size)
     return model
 
 
 def other_kind(name: str, kind: str | None) -> CheckpointError:
-    """The error for a name that stands for a model of another type."""
-    hint = "; SigLIP 2 is taken in its forms of fixed resolution, not NaFlex" if kind == "siglip2" else ""
+    """Make the error for a model of an unsupported type."""
+    hint = "; of SigLIP 2, models of fixed resolution are supported, not NaFlex" if kind == "siglip2" else ""
     return CheckpointError(f"{name} is a model of type {kind!r}, expected {SUPPORTED}{hint}")

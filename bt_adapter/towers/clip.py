@@ -1,4 +1,4 @@
-"""The vision tower of a Hugging Face CLIP."""
+"""Reads the vision tower of a Hugging Face CLIP."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MODEL_TYPES = ("clip_vision_model",)
 
 
 def read(clip: Any, config: Any) -> FoundTower:
-    """The tower of a ``CLIPModel``, ``CLIPVisionModelWithProjection`` or ``CLIPVisionModel``; see ``read_tower``.
+    """Read the tower of a ``CLIPModel``, ``CLIPVisionModelWithProjection`` or ``CLIPVisionModel``; see ``read_tower``.
 
-    Activation, epsilon and sizes are those of ``config``, its ``CLIPVisionConfig``. Parameters that a CLIP does not
-    have (an adapter's) keep their names, which the loading then refuses.
+    Activation, epsilon and sizes come from ``config``, its ``CLIPVisionConfig``. Parameters unknown in a CLIP (of an
+    adapter) keep their names, so that loading them raises an error.
     """
     published, projection = {}, None
-    # a layer that stands in several places counts in each of them
+    # remove_duplicate=False: a layer used in several places is listed in each of them
     for name, tensor in (*clip.named_parameters(remove_duplicate=False), *clip.named_buffers()):
         if name.startswith(("text_model.", "text_projection", "logit_scale")) or name.endswith("position_ids"):
             continue
@@ -30,10 +30,10 @@ def read(clip: Any, config: Any) -> FoundTower:
         if name == "visual_projection.weight":
             projection = tensor.shape[0]
     values = {**vars(config), "projection_dim": projection, "model_type": "clip_vision_model"}
-    own = {(to_own(name, False) or name).removeprefix("tower."): tensor for name, tensor in published.items()}
-    return FoundTower(name_of(clip), own, TowerConfig.of(values))
+    tensors = {(to_own(name, False) or name).removeprefix("tower."): tensor for name, tensor in published.items()}
+    return FoundTower(name_of(clip), tensors, TowerConfig.of(values))
 
 
 def name_of(model: nn.Module) -> str | None:
-    """Folder or hub name that a model was loaded by, where it knows."""
+    """Return the folder or hub name that a model was loaded from, or None if it is unknown."""
     return getattr(model, "name_or_path", "") or None

@@ -1,8 +1,8 @@
-"""The vision tower of a DINOv2, with registers or without (arXiv 2304.07193, 2309.16588): it has no text tower.
+"""Reads the vision tower of a DINOv2, with or without registers (arXiv 2304.07193, 2309.16588); it has no text tower.
 
-Each layer scales what attention and MLP add, channel by channel. The scales are multiplied into the linear layers
-before them, so the tower's layers are CLIP's. Registers take part in every layer, behind the patches (attention does
-not see the order), and the branch does not read them.
+Each layer scales the outputs of attention and MLP per channel (LayerScale). The scales are multiplied into the linear
+layers before them, so the tower's layers equal CLIP's. Registers pass through every layer, placed after the patches
+(attention is independent of the order), and the branch does not read them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bt_adapter.towers.clip import name_of
 from bt_adapter.towers.found import FoundTower
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers")
-# Hugging Face's name (regex) → own name; transformers has named the attention's layers in two ways.
+# Hugging Face's name (regex) → this package's name; versions of transformers name the attention layers differently.
 _NAMES = [
     (r"embeddings\.patch_embeddings\.projection\.", "patch_embedding."),
     (r"encoder\.layer\.(\d+)\.norm([12])\.", r"layers.\1.norm\2."),
@@ -39,7 +39,7 @@ _SCALE = re.compile(r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1")
 
 
 def load(name: str, kind: str) -> nn.Module:
-    """A DINOv2 of a folder or hub name, float32, which knows how its image processor prepares pictures."""
+    """Load a DINOv2 from a folder or hub name, float32, with its ``image_settings``."""
     from transformers import Dinov2Model, Dinov2WithRegistersModel
 
     model: Any = load_pretrained(Dinov2WithRegistersModel if kind == MODEL_TYPES[1] else Dinov2Model, name)
@@ -48,18 +48,18 @@ def load(name: str, kind: str) -> nn.Module:
 
 
 def read(model: Any, config: Any) -> FoundTower:
-    """The tower of a ``Dinov2Model`` or ``Dinov2WithRegistersModel``; see ``read_tower``.
+    """Read the tower of a ``Dinov2Model`` or ``Dinov2WithRegistersModel``; see ``read_tower``.
 
-    Pictures have the size that its image processor makes (224 pixels where the table of places is for 518), for which
-    the model's own interpolation makes the table of places once.
+    Pictures have the size of its image processor (224 pixels, while the position embeddings are for 518); the position
+    embeddings are interpolated to it once, by the model's own method.
 
     Raises:
-        CheckpointError: the MLP is a gated one (``use_swiglu_ffn``, the giant models).
+        CheckpointError: the MLPs are gated (``use_swiglu_ffn``, the giant models).
     """
     if getattr(config, "use_swiglu_ffn", False):
         raise CheckpointError(
             f"{name_of(model) or 'clip'} is a DINOv2 with gated MLPs (use_swiglu_ffn, the giant models), which are not "
-            "computed here; small, base and large are"
+            "supported; use small, base or large"
         )
     size = _picture_size(model, config)
     state = {
@@ -77,9 +77,10 @@ def read(model: Any, config: Any) -> FoundTower:
 
 
 def own_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], frozenset[str]]:
-    """Tensors of Hugging Face's DINOv2 under this package's names, scales multiplied in; and which of them are new.
+    """Convert Hugging Face's DINOv2 tensors to this package's names with the scales multiplied in.
 
-    The table of places is left out: its size depends on the pictures.
+    Returns the tensors and the names of those that changed. Position embeddings are left out: their number depends on
+    the size of the pictures.
     """
     tensors: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
@@ -98,7 +99,7 @@ def own_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], frozens
             name = f"{layer}.{leaf}"
             if name in tensors:
                 factor = scale[:, None] if leaf == "weight" else scale
-                tensors[name] = tensors[name].detach().float() * factor.float()  # not rounded twice
+                tensors[name] = tensors[name].detach().float() * factor.float()  # float32, to round only once
                 changed.add(name)
     return tensors, frozenset(changed)
 
@@ -108,7 +109,7 @@ def _own_name(name: str) -> str:
 
 
 def _picture_size(model: Any, config: Any) -> int:
-    """Pixels that the image processor makes, where it is known; else those of the configuration."""
+    """Return the picture size of the image processor in pixels or, if it is unknown, of the configuration."""
     if (settings := getattr(model, "image_settings", None)) is not None:
         return settings.size
     place = name_of(model)
@@ -116,7 +117,7 @@ def _picture_size(model: Any, config: Any) -> int:
 
 
 def _position(model: Any, config: Any, size: int) -> Tensor:
-    """The table of places for pictures of that size, ``[1+P, D]``, by the model's own interpolation."""
+    """Interpolate the position embeddings to pictures of ``size`` pixels by the model's own method: ``[1+P, D]``."""
     embeddings = getattr(model, "embeddings", None) or getattr(model, model.base_model_prefix).embeddings
     rows = 1 + (size // config.patch_size) ** 2
     like = embeddings.position_embeddings.new_empty(1, rows, config.hidden_size)

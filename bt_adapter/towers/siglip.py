@@ -1,6 +1,6 @@
-"""The vision tower of a SigLIP, or of a SigLIP 2 of fixed resolution: no CLS, a pooling head in its place.
+"""Reads the vision tower of a SigLIP or a SigLIP 2 of fixed resolution, which has a pooling head instead of a CLS.
 
-Hugging Face's classes; the models are arXiv 2303.15343 and 2502.14786.
+The classes are Hugging Face's; the models are described in arXiv 2303.15343 and 2502.14786.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bt_adapter.towers.clip import name_of
 from bt_adapter.towers.found import FoundTower
 
 MODEL_TYPES = ("siglip_vision_model",)
-# Hugging Face's name (regex) → own name.
+# Hugging Face's name (regex) → this package's name.
 _NAMES = [
     (r"patch_embedding\.", "patch_embedding."),
     (r"layers\.(\d+)\.layer_norm([12])\.", r"layers.\1.norm\2."),
@@ -32,9 +32,9 @@ _NAMES = [
 
 
 def read(clip: Any, config: Any) -> FoundTower:
-    """The tower of a ``SiglipModel`` or ``SiglipVisionModel``; see ``read_tower``.
+    """Read the tower of a ``SiglipModel`` or ``SiglipVisionModel``; see ``read_tower``.
 
-    A model without a pooling head (``vision_use_head`` false) gives a tower without a projection.
+    For a model without a pooling head (``vision_use_head`` false) the tower has no projection.
     """
     state = {}
     for name, tensor in clip.named_parameters(remove_duplicate=False):
@@ -50,9 +50,9 @@ def read(clip: Any, config: Any) -> FoundTower:
 
 
 def own_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of Hugging Face's SigLIP vision tower (without ``vision_model.``) under this package's names.
+    """Convert the tensors of Hugging Face's SigLIP vision tower (without ``vision_model.``) to this package's names.
 
-    The table of places gets a row of zeros for CLS.
+    The position embeddings get a row of zeros for the CLS.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
