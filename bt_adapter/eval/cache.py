@@ -1,8 +1,8 @@
-"""Features of clips on disk: an evaluation that was killed goes on where it was, and a second one decodes nothing.
+"""Caches features of clips on disk, so that a killed evaluation resumes and a repeated one decodes nothing.
 
-``FOLDER/<fingerprint>/`` holds one safetensors file for each batch that was computed. The fingerprint stands for all
-that a feature depends on beside the clip, and each feature has its clip's identity beside it, so an entry that is out
-of date has another name and is never found.
+``FOLDER/<fingerprint>/`` holds one safetensors file per computed batch. The fingerprint is a hash of everything that a
+feature depends on besides the clip, and each feature is stored under its clip's identity, so an outdated entry is never
+found.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from bt_adapter.data.clips import Clip, Member
 
 @dataclass(frozen=True)
 class Feature:
-    """What is known of a clip: a unit vector for each view, float32 ``[views, F]``; whether its file is damaged."""
+    """Unit vectors of a clip's views, float32 ``[views, F]``, and whether its file is damaged or truncated."""
 
     views: Tensor
     truncated: bool
 
 
 class FeatureCache:
-    """Features under one fingerprint. Several processes may write to one folder at the same time.
+    """Cache of the features under one fingerprint; several processes may write to one folder at the same time.
 
     Args:
-        folder: None: nothing is stored.
-        about: JSON values: all that a feature depends on, beside the clip.
+        folder: folder of the cache; None: nothing is stored.
+        about: JSON values: everything that a feature depends on besides the clip.
 
     Attributes:
-        folder: of this fingerprint. damaged: files in it that could not be read.
+        folder: subfolder of this fingerprint, or None. damaged: unreadable files in it.
     """
 
     def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
@@ -51,11 +51,11 @@ class FeatureCache:
             self._read(path)
 
     def get(self, clip: str) -> Feature | None:
-        """The feature of the clip of this identity, where it is known."""
+        """Return the cached feature of the clip with this identity, or None."""
         return self._found.get(clip)
 
     def add(self, features: Mapping[str, Feature]) -> None:
-        """Store features by the identity of their clips; they are on disk when this returns."""
+        """Write features to disk by the identity of their clips."""
         if self.folder is None or not features:
             return
         if not (self.folder / "about.json").exists():
@@ -73,17 +73,17 @@ class FeatureCache:
             with safe_open(path, "pt") as file:
                 clips = json.loads(file.metadata()["clips"])
                 views, truncated = file.get_tensor("views"), file.get_tensor("truncated").tolist()
-        except SafetensorError:  # a crash of the machine: its clips are computed again
+        except SafetensorError:  # damaged by a machine crash: its clips are computed again
             self.damaged.append(path)
             return
         self._found |= {clip: Feature(*pair) for clip, *pair in zip(clips, views, truncated, strict=True)}
 
 
 def identity(clip: Clip) -> str:
-    """What tells a clip's content from any other's: file, size and time of change, place in a shard, and its part.
+    """Return a hash that identifies a clip's content: path, size, modification time, offset in a shard and range.
 
     Raises:
-        OSError: the file is not there.
+        OSError: the file is missing.
     """
     source = clip.source
     path = source.path if isinstance(source, Member) else source
@@ -93,7 +93,7 @@ def identity(clip: Clip) -> str:
 
 
 def digest(value: Any) -> str:
-    """A name, 32 characters long, for a JSON value."""
+    """Hash a JSON value to 32 hexadecimal characters."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 

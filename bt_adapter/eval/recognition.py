@@ -1,4 +1,4 @@
-"""Action recognition: the class whose name a video is nearest to."""
+"""Computes action recognition: the class whose name is most similar to the video."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TEMPLATES = ("{}",)
 
 
 def read_templates(path: Path | None) -> tuple[str, ...]:
-    """Templates of a text file, one a line with {} where the name goes; None: the name alone.
+    """Read templates from a text file, one per line with {} in place of the class name; None: the bare name.
 
     Raises:
-        CommandError: the file cannot be read, holds none, or a line lacks its {}.
+        CommandError: the file is unreadable or empty, or a line does not hold {} exactly once.
     """
     if path is None:
         return TEMPLATES
@@ -37,12 +37,12 @@ def read_templates(path: Path | None) -> tuple[str, ...]:
         if template.count("{}") != 1:
             raise CommandError(f"--templates {path}: each line must hold {{}} once, but one is {template!r}")
     if not templates:
-        raise CommandError(f"--templates {path}: there is no template in it")
+        raise CommandError(f"--templates {path}: holds no template; write one per line, with {{}} for the class name")
     return templates
 
 
 def class_vectors(names: Sequence[str], templates: Sequence[str], encode: Encode) -> Tensor:
-    """Unit vectors of classes, ``[C, F]``: the mean over the templates of their texts' unit vectors."""
+    """Embed classes as unit vectors ``[C, F]``: the normalised mean of their texts' unit vectors over the templates."""
     texts = [template.replace("{}", name) for name in names for template in templates]
     return F.normalize(encode_all(texts, encode).unflatten(0, (len(names), -1)).mean(1), dim=-1)
 
@@ -50,9 +50,9 @@ def class_vectors(names: Sequence[str], templates: Sequence[str], encode: Encode
 def figures(
     features: Features, clips: Sequence[Clip], names: Sequence[str], templates: Sequence[str], encode: Encode
 ) -> dict[str, Any]:
-    """All that is reported: a clip is recognised where no other class has a strictly greater score, as in ``ranks``.
+    """Compute all reported metrics; top-1 counts clips where no other class scores strictly higher, as in ``ranks``.
 
-    "tie_corrected": the same shares where each class of the very same score counts by half before the right one.
+    "tie_corrected": the same shares if half of the classes with an equal score are ranked before the correct one.
     """
     labels = torch.tensor([clips[number].label for number in features.kept])
     right = F.one_hot(labels, len(names)).bool()
@@ -77,7 +77,7 @@ def figures(
 
 
 def rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table."""
+    """Return the head and rows of the result table."""
     shares = [result[key] for key in ("top1", "top5", "mean_class_accuracy")]
     shares += [result["tie_corrected"][key] for key in ("top1", "top5")]
     head = ["%", "top-1", "top-5", "mean of classes", "top-1,\ntie-corrected", "top-5,\ntie-corrected", "tied"]

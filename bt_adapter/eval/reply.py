@@ -1,4 +1,4 @@
-"""Reading a verdict out of the text a judging language model replies with."""
+"""Parses a verdict from the reply text of a judging language model."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# Models that think aloud put their thoughts between such tags; some chat templates swallow the opening one.
+# Reasoning models put their reasoning between such tags; some chat templates omit the opening one.
 _THOUGHTS_END = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 _THOUGHTS_BEGIN = re.compile(r"<(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 _SCORE = re.compile(r"(\d+(?:\.\d+)?)(?:\s*(?:/|out of|of)\s*5(?:\.0+)?)?(?:\s*(?:points?|stars?))?\.?")
-# "yes or no" and "yes/no" repeat the question and decide nothing
+# "yes or no" and "yes/no" repeat the question and are no verdict
 _WORD = re.compile(r"\W*(yes|no|true|false|correct|incorrect|right|wrong)\b(?!\s*(?:or\b|/|\|))")
 _BEGINS_WITH_KEY = re.compile(r"\{\s*['\"]")
-_LONGEST = 4000  # characters of an object that is not JSON: it is looked for at each brace
+_LONGEST = 4000  # most characters of an object that is not JSON, since each brace is tried as its beginning
 _AFFIRMATIVE = ("yes", "true", "correct", "right")
 
 
 def read_verdict(text: str, with_right: bool) -> tuple[float, bool | None]:
-    """Read the score and, where asked, whether the judge calls the answer right.
+    """Parse the score and, if requested, whether the judge considers the answer correct.
 
     Args:
-        text: the whole reply. The last object in it that has a score counts: JSON, or a dictionary as Python writes
-            it, whatever stands before it (thoughts, quotations of the answer, code fences).
-        with_right: whether the object must also say yes or no, under "right" or "pred".
+        text: the whole reply. The last object with a score counts, as JSON or as a Python dictionary, whatever precedes
+            it (reasoning, quotations of the answer, code fences).
+        with_right: the object must also state yes or no, under "right" or "pred".
 
     Returns:
-        The score, 0 to 5, and right, None where it is not asked for. A number in quotes, "4/5" and "4 out of 5" are
-        scores; "Yes." and "yes, it is" mean yes.
+        The score, 0 to 5, and whether the answer is right (None unless requested). A number in quotes, "4/5" and "4 out
+        of 5" are scores; "Yes." and "yes, it is" mean yes.
 
     Raises:
-        ValueError: no object with such a score, or neither yes nor no.
+        ValueError: there is no object with such a score, or it states neither yes nor no.
     """
     text = _THOUGHTS_END.split(text)[-1]
-    if begin := _THOUGHTS_BEGIN.search(text):  # thoughts that were cut off: what they weigh is no verdict
+    if begin := _THOUGHTS_BEGIN.search(text):  # truncated reasoning holds no verdict
         text = text[: begin.start()]
-    said: dict[str, Any] = {}
+    verdict: dict[str, Any] = {}
     for found in _objects(text):
         if "score" in found:
-            said = found
-    score = _score(said.get("score"))
+            verdict = found
+    score = _score(verdict.get("score"))
     if score is None:
         raise ValueError("no score of 0 to 5")
     if not with_right:
         return score, None
-    right = _right(said.get("right", said.get("pred")))
+    right = _right(verdict.get("right", verdict.get("pred")))
     if right is None:
         raise ValueError("neither yes nor no")
     return score, right
@@ -70,9 +70,9 @@ def _right(value: Any) -> bool | None:
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The objects of a text in order, keys in lower case; an object inside another one follows it.
+    """Yield the objects of a text in order, keys in lower case; a nested object follows its parent.
 
-    An object quoted inside a string of another one is part of that string, and not found.
+    An object inside a string of another object is not yielded.
     """
     place = 0
     while (place := text.find("{", place)) >= 0:
@@ -85,7 +85,7 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _object(text: str, start: int) -> tuple[Any, int]:
-    """The object that begins at ``start`` and the place after it; None where none does."""
+    """Parse the object that begins at ``start``; return it, or None, and the index after it."""
     try:
         return json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
@@ -101,7 +101,7 @@ def _object(text: str, start: int) -> tuple[Any, int]:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place after the brace that closes the one at ``start``; braces inside quotes do not count."""
+    """Return the index after the brace that closes the one at ``start``, ignoring quoted braces; ``start`` if none."""
     depth, quote, place = 0, "", start
     while place < min(len(text), start + _LONGEST):
         letter = text[place]

@@ -1,4 +1,4 @@
-"""Results as files, with what made them."""
+"""Writes results as JSON files with the settings and versions that produced them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from bt_adapter.errors import CommandError
 
 
 def versions() -> dict[str, Any]:
-    """Of this package (with the commit, in a checkout of it) and of torch."""
+    """Return the versions of this package (with the git commit of a checkout) and of torch."""
     return {"bt_adapter": bt_adapter.__version__, "commit": _commit(), "torch": torch.__version__}
 
 
 def device_name(device: torch.device) -> str:
-    """ "cpu", or the GPU's name."""
+    """Return the GPU's name, or the device type, such as "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write ``result``; the file appears whole or not at all."""
+    """Write ``result`` atomically, through a temporary file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".writing")
     temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -34,7 +34,7 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value of a file. Raises ValueError where it is none."""
+    """Read the JSON value of a file. Raises ValueError if it is not JSON."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -46,36 +46,36 @@ def check_overwriting(
     option: str = "out",
     read: Callable[[Path], Any] = read_json,
 ) -> None:
-    """See that a result that is there already was made with the same settings: only such a one may be overwritten.
+    """Check that an existing result has the same settings: only such a result may be overwritten.
 
     Args:
-        path: of the result, which need not be there.
-        settings: JSON values that stand in the result too. Weights, data and options, but not the machine.
-        advice: ends the message of the error: what to do.
+        path: path of the result, which may not exist yet.
+        settings: JSON values that the result also stores: weights, data and options, but not the machine.
+        advice: end of the error message, saying what to do.
         part: name of the object inside the result that holds the settings; None: the result itself.
-        option: which names the file on the command line.
-        read: returns what a file holds, or raises ValueError where it is no such result.
+        option: name of the option that names the file.
+        read: returns the content of a file, or raises ValueError if it is not such a result.
 
     Raises:
-        CommandError: the file was made with other settings, each of which is named; or it is no such result.
+        CommandError: the file has other settings, each of which is named, or is not such a result.
     """
     if path.is_dir():
-        raise CommandError(f"--{option} {path}: is a folder, but a file is written")
+        raise CommandError(f"--{option} {path}: is a folder; name a file")
     if not path.exists():
         return
     try:
-        before = read(path)
+        old = read(path)
     except ValueError:
-        before = None
-    if part is not None and isinstance(before, dict):
-        before = before.get(part)
-    if not isinstance(before, dict) or not settings.keys() & before.keys():
-        raise CommandError(f"--{option} {path} is there already and holds no result of this command: {advice}")
-    now = json.loads(json.dumps(settings))
-    changed = [name for name in now if before.get(name) != now[name]]
+        old = None
+    if part is not None and isinstance(old, dict):
+        old = old.get(part)
+    if not isinstance(old, dict) or not settings.keys() & old.keys():
+        raise CommandError(f"--{option} {path} exists and holds no result of this command: {advice}")
+    new = json.loads(json.dumps(settings))
+    changed = [name for name in new if old.get(name) != new[name]]
     if changed:
-        told = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in changed)
-        raise CommandError(f"--{option} {path} holds a result that was made with {told}: {advice}")
+        changes = ", ".join(f"{name} {old.get(name)!r}, now {new[name]!r}" for name in changed)
+        raise CommandError(f"--{option} {path} holds a result that was made with {changes}: {advice}")
 
 
 def _commit() -> str | None:
@@ -84,6 +84,6 @@ def _commit() -> str | None:
         return None
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout it will not touch
+    except (OSError, subprocess.CalledProcessError):  # git is missing or refuses to read the checkout
         return None
     return done.stdout.strip()

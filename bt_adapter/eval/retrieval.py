@@ -1,4 +1,4 @@
-"""Text-to-video and video-to-text retrieval."""
+"""Computes text-to-video and video-to-text retrieval."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ _RANKS = ("median_rank", "mean_rank")
 
 @dataclass(frozen=True)
 class Scores:
-    """Cosines of the different captions and the videos, and which belong together.
+    """Cosines of distinct captions and videos, and the pairs that belong together.
 
-    A caption that stands there twice is encoded and compared once: its scores are the very same, not up to rounding,
-    and so ties are seen.
+    A repeated caption is encoded and compared once, so that its scores are exactly equal and ties are detected.
 
     Attributes:
-        cosines: ``[U, V]``, of different captions and videos.
-        text: which of the U each pair of a caption and its video says, int64 ``[Q]``.
-        video: which of the V it is said of, int64 ``[Q]``.
+        cosines: ``[U, V]``, of distinct captions and videos.
+        text: index of the caption (of U) of each pair of a caption and its video, int64 ``[Q]``.
+        video: index of the video (of V) of each pair, int64 ``[Q]``.
     """
 
     cosines: Tensor
@@ -40,10 +39,10 @@ class Scores:
     video: Tensor
 
     def both_ways(self, temperature: float | None = None) -> tuple[Retrieval, Retrieval]:
-        """Text to video, where each caption is a query and its own video alone is right; video to text, where all of
-        its own captions are. The same caption of another video is wrong in both and, from video to text, tied.
+        """Return the metrics of text to video, where only a caption's own video is correct, and of video to text, where
+        all of a video's own captions are. The same caption of another video is wrong in both, and tied in the latter.
 
-        temperature: of the dual softmax; None: without it.
+        temperature: temperature of the dual softmax; None: no dual softmax.
         """
         own = self.video[:, None] == torch.arange(self.cosines.shape[1], device=self.video.device)  # [Q, V]
         to_video, to_text = self.cosines[self.text], self.cosines.T
@@ -52,27 +51,27 @@ class Scores:
         return retrieval(to_video, own), retrieval(to_text[:, self.text], own.T)
 
     def shared(self) -> int:
-        """How many of the different captions are said of more than one video."""
+        """Count the distinct captions that belong to more than one video."""
         pairs = set(zip(self.text.tolist(), self.video.tolist(), strict=True))
         return sum(count > 1 for count in Counter(text for text, _ in pairs).values())
 
 
 def score(vectors: Tensor, captions: Sequence[Sequence[str]], encode: Encode) -> Scores:
-    """Compare videos with captions.
+    """Compute the cosines of videos and captions.
 
     Args:
-        vectors: of the videos, ``[V, F]``.
-        captions: of each video, one or more.
-        encode: captions to vectors ``[n, F]``, of any length.
+        vectors: vectors of the videos, ``[V, F]``.
+        captions: one or more captions of each video.
+        encode: function from n captions to vectors ``[n, F]``, which need not be normalised.
     """
     different = {text: number for number, text in enumerate(dict.fromkeys(t for texts in captions for t in texts))}
-    said = [(different[text], video) for video, texts in enumerate(captions) for text in texts]
+    pairs = [(different[text], video) for video, texts in enumerate(captions) for text in texts]
     texts = encode_all(list(different), encode).to(vectors.device)
-    return Scores(texts @ vectors.T, *torch.tensor(said, device=vectors.device).T)
+    return Scores(texts @ vectors.T, *torch.tensor(pairs, device=vectors.device).T)
 
 
 def encode_all(texts: Sequence[str], encode: Encode) -> Tensor:
-    """Unit vectors of texts, float32 ``[n, F]``."""
+    """Encode texts as unit vectors, float32 ``[n, F]``."""
     parts = [encode(texts[first : first + _TEXTS]) for first in range(0, len(texts), _TEXTS)]
     return F.normalize(torch.cat(parts).float(), dim=-1)
 
@@ -80,8 +79,8 @@ def encode_all(texts: Sequence[str], encode: Encode) -> Tensor:
 def figures(
     scores: Scores, captions: Sequence[Sequence[str]], text: TextEncoder, temperature: float | None
 ) -> dict[str, Any]:
-    """All that is reported of the scores of clips with these captions; with a ``temperature`` also, apart from the
-    others, the figures of the dual softmax."""
+    """Compute all reported metrics of clips with these captions; with a ``temperature``, also those of the dual
+    softmax, as a separate entry."""
     result: dict[str, Any] = {
         "captions": len(scores.text),
         "captions_of_several_videos": scores.shared(),
@@ -94,7 +93,7 @@ def figures(
 
 
 def rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table."""
+    """Return the head and rows of the result table."""
     found = []
     for label, part in (("", result), (", dual softmax", result.get("dual_softmax", {}))):
         for name, title in (("text_to_video", "text to video"), ("video_to_text", "video to text")):
@@ -108,12 +107,12 @@ def rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 class Quick(NamedTuple):
-    """What :func:`quick` finds.
+    """Result of :func:`quick`.
 
     Attributes:
-        to_video, to_text: of the clips that can be decoded.
-        failed: key of each other clip, with the reason.
-        damaged: keys of those compared whose files are damaged or cut short.
+        to_video, to_text: metrics of the clips that can be decoded.
+        failed: reason by key of each other clip.
+        damaged: keys of the compared clips whose files are damaged or truncated.
     """
 
     to_video: Retrieval
@@ -130,14 +129,14 @@ def quick(
     batch: int = 16,
     workers: int = 0,
 ) -> Quick:
-    """Text to video and video to text, for a training loop: nothing is stored.
+    """Compute retrieval metrics in both directions for a training loop, without storing anything.
 
-    Where there is a process group every process calls it, computes its part, and gets the same figures. Clips that
-    cannot be decoded are left out, and named. A branch sharded by FSDP2 must be whole meanwhile (``unshard()`` before).
+    With a process group, every process must call it; each computes its part and gets the same metrics. Clips that
+    cannot be decoded are skipped and named. A branch sharded by FSDP2 must be unsharded (``unshard()``) beforehand.
 
     Args:
         model, text: on their device, in any mode.
-        clips: with captions.
+        clips: clips with captions.
         frames, batch, workers: as for ``extract``.
 
     Raises:

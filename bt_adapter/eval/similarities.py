@@ -1,4 +1,4 @@
-"""The similarities that retrieval figures come from, as a file: to compare two systems query by query, or to score
+"""Writes the similarities behind retrieval metrics to a file, to compare two systems query by query or to score
 choices among a few captions."""
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from bt_adapter.eval.retrieval import Scores
 
 
 def write_similarities(path: Path, scores: Scores, clips: Sequence[Clip], settings: dict[str, Any]) -> None:
-    """Write the similarity of every caption and every clip; the file appears whole or not at all.
+    """Write the similarity of every caption to every clip atomically.
 
-    Both formats hold the arrays ``scores``, float32 ``[Q, V]``, whose row q is the q-th caption's similarity to each
-    clip, and ``clip_of_caption``, int64 ``[Q]``, the one column that is right for it. The lists ``captions`` (of
-    length Q) and ``clips`` (V keys), and the object ``settings``, are JSON texts: entries of the metadata in
-    .safetensors, arrays of one text each in .npz.
+    Both formats hold the arrays ``scores``, float32 ``[Q, V]``, whose row q has the q-th caption's similarity to each
+    clip, and ``clip_of_caption``, int64 ``[Q]``, the correct column for each caption. The lists ``captions`` (of
+    length Q) and ``clips`` (V keys), and the object ``settings``, are JSON texts: metadata entries in .safetensors,
+    arrays of one text each in .npz.
 
     Args:
-        path: named .safetensors or .npz. scores: of the clips.
-        clips: the V clips compared, each with its captions; clips that were skipped are not among them.
+        path: file to write, named .safetensors or .npz. scores: scores of the clips.
+        clips: the V compared clips with their captions, without skipped clips.
         settings: JSON values that the similarities depend on.
     """
-    arrays = {  # contiguous: the safetensors writer takes no notice of strides
+    arrays = {  # contiguous: the safetensors writer ignores strides
         "scores": scores.cosines[scores.text].float().cpu().contiguous().numpy(),
         "clip_of_caption": scores.video.cpu().contiguous().numpy(),
     }
@@ -49,12 +49,12 @@ def write_similarities(path: Path, scores: Scores, clips: Sequence[Clip], settin
 
 
 def read_settings(path: Path) -> Any:
-    """The settings that a file of similarities was written with. Raises ValueError where it is no such file."""
+    """Read the settings from a file of similarities. Raises ValueError if it is no such file."""
     try:
         if path.suffix == ".npz":
             with np.load(path) as file:
                 return json.loads(str(file["settings"]))
         with safe_open(path, "np") as file:
             return json.loads(file.metadata()["settings"])
-    except Exception as error:  # its readers raise many: SafetensorError, KeyError, BadZipFile, TypeError ...
+    except Exception as error:  # the readers raise SafetensorError, KeyError, BadZipFile, TypeError ...
         raise ValueError(f"{path} holds no similarities ({error})") from error

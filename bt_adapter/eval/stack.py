@@ -1,4 +1,4 @@
-"""What is evaluated: a tower, perhaps with a branch, and the text encoder it is compared with."""
+"""Loads the evaluated model, a tower with or without a branch, and its text encoder."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from bt_adapter.towers import read_tower
 
 @dataclass(frozen=True)
 class Stack:
-    """A model and what it is compared with.
+    """A video model and its text encoder.
 
     Attributes:
-        model: on the CPU, float32, evaluation mode.
-        text: text encoder of the same space.
-        branch: whether the branch runs; without it the frozen tower's frames are averaged.
-        clip: its name. source: where the branch came from; None: there is none.
-        fingerprint: of the tensors that count and their configuration, 32 characters.
+        model: on the CPU, float32, in evaluation mode.
+        text: text encoder of the same embedding space.
+        branch: the branch runs; if False, the frozen tower's frame embeddings are averaged.
+        clip: name of the CLIP. source: folder or file of the branch; None: no branch.
+        fingerprint: hash of the tensors in use and their configuration, 32 characters.
     """
 
     model: BTAdapterVisionModel
@@ -44,19 +44,19 @@ class Stack:
 
 
 def load_stack(clip: str | None, branch: str | None, use_branch: bool = True) -> Stack:
-    """A model and its text encoder.
+    """Load a video model and its text encoder.
 
     Args:
-        clip: "mini", a hub name or a folder: the CLIP the branch belongs to. None: the one the branch names, and
-            "mini" where no branch, or a published file, is given.
-        branch: a folder of save_pretrained, or a published checkpoint, which brings its own tower and, from
-            pretraining, its own text tower: the CLIP's tokenizer is then all that counts of it (and for a CLIP
-            checkpoint its configuration). None: the shipped branch for "mini".
-        use_branch: False: no branch is needed; where one is given, it is its tower that counts.
+        clip: "mini", a hub name or a folder: the CLIP of the branch. None: the CLIP that the branch names, or "mini"
+            without a branch and for a published file.
+        branch: a folder of save_pretrained, or a published checkpoint. The latter contains its own tower and, from
+            pretraining, its own text tower: only the CLIP's tokenizer (for a CLIP checkpoint also its configuration)
+            is then used. None: the shipped branch, for "mini".
+        use_branch: False: no branch is needed; the tower of a given one is used.
 
     Raises:
-        CommandError: no branch is given, it is one for chat alone, or its tensors do not fit.
-        OSError: something is not there.
+        CommandError: no branch is given, it is for chat only, or its tensors do not fit.
+        OSError: a file or folder is missing.
     """
     clip = clip or _clip_of(branch)
     try:
@@ -76,22 +76,22 @@ def load_stack(clip: str | None, branch: str | None, use_branch: bool = True) ->
             raise CommandError(f"--branch {branch} with --clip {clip}: {error}") from error
     if model.vision_config.projection_dim != text.width:
         raise CommandError(
-            f"--branch {branch} embeds videos in {model.vision_config.projection_dim} numbers, but the text encoder of "
-            f"--clip {clip} texts in {text.width}"
+            f"--branch {branch} gives embeddings of width {model.vision_config.projection_dim}, but the text encoder "
+            f"of --clip {clip} of width {text.width}; give the CLIP that the branch was trained with"
         )
     return Stack(model, text, use_branch, clip, branch, fingerprint(model, use_branch))
 
 
 def _clip_of(branch: str | None) -> str:
-    """The CLIP to take where none is named: the one a saved branch names. CommandError where it names none."""
-    if branch is None or Path(branch).is_file():  # a published file brings its own tower
+    """Return the CLIP that a saved branch names. Raises CommandError if it names none."""
+    if branch is None or Path(branch).is_file():  # a published file contains its own tower
         return "mini"
     try:
         name = name_of_tower(branch)
     except ValueError as error:
         raise CommandError(f"--branch {branch}: {error}") from error
     if name is None:
-        raise CommandError(f"--clip is missing, and --branch {branch} names none: give the CLIP it was trained beside")
+        raise CommandError(f"--clip is missing, and --branch {branch} names none: give the CLIP it was trained with")
     return name
 
 
@@ -102,16 +102,18 @@ def _load_branch(branch: str, clip: Any, text: TextEncoder) -> tuple[BTAdapterVi
     else:
         tensors = read_tensors(branch)
         eva = any(name.removeprefix("backbone.").startswith("blocks.") for name in tensors)
-        config = None if eva else read_tower(clip).config  # EVA's towers say all of themselves
+        config = None if eva else read_tower(clip).config  # an EVA checkpoint defines its tower completely
         model = load_reference_checkpoint(tensors, config, clip)
         text = published_text(tensors, text)
     if model.chat_only:
-        raise CommandError(f"--branch {branch} lacks the last branch layer, as files for chat do: it embeds no videos")
+        raise CommandError(
+            f"--branch {branch} is for chat only: it lacks the last branch layer, so it gives no video embedding"
+        )
     return model, text
 
 
 def fingerprint(model: BTAdapterVisionModel, branch: bool = True) -> str:
-    """32 characters that stand for tensors and configuration of the tower and, where it runs, of the branch."""
+    """Hash tensors and configuration of the tower and, if it runs, of the branch to 32 hexadecimal characters."""
     configs = {"tower": model.vision_config.to_dict(), "branch": model.config.to_dict() if branch else None}
     found = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -1,4 +1,4 @@
-"""The text tower that a published pretraining checkpoint brings along."""
+"""Loads the text tower contained in a published pretraining checkpoint."""
 
 from __future__ import annotations
 
@@ -28,43 +28,43 @@ _EVA_QKV = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bia
 
 
 def published_text(tensors: Mapping[str, Tensor], text: TextEncoder) -> TextEncoder:
-    """The text encoder of a checkpoint, or ``text`` where it has none.
+    """Return the text encoder of a checkpoint, or ``text`` if the checkpoint has none.
 
     Args:
-        tensors: of the checkpoint, under their published names.
-        text: of the CLIP the checkpoint belongs to; its tokenizer is used. A CLIP checkpoint's tower takes the place of
-            the one in it; an EVA checkpoint's (GELU, heads 64 wide) says all of itself, and takes the place of
-            open_clip's EVA01-g-14 too.
+        tensors: tensors of the checkpoint under their published names.
+        text: text encoder of the checkpoint's CLIP; its tokenizer is used. A CLIP checkpoint's tensors are loaded into
+            it; an EVA checkpoint (GELU, heads of width 64) defines its text tower completely, and its tensors are
+            loaded into open_clip's EVA01-g-14 too.
 
     Raises:
-        CheckpointError: names or shapes that do not fit, or ``text`` is of another kind.
+        CheckpointError: names or shapes do not fit, or ``text`` is of another kind.
     """
-    own = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
-    if not own:
+    tower = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
+    if not tower:
         return text
-    is_eva = "ln_final.weight" in own
+    is_eva = "ln_final.weight" in tower
     if isinstance(text, OpenClipText) and is_eva:
-        load_exactly(text.text_model, own, "the checkpoint's text tower")
+        load_exactly(text.text_model, tower, "the checkpoint's text tower")
         return text
     if not isinstance(text, ClipText):
         raise CheckpointError(
-            f"the checkpoint brings a text tower of {'EVA-CLIP' if is_eva else 'CLIP'}, but that of clip is a "
+            f"the checkpoint contains a text tower of {'EVA-CLIP' if is_eva else 'CLIP'}, but that of clip is a "
             f"{type(text).__name__}: give the Hugging Face CLIP that the checkpoint belongs to"
         )
     if is_eva:
-        return _eva_text(own, text)
+        return _eva_text(tower, text)
     state = {
         name.replace("text_projection.", "projection."): tensor
-        for name, tensor in own.items()
+        for name, tensor in tower.items()
         if not name.endswith("position_ids")
     }
     load_exactly(text, state, "the checkpoint's text tower")
     return text
 
 
-def _eva_text(own: Mapping[str, Tensor], text: TextEncoder) -> TextEncoder:
+def _eva_text(tower: Mapping[str, Tensor], text: TextEncoder) -> TextEncoder:
     state: dict[str, Tensor] = {}
-    for name, tensor in own.items():
+    for name, tensor in tower.items():
         if match := _EVA_QKV.fullmatch(name):
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
                 state[f"text_model.encoder.layers.{match[1]}.self_attn.{part}_proj.{match[2]}"] = piece

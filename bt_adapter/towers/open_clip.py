@@ -1,7 +1,7 @@
-"""Models of open_clip (package ``open_clip_torch``, extra ``[open-clip]``): LAION's, DataComp's, EVA01-CLIP-g.
+"""Loads models of open_clip (package ``open_clip_torch``, extra ``[open-clip]``): LAION's, DataComp's, EVA01-CLIP-g.
 
-Names: ``open_clip:MODEL/WEIGHTS``, as ``open_clip:ViT-L-14/laion2b_s32b_b82k`` (WEIGHTS may be a file); a hub
-repository as ``open_clip:hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K``; a folder with ``open_clip_config.json``.
+Names: ``open_clip:MODEL/WEIGHTS`` such as ``open_clip:ViT-L-14/laion2b_s32b_b82k`` (WEIGHTS may be a file); a hub
+repository such as ``open_clip:hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K``; a folder with ``open_clip_config.json``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bt_adapter.towers.found import FoundTower
 PREFIX = "open_clip:"
 _CONFIG = "open_clip_config.json"
 _HUB = "hf-hub:"
-# open_clip's name (regex) in a transformer of its own → own name.
+# open_clip's name (regex) in its VisionTransformer → this package's name.
 _NAMES = [
     (r"conv1\.weight", "patch_embedding.weight"),
     (r"positional_embedding", "position"),
@@ -40,25 +40,25 @@ _PACKED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias
 
 
 def is_name(name: str) -> bool:
-    """Whether a name stands for a model of open_clip. A folder of transformers may hold open_clip's files too."""
+    """Tell whether a name refers to a model of open_clip; a folder that transformers can load does not."""
     folder = Path(name).expanduser()
     return name.startswith(PREFIX) or (folder / _CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def is_model(module: nn.Module) -> bool:
-    """Whether a module is a model of open_clip, with its two towers."""
+    """Tell whether a module is a model of open_clip with an image tower."""
     return any(kind.__module__.partition(".")[0] == "open_clip" for kind in type(module).__mro__) and hasattr(
         module, "visual"
     )
 
 
 def load(name: str) -> Any:
-    """A model by its name, float32, evaluation mode; ``name_or_path`` and ``image_settings`` say what it is.
+    """Load a model by name, float32, in evaluation mode, with ``name_or_path`` and ``image_settings`` set.
 
     Raises:
         CommandError: open_clip is not installed.
-        FileNotFoundError: the folder is not there.
-        CheckpointError: open_clip knows no such model or weights, or they do not fit.
+        FileNotFoundError: the folder lacks open_clip's configuration.
+        CheckpointError: open_clip does not know the model or weights, they do not fit, or it cannot be a tower.
     """
     place = name.removeprefix(PREFIX)
     package = _package(name)
@@ -69,21 +69,21 @@ def load(name: str) -> Any:
         raise CheckpointError(f"{name}: open_clip cannot load it: {error}") from error
     model.name_or_path = name
     model.image_settings = image_settings(model)
-    read(model)  # what cannot be the tower is told here, beside its name
+    read(model)  # raises here if the model cannot be the tower
     return model.eval()
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer that belongs to a model, by the model's name; errors as for :func:`load`."""
+    """Load the tokenizer of a model by the model's name; errors as for :func:`load`."""
     package = _package(name)
     return package.get_tokenizer(_parts(name.removeprefix(PREFIX), package)[0])
 
 
 def read(model: Any) -> FoundTower:
-    """The tower of a model of open_clip; see ``read_tower``.
+    """Read the tower of a model of open_clip; see ``read_tower``.
 
     Raises:
-        CheckpointError: its image tower is neither a plain vision transformer with a CLS nor EVA01-CLIP's.
+        CheckpointError: the image tower is neither a plain vision transformer with a CLS nor EVA01-CLIP's.
     """
     visual = model.visual
     trunk = getattr(visual, "trunk", None)
@@ -96,7 +96,7 @@ def read(model: Any) -> FoundTower:
 
 
 def clip_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of open_clip's ``VisionTransformer`` under this package's names; views, where shapes differ."""
+    """Convert the tensors of open_clip's ``VisionTransformer`` to this package's names; views where shapes differ."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if match := _PACKED.fullmatch(name):
@@ -110,23 +110,23 @@ def clip_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def eva_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of timm's ``Eva`` under this package's names, which are those of published EVA checkpoints."""
+    """Convert the tensors of timm's ``Eva``, named as in published EVA checkpoints, to this package's names."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        own = (to_own(name, True) or name).removeprefix("tower.")
-        if own == "class_embedding":
+        new_name = (to_own(name, True) or name).removeprefix("tower.")
+        if new_name == "class_embedding":
             tensor = tensor.detach().flatten()
-        elif own == "position":
+        elif new_name == "position":
             tensor = tensor.detach()[0]
-        tensors[own] = tensor
+        tensors[new_name] = tensor
     return tensors
 
 
 def image_settings(model: Any) -> ImageSettings:
-    """How the model's own evaluation transform prepares pictures.
+    """Read how the model's evaluation transform resizes, crops and normalises pictures.
 
     Raises:
-        CheckpointError: it fills pictures up to a square (resize_mode "longest"), which is not done here.
+        CheckpointError: it pads pictures to a square (resize_mode "longest"), which is not supported.
     """
     size = _square(model.visual.image_size, "image_size")
     values: dict[str, Any] = getattr(model.visual, "preprocess_cfg", None) or {}
@@ -151,7 +151,7 @@ def _clip_config(visual: Any) -> TowerConfig:
         raise _refused(f"its image tower is a {type(visual).__name__}")
     pool = getattr(visual, "pool_type", "tok")
     if visual.attn_pool is not None or pool != "tok":
-        raise _refused(f"it pools all tokens of a picture ({pool!r} or by attention) where a CLIP takes its CLS")
+        raise _refused(f"it pools all tokens of a picture ({pool!r} or by attention) instead of taking the CLS")
     layers = list(visual.transformer.resblocks)
     layer = layers[0]
     if type(layer).__name__ != "ResidualAttentionBlock" or type(layer.attn) is not nn.MultiheadAttention:
@@ -176,9 +176,9 @@ def _eva_config(visual: Any) -> TowerConfig:
         hint = "; take a SigLIP from Hugging Face" if getattr(trunk, "global_pool", None) == "map" else ""
         raise _refused(f"its image tower is timm's {type(trunk).__name__}{hint}")
     if getattr(trunk, "rope", None) is not None:
-        raise _refused("its image tower has rotary places (EVA02)")
+        raise _refused("its image tower has rotary position embeddings (EVA02)")
     if trunk.global_pool != "token" or trunk.num_prefix_tokens != 1 or len(visual.head):
-        raise _refused("its image tower does not take its embedding from one CLS")
+        raise _refused("its image tower does not take its embedding from a single CLS")
     layer = trunk.blocks[0]
     if type(layer).__name__ != "EvaBlock" or layer.mlp.fc1.out_features == 0:
         raise _refused(f"its layers are a {type(layer).__name__}")
@@ -198,7 +198,7 @@ def _eva_config(visual: Any) -> TowerConfig:
 
 
 def _gelu(act: Any) -> str:
-    """Name of a GELU module: torch's, or timm's wrapper of it."""
+    """Return the configuration's name of a GELU module of torch or timm."""
     if "GELU" not in type(act).__name__ or "Quick" in type(act).__name__:
         raise _refused(f"its activation is a {type(act).__name__}")
     is_tanh = getattr(act, "approximate", "none") == "tanh" or "Tanh" in type(act).__name__
@@ -206,7 +206,7 @@ def _gelu(act: Any) -> str:
 
 
 def _epsilon(tower: Any) -> float:
-    """The one epsilon of all LayerNorms."""
+    """Return the epsilon that all LayerNorms share."""
     found = {part.eps for part in tower.modules() if isinstance(part, nn.LayerNorm)}
     if len(found) != 1:
         raise _refused(f"its LayerNorms have {len(found)} different epsilons")
@@ -220,15 +220,15 @@ def _square(size: Any, name: str) -> int:
     return int(height)
 
 
-def _refused(what: str) -> CheckpointError:
+def _refused(reason: str) -> CheckpointError:
     return CheckpointError(
-        f"this model of open_clip cannot be the tower: {what}. Vision transformers with a CLS (ViT-*) and EVA01-g-14 "
-        "can"
+        f"this model of open_clip cannot be the tower: {reason}. Use a vision transformer with a CLS (ViT-*) or "
+        "EVA01-g-14"
     )
 
 
 def _parts(place: str, package: Any) -> tuple[str, str | None]:
-    """open_clip's name of the model, and its name of the weights."""
+    """Split a name into open_clip's names of the model and of the weights (None: in the model's name)."""
     folder = Path(place).expanduser()
     if folder.is_dir():
         _check_folder(folder)
@@ -252,7 +252,7 @@ def _parts(place: str, package: Any) -> tuple[str, str | None]:
 
 def _check_folder(folder: Path) -> None:
     if not (folder / _CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} has no {_CONFIG}: not a folder of open_clip")
+        raise FileNotFoundError(f"{folder} has no {_CONFIG}, so it is not a folder of open_clip")
     try:
         json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["model_cfg"]
     except (ValueError, KeyError, TypeError) as error:
@@ -264,7 +264,7 @@ def _package(name: str) -> Any:
         import open_clip
     except ImportError as error:
         raise CommandError(
-            f"{name} is a model of open_clip, which is not installed or cannot be imported ({error}): "
+            f"{name} is a model of open_clip, which is not installed or cannot be imported ({error}); run "
             "pip install 'bt-adapter[open-clip]'"
         ) from error
     return open_clip
