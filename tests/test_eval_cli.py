@@ -106,7 +106,7 @@ def test_a_result_of_other_settings_is_not_overwritten(capsys, tmp_path, data):
         (("--views", "2", "--frames", "4", "--sampling", "reference"), "views 1, now 2"),
     ):
         code, table, notes = run(capsys, *common, *arguments)
-        assert code == 2 and table == "" and told in notes and "by --overwrite" in notes and str(out) in notes
+        assert code == 2 and table == "" and told in notes and "pass --overwrite" in notes and str(out) in notes
         assert json.loads(out.read_text()) == before
     assert run(capsys, *common)[0] == 0 and json.loads(out.read_text())["computed"] == 0  # the same may
     assert run(capsys, *common, "--frames", "4", "--overwrite")[0] == 0
@@ -285,7 +285,7 @@ def test_nothing_but_broken_videos(capsys, tmp_path):
     manifest = write_clips(tmp_path, 2, (0, 1))
     common = ("--data", str(manifest), "--out", str(tmp_path / "r.json"), "--no-cache", "--workers", "0")
     code, _, err = run(capsys, "eval", "retrieval", *common)
-    assert code == 2 and "no clip can be used, of 2" in err and "clip000.mp4" in err
+    assert code == 2 and "none of 2 clips can be used" in err and "clip000.mp4" in err
 
 
 def test_an_unknown_layout_exits_2(capsys, data):

@@ -74,7 +74,7 @@ def test_an_epoch_goes_past_broken_clips_and_names_exactly_those_and_the_damaged
         damaged.note(batch.damaged)
     assert set(failed.reasons) == broken
     assert sorted(damaged.reasons) == [f"clip{number:03d}.mp4" for number in range(7, 200, 20)]  # cut amid frames
-    assert damaged.report(1).startswith("10 used though damaged or cut short: clip") and "9 more" in damaged.report(1)
+    assert damaged.report(1).startswith("10 used though damaged or truncated: clip") and "9 more" in damaged.report(1)
     assert {caption.removeprefix("caption of ") for caption in seen} == {clip.key for clip in clips} - broken
     report = failed.report()
     assert "20 skipped" in report and all(key in report for key in broken)

@@ -449,7 +449,7 @@ def test_broken_clips_are_named_and_too_many_stop_the_run(tmp_path, capsys):
     out = tmp_path / "run"
     pretrain(recipe(data=str(manifest), out=out, steps=9, max_skipped=0.5))
     said = " ".join(capsys.readouterr().err.split())
-    assert "1 skipped" in said and "clip003" in said and "1 used though damaged or cut short: clip005.mp4" in said
+    assert "1 skipped" in said and "clip003" in said and "1 used though damaged or truncated: clip005.mp4" in said
     state = json.loads((out / "checkpoints/00000009/state.json").read_text())
     assert "clip003" in json.dumps(state["skipped"]) and "clip005" in json.dumps(state["damaged"])
     many = write_clips(tmp_path / "many", 12, broken=tuple(range(6)))

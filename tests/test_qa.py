@@ -61,8 +61,8 @@ def test_every_benchmarks_records(tmp_path):
         ([3], "record 1: expected an object, got int"),
         ([{"video_name": "a", "Q": "how ?"}], "record 1: holds no A"),
         ([{"video_name": "a", "Q": " ", "A": "x"}], "record 1: the question is empty"),
-        ([{"video_name": "a", "question": "how ?", "question_id": 1}], "--answers names the file"),
-        ([{"id": 1, "video_id": 2, "question": "how ?", "answer": "x"}] * 2, "id '1' is there twice"),
+        ([{"video_name": "a", "question": "how ?", "question_id": 1}], "pass the file of answers as --answers"),
+        ([{"id": 1, "video_id": 2, "question": "how ?", "answer": "x"}] * 2, "id '1' is a duplicate"),
     ],
 )
 def test_bad_records(tmp_path, records, message):
@@ -324,10 +324,10 @@ def test_temperature_can_be_left_out(stand, tmp_path):
 
 
 def test_an_endpoint_says_how_long_to_wait():
-    assert judge._asked_pause("2.5") == 2.5 and judge._asked_pause("3600") == 60
-    assert judge._asked_pause(None) is judge._asked_pause("soon") is judge._asked_pause("nan") is None
-    assert 3 < judge._asked_pause(formatdate(time.time() + 5, usegmt=True)) <= 5
-    assert judge._asked_pause("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert judge._retry_after("2.5") == 2.5 and judge._retry_after("3600") == 60
+    assert judge._retry_after(None) is judge._retry_after("soon") is judge._retry_after("nan") is None
+    assert 3 < judge._retry_after(formatdate(time.time() + 5, usegmt=True)) <= 5
+    assert judge._retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -479,7 +479,9 @@ def test_an_endpoint_that_takes_no_temperature(command, stand, tmp_path, capsys)
     server = stand(lambda right, n: 400 if "temperature" in server.bodies[-1] else "good")
     arguments = (GENERIC, "--judge-url", server.url, "--judge-model", "judge", "--judge-parallel", "1")
     assert command(*arguments) == 2
-    assert "where it takes no temperature: --judge-temperature None" in " ".join(capsys.readouterr().err.split())
+    assert "if it does not accept a temperature, pass --judge-temperature None" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert command(*arguments, "--judge-temperature", "None") == 0
     scores = json.loads((tmp_path / "qa" / "scores.json").read_text())["judge"]["aspects"]["correctness"]
     assert (scores["judged"], scores["refused"], scores["temperature"]) == (2, 0, "left out")

@@ -65,13 +65,13 @@ class Damaged(Skipped):
     def note(self, keys: Sequence[str]) -> None:
         """Add the damaged clips of a batch."""
         for key in keys:
-            self.add(key, "damaged or cut short")
+            self.add(key, "damaged or truncated")
 
     def report(self, named: int | None = None) -> str:
         """Return the number of clips and their keys, at most ``named`` of them (None: all)."""
         keys = list(self.reasons)
         more = f" and {len(keys) - named} more" if named is not None and len(keys) > named else ""
-        return f"{len(keys)} used though damaged or cut short: {', '.join(keys[:named])}{more}"
+        return f"{len(keys)} used though damaged or truncated: {', '.join(keys[:named])}{more}"
 
 
 class Clips(Protocol):

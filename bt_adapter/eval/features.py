@@ -1,4 +1,4 @@
-"""Clips to vectors: decoded by worker processes, embedded in batches, by one process or many."""
+"""Embeds clips: decodes them in worker processes and embeds them in batches, on one process or many."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from bt_adapter.time_steps import Long
 
 @dataclass(frozen=True)
 class Look:
-    """What is taken of a clip.
+    """Settings for sampling the frames of a clip.
 
     Attributes:
-        frames: T, of one view. A video with fewer has frames repeated, evenly spread.
+        frames: T, frames of one view. A video with fewer frames repeats some, evenly spread.
         sampling: "middle" or "reference", see ``bt_adapter.data.sample_indices``.
-        views: how often the model looks: frames·views frames are sampled, and view v takes every views-th of them from
-            v on, so that each view spreads over the whole clip. The scores of the views are averaged.
-        long: how more frames than the branch was trained with become its time steps, see
+        views: number of views: frames·views frames are sampled, and view v takes every views-th of them starting at v,
+            so each view spans the whole clip. The scores of the views are averaged.
+        long: mapping of more frames than the branch was trained with to its time steps, see
             ``bt_adapter.time_steps.plan_steps``.
     """
 
@@ -45,15 +45,15 @@ class Look:
 
 @dataclass(frozen=True)
 class Features:
-    """What came out.
+    """Embeddings of a list of clips.
 
     Attributes:
-        vectors: float32 ``[n, F]``, the mean of each clip's unit vectors, one a view: its product with a text's unit
+        vectors: float32 ``[n, F]``, the mean of each clip's unit vectors over its views: the product with a text's unit
             vector is the mean of the views' cosines. Not normalised again.
-        kept: which clips they are, ascending; clips of the same part of the same file have the very same vector.
-        failed: the other clips, each with the reason.
-        truncated: those of the kept whose file is damaged or cut short.
-        computed: videos that this run decoded and embedded, over all processes.
+        kept: indices of the embedded clips, ascending; clips of the same range of a file have exactly the same vector.
+        failed: reason by index of each other clip.
+        truncated: indices of the embedded clips whose files are damaged or truncated.
+        computed: number of videos that this run decoded and embedded, over all processes.
     """
 
     vectors: Tensor
@@ -74,23 +74,23 @@ def extract(
     processes: Processes | None = None,
     progress: Progress | None = None,
 ) -> Features:
-    """Vectors of clips; each of several processes computes its part, and all get all of them.
+    """Embed clips; each of several processes computes its part, and all receive the vectors of all clips.
 
     Args:
-        model: on its device; where its tower is of half precision, all products are.
-        branch: False: the frozen tower's embeddings, averaged over the frames.
-        batch: clips that run through the model at once.
-        workers: decoding processes of this process; 0: decode in it.
-        progress: called with the clips done and all clips of this process.
+        model: model on its device; if its tower is in half precision, all products are.
+        branch: run the branch; False: average the frozen tower's embeddings over the frames.
+        batch: clips per forward pass.
+        workers: decoding processes of this process; 0: decode in this process.
+        progress: called with (clips done, clips in total) of this process.
 
     Raises:
         CommandError: the processes have different clips, no clip can be used, a feature is not a finite number, or a
             decoding process died.
     """
     processes = processes or Processes(str(model.tower.position.device))
-    # by source: a video that stands there twice is embedded once, and its two vectors do not differ by rounding
+    # by source: a repeated video is embedded once, so that its vectors do not differ by rounding
     videos = list(dict.fromkeys((clip.source, clip.start, clip.end) for clip in clips))
-    _same(processes, clips, len(videos))
+    _check_same(processes, clips, len(videos))
     part = [Clip("", source, start=start, end=end) for source, start, end in videos[processes.rank :: processes.world]]
     training = model.training
     model.eval()
@@ -108,20 +108,22 @@ def extract(
     return _features([of_video[clip.source, clip.start, clip.end] for clip in clips], computed)
 
 
-def _same(processes: Processes, clips: Sequence[Clip], videos: int) -> None:
-    """Raise CommandError where the processes have different clips: each takes its part by place."""
+def _check_same(processes: Processes, clips: Sequence[Clip], videos: int) -> None:
+    """Raise CommandError if the processes have different clips: each selects its part by index."""
     lists = processes.gather((len(clips), videos, digest(clips)))
     if len(set(lists)) > 1:
         counts = ", ".join(f"{count} clips of {files} videos" for count, files, _ in lists)
-        raise CommandError(f"the processes have different clips, or in another order: {counts}; give all the same data")
+        raise CommandError(
+            f"the processes have different clips or another order of clips: {counts}; give all of them the same data"
+        )
 
 
 def _features(results: list[Feature | str], computed: int) -> Features:
     kept = {number: result for number, result in enumerate(results) if isinstance(result, Feature)}
     failed = {number: result for number, result in enumerate(results) if isinstance(result, str)}
     if not kept:
-        reason = next(iter(failed.values()), "there is none")
-        raise CommandError(f"no clip can be used, of {len(results)}; the first one: {reason}")
+        reason = next(iter(failed.values()), "the list is empty")
+        raise CommandError(f"none of {len(results)} clips can be used; the first one: {reason}")
     vectors = torch.stack([feature.views.mean(0) for feature in kept.values()])
     truncated = [number for number, feature in kept.items() if feature.truncated]
     return Features(vectors, list(kept), failed, truncated, computed)
@@ -129,21 +131,21 @@ def _features(results: list[Feature | str], computed: int) -> Features:
 
 @dataclass(frozen=True)
 class _Packed:
-    """A part's results on their way to the other processes: one tensor, since each of its rows, sent alone, would take
-    the memory of its whole batch along."""
+    """Results of one process for sending to the others: one tensor, since pickling a row alone would include the memory
+    of its whole batch."""
 
-    results: list[Any]  # of each clip why it failed, or whether it is damaged
-    views: Tensor  # of those that did not fail
+    results: list[Any]  # per clip: the reason of failure, or whether the file is damaged
+    views: Tensor  # of the clips that did not fail
     computed: int
 
     def unpack(self) -> list[Feature | str]:
-        """Of each clip its feature, or why there is none."""
+        """Return the feature, or the reason of failure, of each clip."""
         views = iter(self.views)
         return [result if isinstance(result, str) else Feature(next(views), result) for result in self.results]
 
 
 class _Part:
-    """One process's clips. ``results``: of each clip its feature, or why there is none."""
+    """The clips of one process. ``results``: for each clip its feature or the reason of failure."""
 
     def __init__(
         self, model: BTAdapterVisionModel, clips: list[Clip], look: Look, branch: bool, cache: FeatureCache
@@ -154,8 +156,8 @@ class _Part:
         self.computed = 0
 
     def compute(self, batch: int, workers: int, progress: Progress | None) -> None:
-        """Fill ``results``: from the cache what is there, then batch by batch what is not."""
-        missing = [number for number in range(len(self.clips)) if not self._known(number)]
+        """Fill ``results`` from the cache, then compute the missing features batch by batch."""
+        missing = [number for number in range(len(self.clips)) if not self._load(number)]
         done = len(self.clips) - len(missing)
         cuda = self.model.tower.position.is_cuda
         frames = ClipFrames([self.clips[number] for number in missing], self.look, self.model.images, batch)
@@ -169,12 +171,13 @@ class _Part:
                 progress(done, len(self.clips))
 
     def packed(self) -> _Packed:
-        """What the other processes are sent."""
+        """Return the results in a form for sending to other processes."""
         views = [result.views for result in self.results if isinstance(result, Feature)]
         results = [result.truncated if isinstance(result, Feature) else result for result in self.results]
         return _Packed(results, torch.stack(views) if views else torch.empty(0), self.computed)
 
-    def _known(self, number: int) -> bool:
+    def _load(self, number: int) -> bool:
+        """Fill a clip's result if it is cached or its file is missing; return whether it is filled."""
         try:
             clip = self.clips[number]
             self.identities[number] = read_patiently(clip.path, identity, clip)
@@ -201,7 +204,7 @@ class _Part:
 
 @torch.no_grad()
 def embed(model: BTAdapterVisionModel, frames: Tensor, branch: bool = True, long: Long = "average") -> Tensor:
-    """Unit vectors float32 ``[n, F]`` of clips, uint8 ``[n, T, 3, S, S]``; without the branch: of the frames' mean."""
+    """Embed clips, uint8 ``[n, T, 3, S, S]``, as unit vectors float32 ``[n, F]``; without branch, average frames."""
     device, dtype = model.tower.position.device, model.tower.dtype
     frames = frames.to(device, non_blocking=True)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -214,7 +217,7 @@ def embed(model: BTAdapterVisionModel, frames: Tensor, branch: bool = True, long
 
 
 class Decoded(NamedTuple):
-    """What became of a batch of clips, by their place in the data set."""
+    """A decoded batch: indices and frames of the readable clips, and indices and reasons of the others."""
 
     places: list[int]
     frames: Tensor | None  # uint8 [n, views, T, 3, S, S]; None where every clip failed
@@ -223,7 +226,7 @@ class Decoded(NamedTuple):
 
 
 class ClipFrames(Dataset):
-    """Batches of clips, decoded, resized and cropped."""
+    """A data set of batches of clips, decoded, resized and cropped."""
 
     def __init__(self, clips: Sequence[Clip], look: Look, images: ImageSettings, batch: int) -> None:
         self.clips, self.look, self.images, self.batch = clips, look, images, batch
@@ -247,7 +250,7 @@ class ClipFrames(Dataset):
         return decoded._replace(frames=torch.stack(frames)) if frames else decoded
 
     def _read(self, clip: Clip) -> tuple[Tensor, bool]:
-        """Views uint8 ``[views, T, 3, S, S]``, and whether the file is damaged or cut short."""
+        """Read the views uint8 ``[views, T, 3, S, S]``, and whether the file is damaged or truncated."""
         count = self.look.frames * self.look.views
         video = clip.read(count, sampling=self.look.sampling, repeat=True, side=self.images.largest_side)
         frames = self.images.crop(video.frames)  # [T·views, 3, S, S]

@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-style endpoint scores answers, many requests at once, resumed after a kill."""
+"""Has a language model at an OpenAI-style endpoint score answers, in parallel; a killed run resumes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from bt_adapter.eval.reply import read_verdict
 from bt_adapter.pretrain.loop import Stopped, signals
 from bt_adapter.progress import Progress
 
-PROMPTS = 1  # raised whenever the wording below changes: scores of two wordings do not compare
-_LONGEST_PAUSE = 60.0  # seconds waited between two requests, whatever the endpoint asks for
-_REFUSALS = 3  # in a row, and no fewer than run at once: the fault is then taken to be the request's form
+PROMPTS = 1  # version of the prompts below; raised when they change, since scores are then not comparable
+_LONGEST_PAUSE = 60.0  # seconds; limit of the pause between two requests, even if the endpoint asks for more
+_REFUSALS = 3  # refusals in a row (at least as many as run in parallel) that show a fault in the form of all requests
 
 _ASPECTS = {
     "match": "whether the given answer means the same as the right one; synonyms and rewordings count as the same",
@@ -39,36 +39,36 @@ ASPECTS = tuple(_ASPECTS)
 
 
 class JudgeError(CommandError):
-    """The endpoint cannot be used; what was judged so far is kept."""
+    """The endpoint cannot be used; the verdicts so far are kept."""
 
 
 class _NoVerdict(Exception):
-    """What came instead. tries: requests sent. pause: seconds that the endpoint asks to wait, or None."""
+    """A request gave no verdict. tries: requests sent. pause: seconds that the endpoint asks to wait, or None."""
 
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason)
         self.tries, self.pause = 0, pause
 
 
-class _Nonsense(_NoVerdict):
-    """A reply that holds no verdict."""
+class _InvalidReply(_NoVerdict):
+    """The reply holds no verdict."""
 
 
 class _Unreachable(_NoVerdict):
-    """No reply."""
+    """The endpoint did not reply."""
 
 
 class _Refused(_NoVerdict):
-    """The endpoint does not take this request: its text is too long or filtered, or it takes none of this form."""
+    """The endpoint refuses this request: its text is too long or filtered, or its form is not supported."""
 
 
 class _Denied(_NoVerdict):
-    """The endpoint will judge none."""
+    """The endpoint denies every request."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is judged: pairs of question and answer given (two for "consistency"), and the right answer."""
+    """A case to judge: pairs of question and given answer (two for "consistency"), and the correct answer."""
 
     id: str
     given: tuple[tuple[str, str], ...]
@@ -77,9 +77,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """score: 0 to 5. right: yes or no, of "match" alone. model, fingerprint: as the endpoint named itself.
+    """A judge's verdict. score: 0 to 5. right: whether the answer is correct, for "match" only.
 
-    tries: requests it took.
+    model, fingerprint: as reported by the endpoint. tries: requests sent.
     """
 
     score: float
@@ -91,11 +91,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judge:
-    """An endpoint ``url`` (".../v1") and the ``model`` asked there.
+    """A judging ``model`` at an endpoint ``url`` (".../v1").
 
-    key: sent as the bearer token. timeout: seconds a request may take. tries: of each request; pauses between them
-    begin with ``pause`` seconds and double up to a minute, or are what the endpoint asks for. parallel: requests at
-    once. temperature: of the judge's replies; None sends none, for endpoints that refuse it.
+    key: sent as the bearer token. timeout: seconds per request. tries: attempts per request; the pause between them
+    starts at ``pause`` seconds and doubles up to a minute, unless the endpoint states one. parallel: concurrent
+    requests. temperature: sampling temperature of the judge; None sends none, for endpoints that refuse it.
     """
 
     url: str
@@ -108,18 +108,18 @@ class Judge:
     temperature: float | None = 0.0
 
     def verdict(self, case: Case, aspect: str, stop: threading.Event) -> Verdict:
-        """Ask until a verdict comes, or ``stop`` is set.
+        """Send requests until a verdict is received or ``stop`` is set.
 
-        Raises _Refused and _Denied at once; _Unreachable and _Nonsense after all tries.
+        Raises _Refused and _Denied at once; _Unreachable and _InvalidReply after all tries.
         """
         for attempt in range(1, self.tries + 1):
             try:
                 return replace(_read(self._post(_messages(case, aspect)), aspect), tries=attempt)
             except _NoVerdict as error:
                 last = error
-            except (OSError, HTTPException) as error:  # refused, timed out, cut off
-                said = getattr(error, "reason", None) or error
-                last = _Unreachable(f"is not reached: {' '.join(str(said).split()) or type(error).__name__}")
+            except (OSError, HTTPException) as error:  # connection refused, timed out or closed
+                reason = getattr(error, "reason", None) or error
+                last = _Unreachable(f"cannot be reached: {' '.join(str(reason).split()) or type(error).__name__}")
             last.tries = attempt
             pause = min(self.pause * 2 ** (attempt - 1), _LONGEST_PAUSE) if last.pause is None else last.pause
             if isinstance(last, (_Refused, _Denied)) or attempt == self.tries or stop.wait(pause):
@@ -127,10 +127,10 @@ class Judge:
         raise last
 
     def _post(self, messages: list[dict[str, str]]) -> Any:
-        asked: dict[str, Any] = {"model": self.model, "messages": messages}
+        content: dict[str, Any] = {"model": self.model, "messages": messages}
         if self.temperature is not None:
-            asked["temperature"] = self.temperature
-        body = json.dumps(asked).encode()
+            content["temperature"] = self.temperature
+        body = json.dumps(content).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
         try:
@@ -140,24 +140,24 @@ class Judge:
             raise _of_status(error) from error
         try:
             return json.loads(data)
-        except (ValueError, RecursionError) as error:  # nested too deeply is the latter
-            raise _Nonsense(f"not JSON: {data[:100]!r}") from error
+        except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+            raise _InvalidReply(f"not JSON: {data[:100]!r}") from error
 
 
 def judge_all(
     judge: Judge, cases: Sequence[Case], aspect: str, rows: Rows, progress: Progress | None = None
 ) -> Skipped:
-    """Verdicts on the cases that ``rows`` lacks; each is on disk as soon as it is there.
+    """Judge the cases that ``rows`` lacks, write each verdict to disk at once, and return the cases without a verdict.
 
-    A row: id, the given answers, tries (requests so far); then score, right (of "match") and how the endpoint named its
-    model; or score None and either "refused" with the endpoint's reason (too long, filtered) or "failed" where only
-    nonsense, or after all tries nothing, came. Both kinds are returned, and asked again next time, those refused last.
-    Until the endpoint has replied once, no row is written: what stands in the file is about a judge that works.
+    A row has id, the given answers, tries (requests so far); then score, right (for "match") and the model as reported
+    by the endpoint; or score None and either "refused" with the endpoint's reason (too long, filtered) or "failed" if
+    all tries gave an invalid reply or none. Rows without a score are tried again in the next run, refused ones last.
+    No row is written before the endpoint has replied once, so the file only describes a working judge.
 
     Raises JudgeError: the endpoint denies access; ``judge.parallel`` cases in a row (or all) could not reach it; or it
-    refuses, from the start or from one moment on, so many requests in a row (at least three, or all) that the fault
-    must lie in what all of them share. Stopped: SIGINT or SIGTERM came. Requests under way are waited for and what they
-    bring is kept, in all of these.
+    refuses, from the start or at some point, so many requests in a row (at least three, or all) that the fault must be
+    common to all of them. Stopped: on SIGINT or SIGTERM. In all these cases, running requests are waited for and their
+    verdicts are kept.
     """
     skipped, fresh, refused = Skipped(), [], []
     for case in cases:
@@ -168,27 +168,27 @@ def judge_all(
             refused.append(case)
         elif row["given"] != _given(case):
             raise CommandError(
-                f"{rows.path}: the verdict on {case.id!r} is about another answer than the one there now"
+                f"{rows.path}: the verdict on {case.id!r} is about another answer than the current one; remove the file"
             )
     pending = fresh + refused
     waiting, done, stop = iter(pending), 0, threading.Event()
-    strikes = _Strikes(judge.parallel, len(pending), rows)
+    failures = _FailureCounter(judge.parallel, len(pending), rows)
     trouble: _NoVerdict | None = None
     running: dict[Future[Verdict], Case] = {}
-    held: list[dict[str, Any]] = []  # rows that are written once the endpoint has replied
+    held: list[dict[str, Any]] = []  # rows to write once the endpoint has replied
 
     def keep(future: Future[Verdict]) -> _NoVerdict | None:
         case, outcome = running.pop(future), _outcome(future)
         before = rows.done.get(case.id)
         held.append(_row(case, outcome, before))
-        if isinstance(outcome, (Verdict, _Nonsense)) or rows.done:
+        if isinstance(outcome, (Verdict, _InvalidReply)) or rows.done:
             rows.append(held)
             held.clear()
         if isinstance(outcome, Verdict):
-            strikes.clear()
+            failures.clear()
             return None
         skipped.add(case.id, str(outcome))
-        return outcome if strikes.is_trouble(outcome, before) else None
+        return outcome if failures.add(outcome, before) else None
 
     with ThreadPoolExecutor(judge.parallel) as pool:
         try:
@@ -208,12 +208,12 @@ def judge_all(
                             progress(done, len(pending))
         finally:
             stopped = stop.is_set()
-            stop.set()  # whatever ended this, no request is sent again
+            stop.set()  # no request is repeated after this
             for future in list(running):
                 if not future.cancel():
                     keep(future)
     judged = sum(_judged(rows.done.get(case.id)) for case in cases)
-    kept = f"{judged} of {len(cases)} answers are judged and kept in {rows.path}: run again to go on"
+    kept = f"{judged} of {len(cases)} answers are judged and kept in {rows.path}: run again to resume"
     if stopped:
         raise Stopped(f"stopped; {kept}")
     if trouble is not None:
@@ -221,53 +221,53 @@ def judge_all(
     return skipped
 
 
-class _Strikes:
-    """Counts cases in a row without a reply: an endpoint that takes no request is told from a few it does not take."""
+class _FailureCounter:
+    """Counts consecutive failures, to distinguish an unusable endpoint from a few refused requests."""
 
     def __init__(self, parallel: int, pending: int, rows: Rows) -> None:
         self.parallel, self.pending, self.rows = parallel, pending, rows
         self.unreached = self.refused = 0
 
     def clear(self) -> None:
-        """The endpoint replied."""
+        """Reset the counts after a reply."""
         self.unreached = self.refused = 0
 
-    def is_trouble(self, outcome: _NoVerdict, before: dict[str, Any] | None) -> bool:
-        """Count this outcome, and tell whether it is no use to go on. ``before``: the case's row of an earlier run."""
+    def add(self, outcome: _NoVerdict, before: dict[str, Any] | None) -> bool:
+        """Count a failure and return whether to stop the run. ``before``: the case's row of an earlier run, or None."""
         if isinstance(outcome, _Unreachable):
             self.unreached += 1
             return self.unreached >= self.parallel or self.unreached == self.pending
         if isinstance(outcome, _Refused):
             works = any(map(_judged, self.rows.done.values()))
-            if works and before is not None and "refused" in before:  # it was this answer then, and is again
+            if works and before is not None and "refused" in before:  # the same answer was refused before
                 return False
             self.refused += 1
             return self.refused >= max(_REFUSALS, self.parallel) or (not works and self.refused == self.pending)
-        if isinstance(outcome, _Nonsense):
+        if isinstance(outcome, _InvalidReply):
             self.clear()
         return isinstance(outcome, _Denied)
 
 
 def _advice(judge: Judge, trouble: _NoVerdict) -> str:
     if isinstance(trouble, _Refused) and judge.temperature is not None:
-        return " (where it takes no temperature: --judge-temperature None)"
+        return " (if it does not accept a temperature, pass --judge-temperature None)"
     return ""
 
 
 def summary(cases: Sequence[Case], aspect: str, rows: Rows) -> dict[str, Any]:
-    """Mean score, the share judged right (of "match"), counts, and who judged; of these cases' answers alone.
+    """Summarise the verdicts on these cases' answers: mean score, accuracy (for "match"), counts and judging models.
 
-    requests: over all runs. retries: those beyond the first of each case. failures: those that brought no verdict.
+    requests: number over all runs. retries: those after the first of each case. failures: those without a verdict.
     """
-    asked = [row for c in cases if (row := rows.done.get(c.id)) is not None and row["given"] == _given(c)]
-    found = [row for row in asked if _judged(row)]
-    requests = sum(row["tries"] for row in asked)
+    tried = [row for c in cases if (row := rows.done.get(c.id)) is not None and row["given"] == _given(c)]
+    found = [row for row in tried if _judged(row)]
+    requests = sum(row["tries"] for row in tried)
     result: dict[str, Any] = {
         "judged": len(found),
         "unjudged": len(cases) - len(found),
-        "refused": sum("refused" in row for row in asked),
+        "refused": sum("refused" in row for row in tried),
         "requests": requests,
-        "retries": requests - len(asked),
+        "retries": requests - len(tried),
         "failures": requests - len(found),
         "score": sum(row["score"] for row in found) / len(found) if found else None,
         "models": sorted({str(row["model"]) for row in found}),
@@ -298,18 +298,18 @@ def _messages(case: Case, aspect: str) -> list[dict[str, str]]:
 
 
 def _read(reply: Any, aspect: str) -> Verdict:
-    """The verdict in an endpoint's reply. Raises _Nonsense."""
+    """Extract the verdict from an endpoint's reply. Raises _InvalidReply."""
     try:
         choice = reply["choices"][0]
         content = choice["message"]["content"]
         text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _Nonsense(f"no message in the reply: {str(reply)[:100]}") from error
+        raise _InvalidReply(f"no message in the reply: {str(reply)[:100]}") from error
     try:
         score, right = read_verdict(text, aspect == "match")
     except ValueError as error:
-        cut = ", which was cut off at the endpoint's limit" if choice.get("finish_reason") == "length" else ""
-        raise _Nonsense(f"{error} in the reply{cut}: {text[-100:]!r}") from error
+        cut = ", which is truncated at the endpoint's limit" if choice.get("finish_reason") == "length" else ""
+        raise _InvalidReply(f"{error} in the reply{cut}: {text[-100:]!r}") from error
     return Verdict(score, right, reply.get("model"), reply.get("system_fingerprint"))
 
 
@@ -329,7 +329,7 @@ def _outcome(future: Future[Verdict]) -> Verdict | _NoVerdict:
 
 
 def _row(case: Case, outcome: Verdict | _NoVerdict, before: dict[str, Any] | None) -> dict[str, Any]:
-    """``before``: the row of an earlier run that failed."""
+    """Make the row of an outcome. ``before``: the row of an earlier, failed run, or None."""
     row: dict[str, Any] = {"id": case.id, "given": _given(case)}
     if isinstance(outcome, Verdict):
         row |= vars(outcome)
@@ -342,17 +342,17 @@ def _row(case: Case, outcome: Verdict | _NoVerdict, before: dict[str, Any] | Non
 
 
 def _of_status(error: urllib.error.HTTPError) -> _NoVerdict:
-    """What a status other than 2xx means for the case it answers."""
-    code, said = error.code, " ".join(error.read(300).decode(errors="replace").split())
+    """Classify an HTTP error status by its meaning for the case."""
+    code, reason = error.code, " ".join(error.read(300).decode(errors="replace").split())
     if code in (408, 409, 425, 429) or code >= 500:
-        return _Unreachable(f"answers {code}: {said}", _asked_pause(error.headers.get("Retry-After")))
+        return _Unreachable(f"answers {code}: {reason}", _retry_after(error.headers.get("Retry-After")))
     if code not in (400, 413, 422, 451):  # key, credit, address, method or model: wrong for every case
-        return _Denied(f"answers {code}: {said}")
-    return _Refused(f"refuses with {code}: {said}")
+        return _Denied(f"answers {code}: {reason}")
+    return _Refused(f"refuses with {code}: {reason}")
 
 
-def _asked_pause(header: str | None) -> float | None:
-    """Seconds of a Retry-After, which is a number of seconds or a date; at most a minute."""
+def _retry_after(header: str | None) -> float | None:
+    """Convert a Retry-After header, a number of seconds or a date, to seconds, at most a minute; None if invalid."""
     if not header:
         return None
     try:
@@ -360,6 +360,6 @@ def _asked_pause(header: str | None) -> float | None:
     except ValueError:
         try:
             seconds = (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError):  # neither, or a date without a zone
+        except (ValueError, TypeError):  # neither a number nor a date with a time zone
             return None
     return min(max(seconds, 0.0), _LONGEST_PAUSE) if math.isfinite(seconds) else None

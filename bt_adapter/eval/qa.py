@@ -1,9 +1,9 @@
-"""Question answering on the public benchmarks: predictions as their scorers read them, exact match, and a judge.
+"""Evaluates question answering on public benchmarks: predictions in their scorers' format, exact match and a judge.
 
-What a record is, is told by its fields: Video-ChatGPT's generic and temporal questions (Q, A, video_name), its
+The fields of a record determine its kind: Video-ChatGPT's generic and temporal questions (Q, A, video_name), its
 consistency questions (Q1, Q2, A, video_name), ActivityNet-QA (question_id, question, video_name; answers in a second
-file), MSVD-QA and MSRVTT-QA (id, question, answer, video_id). In the place of the video's name any of them may hold
-"image", a still's. A "type" is what a record is counted under.
+file), MSVD-QA and MSRVTT-QA (id, question, answer, video_id). Instead of the video's name any of them may hold
+"image", the name of a still. Scores are also reported for each "type" of record.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ARTICLES = {"a", "an", "the"}
 _APOSTROPHES = re.compile("['\u2018\u2019\u02bc`]")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _CJK = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
-# points that are not decimal, hyphens, and dashes that are no minus sign
+# points other than decimal points, hyphens, and dashes other than minus signs
 _MARKS = re.compile(r"(?<!\d)\.|\.(?!\d)|(?<=\w)-|-(?!\d)")
 
 
@@ -44,8 +44,8 @@ _MARKS = re.compile(r"(?<!\d)\.|\.(?!\d)|(?<=\w)-|-(?!\d)")
 class Item:
     """A record of a benchmark.
 
-    video: name of the video or still it asks about. questions: one, or two that mean the same. kind: a type it is
-    counted under, or None. visual: what the record calls the file, "video" or "image".
+    video: name of its video or still. questions: one, or two with the same meaning. kind: the type that it is counted
+    under, or None. visual: kind of the file as the record states it, "video" or "image".
     """
 
     id: str
@@ -58,9 +58,9 @@ class Item:
 
 
 def evaluate_qa(command: Qa) -> int:
-    """Predict, then score; both go on where a killed run stopped. Returns the exit code.
+    """Predict, then score; both resume a killed run. Returns the exit code.
 
-    scores.json holds what the verdicts that are stored say, whatever judge they are of and however this run ends.
+    scores.json includes all stored verdicts, of any judge, even if this run is stopped or fails.
     """
     notes = make_console(stderr=True)
     items = read_items(command.data, command.answers)
@@ -84,7 +84,7 @@ def evaluate_qa(command: Qa) -> int:
 def _score(
     command: Qa, items: Sequence[Item], given: dict[str, str], skipped: Skipped, chosen: ChosenDtype, notes: Console
 ) -> int:
-    """Write predictions and scores, and have them judged."""
+    """Write predictions and scores, and have the judge, if any, score the answers."""
     if skipped:
         say(notes, skipped.report(), "yellow")
     answered = [item for item in items if all(key in given for key in _keys(item))]
@@ -116,20 +116,20 @@ def _score(
 
 
 def _settings(command: Qa) -> dict[str, Any]:
-    """All that the scores depend on, beside a judge."""
+    """Return everything that the scores depend on, except the judge."""
     answers = None if command.answers is None else command.answers.name
     return {**about(command), "data": command.data.name, "answers": answers}
 
 
 def _check_scores(command: Qa) -> None:
-    """Raise CommandError where the folder's scores are those of other settings."""
+    """Raise CommandError if the folder holds scores of other settings."""
     check_overwriting(command.out / "scores.json", _settings(command), "name another folder, or remove it", "made")
 
 
 def read_items(data: Path, answers: Path | None = None) -> list[Item]:
-    """The records of a benchmark file, a JSON list or an object a line.
+    """Read the records of a benchmark file, a JSON list or one object per line.
 
-    Raises CommandError naming option, file and record.
+    Raises CommandError, which names option, file and record.
     """
     right = {}
     if answers is not None:
@@ -141,7 +141,7 @@ def read_items(data: Path, answers: Path | None = None) -> list[Item]:
     for number, record in enumerate(_records("--data", data), 1):
         item = _item(f"--data {data}, record {number}", number, record, right if answers is not None else None)
         if item.id in items:
-            raise CommandError(f"--data {data}, record {number}: id {item.id!r} is there twice")
+            raise CommandError(f"--data {data}, record {number}: id {item.id!r} is a duplicate")
         items[item.id] = item
     if not items:
         raise CommandError(f"--data {data}: holds no record")
@@ -149,10 +149,10 @@ def read_items(data: Path, answers: Path | None = None) -> list[Item]:
 
 
 def write_predictions(path: Path, items: Sequence[Item], given: dict[str, str]) -> None:
-    """The records with what Video-ChatGPT's scorers read of each kind, and what its inference writes, added.
+    """Write the records with the fields added that Video-ChatGPT's scorers read and its inference writes.
 
-    The scorers read video_name, Q, A and pred, of ActivityNet-QA, MSVD-QA and MSRVTT-QA too, whose inference writes id,
-    question, answer and pred; of consistency questions video_name, Q1, Q2, A, pred1 and pred2.
+    The scorers read video_name, Q, A and pred, also for ActivityNet-QA, MSVD-QA and MSRVTT-QA, whose inference writes
+    id, question, answer and pred; for consistency questions video_name, Q1, Q2, A, pred1 and pred2.
     """
     rows = []
     for item in items:
@@ -167,12 +167,12 @@ def write_predictions(path: Path, items: Sequence[Item], given: dict[str, str]) 
         rows.append(record | {n: given[k] for n, k in zip(names, keys, strict=True)})
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of half a surrogate pair: as JSON has it
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate is escaped as in JSON
     os.replace(temporary, path)
 
 
 def exact_scores(items: Sequence[Item], given: dict[str, str]) -> dict[str, Any]:
-    """Shares of answers that are, and that contain, the right one, both normalised; also for each kind of record."""
+    """Compute the shares of answers that equal or contain the correct one after normalisation, in all and per kind."""
     groups: dict[str | None, list[Item]] = {None: list(items)}
     for item in items:
         if item.kind is not None:
@@ -182,20 +182,20 @@ def exact_scores(items: Sequence[Item], given: dict[str, str]) -> dict[str, Any]
         pairs = [(normalise(given[key]), normalise(item.answer)) for item in members for key in _keys(item)]
         shares[kind] = {
             "n": len(pairs),
-            "exact": sum(bool(right) and said == right for said, right in pairs) / len(pairs),
-            "contained": sum(bool(right) and f" {right} " in f" {said} " for said, right in pairs) / len(pairs),
+            "exact": sum(bool(right) and answer == right for answer, right in pairs) / len(pairs),
+            "contained": sum(bool(right) and f" {right} " in f" {answer} " for answer, right in pairs) / len(pairs),
         }
     whole = shares.pop(None)
     return {"exact": whole["exact"], "contained": whole["contained"], "questions": whole["n"], "kinds": shares}
 
 
 def normalise(text: str) -> str:
-    """Bring an answer into the form that exact match compares.
+    """Normalise an answer for exact match.
 
-    Lower case, compatible characters made the same (NFKC), apostrophes and the commas of thousands removed, other
-    punctuation and articles left out, single spaces. Decimal points, minus signs before a number and symbols (C++, $)
-    stay: they change what is said. Each Chinese or Japanese character is a word. An answer of nothing but articles
-    keeps its last one ("A" may be a choice), one of nothing but punctuation stays as it is; only blank ones are empty.
+    The result is in lower case with compatible characters unified (NFKC), without apostrophes, thousands separators,
+    other punctuation and articles, with single spaces. Decimal points, minus signs before a number and symbols (C++, $)
+    stay, since they change the meaning. Each Chinese or Japanese character is a word. An answer of articles only keeps
+    the last one ("A" may be a choice), one of punctuation only is unchanged; only blank answers become empty.
     """
     text = unicodedata.normalize("NFKC", text).casefold().strip()
     plain = _CJK.sub(r" \1 ", _THOUSANDS.sub("", _APOSTROPHES.sub("", text)))
@@ -209,7 +209,7 @@ def _without_punctuation(letter: str) -> str:
 
 
 def aspects_of(items: Sequence[Item], data: Path) -> tuple[str, ...]:
-    """What a judge is asked of such records."""
+    """Return the aspects that a judge scores for such records."""
     if len(items[0].questions) == 2:
         return ("consistency",)
     if "Q" not in items[0].record:
@@ -226,7 +226,7 @@ def _judge(command: Qa, cases: Sequence[Case], aspects: Sequence[str], notes: Co
     )  # fmt: skip
     for aspect in aspects:
         about = {"url": judge.url, "model": judge.model, "prompts": PROMPTS, "aspect": aspect}
-        if judge.temperature != 0:  # verdicts from before there was a choice were asked for with 0
+        if judge.temperature != 0:  # files from before the option existed do not store it: it was 0
             about["temperature"] = "left out" if judge.temperature is None else judge.temperature
         with Rows(_verdicts(command.out, aspect), about) as rows:
             with progress_bar(notes, f"judging {aspect}") as progress:
@@ -235,7 +235,7 @@ def _judge(command: Qa, cases: Sequence[Case], aspects: Sequence[str], notes: Co
         if skipped:
             say(notes, f"no verdict on {aspect}: {skipped.report(10)}", "yellow")
         if refused:
-            say(notes, f"{refused} of them are refused; the next run asks again", "yellow")
+            say(notes, f"{refused} of them are refused; the next run tries them again", "yellow")
 
 
 def _verdicts(folder: Path, aspect: str) -> Path:
@@ -243,16 +243,16 @@ def _verdicts(folder: Path, aspect: str) -> Path:
 
 
 def _stored(folder: Path, cases: Sequence[Case]) -> dict[str, Any]:
-    """What the folder's verdicts on these cases say, with who judged: {"judge": {"aspects": …}}, {} where none are."""
+    """Summarise the folder's verdicts on these cases with the judge: {"judge": {"aspects": …}}, or {} without any."""
     found = {}
     for aspect in ASPECTS:
         path = _verdicts(folder, aspect)
-        beside = path.with_name(path.name + ".about.json")
-        if path.is_file() and beside.is_file():
-            about = json.loads(beside.read_text(encoding="utf-8"))
+        about_path = path.with_name(path.name + ".about.json")
+        if path.is_file() and about_path.is_file():
+            about = json.loads(about_path.read_text(encoding="utf-8"))
             with Rows(path, about) as rows:
-                told = {name: value for name, value in about.items() if name != "aspect"}
-                found[aspect] = told | summary(cases, aspect, rows)
+                settings = {name: value for name, value in about.items() if name != "aspect"}
+                found[aspect] = settings | summary(cases, aspect, rows)
     return {"judge": {"aspects": found}} if found else {}
 
 
@@ -269,9 +269,9 @@ def _keys(item: Item) -> list[str]:
 
 
 def _find(folder: VisualFolder, name: str, visual: str = "video") -> tuple[Path, str]:
-    """The file of a benchmark's video or still, and which of both it is: "video" or "image".
+    """Find the file of a benchmark's video or still; return it and its kind, "video" or "image".
 
-    ActivityNet's videos are named v_…, MSRVTT-QA's video7, MSVD-QA's vid7.
+    ActivityNet's files are named v_…, MSRVTT-QA's video7, MSVD-QA's vid7.
     """
     return folder.find(name, visual, ("", "v_", "video", "vid") if visual == "video" else ("",))
 
@@ -286,7 +286,7 @@ def _records(option: str, path: Path) -> list[Any]:
         if text.lstrip().startswith("["):
             return json.loads(text)
         records = []
-        for number, line in enumerate(text.split("\n"), 1):  # JSON may hold the other ends of lines as they are
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON may contain other line separators
             if line.strip():
                 where = f"{option} {path}, line {number}"
                 records.append(json.loads(line))
@@ -307,7 +307,7 @@ def _item(where: str, number: int, record: Any, right: dict[str, Any] | None) ->
     elif "question_id" in record:
         key, fields = str(record["question_id"]), ("video_name", "question", "answer")
         if right is None and "answer" not in record:
-            raise CommandError(f"{where}: holds no answer; --answers names the file that does")
+            raise CommandError(f"{where}: holds no answer; pass the file of answers as --answers")
         if right is not None:
             if key not in right:
                 raise CommandError(f"{where}: --answers has no answer to question {key!r}")
@@ -320,7 +320,7 @@ def _item(where: str, number: int, record: Any, right: dict[str, Any] | None) ->
     visual = "image" if record.get("image") is not None else "video"
     if visual == "image":
         if both := [name for name in _VIDEO_FIELDS if record.get(name) is not None]:
-            raise CommandError(f"{where}: names a video ({both[0]}) and an image; a record is about one of them")
+            raise CommandError(f"{where}: names a video ({both[0]}) and an image; keep one of them")
         if not isinstance(record["image"], str):
             found = type(record["image"]).__name__
             raise CommandError(f"{where}: image must be the file name of one still, but is of type {found}")

@@ -1,4 +1,4 @@
-"""An evaluation from the command line's arguments to its result."""
+"""Runs an evaluation from the arguments of the command line to its result file."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from bt_adapter.terminal import make_console, print_table, progress_bar, say
 
 FRAMES = {"msrvtt": 12, "didemo": 64, "lsmdc": 64, "activitynet": 64, "hmdb51": 16, "ucf101": 16, "kinetics400": 16}
 _OTHER_FRAMES = 8
-_FEATURES = 1  # raised whenever a feature comes out differently by a change of this package
+_FEATURES = 1  # version of the cached features; raised when a change of this package changes them
 
 
 def evaluate(command: Evaluation) -> int:
-    """Run it; every process of torchrun does, the first one writes and prints. Returns 0.
+    """Run an evaluation on every process of torchrun; the first one writes and prints the result. Returns 0.
 
     Raises:
-        CommandError: nothing to evaluate, or arguments that do not fit. OSError: as ``load_stack``.
+        CommandError: there is nothing to evaluate, or arguments do not fit. OSError: as ``load_stack``.
     """
     processes = Processes(command.device)
     try:
@@ -61,7 +61,7 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     about = _about(stack, look, precision.name)
     settings = _settings(command, stack, look, precision.name)
     if not command.overwrite:
-        advice = "name another file, or overwrite it by --overwrite"
+        advice = "name another file, or pass --overwrite"
         processes.check_in_first(lambda: check_overwriting(command.out, settings, advice))
         if isinstance(command, Retrieval) and command.scores is not None:
             path = command.scores
@@ -99,12 +99,12 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
     }
     write_json(command.out, result)
     print_table(*table)
-    _tell(notes, command, result, skipped, cache.damaged)
+    _print_notes(notes, command, result, skipped, cache.damaged)
     return 0
 
 
 def _settings(command: Evaluation, stack: Stack, look: Look, precision: str) -> dict[str, Any]:
-    """All that the figures depend on: a result of the same settings may be overwritten."""
+    """Return everything that the metrics depend on; a result with the same settings may be overwritten."""
     assert isinstance(command, Retrieval | Recognition)
     settings = {
         "task": "retrieval" if isinstance(command, Retrieval) else "recognition",
@@ -129,7 +129,7 @@ def _settings(command: Evaluation, stack: Stack, look: Look, precision: str) -> 
 
 
 def _about(stack: Stack, look: Look, precision: str) -> dict[str, Any]:
-    """All that a feature depends on, beside the clip."""
+    """Return everything that a feature depends on besides the clip."""
     return {
         "format": _FEATURES,
         "model": stack.fingerprint,
@@ -144,20 +144,20 @@ def _about(stack: Stack, look: Look, precision: str) -> dict[str, Any]:
 
 
 def _transform(images: ImageSettings) -> str | dict[str, Any]:
-    """CLIP's own preprocessing by the words under which features of it are stored, else all its settings."""
-    usual = images == ImageSettings(images.size)
-    return f"short side and centre {images.size}, bicubic" if usual else images.to_dict()
+    """Describe the preprocessing: by a fixed text for CLIP's (existing caches use it), else by all settings."""
+    is_default = images == ImageSettings(images.size)
+    return f"short side and centre {images.size}, bicubic" if is_default else images.to_dict()
 
 
 def _of_features(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the similarities of captions and clips depend on."""
+    """Select the settings that the similarities of captions and clips depend on."""
     return {name: value for name, value in settings.items() if name != "dual_softmax_temperature"}
 
 
 def _figures(
     command: Evaluation, features: Features, clips: list[Clip], stack: Stack, settings: dict[str, Any]
 ) -> tuple[dict[str, Any], Any]:
-    """The figures and the table of an evaluation; writes the file of ``--scores``."""
+    """Compute the metrics and the table of an evaluation, and write the file of ``--scores``."""
     if isinstance(command, Retrieval):
         compared = [clips[number] for number in features.kept]
         captions = [clip.captions for clip in compared]
@@ -173,8 +173,10 @@ def _figures(
     return figures, recognition.rows(figures)
 
 
-def _tell(notes: Console, command: Evaluation, result: dict[str, Any], skipped: Skipped, damaged: list[Path]) -> None:
-    """What the table does not say."""
+def _print_notes(
+    notes: Console, command: Evaluation, result: dict[str, Any], skipped: Skipped, damaged: list[Path]
+) -> None:
+    """Print what the table does not show: speed, files, damaged and skipped clips."""
     speed = f", {result['clips_per_second']:.1f} clips/s" if result["computed"] else ""
     lines = [
         f"{result['clips']} clips, {result['frames']} frames; {result['computed']} computed in "
@@ -183,9 +185,9 @@ def _tell(notes: Console, command: Evaluation, result: dict[str, Any], skipped: 
     if isinstance(command, Retrieval) and command.scores is not None:
         lines.append(f"the similarities of captions and clips are in {command.scores}")
     if shared := result.get("captions_of_several_videos"):
-        lines.append(f"{shared} captions are said of several videos: only a query's own video is right")
+        lines.append(f"{shared} captions belong to several videos: only a query's own video counts as correct")
     if result["damaged"]:
-        lines.append(f"{len(result['damaged'])} damaged or cut short, used as they are: {', '.join(result['damaged'])}")
+        lines.append(f"{len(result['damaged'])} damaged or truncated, but used: {', '.join(result['damaged'])}")
     lines.extend(f"{path} is damaged and was not used; it can be deleted" for path in damaged)
     if len(skipped):
         lines.append(skipped.report())
@@ -194,7 +196,7 @@ def _tell(notes: Console, command: Evaluation, result: dict[str, Any], skipped: 
 
 @contextmanager
 def _bar(notes: Console, first: bool) -> Iterator[Progress | None]:
-    """A bar that the first process moves."""
+    """Show a progress bar on the first process only."""
     if not first:
         yield None
         return
