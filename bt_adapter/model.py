@@ -1,4 +1,4 @@
-"""BT-Adapter: the frozen tower and the branch beside it, joined.
+"""The BT-Adapter model: a frozen tower together with the trainable branch.
 
 Legend: B videos, T frames, P patches, N visible tokens, D width, F width of the shared video-text space, L tower
 layers, d branch layers.
@@ -29,16 +29,16 @@ from bt_kernels.plain import is_plain, why_not_all_plain
 
 @dataclass
 class BTAdapterOutput:
-    """What a forward pass returns.
+    """The result of a forward pass.
 
     Attributes:
         backbone_tokens: the tower's last state, ``[B, T, 1+P, D]``, CLS first.
         branch_tokens: the branch's last state, ``[B, 1+N, D]``, CLS first.
         frame_embeds: ``[B, T, F]``, not normalised.
-        video_embeds: ``[B, F]``, their mean over the real frames.
-        visible: the tokens the branch saw; its frames are the branch's time steps, fewer than T where neighbouring
-            frames were averaged.
-        chat: what MBCA and MBTA compare at the layer that chat reads; None unless ``align_layer`` was "chat".
+        video_embeds: ``[B, F]``, their mean over the frames without padding.
+        visible: the branch's tokens; its frames are the branch's time steps, fewer than T if neighbouring frames were
+            averaged.
+        chat: inputs of MBCA and MBTA at the layer that chat reads; None unless ``align_layer`` was "chat".
     """
 
     backbone_tokens: Tensor
@@ -52,13 +52,13 @@ class BTAdapterOutput:
 class BTAdapterVisionModel(nn.Module):
     """A frozen CLIP, EVA-CLIP, SigLIP or DINOv2 tower with the BT-Adapter branch (arXiv 2309.15785), random weights.
 
-    Use :meth:`from_clip` for a branch beside a trained tower, :meth:`from_pretrained` for saved branches, and
+    Use :meth:`from_clip` for a new branch on a trained tower, :meth:`from_pretrained` for saved branches, and
     ``load_reference_checkpoint`` for published ones.
 
     Args:
-        vision_config: a Hugging Face ``CLIPVisionConfig``, a dict with its keys, or a :class:`TowerConfig` (of other
-            towers: ``bt_adapter.towers.read_tower`` makes one of a loaded model).
-        adapter_config: of the branch.
+        vision_config: a Hugging Face ``CLIPVisionConfig``, a dict with its keys, or a :class:`TowerConfig` (for other
+            towers, ``bt_adapter.towers.read_tower`` makes one from a loaded model).
+        adapter_config: configuration of the branch.
         chat_only: build the d-1 branch layers that video tokens need.
         stored_features: build only what video tokens from stored tower features need: tower layers L-d to L-2 and
             d-1 branch layers.
@@ -84,12 +84,12 @@ class BTAdapterVisionModel(nn.Module):
         self.tower = Tower(config, only)
         self.branch = Branch(config, adapter_config, adapter_config.depth - 1 if self.chat_only else None)
         self.tower_name: str | None = None
-        # Where a wrapper (PEFT's, for one) stands in the branch's place, in a list, as it is no part of this module.
+        # A wrapper of the branch (such as PEFT's), if any; in a list, so that it is not a submodule.
         self.branch_wrapper: list[nn.Module] | None = None
-        self.images = ImageSettings(config.image_size)  # how frames are prepared for the tower
+        self.images = ImageSettings(config.image_size)  # preprocessing of frames for the tower
 
     def requires_grad_(self, requires_grad: bool = True) -> BTAdapterVisionModel:
-        """Of the branch; the tower stays frozen."""
+        """Set ``requires_grad`` of the branch; the tower stays frozen."""
         super().requires_grad_(requires_grad)
         self.tower.requires_grad_(False)
         return self
@@ -101,7 +101,7 @@ class BTAdapterVisionModel(nn.Module):
 
     @property
     def recompute(self) -> str:
-        """What backward computes again: see :class:`BTAdapterConfig`. May be set at any time."""
+        """Activations that backward recomputes: see :class:`BTAdapterConfig`. It can be set at any time."""
         return self.branch.config.recompute
 
     @recompute.setter
@@ -110,7 +110,7 @@ class BTAdapterVisionModel(nn.Module):
 
     @property
     def trained_steps(self) -> int | None:
-        """Time steps the branch was trained with: see :class:`BTAdapterConfig`. May be set at any time."""
+        """Number of time steps of the branch's training: see :class:`BTAdapterConfig`. It can be set at any time."""
         return self.branch.config.trained_steps
 
     @trained_steps.setter
@@ -130,29 +130,31 @@ class BTAdapterVisionModel(nn.Module):
         long: Long = "average",
         align_layer: AlignLayer = "last",
     ) -> BTAdapterOutput:
-        """Tower on every token, branch on the visible ones.
+        """Run the tower on every token and the branch on the visible ones.
 
-        Videos of more frames than the branch was trained with: the branch reads the means of neighbouring frames (see
-        ``long``), one for each of its time steps. The tower's CLS still counts frame by frame: ``frame_embeds`` has
-        one row for each of the T frames, and ``video_embeds`` is their mean.
+        For videos of more frames than the branch was trained with, the branch reads means of neighbouring frames, one
+        per time step (see ``long``). The tower's CLS is not averaged: ``frame_embeds`` has one row for each of the T
+        frames, and ``video_embeds`` is their mean.
 
         Args:
-            pixel_values: normalised frames ``[B, T, 3, h, w]``. Where they ask for a gradient they get one, and the
-                tower keeps its activations.
-            visible: what the branch sees; None: every token. With it, T must not exceed the trained time steps.
-            draws: recorded draws of stochastic depth (0 = dropped, 1 = kept) in the order they are used: for each
-                branch layer of non-zero rate the temporal ``[B·K]`` and the spatial ``[B·T]`` one (and ``[B]`` with
-                ``drop_block``). None: drawn anew in training mode, none in evaluation mode.
-            long: how frames become time steps where ``visible`` is None: see ``bt_adapter.time_steps.plan_steps``.
-            align_layer: at which layer `pretraining_losses` compares the branch with the text (MBCA) and with the tower
+            pixel_values: normalised frames ``[B, T, 3, h, w]``. If they require a gradient they get one, and the tower
+                keeps its activations.
+            visible: the branch's tokens; None: all. If given, T must not exceed the trained time steps.
+            draws: recorded draws of stochastic depth (0 = dropped, 1 = kept) in the order of their use: for each branch
+                layer with a non-zero rate, the temporal ``[B·K]`` and the spatial ``[B·T]`` one (and ``[B]`` with
+                ``drop_block``). None: random draws in training mode, none in evaluation mode.
+            long: conversion of frames to time steps if ``visible`` is None: see ``bt_adapter.time_steps.plan_steps``.
+            align_layer: layer at which `pretraining_losses` compares the branch with the text (MBCA) and with the tower
                 (MBTA). "last": after the last layers, as published. "chat": after tower layer L-2 and branch layer d-2,
-                whose tokens a chat model reads (`video_tokens`); needs a branch of depth 2 or more.
+                whose tokens a chat model reads (`video_tokens`); it needs a branch of depth 2 or more.
 
         Raises:
             ValueError, TypeError: an argument has the wrong shape, dtype or device; the message names it.
         """
         if self.chat_only:
-            raise ValueError("this model holds what chat needs, not the last branch layer: only video_tokens works")
+            raise ValueError(
+                "this model lacks the last branch layer, as chat does not need it: only video_tokens works"
+            )
         if align_layer not in ("last", "chat"):
             raise ValueError(f"align_layer must be 'last' or 'chat', but is {align_layer!r}")
         if align_layer == "chat" and self.config.depth < 2:
@@ -172,15 +174,15 @@ class BTAdapterVisionModel(nn.Module):
             video_embeds = frame_embeds.mean(1)
         else:
             weights = visible.step_weights(frame_embeds)[:, :, None]
-            # masked and not only weighted: 0 · NaN would let a padding frame through
+            # masked as well as weighted, because 0 · NaN of a padding frame is NaN
             video_embeds = (frame_embeds.masked_fill(weights == 0, 0) * weights).sum(1).to(frame_embeds.dtype)
         return BTAdapterOutput(tokens, z, frame_embeds, video_embeds, visible, chat[0] if chat else None)
 
     def _frame_embeds(self, z_cls: Tensor, tokens: Tensor) -> Tensor:
-        """The branch's CLS ``[B, D]`` and the tower's last state ``[B, T, 1+P, D]``, mixed: ``[B, T, F]``.
+        """Mix the branch's CLS ``[B, D]`` with the tower's last state ``[B, T, 1+P, D]``: ``[B, T, F]``.
 
-        Beside a CLIP both CLS are mixed and then projected. A SigLIP has no CLS to mix: its own embedding of each frame
-        and that of the branch's CLS are mixed behind its pooling head, where F = D.
+        With a CLIP, both CLS are mixed and then projected. A SigLIP has no CLS, so its embedding of each frame and that
+        of the branch's CLS are mixed after its pooling head, where F = D.
         """
         if not self.vision_config.is_siglip:
             return self._project(self._final_norm(self.branch.mix_output(z_cls, tokens[:, :, 0].to(z_cls.dtype))))
@@ -188,7 +190,7 @@ class BTAdapterVisionModel(nn.Module):
         return self.branch.mix_output(self._project(self._final_norm(z_cls)).to(z_cls.dtype), frames)
 
     def image_embeds(self, pixel_values: Tensor) -> Tensor:
-        """The frozen tower's embeddings of still images, ``[n, 3, h, w]`` to ``[n, F]``, without the branch."""
+        """Embed still images with the frozen tower only, ``[n, 3, h, w]`` to ``[n, F]``."""
         self._check_pixels(pixel_values, "[n, 3, h, w]")
         return self.tower.image_embeds(pixel_values)
 
@@ -202,25 +204,26 @@ class BTAdapterVisionModel(nn.Module):
         progress: Progress | None = None,
         long: Long = "average",
     ) -> Tensor:
-        """Tokens of each video for a language model's projector: one set of P+1 whatever T is, CLS last.
+        """Compute the tokens of each video for a language model's projector: P+1 tokens for any T, CLS last.
 
-        With X the output of tower layer L-2 and z the branch after its layer d-2: half the mean of X over time, half
-        the mean of z. Neither's last layer runs. Videos of more frames than the branch was trained with: see ``long``;
-        the mean of X still runs over all T frames. Source: arXiv 2309.15785 section 3.3.
+        With X the output of tower layer L-2 and z the branch after its layer d-2, the tokens are the average of the
+        mean of X over time and the mean of z. The last layers of both do not run. For videos of more frames than the
+        branch was trained with see ``long``; the mean of X always includes all T frames. Source: arXiv 2309.15785
+        section 3.3.
 
         Args:
-            pixel_values: normalised frames ``[B, T, 3, h, w]``, or None where ``features`` are given.
-            windows: "full" attends over all frames; "reference" takes the rows as the published code does, T // 2
-                slots wide (for published scores; it needs T ≥ 2, at most 2·``max_frames``, and T // 2 to divide P·T),
-                and the time table as with ``long="published"``.
-            features: stored input of tower layer ``start_layer``, ``[B, T, 1+P, D]`` (of a DINOv2 with R registers:
+            pixel_values: normalised frames ``[B, T, 3, h, w]``, or None if ``features`` are given.
+            windows: "full" attends over all frames; "reference" arranges the rows like the published code, in T // 2
+                slots (for published scores; it needs T ≥ 2, at most 2·``max_frames``, and T // 2 to divide P·T), and
+                reads the time table as with ``long="published"``.
+            features: stored input of tower layer ``start_layer``, ``[B, T, 1+P, D]`` (for a DINOv2 with R registers
                 ``[B, T, 1+P+R, D]``, the registers last).
-            start_layer: 0-based; None: L-d, the first layer with a branch layer beside it (20 for ViT-L/14).
+            start_layer: 0-based; None: L-d, the first layer that a branch layer reads (20 for ViT-L/14).
             draws: as in :meth:`forward`.
-            progress: called with what is done and how much there is, as each chunk of frames leaves a tower layer and
-                as each branch layer ends.
-            long: how frames become time steps: by default neighbouring frames of X are averaged down to the trained
-                steps; see ``bt_adapter.time_steps.plan_steps``.
+            progress: called with the steps done and in total: a step is a chunk of frames in a tower layer, or a branch
+                layer.
+            long: conversion of frames to time steps; by default neighbouring frames of X are averaged down to the
+                trained steps; see ``bt_adapter.time_steps.plan_steps``.
 
         Returns:
             ``[B, P+1, D]``.
@@ -263,10 +266,10 @@ class BTAdapterVisionModel(nn.Module):
         return pool_video_tokens(tokens.to(z.dtype), z, visible)
 
     def frame_mean_tokens(self, pixel_values: Tensor, progress: Progress | None = None) -> Tensor:
-        """What :meth:`video_tokens` becomes without the branch: the mean over time of tower layer L-2's tokens.
+        """Compute video tokens without the branch: the mean over time of tower layer L-2's tokens.
 
-        ``[B, T, 3, h, w]`` to ``[B, P+1, D]``, CLS last. The baseline of every comparison with the branch.
-        ``progress`` as there.
+        ``[B, T, 3, h, w]`` to ``[B, P+1, D]``, CLS last. It is the baseline of every comparison with the branch.
+        ``progress`` as in :meth:`video_tokens`.
         """
         self._check_pixels(pixel_values)
         done = self._counter(pixel_values, 0, 0, progress)
@@ -286,23 +289,22 @@ class BTAdapterVisionModel(nn.Module):
         mbta_weight: float = 0.1,
         group: ProcessGroup | None = None,
     ) -> dict[str, Tensor]:
-        """The three losses of pretraining over the batch given, already weighted (arXiv 2309.15785 section 3.2).
+        """Compute the three weighted losses of pretraining for a batch (arXiv 2309.15785 section 3.2).
 
         Args:
-            output: of :meth:`forward`.
-            text_embeds: of the frozen text encoder, ``[B, F]``, any length.
+            output: result of :meth:`forward`.
+            text_embeds: embeddings of the frozen text encoder, ``[B, F]``, of any norm.
             visible: None: ``output.visible``.
             temperature: τ of the contrastive losses.
-            mbca_weight: of the branch-text contrastive loss on the mean of the branch's patch tokens; of an output made
-                with ``align_layer="chat"``, on the mean of the video tokens that chat reads.
-            mbta_weight: of the alignment of branch tokens with the tower's; with ``align_layer="chat"``, of the tokens
-                that chat reads, without a head.
-            group: processes whose batches, of one size, make one: see ``bt_adapter.losses.contrastive_loss``. Losses
-                and gradients of the whole batch are then the means over the processes.
+            mbca_weight: weight of the branch-text contrastive loss on the mean of the branch's patch tokens or, with
+                ``align_layer="chat"``, on the mean of the video tokens that chat reads.
+            mbta_weight: weight of the alignment of branch tokens with the tower's or, with ``align_layer="chat"``, of
+                the tokens that chat reads, without a head.
+            group: processes whose equally large batches form one: see ``bt_adapter.losses.contrastive_loss``. Losses
+                and gradients of the global batch are then the means over the processes.
 
         Returns:
-            {"vtc", "mbca"} and, where the branch has an alignment head or the output is aligned at chat's layer,
-            "mbta".
+            {"vtc", "mbca"} and, if the branch has an alignment head or the output is aligned at chat's layer, "mbta".
         """
         losses = {
             "vtc": contrastive_loss(output.video_embeds, text_embeds, temperature, group),
@@ -314,10 +316,10 @@ class BTAdapterVisionModel(nn.Module):
         return losses
 
     def branch_embeds(self, output: BTAdapterOutput, visible: VisibleTokens | None = None) -> Tensor:
-        """What MBCA compares with the text: the mean of the branch's patch tokens, projected, ``[B, F]``.
+        """Compute the embedding that MBCA compares with the text: the projected mean of the patch tokens, ``[B, F]``.
 
-        Beside a SigLIP it passes the final LayerNorm first: the pooling head, which has an MLP, knows no other input.
-        Of an output made with ``align_layer="chat"`` it is the mean of the video tokens, behind the final LayerNorm.
+        With a SigLIP, the final LayerNorm is applied first, because the pooling head was trained on its output. For an
+        output with ``align_layer="chat"``, it is the mean of the video tokens after the final LayerNorm.
         """
         if output.chat is not None:
             return self._project(self._final_norm(output.chat.mean))
@@ -327,7 +329,7 @@ class BTAdapterVisionModel(nn.Module):
         return self._project(self._final_norm(mean) if self.vision_config.is_siglip else mean)
 
     def token_alignment(self, output: BTAdapterOutput, visible: VisibleTokens | None = None) -> Tensor:
-        """MBTA, not weighted: a scalar. No gradient flows to the tower.
+        """Compute the unweighted loss MBTA, a scalar. No gradient flows to the tower.
 
         The branch must have an alignment head, unless the output was made with ``align_layer="chat"``.
         """
@@ -368,18 +370,17 @@ class BTAdapterVisionModel(nn.Module):
         lr_temporal: float | None = None,
         lr_gates: float | None = None,
     ) -> list[dict[str, Any]]:
-        """AdamW groups of the published recipe: lr ×10 for branch and alignment head, ×100 for temporal layers, gates.
+        """Make the AdamW groups of the published recipe: lr ×10 for branch and head, ×100 for temporal layers, gates.
 
-        Each group also has a "name": "branch", "temporal" or "gates" (where there are any).
+        Each group has a "name": "branch", "temporal" or "gates" (if there are any).
 
         Args:
-            lr: the base rate. lr_temporal, lr_gates: rates of temporal layers and gates in place of 100 times ``lr``.
+            lr: base rate. lr_temporal, lr_gates: rates of temporal layers and gates; None: 100 times ``lr``.
         """
-        fast = 100 * lr
         rates = {
             "branch": 10 * lr,
-            "temporal": fast if lr_temporal is None else lr_temporal,
-            "gates": fast if lr_gates is None else lr_gates,
+            "temporal": 100 * lr if lr_temporal is None else lr_temporal,
+            "gates": 100 * lr if lr_gates is None else lr_gates,
         }
         chosen: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
         for name, parameter in self.branch.named_parameters():
@@ -393,25 +394,25 @@ class BTAdapterVisionModel(nn.Module):
 
     @torch.no_grad()
     def reset_spatial_layers(self) -> None:
-        """Start the spatial layers as a copy of the tower's layers beside them.
+        """Initialise the spatial layers as copies of the tower's layers that the branch reads.
 
         Raises:
             ValueError: one of these layers was replaced or wrapped.
         """
         for i, layer in enumerate(self.branch.spatial):
-            beside = self.tower.layers[self.first_branch_layer + i - self.tower.first_layer]
-            for name, module in (("tower", beside), ("branch", layer)):
+            tower_layer = self.tower.layers[self.first_branch_layer + i - self.tower.first_layer]
+            for name, module in (("tower", tower_layer), ("branch", layer)):
                 if (reason := why_not_all_plain(module, (*PLAIN_PARTS, SpatialLayer, PackedAttention))) is not None:
-                    raise ValueError(f"spatial layer {i} can be copied from a plain layer alone, but {name}: {reason}")
-            own = layer.state_dict()
-            source = pack_qkv(beside.state_dict(), "")
-            layer.load_state_dict({name: source[name].to(own[name]) for name in own})
+                    raise ValueError(f"spatial layer {i} can only be copied from a plain layer, but {name}: {reason}")
+            state = layer.state_dict()
+            source = pack_qkv(tower_layer.state_dict(), "")
+            layer.load_state_dict({name: source[name].to(state[name]) for name in state})
 
     @staticmethod
     def from_clip(
         clip: nn.Module | str | os.PathLike, adapter_config: BTAdapterConfig | None = None, share: bool = False
     ) -> BTAdapterVisionModel:
-        """A fresh branch beside a trained CLIP; see ``bt_adapter.checkpoint.model_from_clip``."""
+        """Build a new branch for a trained CLIP; see ``bt_adapter.checkpoint.model_from_clip``."""
         from bt_adapter.checkpoint import model_from_clip
 
         return model_from_clip(clip, adapter_config, share)
@@ -426,22 +427,22 @@ class BTAdapterVisionModel(nn.Module):
     def from_pretrained(
         folder: str | os.PathLike, clip: nn.Module | str | os.PathLike | None = None, share: bool = False
     ) -> BTAdapterVisionModel:
-        """Read what :meth:`save_pretrained` wrote; see ``bt_adapter.checkpoint.load_model``."""
+        """Load a folder of :meth:`save_pretrained`; see ``bt_adapter.checkpoint.load_model``."""
         from bt_adapter.checkpoint import load_model
 
         return load_model(folder, clip, share)
 
     def _embed(self, pixel_values: Tensor, done: Callable[[], None] = nothing) -> Tensor:
-        """Frames to the input of tower layer L-d, ``[B, T, 1+P, D]``."""
+        """Compute the input of tower layer L-d from frames, ``[B, T, 1+P, D]``."""
         tokens = self.tower.run(pixel_values.flatten(0, 1), self.first_branch_layer, done)
         return tokens.unflatten(0, pixel_values.shape[:2])
 
     def _run_tower_layer(self, layer: int, tokens: Tensor, done: Callable[[], None] = nothing) -> Tensor:
-        """Over ``tokens``, whose values are then gone."""
+        """Run a tower layer, overwriting ``tokens``."""
         return self.tower.run_layer(layer, tokens.flatten(0, 1), done).unflatten(0, tokens.shape[:2])
 
     def _counter(self, videos: Tensor, start: int, branch_layers: int, progress: Progress | None) -> Callable[[], None]:
-        """What counts the steps of a run from tower layer ``start`` to L-2."""
+        """Make the progress callback of a run from tower layer ``start`` to L-2."""
         chunks = self.tower.chunks(videos.shape[0] * videos.shape[1])
         return counter(chunks * (self.vision_config.num_hidden_layers - 1 - start) + branch_layers, progress)
 
@@ -475,39 +476,39 @@ class BTAdapterVisionModel(nn.Module):
         done: Callable[[], None] = nothing,
         chat: list[ChatLayer] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Tower and branch side by side over the first ``layers`` branch layers: last X and last z.
+        """Run tower and branch in lockstep over the first ``layers`` branch layers; return the last X and z.
 
-        plan: how the frames of ``tokens`` become the branch's time steps; None: one by one.
-        chat: gains the comparison at the layer that chat reads; None: it is not made.
+        plan: conversion of the frames of ``tokens`` to the branch's time steps; None: one step per frame.
+        chat: list to which the comparison at the layer that chat reads is appended; None: it is not computed.
         """
 
         def after(layer: int, z: Tensor) -> None:
             if chat is not None and layer == self.config.depth - 2:
-                # The tower's next layer, which is not yet asked for, writes over these tokens.
-                seen = average_frames(self._without_registers(tokens), visible.frames)
-                chat.append(compare_chat_layer(seen, z, visible))
+                # This must happen before the tower's next layer, which overwrites these tokens.
+                averaged = average_frames(self._without_registers(tokens), visible.frames)
+                chat.append(compare_chat_layer(averaged, z, visible))
 
         def states() -> Iterator[Tensor]:
             nonlocal tokens
             for layer in range(layers):
                 tokens = self._run_tower_layer(self.first_branch_layer + layer, tokens, done)
-                yield self._seen(tokens, visible)
+                yield self._branch_input(tokens, visible)
                 done()
 
         z = self._call_branch(states(), visible, None if draws is None else iter(draws), after, plan)
         return self._without_registers(tokens), z
 
     def _without_registers(self, tokens: Tensor) -> Tensor:
-        """``[..., 1+P+R, D]`` to CLS and patches alone, ``[..., 1+P, D]``: what the branch reads."""
+        """Remove the registers, which the branch does not read: ``[..., 1+P+R, D]`` to ``[..., 1+P, D]``."""
         config = self.vision_config
         return tokens[..., : 1 + config.patches, :].contiguous() if config.num_register_tokens else tokens
 
-    def _seen(self, tokens: Tensor, visible: VisibleTokens) -> Tensor:
-        """A tower layer's tokens as the branch reads them: means of neighbouring frames where it has fewer steps."""
-        seen = average_frames(self._without_registers(tokens), visible.frames)
-        if seen is tokens and not self.config.fused and not tokens.requires_grad:
-            return tokens.clone()  # the plain layers keep it for backward, and the tower writes over its own
-        return seen
+    def _branch_input(self, tokens: Tensor, visible: VisibleTokens) -> Tensor:
+        """Convert a tower layer's tokens to the branch's input: without registers, averaged to its time steps."""
+        averaged = average_frames(self._without_registers(tokens), visible.frames)
+        if averaged is tokens and not self.config.fused and not tokens.requires_grad:
+            return tokens.clone()  # the plain layers keep it for backward, while the tower overwrites its tokens
+        return averaged
 
     def _call_branch(
         self,
@@ -517,7 +518,7 @@ class BTAdapterVisionModel(nn.Module):
         after: Callable[[int, Tensor], object] | None = None,
         plan: TimeSteps | None = None,
     ) -> Tensor:
-        """The branch called as a module, so that whatever wraps it takes part; see ``Branch.forward``."""
+        """Call the branch as a module, so that hooks and wrappers run; see ``Branch.forward``."""
         called = self.branch if self.branch_wrapper is None else self.branch_wrapper[0]
         return called(states, self.tower.position, visible, draws, after, plan)
 
@@ -558,7 +559,7 @@ class BTAdapterVisionModel(nn.Module):
 
 
 def _is_plain_head(head: nn.Module) -> bool:
-    """Whether the alignment head is a linear layer and a LayerNorm with all their parameters, as it was built."""
+    """Whether the alignment head is an unmodified linear layer and LayerNorm with all their parameters."""
     if why_not_all_plain(head, (nn.Sequential,)) is not None:
         return False
     return all(getattr(part, name, None) is not None for part in head.children() for name in ("weight", "bias"))

@@ -1,4 +1,4 @@
-"""What the folder of a chat model says of itself, read without torch."""
+"""Recognise the kind of a chat model from its name or folder, without importing torch."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def mini_stage(model: str | os.PathLike[str]) -> str | None:
 
 
 def check_model(model: str, quantize: str | None) -> None:
-    """Check a model name, and that it can be quantized where that is asked for.
+    """Check a model name, and that the model can be quantized if requested.
 
     Raises:
-        CommandError: there is no such stage of the small stack, or it is to be quantized.
+        CommandError: there is no such stage of the small stack, or quantization of it is requested.
     """
     try:
         is_mini = mini_stage(model) is not None
@@ -56,24 +56,24 @@ def check_model(model: str, quantize: str | None) -> None:
 
 
 def needs_branch(model: str) -> bool:
-    """Whether a chat model is known to bring no branch of its own. A hub name is found out when it is loaded."""
-    brings_one = mini_stage(model) is not None or is_tuned(model) or is_native(model)
-    return not brings_one and not is_hub_name(model)
+    """Whether a local chat model has no branch of its own. Models on the hub are checked when they are loaded."""
+    has_branch = mini_stage(model) is not None or is_tuned(model) or is_native(model)
+    return not has_branch and not is_hub_name(model)
 
 
 def is_hub_name(text: str | os.PathLike[str]) -> bool:
-    """Whether a name can be one on the hub (owner/name) and is no local path: there is neither it nor its folder."""
+    """Whether a name has the form of a hub name (owner/name), and neither it nor its folder exists locally."""
     match = re.fullmatch(r"([\w-][\w.-]*)/[\w-][\w.-]*", os.fspath(text))
     return match is not None and not Path(text).exists() and not Path(match[1]).is_dir()
 
 
 def is_native(model: str) -> bool:
-    """Whether a folder holds a video chat model, as its ``save_pretrained`` writes it."""
+    """Whether a folder holds a video chat model written by ``save_pretrained``."""
     return str(read_json(Path(model) / "config.json").get("model_type")).startswith(NATIVE_PREFIX)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none: who loads the folder says what is wrong with it."""
+    """Read the JSON object of a file; empty if there is none, because loading the folder reports the error."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

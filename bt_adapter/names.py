@@ -1,4 +1,4 @@
-"""Names of tensors in published checkpoints and in Hugging Face's CLIP towers, and our own for them."""
+"""Mappings between our tensor names and those of published checkpoints and Hugging Face's CLIP towers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ RESHAPED = {"cls_token": (1, 1, -1), "btadapter_cls_token": (1, 1, -1), "btadapt
 
 
 def to_own(name: str, eva: bool) -> str | None:
-    """Own name of a published one; None where it has none. Tower layers keep their place in the file."""
+    """Convert a published name to ours; None if there is no equivalent. Tower layers keep their index in the file."""
     top = TOP_EVA if eva else TOP_CLIP
     if name in top:
         return top[name]
@@ -81,7 +81,7 @@ def _layer_to_own(name: str, eva: bool, temporal: bool) -> str:
 
 
 def rename(name: str, patterns: Sequence[tuple[str, str]]) -> str:
-    """``name`` with its beginning replaced by the first pattern (a regular expression) that it begins with."""
+    """Replace the first pattern (a regular expression) that matches the start of ``name``."""
     for pattern, replacement in patterns:
         found, changed = re.subn(rf"^{pattern}", replacement, name)
         if changed:
@@ -90,7 +90,7 @@ def rename(name: str, patterns: Sequence[tuple[str, str]]) -> str:
 
 
 def pack_qkv(state: Mapping[str, Tensor], under: str = "branch.") -> dict[str, Tensor]:
-    """``state`` with q, k and v of CLIP's attentions joined, where a name begins with ``under``."""
+    """Concatenate q, k and v of CLIP's attentions in ``state`` for names that begin with ``under``."""
     packed = {}
     for name, tensor in state.items():
         match = re.fullmatch(rf"({re.escape(under)}.*attention\.)([qkv])_proj\.(weight|bias)", name)
@@ -104,7 +104,7 @@ def pack_qkv(state: Mapping[str, Tensor], under: str = "branch.") -> dict[str, T
 
 
 def unpack_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back from :func:`pack_qkv`, for a CLIP branch."""
+    """Undo :func:`pack_qkv` for a CLIP branch."""
     unpacked = {}
     for name, tensor in state.items():
         head, found, kind = name.rpartition("attention.qkv_")
@@ -117,6 +117,7 @@ def unpack_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def layer_to_reference(own: str, eva: bool) -> str:
+    """Convert our name of a layer's tensor to its published name."""
     layer, name = own.split(".", 1)
     part, _, rest = name.partition(".")
     if part == "attention":

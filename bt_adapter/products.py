@@ -1,12 +1,12 @@
-"""Matrix products of tower and branch, and their gradients, by the fastest library at hand.
+"""Compute the matrix products of tower and branch, and their gradients, with the fastest available library.
 
-On a CPU with AVX-512 that is not Intel's, MKL, which torch asks for float32 products, stays with AVX2; oneDNN, which
-comes with torch too, does not, and is 1.1-1.6 times as fast (``bench/NOTES.md``).
+On AVX-512 CPUs not made by Intel, MKL, which torch uses for float32 products, falls back to AVX2. oneDNN, which torch
+also contains, does not, and is 1.1-1.6 times as fast (``bench/NOTES.md``).
 
-The choice follows from the processor alone and is not measured, unlike that of a dtype (``dtypes.py``): the two
-libraries round differently, and the gap between them is within what other programs on the machine do to a short
-measurement. Two processes of one run, or a run and its resumption, could so choose differently, and their losses would
-no longer be equal bit for bit.
+The choice depends only on the processor and is not measured, unlike that of a dtype (``dtypes.py``). The two libraries
+round differently, and their difference in speed is within the noise of a short measurement on a busy machine. With a
+measurement, two processes of a run, or a run and its resumption, could choose differently, and their losses would no
+longer be equal bit for bit.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from bt_adapter.fp8 import Fp8Weight
 
 
 def linear(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Tensor:
-    """``x·weightᵀ + bias`` in the dtype of ``x``: ``[..., I]`` by ``[O, I]`` to ``[..., O]``."""
+    """Compute ``x·weightᵀ + bias`` in the dtype of ``x``: ``[..., I]`` by ``[O, I]`` to ``[..., O]``."""
     if isinstance(weight, Fp8Weight):
         return weight.linear(x, bias)
     if not weight.is_floating_point():
-        raise TypeError(f"weight must be a float tensor, but is {weight.dtype}: a quantised layer must be called")
+        raise TypeError(f"weight must be a float tensor, but is {weight.dtype}: call a quantised layer as a module")
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if _by_onednn(x):
@@ -35,21 +35,21 @@ def linear(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None = None) ->
 
 
 def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of a product's input: ``grad·weight``."""
+    """Compute the gradient of a product's input, ``grad·weight``."""
     return linear(grad, weight.t()) if _by_onednn(grad) else grad @ weight.to(grad.dtype)
 
 
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of a product's weight, ``gradᵀ·x`` over all rows."""
+    """Compute the gradient of a product's weight, ``gradᵀ·x`` over all rows."""
     left, right = grad.flatten(0, -2).t(), x.flatten(0, -2).t()
-    # oneDNN loses where the result has more rows than columns. Its transpose, which it is quick at, would be no help:
-    # autograd copies a gradient that does not lie as its parameter does.
+    # oneDNN is slower if the result has more rows than columns. Computing the transpose instead does not help: autograd
+    # copies a gradient whose strides differ from its parameter's.
     return linear(left, right) if len(left) <= len(right) and _by_onednn(grad) else left @ right.t()
 
 
 def _by_onednn(x: Tensor) -> bool:
-    # oneDNN's product has no derivative: it serves frozen layers and the insides of autograd functions. A compiler
-    # chooses for itself.
+    # oneDNN's product has no derivative, so it is used only in frozen layers and inside autograd functions. A compiler
+    # makes its own choice.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and _onednn_is_faster()

@@ -1,14 +1,14 @@
-"""Telling a caller how far a long computation is."""
+"""Report the progress of a long computation to a callback."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[int, int], object]  # (steps done, steps in all)
+Progress = Callable[[int, int], object]  # (steps done, total steps)
 
 
 def counter(total: int, progress: Progress | None) -> Callable[[], None]:
-    """What to call after each of ``total`` steps."""
+    """Make a function that is called after each of ``total`` steps and reports to ``progress``."""
     if progress is None:
         return nothing
     count = 0

@@ -1,4 +1,4 @@
-"""Published BT-Adapter checkpoints: into a model, and a model's tensors back under their published names."""
+"""Load published BT-Adapter checkpoints, and convert a model's tensors back to their published names."""
 
 from __future__ import annotations
 
@@ -47,37 +47,37 @@ def load_reference_checkpoint(
     gates_from: str | os.PathLike | Mapping[str, Tensor] | None = None,
     **overrides: Any,
 ) -> BTAdapterVisionModel:
-    """A model from a published BT-Adapter checkpoint: pretraining, chat, stored-features or instruction-tuning file.
+    """Load a published BT-Adapter checkpoint: a pretraining, chat, stored-features or instruction-tuning file.
 
-    CLIP or EVA, depth, gates and alignment head are read off the tensors. Pickles are read with
-    ``weights_only=True``. The text encoder's tensors (``text_backbone.``) are left out.
+    CLIP or EVA, depth, gates and alignment head are inferred from the tensors. Pickles are read with
+    ``weights_only=True``. The text encoder's tensors (``text_backbone.``) are ignored.
 
     Args:
         path_or_state_dict: a ``.safetensors`` file, a torch pickle (``state_dict`` inside or plain), or a dict.
-        vision_config: of the tower: a Hugging Face ``CLIPVisionConfig`` or a dict with its keys. None: read off the
-            tensors, with heads 64 wide (EVA-CLIP-g: 88); a stored-features file does not say how many layers its
-            tower has, so it is taken to be ViT-L/14's 24.
-        clip: the CLIP (see ``BTAdapterVisionModel.from_clip``) of a file that holds the branch alone, as files of
-            instruction tuning do. Such a file of three layers is taken for a branch of depth 4 without its last
-            layer, which chat does not run, unless ``depth`` says otherwise.
-        trained_frames: of the videos the file was trained with: videos of more frames are averaged down to as many
-            time steps (more than the time table has rows: in twos, 100 to 50). None: told from the kind of file, 8 for
-            pretraining and 100 for instruction tuning. Files for chat and of stored features may come from either: all
-            rows of the time table are then taken as trained, with a warning.
-        gates_from: the pretraining file (or a folder of ``save_pretrained``) from which a file of the branch alone was
-            tuned: tuning neither trains nor stores gates, so they are taken from there.
+        vision_config: the tower's Hugging Face ``CLIPVisionConfig`` or a dict with its keys. None: inferred from the
+            tensors, with heads of width 64 (EVA-CLIP-g: 88); for a stored-features file, which does not determine the
+            number of tower layers, ViT-L/14's 24 are assumed.
+        clip: the CLIP (see ``BTAdapterVisionModel.from_clip``) for a file with only the branch, such as files of
+            instruction tuning. Three branch layers in such a file are assumed to be a branch of depth 4 without its
+            last layer, which chat does not run, unless ``depth`` is given.
+        trained_frames: number of frames of the training videos. Videos of more frames are averaged down to that many
+            time steps (more frames than rows of the time table: in pairs, 100 to 50). None: inferred from the kind of
+            file, 8 for pretraining and 100 for instruction tuning. Files for chat and of stored features may come from
+            either: all rows of the time table are then assumed to be trained, with a warning.
+        gates_from: the pretraining file (or a folder of ``save_pretrained``) from which a file with only the branch was
+            tuned. Its gates are used, because tuning neither trains nor stores gates.
         **overrides: fields of :class:`BTAdapterConfig`, for example ``drop_path``. ``merge_gate_slope`` and
-            ``output_gate_slope`` are of gates that the file has; None leaves a gate out.
+            ``output_gate_slope`` set the slopes of the file's gates; None removes a gate.
 
     Returns:
-        The model, in evaluation mode. Each of the two gates is read off the tensors for itself. A file that holds the
-        tower and lacks a gate was trained with a plain sum in its place, and so is computed. A file of the branch
-        alone without gates, and without ``gates_from``, gets half-open ones, with a warning.
+        The model, in evaluation mode. Each of the two gates is inferred separately. A file with the tower and without a
+        gate was trained with a plain sum instead, which the model uses too. A file with only the branch, without gates
+        and ``gates_from``, gets half-open gates, with a warning.
 
     Raises:
-        ValueError: ``gates_from`` is given for a file that says itself which gates it has.
-        CheckpointError: the file is no such checkpoint, is damaged or an unsafe pickle, holds the branch alone and
-            no ``clip`` is given, or has names or shapes that do not fit; the message lists them.
+        ValueError: ``gates_from`` is given for a file that itself determines its gates.
+        CheckpointError: the file is not such a checkpoint, is damaged or an unsafe pickle, holds only the branch and no
+            ``clip`` is given, or has names or shapes that do not fit; the message lists them.
         FileNotFoundError: there is no such file.
     """
     tensors = read_tensors(path_or_state_dict)
@@ -101,7 +101,7 @@ def load_reference_checkpoint(
     if "trained_steps" not in overrides:
         fields["trained_steps"] = published_trained_steps(tensors, not tower_layers, time.shape[0], trained_frames)
     elif trained_frames is not None:
-        raise ValueError("trained_frames and trained_steps say the same thing: give one of them")
+        raise ValueError("trained_frames and trained_steps set the same value: give one of them")
     with float32_by_default():
         model = BTAdapterVisionModel(config, BTAdapterConfig(**fields), stored, chat_only)
     own = {} if tower_layers else {f"tower.{name}": tensor for name, tensor in tower.state_dict().items()}
@@ -119,14 +119,14 @@ def load_reference_checkpoint(
 
 
 def read_sizes(source: str | os.PathLike | Mapping[str, Tensor]) -> tuple[TowerConfig | dict[str, Any], int]:
-    """What a published checkpoint's tower must be like, and the branch's depth, read off the tensors' shapes.
+    """Infer the required tower and the depth of the branch from the shapes of a published checkpoint's tensors.
 
     Returns:
-        The tower's configuration, where the tower is in the file; else the fields of it that the branch shares.
-        A file of the branch alone with three layers has depth 4, as for :func:`load_reference_checkpoint`.
+        The tower's configuration if the file holds the tower, else those of its fields that the branch shares; and the
+        depth. A file with only three branch layers has depth 4, see :func:`load_reference_checkpoint`.
 
     Raises:
-        CheckpointError, FileNotFoundError: as there.
+        CheckpointError, FileNotFoundError: see there.
     """
     state = strip_prefixes(read_tensors(source))
     eva, layers, tower_layers, stored = _structure(state)
@@ -139,7 +139,7 @@ def read_sizes(source: str | os.PathLike | Mapping[str, Tensor]) -> tuple[TowerC
 
 
 def _structure(state: Mapping[str, Tensor]) -> tuple[bool, int, int, bool]:
-    """Whether a checkpoint is EVA's, its branch layers, its tower layers, and whether these are of stored features."""
+    """Return whether a checkpoint is EVA's, its numbers of branch and tower layers, and if it has stored features."""
     eva = any(name.startswith(("btadapter_S.", "blocks.")) for name in state)
     stacks = STACKS_EVA if eva else STACKS_CLIP
     branch_layers, tower_layers = _count(state, stacks[1]), _count(state, stacks[0])
@@ -152,9 +152,9 @@ def _structure(state: Mapping[str, Tensor]) -> tuple[bool, int, int, bool]:
 
 
 def to_reference_state_dict(model: BTAdapterVisionModel) -> dict[str, Tensor]:
-    """The model's tensors under their published names: a chat or stored-features file's; the way back.
+    """Convert a model's tensors to the published names of a chat or stored-features file.
 
-    A pretraining file has ``backbone.`` before every name but ``extra_proj`` and ``text_backbone``.
+    A pretraining file has the prefix ``backbone.`` on all names except ``extra_proj`` and ``text_backbone``.
     """
     eva = model.vision_config.is_eva
     top = TOP_EVA if eva else TOP_CLIP
@@ -187,17 +187,13 @@ def _tensor(state: Mapping[str, Tensor], name: str) -> Tensor:
 def _tower_of_clip(clip: nn.Module | str | os.PathLike | None, eva: bool) -> tuple[TowerConfig, Tower]:
     if clip is None or eva:
         raise CheckpointError(
-            "the checkpoint holds the branch alone, as files of instruction tuning do; "
-            + (
-                "put it together with the tensors of its EVA-CLIP tower"
-                if eva
-                else "give clip=, the CLIP it belongs to"
-            )
+            "the checkpoint holds only the branch, like files of instruction tuning; "
+            + ("add the tensors of its EVA-CLIP tower to it" if eva else "give clip=, the CLIP it belongs to")
         )
     model = model_from_clip(clip, BTAdapterConfig(depth=1))
     if model.vision_config.model_type != "clip_vision_model":
         raise CheckpointError(
-            f"the checkpoint is of a branch beside a CLIP, but clip is of model_type {model.vision_config.model_type!r}"
+            f"the checkpoint's branch needs a CLIP, but clip has model_type {model.vision_config.model_type!r}"
         )
     return model.vision_config, model.tower
 

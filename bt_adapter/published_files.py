@@ -1,4 +1,4 @@
-"""Files of published checkpoints: their tensors, read without running code, under the names of one layout."""
+"""Read the tensors of published checkpoints without running code, and normalise the prefixes of their names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bt_adapter.hugging_face import is_hub_name, locate_branch
 
 
 def read_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """All tensors of a published checkpoint under the names it has for them; errors as above."""
+    """Read all tensors of a published checkpoint by published name. Raises FileNotFoundError, CheckpointError."""
     state: Any = source
     if not isinstance(source, Mapping):
         path = locate_branch(source) if is_hub_name(source) else Path(source)
@@ -34,7 +34,7 @@ def read_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> Mapping[st
 
 
 def _read_pickle(path: Path) -> Any:
-    """What a pickle holds, its tensors mapped from the file where that can be done."""
+    """Load a pickle, memory-mapped if possible."""
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -47,6 +47,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes of the different kinds of files from names, and the text encoder's tensors."""
     result = {}
     for name, tensor in state.items():
         name = name.removeprefix("model.vision_tower.").removeprefix("backbone.").replace("timesFPN", "btadapter")

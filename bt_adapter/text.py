@@ -1,4 +1,4 @@
-"""The frozen text tower: captions to vectors of the space that videos are compared in."""
+"""Frozen text encoders, which embed captions in the shared video-text space."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bt_adapter.towers import open_clip
 
 
 class TextEncoder(nn.Module):
-    """A text tower and its tokenizer, frozen, in evaluation mode. Its parameters are shared with the image model's.
+    """A frozen text tower with its tokenizer, in evaluation mode. It shares its parameters with the image model.
 
     Attributes:
-        tokenizer: of the text tower.
-        context: the longest caption it reads, in tokens.
-        width: F, numbers of an embedding.
+        tokenizer: the text tower's tokenizer.
+        context: maximum length of a caption in tokens.
+        width: F, the width of an embedding.
     """
 
     tokenizer: Any
@@ -38,11 +38,11 @@ class TextEncoder(nn.Module):
         """Embeddings ``[n, F]``, not normalised; captions longer than the tower's context are cut."""
 
     def too_long(self, captions: Sequence[str]) -> list[int]:
-        """Which of the captions have more tokens than the tower reads."""
+        """Return the indices of captions with more tokens than the tower reads."""
         return [number for number, length in enumerate(self._lengths(list(captions))) if length > self.context]
 
     def _lengths(self, captions: list[str]) -> list[int]:
-        """Tokens of each caption."""
+        """Count the tokens of each caption."""
         return [len(ids) for ids in self.tokenizer(captions, verbose=False)["input_ids"]]
 
 
@@ -74,7 +74,7 @@ class ClipText(TextEncoder):
 
 
 class SiglipText(TextEncoder):
-    """The text tower of a Hugging Face SigLIP, which reads captions padded to its context, padding and all.
+    """The text tower of a Hugging Face SigLIP, which reads captions padded to its context, without a mask.
 
     Args:
         model: a ``SiglipModel``.
@@ -101,20 +101,20 @@ class OpenClipText(TextEncoder):
     """The text tower of an open_clip model.
 
     Args:
-        model: of open_clip.
-        tokenizer: of ``open_clip.get_tokenizer``.
+        model: an open_clip model.
+        tokenizer: result of ``open_clip.get_tokenizer``.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__()
-        own = getattr(model, "text", None)
-        if own is None:  # open_clip's class CLIP holds the parts of its text tower itself
-            own = nn.Module()
+        tower = getattr(model, "text", None)
+        if tower is None:  # open_clip's class CLIP holds the parts of its text tower itself
+            tower = nn.Module()
             for name in ("token_embedding", "transformer", "ln_final"):
-                own.add_module(name, getattr(model, name))
-            own.positional_embedding, own.text_projection = model.positional_embedding, model.text_projection
-        self.text_model, self.tokenizer = own, tokenizer
-        self._model = [model]  # in a list, as its image tower is no part of this module
+                tower.add_module(name, getattr(model, name))
+            tower.positional_embedding, tower.text_projection = model.positional_embedding, model.text_projection
+        self.text_model, self.tokenizer = tower, tokenizer
+        self._model = [model]  # in a list, so that its image tower is not a submodule
         self.context = int(tokenizer.context_length)
         self.requires_grad_(False).eval()
         self.width = self.forward(["a"]).shape[1]
@@ -124,28 +124,28 @@ class OpenClipText(TextEncoder):
         """Embeddings ``[n, F]``, not normalised; captions longer than the tower's context are cut."""
         tokens = self.tokenizer(list(captions)).to(next(self.text_model.parameters()).device)
         mask = getattr(self._model[0], "attn_mask", None)
-        if mask is not None and mask.device != tokens.device:  # a buffer of the whole model, which stays where it was
+        if mask is not None and mask.device != tokens.device:  # a buffer of the whole model, which was not moved
             self._model[0].attn_mask = mask.to(tokens.device)
         return self._model[0].encode_text(tokens)
 
     def _lengths(self, captions: list[str]) -> list[int]:
-        inner = getattr(self.tokenizer, "tokenizer", None)  # of Hugging Face, where the model has such a one
+        inner = getattr(self.tokenizer, "tokenizer", None)  # a Hugging Face tokenizer, for some models
         if inner is not None:
             return [len(ids) for ids in inner(captions)["input_ids"]]
         return [len(self.tokenizer.encode(caption)) + 2 for caption in captions]  # beginning and end
 
 
 def load_clip(name: str | os.PathLike[str]) -> tuple[nn.Module, TextEncoder]:
-    """An image model with both its towers, float32, and its text encoder.
+    """Load an image model with both towers in float32, and its text encoder.
 
     Args:
-        name: "mini" (the small CLIP of this package), a local folder or hub name of a CLIP or SigLIP, or a name of
-            open_clip (``bt_adapter.towers.open_clip``).
+        name: "mini" (the small CLIP of this package), a local folder or hub name of a CLIP or SigLIP, or an open_clip
+            name (``bt_adapter.towers.open_clip``).
 
     Raises:
-        OSError: it is not there.
-        CheckpointError: it is no such model, has no text tower (a DINOv2), or lacks weights.
-        CommandError: it is a model of open_clip, and that is not installed.
+        OSError: it does not exist.
+        CheckpointError: the model is not supported, has no text tower (a DINOv2), or lacks weights.
+        CommandError: it is an open_clip model, and open_clip is not installed.
     """
     from transformers import AutoTokenizer, CLIPModel, SiglipModel
 
@@ -167,7 +167,7 @@ def load_clip(name: str | os.PathLike[str]) -> tuple[nn.Module, TextEncoder]:
         return model, SiglipText(model, AutoTokenizer.from_pretrained(name))
     if kind in towers.DINOV2:
         raise CheckpointError(
-            f"{name} is a DINOv2, which has no text tower: a branch beside it can be neither pretrained on captions "
-            "nor evaluated, and gives video tokens alone (BTAdapterVisionModel.from_clip). Give a CLIP or a SigLIP"
+            f"{name} is a DINOv2, which has no text tower: its branch can be neither pretrained on captions nor "
+            "evaluated, and gives only video tokens (BTAdapterVisionModel.from_clip). Give a CLIP or a SigLIP"
         )
     raise towers.other_kind(name, kind)

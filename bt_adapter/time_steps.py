@@ -1,8 +1,8 @@
-"""How the frames of a video become the branch's time steps, so that no untrained row of its time table is read.
+"""Convert the frames of a video to the branch's time steps without reading untrained rows of its time table.
 
-Each time step adds a row of the time table. Training with S steps trains the first S rows; the others keep their
-random start, and a branch that reads them answers nonsense. ``BTAdapterConfig.trained_steps`` records S. A video of
-more frames is brought down to S steps by averaging neighbouring frames, or reads rows interpolated from trained ones.
+Each time step adds a row of the time table. Training with S steps trains the first S rows; the others keep their random
+initial values, and a branch that reads them gives wrong answers. ``BTAdapterConfig.trained_steps`` records S. For a
+video of more frames, neighbouring frames are averaged down to S steps, or rows are interpolated from trained ones.
 
 Legend: B videos, T frames, P patches, D width, S time steps, R rows of the time table.
 """
@@ -22,9 +22,9 @@ from bt_adapter.config import BTAdapterConfig
 from bt_kernels import VisibleTokens
 
 Long = Literal["average", "interpolate", "published"]
-# Interpolation stretches the trained rows to at most so many times their number; longer videos are averaged first.
+# Interpolation extends the trained rows to at most this multiple of their number; longer videos are averaged first.
 STRETCH = 2
-# The published pretraining has 8 frames; it is this package's default too. Published tuning has 100, averaged to 50.
+# Published pretraining uses 8 frames, which is also this package's default; published tuning 100, averaged to 50.
 PRETRAINED_STEPS = 8
 TUNED_FRAMES = 100
 
@@ -35,7 +35,7 @@ class TimeSteps:
 
     Attributes:
         frames: T. steps: S, at most T; step s is the mean of the frames between `edges` s and s + 1.
-        rows: R, the first rows of the time table that may be read; where S is larger, they are interpolated to S.
+        rows: R, number of first rows of the time table that may be read; if S is larger, they are interpolated to S.
     """
 
     frames: int
@@ -44,52 +44,52 @@ class TimeSteps:
 
     @property
     def edges(self) -> list[int]:
-        """Where each step begins, and T: steps differ by one frame at most, and none is empty."""
+        """First frame of each step, and T; the lengths of steps differ by at most one frame, and none is empty."""
         return [-(-step * self.frames // self.steps) for step in range(self.steps + 1)]
 
 
 def plan_steps(config: BTAdapterConfig, frames: int, long: Long = "average") -> TimeSteps:
-    """The time steps of a video of ``frames`` frames.
+    """Plan the time steps of a video of ``frames`` frames.
 
     Args:
-        config: of the branch. Where its ``trained_steps`` is None, all rows of its time table are taken as trained,
-            and a warning says so for videos of more steps than published pretraining had.
+        config: configuration of the branch. If its ``trained_steps`` is None, all rows of its time table are assumed to
+            be trained, with a warning for videos of more steps than published pretraining had.
         frames: T.
-        long: of a video with more frames than trained steps. "average": neighbouring frames down to the trained steps.
-            "interpolate": the trained rows to as many as there are frames, at most `STRETCH` times their number
-            (longer videos are averaged down to that first). "published": the published code's steps, which read every
-            row of the table as stored, trained or not; more frames than rows are averaged in twos, threes, and so on.
+        long: treatment of a video with more frames than trained steps. "average": average neighbouring frames down to
+            the trained steps. "interpolate": interpolate the trained rows to the number of frames, at most `STRETCH`
+            times their number (longer videos are averaged down to that first). "published": the published code's steps,
+            which read all rows as stored, trained or not; more frames than rows are averaged in pairs, triples, etc.
 
     Raises:
         ValueError: ``long`` is none of these.
     """
     check_long(long)
     rows = config.max_frames if long == "published" or config.trained_steps is None else config.trained_steps
-    most = rows * (STRETCH if long == "interpolate" else 1)
+    limit = rows * (STRETCH if long == "interpolate" else 1)
     if long == "published" or config.trained_steps is None:
-        steps = published_steps(frames, most)
+        steps = published_steps(frames, limit)
     else:
-        steps = min(frames, most)
+        steps = min(frames, limit)
     if config.trained_steps is None and long != "published" and steps > PRETRAINED_STEPS:
         warnings.warn(
             f"the branch does not say how many time steps it was trained with (trained_steps is None): all {rows} "
-            f"rows of its time table are taken as trained, and {min(steps, rows)} are read. Where it was trained with "
-            f"fewer, set trained_steps of the model ({PRETRAINED_STEPS} after pretraining at as many frames)",
+            f"rows of its time table are taken as trained, and {min(steps, rows)} are read. If it was trained with "
+            f"fewer, set trained_steps of the model ({PRETRAINED_STEPS} after pretraining with as many frames)",
             stacklevel=3,
         )
     return TimeSteps(frames, steps, rows)
 
 
 def check_long(long: str) -> None:
-    """Raise a ValueError for a way of taking long videos that there is not."""
+    """Raise a ValueError if ``long`` is not a known treatment of long videos."""
     if long not in get_args(Long):
         raise ValueError(f"long must be 'average', 'interpolate' or 'published', but is {long!r}")
 
 
 def check_trained(config: BTAdapterConfig, visible: VisibleTokens) -> None:
-    """Raise a ValueError where visible tokens that a caller chose lie in frames beyond the trained time steps.
+    """Raise a ValueError if visible tokens chosen by the caller have frames beyond the trained time steps.
 
-    Frames that pad shorter videos of a ragged batch are not read and may lie there.
+    Padding frames of shorter videos are not read, so they are allowed there.
     """
     limit = config.trained_steps or config.max_frames
     frames, counts = visible.frames, visible.frame_counts
@@ -106,12 +106,12 @@ def check_trained(config: BTAdapterConfig, visible: VisibleTokens) -> None:
 
 
 def published_steps(frames: int, rows: int) -> int:
-    """Time steps that the published code makes of ``frames`` frames: 100 over 64 rows are averaged in twos, 50."""
+    """Return the published code's number of time steps: 100 frames with 64 rows are averaged in pairs to 50."""
     return -(-frames // -(-frames // rows))
 
 
 def average_frames(tokens: Tensor, steps: int) -> Tensor:
-    """``[B, T, 1+P, D]`` to ``[B, steps, 1+P, D]``: means of neighbouring frames, see :class:`TimeSteps`."""
+    """Average neighbouring frames, ``[B, T, 1+P, D]`` to ``[B, steps, 1+P, D]``, see :class:`TimeSteps`."""
     frames = tokens.shape[1]
     if frames == steps:
         return tokens
@@ -123,7 +123,7 @@ def average_frames(tokens: Tensor, steps: int) -> Tensor:
 
 
 def time_rows(table: Tensor, plan: TimeSteps) -> Tensor:
-    """The rows that a plan's steps add: the table ``[R, D]`` itself, or its trained rows interpolated, ``[S, D]``."""
+    """Return the rows for a plan's steps: the table ``[R, D]``, or its trained rows interpolated to ``[S, D]``."""
     if plan.steps <= plan.rows:
         return table
     trained = table[: plan.rows].T[None].float()  # [1, D, rows]
@@ -133,10 +133,10 @@ def time_rows(table: Tensor, plan: TimeSteps) -> Tensor:
 
 
 def read_branch_config(stored: Mapping[str, Any], source: Any) -> BTAdapterConfig:
-    """The configuration in a saved branch's ``config.json``.
+    """Read the configuration from a saved branch's ``config.json``.
 
-    A folder written before branches recorded their time steps is taken to be pretrained at 8 frames, this package's
-    default, with a warning that names ``source``: at worst fewer rows are read than were trained.
+    For a folder without ``trained_steps``, pretraining with 8 frames, this package's default, is assumed, with a
+    warning that names ``source``. At worst, fewer rows are read than were trained.
     """
     config = BTAdapterConfig(**stored)
     if "trained_steps" in stored:
@@ -153,17 +153,17 @@ def read_branch_config(stored: Mapping[str, Any], source: Any) -> BTAdapterConfi
 def published_trained_steps(
     names: Collection[str], branch_alone: bool, rows: int, trained_frames: int | None
 ) -> int | None:
-    """Time steps that a published checkpoint was trained with.
+    """Determine the number of time steps that a published checkpoint was trained with.
 
     Args:
-        names: of its tensors, as the file has them.
+        names: names of its tensors in the file.
         branch_alone: whether it lacks the tower.
-        rows: of its time table.
-        trained_frames: of its training videos; None: told from the kind of file. Pretraining files have 8 frames,
-            files of instruction tuning (the branch alone) 100, averaged to 50 steps.
+        rows: number of rows of its time table.
+        trained_frames: number of frames of its training videos; None: inferred from the kind of file. Pretraining files
+            have 8 frames, files of instruction tuning (with only the branch) 100, averaged to 50 steps.
 
     Returns:
-        None, with a warning, for a file that may come from either: one for chat or stored features.
+        The number; None, with a warning, for a file for chat or stored features, which may come from either.
 
     Raises:
         ValueError: ``trained_frames`` is below 1.

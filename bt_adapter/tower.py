@@ -21,11 +21,11 @@ from bt_adapter.products import linear
 from bt_adapter.progress import nothing
 from bt_kernels.plain import why_not_all_plain
 
-Attend = Callable[[Tensor], Tensor]  # q, k and v side by side, [..., 3, H, E], to [..., H, E]
+Attend = Callable[[Tensor], Tensor]  # stacked q, k and v, [..., 3, H, E], to [..., H, E]
 
 
 class ClipAttention(nn.Module):
-    """Projections of CLIP's attention: q, k, v and out, each with a bias."""
+    """The projections of CLIP's attention: q, k, v and out, each with a bias."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -36,7 +36,7 @@ class ClipAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """Attention among the tokens x, ``[n, s, D]`` to the same shape, by calling every projection as a module."""
+        """Compute attention among the tokens x, ``[n, s, D]``, calling every projection as a module."""
         parts = [p(x).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj)]
         return self.out_proj(attend(torch.stack(parts, -3)).flatten(-2))
 
@@ -47,7 +47,7 @@ class ClipAttention(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """The same projections with q, k and v in one parameter, as the branch holds them."""
+    """The same projections with q, k and v in one parameter; used in the branch."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -58,7 +58,7 @@ class PackedAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """Attention among the tokens x, ``[B, rows, D]`` to the same shape, by calling the projections."""
+        """Compute attention among the tokens x, ``[B, rows, D]``, calling the projections."""
         return self.out_proj(attend(self.qkv(x)).flatten(-2))
 
     def packed_bias(self) -> Tensor:
@@ -71,7 +71,7 @@ class PackedAttention(nn.Module):
 
 
 class EvaAttention(nn.Module):
-    """Projections of EVA's attention: packed qkv, biases on q and v alone."""
+    """The projections of EVA's attention: packed qkv, with biases only for q and v."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -83,11 +83,11 @@ class EvaAttention(nn.Module):
         nn.init.trunc_normal_(self.qkv_weight, std=0.02)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """Attention among the tokens x, ``[..., rows, D]`` to the same shape, by calling the projections."""
+        """Compute attention among the tokens x, ``[..., rows, D]``, calling the projections."""
         return self.out_proj(attend(self.qkv(x)).flatten(-2))
 
     def packed_bias(self) -> Tensor:
-        """Bias of q, k and v, ``[3D]``; k's is zero."""
+        """Return the bias of q, k and v, ``[3D]``; that of k is zero."""
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
     def qkv(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class EvaAttention(nn.Module):
 
 
 def branch_attention(config: TowerConfig) -> PackedAttention | EvaAttention:
-    """The projections of the branch's attentions."""
+    """Make the projections of an attention of the branch."""
     kind = EvaAttention if config.is_eva else PackedAttention
     return kind(config.hidden_size, config.num_attention_heads)
 
@@ -112,7 +112,7 @@ def _tower_attention(config: TowerConfig) -> ClipAttention | EvaAttention:
 
 
 class LayerWeights(nn.Module):
-    """Parameters of a pre-norm transformer layer, and its MLP: of the tower's layers and the branch's spatial ones."""
+    """The parameters and MLP of a pre-norm transformer layer: of the tower, or a spatial layer of the branch."""
 
     def __init__(self, config: TowerConfig, eps: float, attention: nn.Module):
         super().__init__()
@@ -124,25 +124,25 @@ class LayerWeights(nn.Module):
         self.act = config.hidden_act
 
     def mlp_weights(self) -> mlp.Weights:
-        """The parameters of :meth:`mlp`."""
+        """Return the parameters of :meth:`mlp`."""
         return mlp.Weights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
     def mlp(self, x: Tensor) -> Tensor:
-        """``fc2(act(fc1(x)))``, by calling both layers as modules."""
+        """Compute ``fc2(act(fc1(x)))``, calling both layers as modules."""
         return self.fc2(mlp.activate(self.fc1(x), self.act))
 
 
 class TowerLayer(LayerWeights):
-    """One layer of the tower: every token attends to all of its image, then the MLP."""
+    """A layer of the tower: attention over all tokens of an image, then the MLP."""
 
     def __init__(self, config: TowerConfig, eps: float):
         super().__init__(config, eps, _tower_attention(config))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, 1+P, D]`` to the same shape. Without gradients, and where every part is plain, written over ``x``.
+        """Run the layer on ``[n, 1+P, D]``; in place on ``x`` without gradients, if every part is plain.
 
-        Where gradients are enabled, or a part was replaced or wrapped (``bt_kernels.plain``), each part is called as a
-        module, and ``x`` stays as it is.
+        If gradients are enabled, or a part was replaced or wrapped (``bt_kernels.plain``), each part is called as a
+        module, and ``x`` is not changed.
         """
         if torch.is_grad_enabled() or why_not_all_plain(self, PLAIN_PARTS) is not None:
             x = x + self.attention(self.norm1(x), _attend_within_images)
@@ -158,11 +158,11 @@ class TowerLayer(LayerWeights):
 class SiglipLayer(TowerLayer):
     """A layer of a tower without CLS: the patches attend to each other, and row 0 becomes their mean.
 
-    So the branch finds a row for the whole frame in the place where CLIP has its CLS. No patch ever reads that row.
+    The branch thus finds a row for the whole frame at the position of CLIP's CLS. No patch reads that row.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, 1+P, D]`` to the same shape, written over ``x`` where :class:`TowerLayer` would do so."""
+        """Run the layer on ``[n, 1+P, D]``, in place under the same conditions as :class:`TowerLayer`."""
         patches = x[:, 1:]
         result = super().forward(patches)
         if result is not patches:
@@ -172,12 +172,12 @@ class SiglipLayer(TowerLayer):
 
 
 def _with_mean(patches: Tensor) -> Tensor:
-    """Patches ``[n, P, D]`` with their mean before them, ``[n, 1+P, D]``."""
+    """Prepend the mean to patches ``[n, P, D]``: ``[n, 1+P, D]``."""
     return torch.cat([patches.mean(1, keepdim=True), patches], 1)
 
 
 class PoolingHead(nn.Module):
-    """SigLIP's attention-pooling head: a learned query attends to the patches, and an MLP stands behind it."""
+    """SigLIP's attention-pooling head: a learned query attends to the patches, followed by an MLP."""
 
     def __init__(self, config: TowerConfig):
         super().__init__()
@@ -189,11 +189,11 @@ class PoolingHead(nn.Module):
         self.act = config.hidden_act
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Each of the tokens ``[..., D]`` pooled by itself: attention over a sequence of one returns its value."""
+        """Pool each of the tokens ``[..., D]`` separately: attention over a sequence of one returns its value."""
         return self._finish(self.attention.out_proj(self.attention.v_proj(tokens)))
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """All tokens of each image, ``[..., P, D]``, pooled to ``[..., D]``."""
+        """Pool all tokens of each image, ``[..., P, D]`` to ``[..., D]``."""
         heads = (self.attention.heads, -1)
         query = self.attention.q_proj(self.probe).unflatten(-1, heads)[:, None]
         query = query.expand(*tokens.shape[:-2], *query.shape)
@@ -212,7 +212,7 @@ PLAIN_PARTS = (TowerLayer, SiglipLayer, ClipAttention, EvaAttention, Fp8Weight)
 
 
 def _attend_within_images(qkv: Tensor) -> Tensor:
-    """``[n, s, 3, H, E]`` to ``[n, s, H, E]``: each token attends to all s tokens of its image."""
+    """Compute attention of each token to all s tokens of its image, ``[n, s, 3, H, E]`` to ``[n, s, H, E]``."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
@@ -220,10 +220,10 @@ def _attend_within_images(qkv: Tensor) -> Tensor:
 class Tower(nn.Module):
     """A frozen CLIP, EVA-CLIP, SigLIP or DINOv2 vision tower on single images.
 
-    With ``only_layers`` = (first, stop) it holds these layers alone and no embeddings, final norm or projection: what
-    a model of stored features needs. It never trains: ``requires_grad_(True)`` leaves its own parameters frozen and
-    ``train()`` leaves it in evaluation mode. What is put into it later may learn: where a parameter in it (an
-    adapter's, say) or the images ask for a gradient, they get one, at the price of keeping every layer's activations.
+    With ``only_layers`` = (first, stop) it holds only these layers, without embeddings, final norm and projection, as
+    needed for stored features. It never trains: ``requires_grad_(True)`` leaves its own parameters frozen and
+    ``train()`` leaves it in evaluation mode. Modules added later, such as adapters, may train: if a parameter or the
+    images require a gradient, they get one, at the cost of storing every layer's activations.
     """
 
     def __init__(self, config: TowerConfig, only_layers: tuple[int, int] | None = None):
@@ -251,7 +251,7 @@ class Tower(nn.Module):
                 )
         self.chunk = 32
         self._recorded: Recorded | None = None
-        self.shared_from: list[Any] = []  # whose tensors these are, where they are another model's (chat/pairing.py)
+        self.shared_from: list[Any] = []  # identities of a chat model's tensors, if shared (chat/pairing.py)
         self.requires_grad_(False)
         super().train(False)
 
@@ -264,7 +264,7 @@ class Tower(nn.Module):
         return super().requires_grad_(False)
 
     def fingerprint(self) -> dict[str, float]:
-        """Lengths of some weights: what tells one CLIP from another of the same shape, in any precision."""
+        """Return the norms of some weights, which distinguish CLIPs of the same shape in any precision."""
         last = len(self.layers) - 1
         chosen = ("position", "class_embedding", "layers.0.fc1.weight", f"layers.{last}.fc1.weight")
         weights = dict(self.named_parameters())
@@ -272,7 +272,7 @@ class Tower(nn.Module):
 
     @property
     def is_fp8(self) -> bool:
-        """Whether :meth:`optimize` turned the layers' weights into 8 bits."""
+        """Whether :meth:`optimize` converted the layers' weights to 8 bits."""
         return any(isinstance(module, Fp8Weight) for module in self.layers.modules())
 
     @property
@@ -288,20 +288,21 @@ class Tower(nn.Module):
         graphs: bool = False,
         fp8: bool = False,
     ) -> Tower:
-        """Choose how the tower runs; what is not given stays as it is.
+        """Set options of the tower's execution; options that are not given do not change.
 
         Args:
-            dtype: of the weights from now on, for example ``torch.bfloat16``. Not for a tower shared with a chat model:
-                its weights would change too, and the rest of it would not.
-            chunk: images that run at once, 32 unless chosen. It bounds what a layer needs beside the state of all
-                images: about 7 rows of D a token of the chunk, and what attention takes.
-            compile: ``torch.compile`` each layer, once for each shape.
-            graphs: record CUDA graphs, one for each shape of a chunk; call again after the weights were moved.
-            fp8: products with 8-bit weights and rows; for GPUs of compute capability 8.9 or more. There is no way back.
+            dtype: new dtype of the weights, for example ``torch.bfloat16``. Not for a tower shared with a chat model,
+                whose tower weights would change too, but not its other weights.
+            chunk: number of images per batch, initially 32. It limits a layer's memory in addition to the state of all
+                images: about 7 rows of D per token of the chunk, and the memory of attention.
+            compile: ``torch.compile`` each layer, once per shape.
+            graphs: record CUDA graphs, one per shape of a chunk; set it again after moving the weights.
+            fp8: products with 8-bit weights and inputs, for GPUs of compute capability 8.9 or more. It cannot be
+                undone.
 
         Raises:
-            ValueError: ``chunk`` is not positive, ``graphs`` is asked for and there is no CUDA device, or ``fp8`` and
-                a layer was replaced or wrapped.
+            ValueError: ``chunk`` is not positive, ``graphs`` is True without a CUDA device, or ``fp8`` is True and a
+                layer was replaced or wrapped.
         """
         if chunk is not None:
             if chunk < 1:
@@ -311,7 +312,7 @@ class Tower(nn.Module):
             self.to(dtype)
         if fp8:
             if (reason := why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList))) is not None:
-                raise ValueError(f"fp8 needs the tower's layers as they were built, but {reason}")
+                raise ValueError(f"fp8 needs unmodified tower layers, but {reason}")
             weights = [
                 (module, name, weight)
                 for module in self.layers.modules()
@@ -331,7 +332,7 @@ class Tower(nn.Module):
         return self
 
     def embed(self, images: Tensor) -> Tensor:
-        """Normalised images ``[n, 3, h, w]`` to the input of layer 0, ``[n, 1+P+R, D]``."""
+        """Compute the input of layer 0, ``[n, 1+P+R, D]``, from normalised images ``[n, 3, h, w]``."""
         patches = self.patch_embedding(images.to(self.dtype)).flatten(2).transpose(1, 2)
         if self.config.is_siglip:
             return _with_mean(patches + self.position[1:])
@@ -347,16 +348,16 @@ class Tower(nn.Module):
         return self.position.device
 
     def learns(self, images: Tensor) -> bool:
-        """Whether a gradient is asked for: of ``images`` (or tokens of them), or of a parameter inside the tower."""
-        asked = torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if asked and self.is_fp8:
-            raise ValueError("a tower in 8 bits (optimize(fp8=True)) gives no gradients, but one is asked for")
-        return asked
+        """Whether ``images`` (or their tokens) or a parameter inside the tower requires a gradient."""
+        needed = torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if needed and self.is_fp8:
+            raise ValueError("a tower in 8 bits (optimize(fp8=True)) has no gradients, but one is required")
+        return needed
 
     def run(self, images: Tensor, stop: int, done: Callable[[], None] = nothing) -> Tensor:
-        """Normalised images ``[n, 3, h, w]`` to the input of layer ``stop``, a chunk at a time: ``[n, 1+P+R, D]``.
+        """Compute the input of layer ``stop``, ``[n, 1+P+R, D]``, of images ``[n, 3, h, w]``, a chunk at a time.
 
-        ``done`` is called as each chunk leaves a layer.
+        ``done`` is called after each layer of each chunk.
         """
         learns = self.learns(images)
 
@@ -364,7 +365,7 @@ class Tower(nn.Module):
             x = self.embed(piece)
             for layer in range(stop):
                 x = self.layers[layer](x)
-                if learns or self._recorded is None:  # a recording calls nothing when it is replayed
+                if learns or self._recorded is None:  # a replayed graph makes no Python calls
                     done()
             return x
 
@@ -383,9 +384,9 @@ class Tower(nn.Module):
             return state
 
     def run_layer(self, layer: int, x: Tensor, done: Callable[[], None] = nothing) -> Tensor:
-        """Output of layer ``layer`` (0-based in the whole tower) on ``[n, 1+P+R, D]``.
+        """Compute the output of layer ``layer`` (0-based in the full tower) on ``[n, 1+P+R, D]``.
 
-        Written over ``x``, unless gradients are asked for (:meth:`learns`).
+        It overwrites ``x``, unless gradients are needed (:meth:`learns`).
         """
         module = self.layers[layer - self.first_layer]
         if self.learns(x):
@@ -404,11 +405,11 @@ class Tower(nn.Module):
         return x
 
     def chunks(self, images: int) -> int:
-        """How many chunks that many images make."""
+        """Return the number of chunks for a number of images."""
         return -(-images // self.chunk)
 
     def _replays(self) -> bool:
-        """Whether recordings serve. One made before a layer was wrapped or replaced would leave that out."""
+        """Whether CUDA graphs can be replayed; they would ignore layers wrapped or replaced after recording."""
         return self._recorded is not None and why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList)) is None
 
     def _run(self, name: Any, function: Callable[[Tensor], Tensor], piece: Tensor, recorded: bool) -> Tensor:
@@ -417,9 +418,9 @@ class Tower(nn.Module):
         return function(piece)
 
     def project(self, tokens: Tensor) -> Tensor:
-        """``[..., D]`` to the shared space ``[..., F]``, without the final LayerNorm.
+        """Project ``[..., D]`` to the shared space ``[..., F]``, without the final LayerNorm.
 
-        Of a SigLIP: each token through the pooling head by itself.
+        A SigLIP's pooling head is applied to each token separately.
 
         Raises:
             ValueError: the tower has no projection (``projection_dim`` None).
@@ -429,17 +430,17 @@ class Tower(nn.Module):
         return self.projection(tokens)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """Last state of each image, ``[..., 1+P, D]``, to the image model's own embedding of it, ``[..., F]``.
+        """Compute the image model's embedding of each image, ``[..., F]``, from its last state, ``[..., 1+P, D]``.
 
-        After the final LayerNorm CLIP and EVA-CLIP project the CLS; SigLIP's pooling head attends to all patches.
+        After the final LayerNorm, CLIP and EVA-CLIP project the CLS; SigLIP's pooling head attends to all patches.
 
         Raises:
-            ValueError: as :meth:`project`.
+            ValueError: see :meth:`project`.
         """
         if self.config.is_siglip and self.config.projection_dim is not None:
             return self.projection.pool(self.final_norm(tokens[..., 1:, :]))
         return self.project(self.final_norm(tokens[..., 0, :]))
 
     def image_embeds(self, images: Tensor) -> Tensor:
-        """Embeddings of single images, ``[n, 3, h, w]`` to ``[n, F]``: those of the model without a branch."""
+        """Embed single images without a branch, ``[n, 3, h, w]`` to ``[n, F]``."""
         return self.pool(self.run(images, len(self.layers)))

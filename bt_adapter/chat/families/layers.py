@@ -69,7 +69,7 @@ def video_tokens_of_layers(
         nonlocal x
         for layer in range(first, last):
             x = model._run_tower_layer(layer, x, done)
-            yield model._seen(x, visible)
+            yield model._branch_input(x, visible)
             done()
 
     def read_both(number: int, z: Tensor) -> None:
