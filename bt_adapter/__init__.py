@@ -1,4 +1,4 @@
-"""BT-Adapter: a small trainable branch beside a frozen CLIP that teaches image chat models to read videos.
+"""BT-Adapter: a small trainable branch of a frozen CLIP that teaches image chat models to read videos.
 
 The method: arXiv 2309.15785 (CVPR 2024). The path of a video through this package: ``data`` (file to frames),
 ``tower`` (frozen CLIP), ``branch`` (what learns), ``model`` (both joined: embeddings, losses, video tokens), ``chat``
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Brought in when first asked for: torch and transformers take seconds, and the command line must answer at once.
+# Imported on first access: torch and transformers take seconds, which would delay the command line.
 _PLACES = {
     "BTAdapterConfig": "config",
     "BTAdapterOutput": "model",

@@ -20,7 +20,7 @@ STAGES = ("fresh", "image", "tuned", "control")  # of the small stack's chat mod
 def mini_stage(model: str | os.PathLike[str]) -> str | None:
     """Read which stage of the small stack a model name means: "mini" is its last, "mini:image" an earlier one.
 
-    Stages: "fresh" (a projector that learned nothing), "image" (tuned on stills alone), "tuned" (then on videos with
+    Stages: "fresh" (an untrained projector), "image" (tuned only on stills), "tuned" (then on videos with
     the branch) and "control" (then on the same videos without it).
 
     Returns:

@@ -146,7 +146,7 @@ def read_processor(name: str) -> Any:
         ImportError: the image processor needs a package that is not installed. OSError: there is no tokenizer.
     """
     files = ("preprocessor_config.json", "processor_config.json")
-    if not any(_file(name, file) for file in files):  # a folder with a tokenizer alone
+    if not any(_file(name, file) for file in files):  # a folder with only a tokenizer
         tokenizer = AutoTokenizer.from_pretrained(name)
         if not tokenizer.chat_template and (template := _file(name, "chat_template.json")):
             tokenizer.chat_template = json.loads(Path(template).read_text(encoding="utf-8"))["chat_template"]

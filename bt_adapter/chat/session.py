@@ -75,7 +75,7 @@ class Session:
         self.chat, self.conversation, self.sampling, self.notes = chat, conversation, sampling, notes
         self.max_new_tokens = max_new_tokens
         self._seconds = {"load": load} if load else {}
-        self._seen: list[EncodedVisual] = []  # since the last answer
+        self._encoded: list[EncodedVisual] = []  # since the last answer
 
     def show(self, videos: Sequence[FrameStream], images: Sequence[Path]) -> None:
         """Add videos, then stills, to the next question; the videos share the tokens that are left in the context.
@@ -93,7 +93,7 @@ class Session:
     def _encode_video(self, stream: FrameStream, room: int) -> EncodedVisual:
         with progress_bar(self.notes, f"watching {Path(stream.path).name}") as progress:
             try:
-                seen = encode_video(self.chat, stream, self.sampling, progress, room)
+                encoded = encode_video(self.chat, stream, self.sampling, progress, room)
             except VideoError:
                 raise
             except MemoryError as error:
@@ -102,10 +102,10 @@ class Session:
                 ) from error
             except ValueError as error:
                 raise CommandError(str(error)) from error
-        if seen.truncated:
-            note = f"damaged or cut short; continuing with the {seen.total} frames that can be read"
+        if encoded.truncated:
+            note = f"damaged or cut short; continuing with the {encoded.total} frames that can be read"
             say(self.notes, f"{stream.path}: {note}", "yellow")
-        return seen
+        return encoded
 
     def _encode_image(self, path: Path) -> EncodedVisual:
         try:
@@ -120,8 +120,8 @@ class Session:
         reply = self.conversation.ask(question, self.max_new_tokens, _show)
         _show("\n")
         self._seconds |= reply.seconds
-        say(self.notes, summary(self._seen, self._seconds, reply, peak_memory(self.chat.device)), "dim")
-        self._seconds, self._seen = {}, []
+        say(self.notes, summary(self._encoded, self._seconds, reply, peak_memory(self.chat.device)), "dim")
+        self._seconds, self._encoded = {}, []
 
     def converse(self) -> None:
         """Read lines until end of input. An invalid line is reported, and the conversation continues."""
@@ -162,15 +162,15 @@ class Session:
                     raise
                 say(self.notes, "interrupted", "yellow")
 
-    def _add(self, seen: EncodedVisual) -> None:
-        self.conversation.add(seen)
-        self._seen.append(seen)
-        for name, seconds in (("decode", seen.decode), ("encode", seen.encode)):
+    def _add(self, encoded: EncodedVisual) -> None:
+        self.conversation.add(encoded)
+        self._encoded.append(encoded)
+        for name, seconds in (("decode", encoded.decode), ("encode", encoded.encode)):
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def _reset(self) -> None:
         self.conversation.reset()
-        self._seen = []
+        self._encoded = []
 
 
 def _open(sampling: Sampling, path: Path) -> FrameStream:
@@ -237,11 +237,11 @@ def load(command: ChatModel) -> VideoChat:
         raise CommandError(f"--model {command.model}{branch}: {error}") from error
 
 
-def summary(seen: list[EncodedVisual], seconds: dict[str, float], reply: Reply, memory: int) -> str:
+def summary(visuals: list[EncodedVisual], seconds: dict[str, float], reply: Reply, memory: int) -> str:
     """Format timings: "8 of 132 frames · decode 0.21 s · … · 12 tokens, 25.1 tokens/s · peak memory 1.31 GB"."""
     parts = [
         f"{each.frames} of {each.total} frames" + (f" in {each.sets} sets" if each.sets > 1 else "")
-        for each in seen
+        for each in visuals
         if each.kind == "video"
     ]
     parts += [f"{name} {value:.2f} s" for name, value in seconds.items()]

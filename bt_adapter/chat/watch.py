@@ -92,10 +92,10 @@ def encode_video(
     if isinstance(stream, FrameStream) and stream.side is None:
         stream.side = chat.images.largest_side
     decode = time.perf_counter() - begin
-    seen = 0
+    frames = 0
 
     def prepared() -> Iterator[Tensor]:
-        nonlocal decode, seen
+        nonlocal decode, frames
         chunks = iter(stream)
         while True:
             start = time.perf_counter()
@@ -103,7 +103,7 @@ def encode_video(
             decode += time.perf_counter() - start
             if chunk is None:
                 return
-            seen += len(chunk)
+            frames += len(chunk)
             yield chunk if isinstance(stream, DecodedVideo) else chat.prepare(chunk)[0]
 
     length = chat.family.video_length
@@ -120,7 +120,7 @@ def encode_video(
     if tokens.device.type == "cuda":
         torch.cuda.synchronize(tokens.device)
     return EncodedVisual(
-        "video", visual.tokens, Path(stream.path).name, visual.reads, seen, stream.total, len(tokens),
+        "video", visual.tokens, Path(stream.path).name, visual.reads, frames, stream.total, len(tokens),
         stream.truncated, decode, time.perf_counter() - begin - decode,
     )  # fmt: skip
 
