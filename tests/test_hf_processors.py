@@ -155,7 +155,11 @@ def test_frames_are_obeyed_or_refused(clips):
     for wrong, options, message in (
         (path, {"num_frames": 3, "fps": 1.0}, "only one of num_frames and fps"),
         (memory, {"fps": 1.0}, "fps must not be given with frames in memory"),
-        (path, {"videos_kwargs": {"do_resize": False}}, "do_resize: videos take num_frames or fps"),
+        (
+            path,
+            {"videos_kwargs": {"do_resize": False}},
+            "do_resize: not supported; videos accept only num_frames or fps",
+        ),
         (path, {"num_frames": 3, "do_sample_frames": False}, "do_sample_frames must not be False"),
         ("http://somewhere/clip.mp4", {}, "must be a local file"),
     ):
