@@ -243,7 +243,7 @@ def test_a_dinov2_has_no_text_tower(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("siglip2", "fixed resolution, not NaFlex"), ("vit", "expected a CLIP of Hugging Face")],
+    [("siglip2", "fixed resolution are supported, not NaFlex"), ("vit", "expected a CLIP of Hugging Face")],
 )
 def test_other_models_are_refused_by_name(kind, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
