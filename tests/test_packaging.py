@@ -182,7 +182,8 @@ def test_required_without_a_compiler_fails_and_says_why(sources, tmp_path, nativ
 
 @pytest.mark.parametrize("name", ["BT_NATIVE", "BT_CUDA"])
 def test_wrong_switch_is_named(sources, tmp_path, name):
-    code = f"import runpy, sys; sys.argv = ['setup.py', '--version']\nrunpy.run_path('setup.py')['read_switch']({name!r})"
+    code = "import runpy, sys; sys.argv = ['setup.py', '--version']\n"
+    code += f"runpy.run_path('setup.py')['read_switch']({name!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=sources, env=os.environ | {name: "yes"}, capture_output=True, text=True
     )
