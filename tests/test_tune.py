@@ -107,7 +107,7 @@ def test_loss_is_that_of_the_chat_model_itself(mixed):
     expected = 0.0
     for part in parts_of(chat, mixed, parts=8):
         (example,) = part.examples
-        ids, targets = example.wide()
+        ids, targets = example.expand()
         inputs = {"input_ids": ids[None]}
         if part.visuals:
             frames = part.visuals[0] if part.visuals[0].ndim == 4 else part.visuals[0][None]
@@ -173,7 +173,7 @@ def test_however_a_step_is_cut_up_it_learns_the_same(mixed, make, parts, changes
 def test_packing_is_refused_where_conversations_would_see_one_another():
     chat = blip2_chat()
     chat.family.language_model.set_attn_implementation("eager")  # which adds the mask instead of choosing by it
-    with pytest.raises(CommandError, match="--packing: in OPTModel conversations of one row see one another"):
+    with pytest.raises(CommandError, match="--packing: in OPTModel conversations of one row attend to one another"):
         Tuning(chat, recipe(packing=True))
 
 

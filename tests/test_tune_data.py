@@ -129,7 +129,7 @@ def test_targets_are_the_answers_and_nothing_else(video_chat):
     pieces += [(["red", "</s>"], True)]
     flat = [(of(word), answer) for words, answer in pieces for word in words]
     expected = [after if answer else IGNORED for after, answer in flat[1:]] + [IGNORED]
-    ids, targets = example.wide()
+    ids, targets = example.expand()
     special = [] if ids[0] == flat[0][0] else [61]  # an opening token, where the tokenizer puts one
     assert ids.tolist() == special + [token for token, _ in flat]
     assert targets.tolist() == [IGNORED] * len(special) + expected
@@ -139,7 +139,7 @@ def test_targets_are_the_answers_and_nothing_else(video_chat):
 def test_every_prompt_is_that_of_inference(video_chat):
     tokens = Tokens(video_chat.model, video_chat.processor)
     pairs = [("how is it moving ?", "it is left ."), ("what colour ?", "red"), ("and ?", "blue .")]
-    ids, targets = tokens.example(conversation(*pairs)).wide()
+    ids, targets = tokens.example(conversation(*pairs)).expand()
     turns = [Turn(q, ("video",) if i == 0 else (), a) for i, (q, a) in enumerate(pairs)]
     begins = [i for i in range(len(ids)) if targets[i] != IGNORED and (i == 0 or targets[i - 1] == IGNORED)]
     assert len(begins) == 3
@@ -162,7 +162,7 @@ def test_places_in_a_question_are_those_of_inference(video_chat, tmp_path, asked
     names = {name: ["clip0.mp4"] * kind.count(name) for name in set(kind)}
     (tmp_path / "a.json").write_text(json.dumps([{**names, "conversations": talk(asked, "left .")}]))
     (found,), _ = read_conversations(tmp_path / "a.json")
-    ids, targets = Tokens(video_chat.model, video_chat.processor).example(found).wide()
+    ids, targets = Tokens(video_chat.model, video_chat.processor).example(found).expand()
     begin = int((targets != IGNORED).nonzero()[0])
     lengths = [PATCHES + (name == "video") for name in kind]
     prompt = conversation_ids(video_chat.processor, [Turn(expected, tuple(kind))], lengths)
@@ -172,7 +172,7 @@ def test_places_in_a_question_are_those_of_inference(video_chat, tmp_path, asked
 def test_an_answer_without_an_end_in_the_template_ends_with_the_tokenizers(video_chat):
     tokenizer = make_tokenizer(TEMPLATE.replace("</s>", " "))
     tokens = Tokens(video_chat.model, make_processor(video_chat.model, tokenizer))
-    ids, targets = tokens.example(conversation(("how ?", "left ."), ("?", "red"))).wide()
+    ids, targets = tokens.example(conversation(("how ?", "left ."), ("?", "red"))).expand()
     assert EOS not in ids.tolist()
     assert [t for t in targets.tolist() if t != IGNORED] == tokenizer.convert_tokens_to_ids(
         ["left", ".", "</s>", "red", "</s>"]

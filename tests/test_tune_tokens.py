@@ -79,7 +79,7 @@ def test_every_answer_is_learned_after_the_prompt_of_inference(chat, kind, templ
     for number, turn in enumerate(turns):
         prompt = conversation_ids(processor, [*turns[:number], Turn(turn.question, turn.kinds)], [PATCHES + 1])
         example = examples[number if len(examples) > 1 else 0]
-        ids, targets = (values.tolist() for values in example.wide())
+        ids, targets = (values.tolist() for values in example.expand())
         assert ids[: len(prompt)] == prompt
         end = next(i for i in range(len(prompt) - 1, len(ids) + 1) if i == len(ids) or targets[i] == IGNORED)
         own = targets[len(prompt) - 1 : end]
@@ -111,7 +111,7 @@ def test_a_prompt_that_ends_in_a_space_keeps_its_tokens(chat):
     processor = make_processor(chat, tokenizer)
     assert len(tokenizer(" left")["input_ids"]) == 1
     example = Tokens(chat, processor).example(conversation(("how is it moving ?", "left")))
-    ids = example.wide()[0].tolist()
+    ids = example.expand()[0].tolist()
     prompt = conversation_ids(processor, [Turn("how is it moving ?", ("video",))], [PATCHES + 1])
     assert ids[: len(prompt)] == prompt and tokenizer.convert_ids_to_tokens(prompt[-1]) == "Ġ"
     assert tokenizer.decode(ids[len(prompt) :]) == "left </s>"  # this template writes a space after each text

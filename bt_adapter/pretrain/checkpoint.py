@@ -1,7 +1,7 @@
-"""What a run that was killed at any moment goes on from.
+"""Checkpoints of a run, from which it resumes after it was killed at any moment.
 
 ``OUT/checkpoints/00000200/`` appears whole or not at all: ``branch/`` (of save_pretrained), ``optimizer.safetensors``,
-``state.json``, and ``ema/`` where there is one. Tensors are stored whole whatever the number of processes was.
+``state.json``, and ``ema/`` where there is one. Tensors are stored unsharded, so the number of processes may change.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Attributes:
-        damaged: what :meth:`newest` found damaged and passed over, each with the reason.
+        damaged: checkpoints that :meth:`newest` skipped because they are damaged, with the reason.
     """
 
     def __init__(self, out: Path, keep_last: int) -> None:
@@ -40,23 +40,23 @@ class Checkpoints:
         self.damaged: list[str] = []
 
     def steps(self) -> list[int]:
-        """Of which steps there are whole ones, ascending."""
+        """Steps of the complete checkpoints, ascending."""
         return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
 
     def path(self, step: int) -> Path:
-        """Folder of a step's checkpoint."""
+        """The folder of a step's checkpoint."""
         return self.folder / f"{step:08d}"
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Folder and state of the newest one that is not damaged; None where there is none at all.
+        """Folder and state of the newest undamaged checkpoint; None where there is no checkpoint at all.
 
         Raises:
-            CheckpointError: there are some, but all are damaged.
+            CheckpointError: all checkpoints are damaged.
         """
         for step in reversed(self.steps()):
             folder = self.path(step)
             try:
-                return folder, _sound(folder)
+                return folder, _read_state(folder)
             except CheckpointError as error:
                 self.damaged.append(str(error))
         if self.damaged:
@@ -70,7 +70,7 @@ class Checkpoints:
         ema: Mapping[str, Tensor],
         state: dict[str, Any],
     ) -> None:
-        """Write a checkpoint and drop what need not be kept. Every process calls it, the first one writes."""
+        """Write a checkpoint and delete old ones. Every process calls it, the first one writes."""
         branch = {name: whole(tensor) for name, tensor in model.branch.state_dict().items()}
         moments = {name: whole(tensor) for name, tensor in moments_of(model.branch, optimizer).items()}
         averages = {name: whole(tensor) for name, tensor in ema.items()}
@@ -84,9 +84,9 @@ class Checkpoints:
         self.write(state, fill)
 
     def write(self, state: dict[str, Any], fill: Callable[[Path], None]) -> None:
-        """A checkpoint of what ``fill`` writes into a folder. Every process calls it, the first one writes.
+        """Write a checkpoint by ``fill``, which is given its folder. Every process calls it, the first one writes.
 
-        state: of the run, JSON; its "step" names the checkpoint, and that of its "best", where it has one, is kept.
+        state: state of the run, JSON; its "step" names the checkpoint. The checkpoint of its "best", if any, is kept.
         """
         if first():
             folder = self.path(state["step"])
@@ -104,11 +104,11 @@ class Checkpoints:
             dist.barrier()
 
     def _drop(self, newest: int, best: dict[str, Any] | None) -> None:
-        # later ones are damaged: the run went on from before them
+        # later ones are damaged: the run resumed from an earlier one
         kept = {*[step for step in self.steps() if step <= newest][-self.keep_last :], (best or {}).get("step")}
         for step in self.steps():
             if step not in kept:
-                # renamed first: a folder half gone must not look like a checkpoint
+                # renamed first: a partly deleted folder must not look like a checkpoint
                 doomed = self.path(step).with_name(f"{step:08d}.dropped")
                 os.replace(self.path(step), doomed)
         for doomed in (*self.folder.glob("*.dropped"), *self.folder.glob("*.writing")):
@@ -118,7 +118,7 @@ class Checkpoints:
 def save_trained(
     model: BTAdapterVisionModel, folder: Path, branch: Mapping[str, Tensor], state: dict[str, Any]
 ) -> None:
-    """Write a branch, and beside it how it was trained. state: of the run."""
+    """Write a branch, and in pretrained.json how it was trained. state: state of the run."""
     save_model(model, folder, branch=branch)
     recipe = state["recipe"]
     sampling = {"frames": FrameRange.of(recipe["frames"]).most, "repeat": True}
@@ -129,8 +129,8 @@ def save_trained(
     write_whole(folder / PRETRAINED, json.dumps(about, indent=2) + "\n")
 
 
-def _sound(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state; CheckpointError where a file of it is missing or damaged. Tensors are not read."""
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Read the state of a checkpoint. Raises CheckpointError for a missing or damaged file; tensors are not read."""
     try:
         states = {file: json.loads(file.read_text(encoding="utf-8")) for file in folder.rglob("*.json")}
         for file in {folder / "optimizer.safetensors", *folder.rglob("*.safetensors")}:
@@ -144,17 +144,17 @@ def _sound(folder: Path) -> dict[str, Any]:
 
 
 def first() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this is the process that writes files."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may lie in parts on many processes; they all call it."""
+    """Gather a tensor that may be sharded over processes; every process calls it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, laid out as the parameter it belongs to."""
+    """Shard a whole tensor, and move it, as its parameter is."""
     tensor = tensor.to(parameter.device)
     if not hasattr(parameter, "placements"):
         return tensor
@@ -165,7 +165,7 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def moments_of(branch: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What AdamW remembers, by "<what>.<parameter>"."""
+    """The state of AdamW, by "<moment>.<parameter>"."""
     return {
         f"{what}.{name}": optimizer.state[parameter][what]
         for name, parameter in branch.named_parameters()
@@ -175,12 +175,12 @@ def moments_of(branch: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def save_moments(moments: Mapping[str, Tensor], file: Path) -> None:
-    """Write what AdamW remembers."""
+    """Write the state of AdamW."""
     save_file({name: tensor.cpu().contiguous() for name, tensor in moments.items()}, file)
 
 
 def load_moments(branch: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Give AdamW back what it remembered.
+    """Load the state of AdamW.
 
     Raises:
         CheckpointError: the file is damaged, or lacks a parameter.
@@ -190,7 +190,7 @@ def load_moments(branch: nn.Module, optimizer: torch.optim.Optimizer, file: Path
         found = {what: stored.get(f"{what}.{name}") for what in KEPT}
         if missing := [what for what, tensor in found.items() if tensor is None]:
             if len(missing) == len(KEPT):
-                continue  # it never had a gradient
+                continue  # the parameter never had a gradient
             raise CheckpointError(f"{file} lacks {', '.join(missing)} of {name}")
         moments: dict[str, Any] = found
         step = moments.pop("step")
@@ -204,7 +204,7 @@ def _fused(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def load_averages(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The averaged branch stored beside. CheckpointError where its file is damaged, or lacks a parameter."""
+    """Load the moving average of the branch. Raises CheckpointError for a damaged file or a missing parameter."""
     stored, wanted = read_safetensors(folder / "model.safetensors"), dict(parameters)
     if missing := [name for name in wanted if f"branch.{name}" not in stored]:
         raise CheckpointError(f"{folder}/model.safetensors lacks {', '.join(missing)}")

@@ -1,4 +1,4 @@
-"""How many frames a pretraining step has: one number, or one drawn for each step so that more time steps learn."""
+"""The number of frames of a pretraining step: fixed, or drawn for each step so that more time steps are trained."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from bt_adapter.errors import CommandError
 
 @dataclass(frozen=True)
 class FrameRange:
-    """Numbers of frames ``least`` to ``most``, of which each step draws one."""
+    """A range of frame numbers, ``least`` to ``most``, from which each step draws one."""
 
     least: int
     most: int
 
     @staticmethod
     def of(frames: int | str) -> FrameRange:
-        """From what ``--frames`` says: 8, or "8..16".
+        """Parse the value of ``--frames``: 8, or "8..16".
 
         Raises:
             CommandError: it is neither, or no range of positive numbers.
@@ -29,9 +29,9 @@ class FrameRange:
 
     def draw(self, seed: int, step: int) -> int:
         """T of a step (counted from 0): depends on the seed and the step alone, so all processes agree."""
-        from bt_adapter.data.loading import numbers_seed  # brings in torch, which the command line starts without
+        from bt_adapter.data.loading import numbers_seed  # imports torch, which the command line does not need
 
         return self.least + numbers_seed(seed, step, _FRAMES) % (self.most - self.least + 1)
 
 
-_FRAMES = 0x66726D73  # tells these draws from others of the same seed and step
+_FRAMES = 0x66726D73  # separates these draws from others of the same seed and step

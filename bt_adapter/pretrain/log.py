@@ -1,4 +1,4 @@
-"""One JSON line a step, TensorBoard where asked for, and a line or bar for who watches."""
+"""The log of a run: one JSON line per step, TensorBoard events on request, and a progress bar or lines on stderr."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rich.progress import Progress
 
 from bt_adapter.terminal import make_console, make_progress, say
 
-SECONDS = 10.0  # between lines where no bar can be drawn
+SECONDS = 10.0  # between lines where the output is no terminal
 
 
 class Log:
-    """Written by the first process alone; ``step`` is the one a run goes on from, and lines past it are dropped."""
+    """The log that the first process writes. ``step``: the one a run resumes from; lines of later steps are removed."""
 
     def __init__(self, out: Path, step: int, total: int, tensorboard: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "log.jsonl"
-        _cut(self.path, step)
-        _cut(out / "validation.jsonl", step)
+        _truncate(self.path, step)
+        _truncate(out / "validation.jsonl", step)
         self.file = self.path.open("a", encoding="utf-8")
-        self.total, self.console, self.told = total, make_console(stderr=True), 0.0
+        self.total, self.console, self.last_line = total, make_console(stderr=True), 0.0
         self.bar: Progress | None = None
         if self.console.is_terminal:
             self.bar = make_progress(self.console, remaining=True, transient=False)
@@ -37,7 +37,7 @@ class Log:
             self.events = SummaryWriter(os.fspath(out / "tensorboard"), purge_step=step)
 
     def step(self, values: dict[str, Any]) -> None:
-        """A finished step."""
+        """Log a finished step."""
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
         if self.events is not None:
@@ -49,12 +49,12 @@ class Log:
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=values["step"], description=text)
-        elif time.monotonic() - self.told > SECONDS:
-            self.told = time.monotonic()
+        elif time.monotonic() - self.last_line > SECONDS:
+            self.last_line = time.monotonic()
             self.say(f"step {values['step']} of {self.total}: {text}")
 
     def validation(self, values: dict[str, Any]) -> None:
-        """Retrieval on the validation clips, a line in validation.jsonl."""
+        """Log retrieval on the validation clips, as a line of validation.jsonl."""
         with self.path.with_name("validation.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         ways = [name for name in values if name != "step"]
@@ -65,11 +65,11 @@ class Log:
         self.say(f"validation after step {values['step']}, R@1: {shown}")
 
     def say(self, text: str) -> None:
-        """A line for who watches."""
+        """Print a line."""
         say(self.console, text)
 
     def close(self) -> None:
-        """Let go of the terminal and the files."""
+        """Release the terminal and close the files."""
         if self.bar is not None:
             self.bar.stop()
         if self.events is not None:
@@ -77,8 +77,8 @@ class Log:
         self.file.close()
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drop the lines of steps that will run again, and a last line that was cut short."""
+def _truncate(path: Path, step: int) -> None:
+    """Remove the lines of steps that will run again, and an incomplete last line."""
     if not path.exists():
         return
     kept = []

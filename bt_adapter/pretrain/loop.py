@@ -1,4 +1,4 @@
-"""What every training run has: a way to be stopped, a clock, a learning rate. Without torch: commands import it."""
+"""Stop signals, a clock and the learning rate schedule of all training runs. Commands import it, so it lacks torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-WINDOW = 20  # steps that throughput and data wait are means over
+WINDOW = 20  # steps over which throughput and data wait are averaged
 
 
 class Stopped(Exception):
-    """The run was asked to end before its last step; what it did is saved."""
+    """The run was stopped before its last step, after a checkpoint was written."""
 
 
 @contextmanager
 def signals(ask: Callable[[], None]) -> Iterator[None]:
-    """Within it, SIGTERM or SIGINT calls ``ask``. A second SIGINT ends the process at once.
+    """Within the context, SIGTERM or SIGINT calls ``ask``. A second SIGINT ends the process at once.
 
     A second SIGTERM does not: torchrun and Slurm may both send one.
     """
@@ -42,31 +42,31 @@ def signals(ask: Callable[[], None]) -> Iterator[None]:
 
 
 class Clock:
-    """Throughput and the share of time spent waiting for data, over the last steps."""
+    """Measures throughput and the share of time spent waiting for data, over the last steps."""
 
     def __init__(self) -> None:
         self.steps: deque[tuple[float, float]] = deque(maxlen=WINDOW)
 
     def begin(self) -> None:
-        """A step begins, with waiting for its batch."""
+        """Start a step, which first waits for its batch."""
         self.began = time.perf_counter()
 
     def got_data(self) -> None:
-        """The batch is there."""
+        """Note that the batch has arrived."""
         self.waited = time.perf_counter() - self.began
 
     def end(self) -> None:
-        """The step is over."""
+        """End the step."""
         self.steps.append((time.perf_counter() - self.began, self.waited))
 
     def figures(self, batch: int) -> tuple[float, float]:
-        """Clips per second, and the share of waiting in [0, 1]."""
+        """Clips per second, and the share of time spent waiting, in [0, 1]. ``batch``: clips per step."""
         seconds, waited = (sum(values) for values in zip(*self.steps, strict=True)) if self.steps else (0.0, 0.0)
         return (batch * len(self.steps) / seconds, waited / seconds) if seconds else (0.0, 0.0)
 
 
 def warm_steps(share: float, steps: int) -> int:
-    """Steps of warm-up: a share of all steps, rounded up."""
+    """Number of warm-up steps: a share of all steps, rounded up."""
     return math.ceil(round(share * steps, 6))  # 0.07 of 100 steps are 7, though their product is 7.000000000000001
 
 

@@ -1,4 +1,4 @@
-"""The pretraining loop: from one process on a laptop to torchrun over many machines."""
+"""The pretraining loop, in one process or under torchrun on many machines."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ LOSSES = ("vtc", "mbca", "mbta")
 
 
 def pretrain(recipe: Recipe) -> Path:
-    """Pretrain a branch, or go on with a run that was stopped. Returns the folder of the branch, ``OUT/branch``.
+    """Pretrain a branch, or resume a run that was stopped. Returns the folder of the branch, ``OUT/branch``.
 
     Raises:
-        CommandError: a value of the recipe cannot be, or the run in ``OUT`` had another one.
+        CommandError: a value of the recipe is invalid, or the run in ``OUT`` has another recipe.
         TooManySkipped: more than ``max_skipped`` of the clips cannot be used.
         Stopped: SIGTERM or SIGINT came; a checkpoint was written.
     """
@@ -55,13 +55,13 @@ def pretrain(recipe: Recipe) -> Path:
     try:
         recipe.check(processes.world)
         run = Run(with_clip(recipe), processes)
-        return run.to_the_end()
+        return run.finish()
     finally:
         processes.leave()
 
 
 def with_clip(recipe: Recipe) -> Recipe:
-    """The recipe with the CLIP named: where it names none, the one of ``init``. CommandError where there is none."""
+    """The recipe with its CLIP, by default the one of ``init``. Raises CommandError where neither names one."""
     if recipe.clip is not None:
         return recipe
     try:
@@ -78,7 +78,7 @@ def with_clip(recipe: Recipe) -> Recipe:
 
 
 def choose_temperature(recipe: Recipe, clip: Any) -> float:
-    """The temperature of the contrastive losses, as a number. ``clip``: the loaded image model with both towers.
+    """Return the temperature of the contrastive losses as a number. ``clip``: the image model with both towers.
 
     Raises:
         CommandError: the recipe asks for the temperature that the CLIP learned, and it has none.
@@ -124,7 +124,7 @@ class Run(TrainingRun):
         else:
             clips, unusable = read_clips(recipe.data, recipe.videos)
             self.skipped.merge(unusable)
-            self.began_with("clips", len(clips), digest(clips))
+            self.check_data("clips", len(clips), digest(clips))
             if len(clips) < recipe.batch_size:
                 raise CommandError(
                     f"--data {recipe.data} holds {len(clips)} usable clips, fewer than --batch-size {recipe.batch_size}"
@@ -133,7 +133,7 @@ class Run(TrainingRun):
             unusable.check(len(clips) + len(unusable), recipe.max_skipped)
             self.total = len(clips)
             transform = TrainTransform(size, scale=recipe.crop, resample=image_settings_of(self.clip, vision).resample)
-            if recipe.group > 1:  # a gap would put the clips behind it into other groups
+            if recipe.group > 1:  # a missing clip would shift later clips into other groups
                 unusable.merge(clips_lost(clip.path for clip in clips if isinstance(clip.source, Member)))
                 if len(unusable):
                     raise CommandError(
@@ -147,13 +147,13 @@ class Run(TrainingRun):
         self.damaged = Damaged()
         if self.state.get("damaged"):
             self.damaged.load_state_dict(self.state["damaged"])
-        self.left_out = Skipped()  # of the validation clips; in no share of those trained on
+        self.left_out = Skipped()  # of the validation clips, which --max-skipped does not count
         if recipe.validation is not None:
             self.validation, unusable = read_clips(recipe.validation, recipe.validation_videos)
             self.skipped.merge(unusable)
             if len(self.validation) < 2:
                 raise CommandError(f"--validation {recipe.validation} holds {len(self.validation)} usable clips, not 2")
-        self.listed = len(self.skipped)  # unusable before any clip was seen
+        self.listed = len(self.skipped)  # unusable before any clip was decoded
         if self.state.get("skipped"):
             self.skipped.load_state_dict(self.state["skipped"])
 
@@ -163,7 +163,9 @@ class Run(TrainingRun):
         self.model = start_model(recipe, self.clip, folder)
         self.model.trained_steps = recipe.frame_range.most
         head, config = self.model.branch.alignment_head, self.model.config
-        if head is not None and not recipe.needs_head:  # that of --init: DDP waits for the gradient of all that learns
+        if (
+            head is not None and not recipe.needs_head
+        ):  # from --init: DDP waits for the gradient of every trainable parameter
             head.requires_grad_(False)
         if recipe.lr_gates is not None and config.merge_gate_slope is None and config.output_gate_slope is None:
             raise CommandError(f"--lr-gates is {recipe.lr_gates}, but the branch has no gates: leave it out")
@@ -195,11 +197,11 @@ class Run(TrainingRun):
     def _run(self, done: int) -> Path:
         recipe, processes, out = self.recipe, self.processes, self.recipe.out / "branch"
         if recipe.temperature == "clip":
-            self._say(f"the temperature is the one that the CLIP learned, {self.temperature:.4g}")
+            self._say(f"the temperature is the one learned by the CLIP, {self.temperature:.4g}")
         if self.total is not None and (rest := self.total % recipe.group):
             self._say(f"the last {rest} clips of --data are too few for a group of {recipe.group} and are left out")
         if done:
-            self._say(f"going on after step {done} of {self.steps}")
+            self._say(f"resuming after step {done} of {self.steps}")
         self._loop(done)
         if processes.first or recipe.sharding == "fsdp2":
             branch = {name: whole(t).cpu() for name, t in self.model.branch.state_dict().items()}
@@ -235,11 +237,11 @@ class Run(TrainingRun):
             pending.append(self._step(step, batch))
             clock.end()
             due = self._due(step, saved) or step == self.steps
-            # Reading a step's figures waits for the device, so it is done when the next step is under way.
+            # Reading a step's figures waits for the device, so they are read after the next step was started.
             while len(pending) > (0 if due or processes.device.type == "cpu" else 1):
-                losses.append(self._tell(pending.pop(0)(), clock))
+                losses.append(self._record(pending.pop(0)(), clock))
             if due or self.stop:
-                losses.extend(self._tell(read(), clock) for read in pending)
+                losses.extend(self._record(read(), clock) for read in pending)
                 pending = []
                 self._save(step, sum(losses) / len(losses) if losses else math.inf)
                 saved, losses = time.monotonic(), []
@@ -247,13 +249,13 @@ class Run(TrainingRun):
                 raise Stopped(f"stopped after step {step} of {self.steps}; the same command goes on from there")
 
     def _step(self, step: int, batch: Any) -> Callable[[], dict[str, Any]]:
-        """One step; what is returned reads its figures, and so waits for the device."""
+        """Run one step. Returns a function that reads its figures, which waits for the device."""
         recipe, processes, device = self.recipe, self.processes, self.processes.device
         visible = draw_visible(recipe, self.model.vision_config.patches, step, processes.rank, processes.world, device)
         draws = draw_depth(self.model.config, recipe, visible, step, processes.rank, device)
         frames = batch.frames.to(device, non_blocking=True)
         text = self.text(batch.captions)
-        # The scaler wants to be asked: it has no scale before. Without one, nothing waits for the device.
+        # The scaler makes its scale when it is first called. Without a scaler nothing waits for the device here.
         scale = float(self.scaler.scale(torch.ones((), device=device))) if self.scaler.is_enabled() else 1.0
         numbers = replace(recipe, temperature=self.temperature)
         parts = backward(self.module, frames, visible, draws, text, numbers, processes.group, scale)
@@ -294,14 +296,15 @@ class Run(TrainingRun):
 
         return read
 
-    def _tell(self, values: dict[str, Any], clock: Clock) -> float:
+    def _record(self, values: dict[str, Any], clock: Clock) -> float:
+        """Log a step and return its loss. Raises TooManySkipped."""
         seen = values["step"] * self.recipe.batch_size + values["skipped"]
         self.skipped.check(seen, self.recipe.max_skipped, self.listed, self.total)
         self._log(values, clock)
         return values["loss"]
 
     def _due(self, step: int, saved: float) -> bool:
-        """Whether a checkpoint is due, on every process alike."""
+        """Whether a checkpoint is due; the answer is the same in every process."""
         recipe = self.recipe
         if recipe.save_steps and step % recipe.save_steps == 0:
             return True
@@ -314,7 +317,7 @@ class Run(TrainingRun):
 
     def _save(self, step: int, loss: float) -> None:
         best = self.state.get("best")
-        if not self.stop:  # who stops a run may not wait for a validation
+        if not self.stop:  # a stopped run ends without the delay of a validation
             score = self._score(step, loss)
             if math.isfinite(score) and (best is None or score > best["score"]):
                 best = {"step": step, "score": score}
@@ -327,7 +330,7 @@ class Run(TrainingRun):
         self.checkpoints.save(self.model, self.optimizer, self.ema, self.state)
 
     def _score(self, step: int, loss: float) -> float:
-        """What the best checkpoint has most of: R@1 on the validation clips, else the least loss since the last one."""
+        """Score by which the best checkpoint is kept: R@1 on the validation clips, else minus the mean loss."""
         if not self.validation:
             return -loss
         from bt_adapter.eval.retrieval import quick
@@ -350,11 +353,11 @@ class Run(TrainingRun):
 
 
 def start_model(recipe: Recipe, clip: Any, folder: Path | None) -> BTAdapterVisionModel:
-    """The model at the beginning: of a checkpoint, of ``init``, or with a fresh branch."""
+    """Load the model of a checkpoint or of ``init``, or make one with a fresh branch."""
     if folder is not None:
         return BTAdapterVisionModel.from_pretrained(folder / "branch", clip=clip)
     if recipe.init is not None:
-        return _start_of(recipe, recipe.init, clip)
+        return _load_init(recipe, recipe.init, clip)
     slopes: dict[str, Any] = {} if recipe.gates else dict(NO_GATES)
     config = BTAdapterConfig(
         depth=recipe.depth, drop_path=recipe.drop_path, max_frames=recipe.max_frames,
@@ -362,12 +365,12 @@ def start_model(recipe: Recipe, clip: Any, folder: Path | None) -> BTAdapterVisi
     )  # fmt: skip
     model = BTAdapterVisionModel.from_clip(clip, config)
     with torch.no_grad():
-        model.branch.time.mul_(recipe.time_std / Recipe.time_std)  # the same draws, of another size
+        model.branch.time.mul_(recipe.time_std / Recipe.time_std)  # the same random numbers, scaled
     return model
 
 
-def _start_of(recipe: Recipe, init: str, clip: Any) -> BTAdapterVisionModel:
-    """The model of ``init``. CommandError where it does not fit the CLIP, or options say another thing."""
+def _load_init(recipe: Recipe, init: str, clip: Any) -> BTAdapterVisionModel:
+    """Load the model of ``init``. Raises CommandError where it does not fit the CLIP or contradicts an option."""
     try:
         place = locate_branch(init) if is_hub_name(init) else Path(init)
         if place.is_file():
@@ -404,20 +407,20 @@ def _start_of(recipe: Recipe, init: str, clip: Any) -> BTAdapterVisionModel:
 
 
 def wrap(module: Pretraining, recipe: Recipe, device: torch.device, many: bool) -> nn.Module:
-    """The module as the processes share it."""
+    """Wrap the module for several processes."""
     if not many:
         return module
     if recipe.sharding == "ddp":
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
-    # The branch's layers run as one function each, on weights that must all be there: so one unit, not one a layer.
+    # Each branch layer is one autograd function that needs all weights, so the branch is one FSDP unit.
     fully_shard(module, ignored_params=set(module.model.tower.parameters()))
     return module
 
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Within the context, every process has all weights, for what runs outside of the module's own ``forward``."""
+    """Within the context every process has all weights, for code outside of the module's own ``forward``."""
     if not isinstance(module, FSDPModule):
         yield
         return

@@ -1,4 +1,4 @@
-"""Losses and gradients of one batch: at once, or in parts that the contrastive losses still see as one batch."""
+"""Losses and gradients of one batch, computed at once or in parts; contrastive losses compare the whole batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bt_kernels import VisibleTokens
 
 
 class Pretraining(nn.Module):
-    """Frames to what the losses compare. All that learns runs inside, so that DDP and FSDP2 can wrap it."""
+    """Computes the embeddings that the losses compare. It holds all trainable parameters: DDP and FSDP2 wrap it."""
 
     def __init__(self, model: BTAdapterVisionModel, recipe: Recipe) -> None:
         super().__init__()
@@ -30,9 +30,13 @@ class Pretraining(nn.Module):
     def forward(
         self, frames: Tensor, visible: VisibleTokens, draws: Sequence[Tensor] | None = None, align: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 ``[B, T, 3, S, S]`` to the videos' embeddings and the branch's, ``[B, F]`` each, and MBTA (weighted).
+        """Embed frames, uint8 ``[B, T, 3, S, S]``.
 
-        ``draws``: of stochastic depth, as the model's forward takes them. ``align=False`` leaves MBTA out: 0.
+        Args:
+            draws: of stochastic depth, as for the model's forward. align: False: MBTA is not computed and is 0.
+
+        Returns:
+            Embeddings of the videos and of the branch, ``[B, F]`` each, and MBTA times its weight, a scalar.
         """
         pixels = self.model.images.normalise(frames.flatten(0, 1), self.model.tower.dtype)
         layer = self.recipe.align_layer
@@ -44,7 +48,7 @@ class Pretraining(nn.Module):
 
 
 def draw_visible(recipe: Recipe, patches: int, step: int, rank: int, world: int, device: torch.device) -> VisibleTokens:
-    """What this process's clips show the branch in a step (from 1): its part of the draws for the whole batch."""
+    """Visible tokens of this process's clips in a step (from 1): a part of those drawn for the whole batch."""
     generator = torch.Generator().manual_seed(mix(recipe.seed, step))
     draw = VisibleTokens.tube if recipe.mask == "tube" else VisibleTokens.random
     whole = draw(recipe.batch_size, patches, recipe.frames_of(step - 1), recipe.mask_ratio, generator)
@@ -54,10 +58,10 @@ def draw_visible(recipe: Recipe, patches: int, step: int, rank: int, world: int,
 def draw_depth(
     config: BTAdapterConfig, recipe: Recipe, visible: VisibleTokens, step: int, rank: int, device: torch.device
 ) -> list[Tensor]:
-    """Which residuals of this process's clips stochastic depth keeps in a step (from 1).
+    """Draw which residuals of this process's clips stochastic depth keeps in a step (from 1).
 
-    Each clip's draws are a function of the seed, the step and its place in the whole batch, so that neither the number
-    of processes nor that of parts changes them. ``visible``: of this process's clips.
+    The draws of a clip depend on the seed, the step and its place in the whole batch, not on the number of processes
+    or parts. ``visible``: visible tokens of this process's clips.
     """
     first = rank * visible.batch
     seeds = [mix(recipe.seed, step, first + clip) for clip in range(visible.batch)]
@@ -65,14 +69,14 @@ def draw_depth(
 
 
 def part_of(visible: VisibleTokens, number: int, parts: int, device: torch.device | None = None) -> VisibleTokens:
-    """Part ``number`` of ``parts`` equal parts of the batch."""
+    """Return part ``number`` of ``parts`` equal parts of the batch."""
     size = visible.batch // parts
     index = visible.index[number * size : (number + 1) * size]
     return VisibleTokens(index.to(device or index.device), visible.patches, visible.frames, visible.slots, check=False)
 
 
 def mix(*numbers: int) -> int:
-    """One seed of several numbers, such that neighbours share nothing."""
+    """Hash several numbers to one seed; neighbouring numbers give unrelated seeds."""
     seed = 0
     for number in numbers:
         seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
@@ -90,22 +94,22 @@ def backward(
     group: dist.ProcessGroup | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Add the gradients of one batch to the parameters'.
+    """Compute the gradients of one batch and add them to those of the parameters.
 
     Args:
         module: a :class:`Pretraining`, wrapped or not.
-        frames: this process's clips, uint8 ``[B, T, 3, S, S]``. visible: what the branch sees of them.
-        draws: of stochastic depth for them, see :func:`draw_depth`.
+        frames: this process's clips, uint8 ``[B, T, 3, S, S]``. visible: their tokens that the branch sees.
+        draws: their residuals that stochastic depth keeps, see :func:`draw_depth`.
         text: embeddings of their captions, ``[B, F]``.
-        recipe: temperature (a number), weights, precision and ``accumulate``. With parts, the clips go through tower
-            and branch twice: once without gradients for the embeddings of all of them, whose gradients the losses over
-            the whole batch give, and once part by part to carry those on. The kept activations are one part's. (The
-            idea: GradCache, arXiv 2101.06983.)
-        group: processes whose batches make one.
-        scale: factor of the gradients (float16).
+        recipe: temperature (a number), weights, dtype and ``accumulate``. With parts, the clips run through tower and
+            branch twice: first without gradients, for the embeddings of all clips and the gradients of the losses with
+            respect to them, then part by part to backpropagate those. Activations of one part are kept at a time
+            (GradCache, arXiv 2101.06983).
+        group: the processes whose batches form the global batch.
+        scale: factor of the loss, from the gradient scaler of float16.
 
     Returns:
-        vtc, mbca and mbta, weighted, float32 ``[3]``: this process's share, whose mean over processes is the batch's.
+        vtc, mbca and mbta times their weights, float32 ``[3]``; the mean over processes is that of the global batch.
     """
     if recipe.accumulate == 1:
         with autocast(recipe.dtype, frames.device):
@@ -130,7 +134,7 @@ def backward(
     grads = zip(video.grad.chunk(recipe.accumulate), branch.grad.chunk(recipe.accumulate), strict=True)
     mbta = torch.zeros_like(vtc)
     for number, ((piece, shown, kept), (of_video, of_branch)) in enumerate(zip(parts, grads, strict=True)):
-        with _waiting(module, number + 1 < len(parts)):
+        with _unsynchronised(module, number + 1 < len(parts)):
             with autocast(recipe.dtype, frames.device):
                 video, branch, aligned = module(piece, shown, kept)
             aligned = aligned / len(parts)
@@ -149,8 +153,8 @@ def _contrast(
     return vtc, recipe.mbca * contrastive_loss(branch, text, recipe.temperature, group)
 
 
-def _waiting(module: Any, wait: bool) -> AbstractContextManager:
-    """No exchange of gradients while ``wait``."""
+def _unsynchronised(module: Any, wait: bool) -> AbstractContextManager:
+    """Context without an exchange of gradients between processes if ``wait``."""
     if isinstance(module, DistributedDataParallel):
         return module.no_sync() if wait else nullcontext()
     if hasattr(module, "set_requires_gradient_sync"):

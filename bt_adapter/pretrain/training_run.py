@@ -1,4 +1,4 @@
-"""What every training run is: begun or gone on with, stopped at any moment, logged."""
+"""The base of training runs, which start or resume, can be stopped at any moment, and write a log."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from bt_adapter.pretrain.loop import Clock, rate, signals, warm_steps
 
 
 class TrainingRun:
-    """One run: where it stands, how it is stopped, what it logs. Subclasses have its model, data and steps.
+    """One run with its state, stop signals and log. Subclasses add model, data and steps.
 
     Args:
-        recipe: what was asked for. processes: that share the work.
+        recipe: options. processes: the processes that share the work.
 
     Raises:
-        CommandError: the folder ``out`` holds a run of another recipe, is another run's at work, or is not the same for
+        CommandError: the folder ``out`` holds a run of another recipe, is in use by another run, or is not the same for
             all processes.
     """
 
@@ -40,7 +40,7 @@ class TrainingRun:
             raise CommandError(
                 f"--out {recipe.out} must be one folder for all processes, but they find checkpoints of steps {steps}"
             )
-        self.folder = found[0] if found else None  # of the checkpoint to go on from
+        self.folder = found[0] if found else None  # of the checkpoint to resume from
         if found:
             found[1]["recipe"] = recipe.rename_stored(found[1]["recipe"])
         self.dtype = self._choose_dtype(found[1]["recipe"]["dtype"] if found else None)
@@ -51,22 +51,22 @@ class TrainingRun:
         if self.folder is None:
             self.state["dtype_chosen"] = self.dtype.why
         self.skipped = Skipped()
-        self.asked = self.stop = False  # by a signal; agreed on by all processes
+        self.asked = self.stop = False  # asked: a signal came; stop: one came in any process
 
     def _choose_dtype(self, before: str | None) -> ChosenDtype:
-        """The dtype of the products, one for all processes. before: of the run that is gone on with."""
+        """Choose the dtype of matrix products, one for all processes. before: the dtype of the resumed run."""
         asked = self.recipe.dtype
         if asked == "auto" and before is not None:
             return ChosenDtype(before, "as the run in --out began")
         return self.processes.gather(choose_dtype(asked, self.processes.device))[0]
 
     def _plan(self, steps: int) -> None:
-        """Set the length of the run. One that is gone on with may be longer than it was, not shorter.
+        """Set the length of the run. A resumed run may be longer than it was, not shorter.
 
-        Its warm-up stays as long as it was; from here on the rate follows the cosine of the new length.
+        The warm-up stays as long as it was; from here on the rate follows the cosine of the new length.
 
         Raises:
-            CommandError: it would be shorter.
+            CommandError: the run would be shorter.
         """
         before = self.state.get("steps", steps)
         if steps < before:
@@ -78,11 +78,11 @@ class TrainingRun:
         self.warm_steps = self.state.setdefault("warm_steps", warm_steps(self.recipe.warmup, steps))
         self.state["steps"] = steps
 
-    def began_with(self, what: str, count: int, digest: str) -> None:
-        """Note how many of ``what`` --data holds, and which. Every process calls it.
+    def check_data(self, what: str, count: int, digest: str) -> None:
+        """Store number and digest of the items of --data, called ``what``. Every process calls it.
 
         Raises:
-            CommandError: the processes, or the run that is gone on with, found others.
+            CommandError: the processes, or the resumed run, found other items.
         """
         recipe, found = self.recipe, {what: count, "digest": digest}
         everyone = self.processes.gather(found)
@@ -97,8 +97,8 @@ class TrainingRun:
                 f"{what} now, {before[what]} then, or other ones"
             )
 
-    def to_the_end(self) -> Path:
-        """Every step that is left, then what was learned; returns its folder."""
+    def finish(self) -> Path:
+        """Run the remaining steps and write the trained parameters; return their folder."""
         done = self.state["step"]
         first = self.processes.first
         self.log = Log(self.recipe.out, done, self.steps, self.recipe.tensorboard) if first else None
@@ -114,7 +114,7 @@ class TrainingRun:
         if first:
             self._write_recipe()
         for damaged in self.checkpoints.damaged:
-            self._say(f"{damaged}; the one before is gone on with")
+            self._say(f"{damaged}; the run resumes from the one before")
         try:
             with signals(self._ask):
                 return self._run(done)
@@ -123,14 +123,14 @@ class TrainingRun:
                 self.log.close()
 
     def _write_recipe(self) -> None:
-        """All options as they are, for --config, before the first step."""
+        """Write all options as a file for --config, before the first step."""
         import yaml
 
         text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_whole(self.recipe.out / "recipe.yaml", text)
 
     def _run(self, done: int) -> Path:
-        """The steps after the first ``done``, and the end."""
+        """Run the steps after the first ``done`` and write the result; return its folder."""
         raise NotImplementedError
 
     def _ask(self) -> None:
@@ -141,7 +141,7 @@ class TrainingRun:
             self.log.say(text)
 
     def _log(self, values: dict[str, Any], clock: Clock) -> None:
-        """A step's figures; a loss that is no number ends the run, but where a scaler deals with it."""
+        """Log a step. A loss that is not finite ends the run, except in float16, whose scaler skips such steps."""
         if not math.isfinite(values["loss"]) and self.recipe.dtype != "float16":
             raise CommandError(f"the loss of step {values['step']} is {values['loss']}: --lr may be too large")
         if self.log is not None:

@@ -1,4 +1,4 @@
-"""What every step sees: a function of the seed and the step alone."""
+"""The input of every step, which depends on the seed and the step alone."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ GROUP = 50  # batches whose conversations are sorted by length together
 
 
 class Order:
-    """Which conversations a step takes: all of them once an epoch, those of a batch of about the same length.
+    """The order of conversations: each once per epoch, with those of similar length in one batch.
 
     Args:
-        lengths: tokens of each conversation. batch: conversations of a step; the last of an epoch may have fewer.
-        seed: of the order.
+        lengths: tokens of each conversation. batch: conversations per step; the last step of an epoch may have fewer.
+        seed: seed of the order.
     """
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
@@ -55,13 +55,13 @@ class Order:
 
 @dataclass(frozen=True)
 class Part:
-    """Conversations that go through the model together.
+    """Conversations that run through the model together.
 
     Attributes:
         examples: B of them.
-        visuals: those of all of them, in order: a video's frames uint8 ``[T, 3, S, S]`` or its stored features
-            ``[T, 1+P, D]`` in half precision; a still uint8 ``[3, S, S]``.
-        seeds: one for each of ``visuals``, of what drops out of it, whichever process and part it runs in.
+        visuals: videos and stills of all examples, in order: a video's frames uint8 ``[T, 3, S, S]`` or its stored
+            features ``[T, 1+P, D]`` in half precision; a still uint8 ``[3, S, S]``.
+        seeds: seed of stochastic depth for each of ``visuals``, independent of process and part.
     """
 
     examples: tuple[Example, ...]
@@ -70,27 +70,27 @@ class Part:
 
     @property
     def answer_tokens(self) -> int:
-        """Places with a target."""
+        """Number of positions with a target."""
         return sum(example.answer_tokens for example in self.examples)
 
     def padded(self, pad: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, targets and the mask of what is no padding, ``[B, S]`` each, padded at the end."""
-        rows = [example.wide() for example in self.examples]
+        """Token ids, targets and the mask, False at padding, ``[B, S]`` each, padded at the end."""
+        rows = [example.expand() for example in self.examples]
         ids = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True, padding_value=pad)
         targets = torch.nn.utils.rnn.pad_sequence([t for _, t in rows], batch_first=True, padding_value=IGNORED)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(ids) for ids, _ in rows])[:, None]
         return ids, targets, mask
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, targets and positions, ``[1, S]`` each: one after the other, each counted from 0."""
-        rows = [example.wide() for example in self.examples]
+        """Token ids, targets and position ids, ``[1, S]`` each; the positions of each conversation begin at 0."""
+        rows = [example.expand() for example in self.examples]
         positions = torch.cat([torch.arange(len(ids)) for ids, _ in rows])
         return torch.cat([ids for ids, _ in rows])[None], torch.cat([t for _, t in rows])[None], positions[None]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process's conversations of a step, in parts, and what could not be read."""
+    """One process's conversations of a step, in parts; ``failed``: key and reason of those that could not be read."""
 
     parts: tuple[Part, ...]
     failed: tuple[tuple[str, str], ...]
@@ -100,8 +100,8 @@ class VisualReader:
     """Reads videos and stills.
 
     Args:
-        images: how they are resized and cropped, or S, the pixels of CLIP's own way. frames: T; a shorter video
-            repeats frames. store: of features to read instead of decoding.
+        images: resizing and cropping, or S, the image size in pixels with CLIP's own. frames: T; frames of a shorter
+            video are repeated. store: stored features, read instead of decoding.
     """
 
     def __init__(self, images: ImageSettings | int, frames: int, store: FeatureStore | None = None) -> None:
@@ -109,7 +109,7 @@ class VisualReader:
         self.frames, self.store = frames, store
 
     def __call__(self, source: Source) -> Tensor:
-        """As in :class:`Part`. Raises VideoError, and CommandError where storage fails for good."""
+        """Read a video or still as in :class:`Part`. Raises VideoError, CommandError if storage keeps failing."""
         if source.kind == "image":
             return read_patiently(source.path, self._still, source.path)
         if self.store is None:
@@ -117,7 +117,7 @@ class VisualReader:
         return read_patiently(source.path, self.store.read, source.path)
 
     def decode(self, path: str) -> Tensor:
-        """Frames of a video, evenly spread, uint8 ``[T, 3, S, S]``. Raises as :meth:`__call__`."""
+        """Decode evenly spread frames of a video, uint8 ``[T, 3, S, S]``. Raises as :meth:`__call__`."""
         return read_patiently(path, self._frames, path)
 
     def _still(self, path: str) -> Tensor:
@@ -131,8 +131,8 @@ class Steps(Dataset):
     """One process's part of every step.
 
     Args:
-        examples: all of them. order: which of them a step takes. visuals: reads what they are about.
-        rank, world: which process of how many this is. parts: to cut the process's conversations into.
+        examples: all examples. order: chooses those of a step. visuals: reads their videos and stills.
+        rank, world: number of this process, and of processes. parts: parts into which the process's share is cut.
     """
 
     def __init__(
@@ -142,22 +142,22 @@ class Steps(Dataset):
         self.rank, self.world, self.parts = rank, world, parts
 
     def __getitem__(self, step: int) -> Step:
-        # longest first and by turns, so that every process has the same work
+        # longest first and dealt out in turn, so that all processes have about the same work
         mine = self.order.step(step)[self.rank :: self.world]
         read, failed = [], []
         for number in mine:
             example = self.examples[number]
             try:
-                own = [self.visuals(source) for source in example.sources]
-                seeds = [numbers_seed(self.order.seed, step, int(number), place) for place in range(len(own))]
-                read.append((example, own, seeds))
+                visuals = [self.visuals(source) for source in example.sources]
+                seeds = [numbers_seed(self.order.seed, step, int(number), place) for place in range(len(visuals))]
+                read.append((example, visuals, seeds))
             except VideoError as error:
                 failed.append((example.key, str(error)))
         parts = []
         size = -(-len(read) // self.parts) or 1
         for start in range(0, len(read), size):
             chosen = read[start : start + size]
-            visuals = tuple(visual for _, own, _ in chosen for visual in own)
+            visuals = tuple(visual for _, found, _ in chosen for visual in found)
             drops = tuple(seed for _, _, seeds in chosen for seed in seeds)
             parts.append(Part(tuple(example for example, _, _ in chosen), visuals, drops))
         return Step(tuple(parts), tuple(failed))

@@ -1,4 +1,4 @@
-"""Questions and answers about videos and stills, as VideoInstruct-100K and LLaVA write them down."""
+"""Questions and answers about videos and stills, in the formats of VideoInstruct-100K and LLaVA."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A question, how many of the conversation's videos and stills come with it, and the answer.
+    """A question, the number of videos and stills that come with it, and the answer.
 
-    In the question ``<video>`` and ``<image>`` stand for them; where all stand before the text they are left out.
+    In the question ``<video>`` and ``<image>`` mark their places; marks that all precede the text are left out.
     """
 
     question: str
@@ -44,10 +44,10 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class TrainingConversation:
-    """What one sequence is made of.
+    """A conversation, from which one sequence is made.
 
     Attributes:
-        key: what reports call it.
+        key: its name in reports.
         exchanges: at least one.
         sources: the videos and stills, in the order of their places.
     """
@@ -60,19 +60,19 @@ class TrainingConversation:
 def read_conversations(
     path: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None
 ) -> tuple[list[TrainingConversation], Skipped]:
-    """The conversations of a file that can be used, and what cannot, with the reasons.
+    """Read the usable conversations of a file, and the unusable ones with the reasons.
 
     Args:
-        path: a JSON list, or one JSON object a line. Each is either ``{"q", "a", "video_id"}`` or ``{"id", "video" or
+        path: a JSON list, or one JSON object per line. Each is either ``{"q", "a", "video_id"}`` or ``{"id", "video" or
             "image", "conversations": [{"from": "human", "value": "<video>\\nquestion"}, {"from": "gpt", "value":
             "answer"}, …]}``; "video" and "image" may be lists, with as many places ``<video>`` or ``<image>`` (either
-            word serves where only one kind comes), which stay where they are in the question. Records without any of
-            both are text alone.
+            mark serves where there is only one kind), which keep their place in the question. Records with neither are
+            text alone.
         folder: of the videos and stills; None: that of ``path``. A video may lack its suffix and its sub-folder: see
             ``VideoFolder``.
 
     Raises:
-        CommandError: the file is missing, is neither kind of JSON, or holds no usable record.
+        CommandError: the file is missing, is no JSON of either kind, or holds no usable record.
     """
     path = Path(path)
     files = _Files(Path(folder) if folder is not None else path.parent)
@@ -88,7 +88,7 @@ def read_conversations(
 
 
 def _records(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
-    """Each record with what to call it."""
+    """Yield each record with its name."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -111,15 +111,15 @@ def _records(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
 
 
 def _key(name: str, record: Any) -> str:
-    own = record.get("id", record.get("video_id")) if isinstance(record, dict) else None
-    return name if own is None else f"{name} ({own})"
+    given = record.get("id", record.get("video_id")) if isinstance(record, dict) else None
+    return name if given is None else f"{name} ({given})"
 
 
 def _conversation(name: str, record: Any, files: _Files) -> TrainingConversation:
     if not isinstance(record, dict):
         raise RecordError(f"an object was expected, but it is a {type(record).__name__}")
     if "conversations" in record:
-        return _of_llava(_key(name, record), record, files)
+        return _llava_conversation(_key(name, record), record, files)
     if missing := [field for field in ("q", "a", "video_id") if not isinstance(record.get(field), str)]:
         raise RecordError(f"has neither conversations nor {', '.join(missing)}")
     _in_order(PLACE.findall(record["q"]) or ["video"], {"video": [record["video_id"]]})
@@ -127,7 +127,7 @@ def _conversation(name: str, record: Any, files: _Files) -> TrainingConversation
     return TrainingConversation(_key(name, record), (exchange,), (files.source(record["video_id"], "video"),))
 
 
-def _of_llava(key: str, record: dict[str, Any], files: _Files) -> TrainingConversation:
+def _llava_conversation(key: str, record: dict[str, Any], files: _Files) -> TrainingConversation:
     names = {kind: _names(record.get(kind), kind) for kind in ("video", "image")}
     turns, said = record["conversations"], []
     if not isinstance(turns, list) or not turns or len(turns) % 2:
@@ -141,16 +141,16 @@ def _of_llava(key: str, record: dict[str, Any], files: _Files) -> TrainingConver
 
 
 def _placed(question: str, kinds: Iterator[str]) -> str:
-    """A question whose places are called by the kinds of what stands there, one each, as inference has it."""
+    """A question whose marks name the kind of each visual, as in the prompts of inference."""
     placed = PLACE.sub(lambda _: f"<{next(kinds)}>", question).strip()
     text = _text(PLACE.sub("", placed), "question")
     return text if placed.endswith(text) else placed  # inference puts visuals before a question without places
 
 
 def _in_order(places: list[str], names: dict[str, list[str]]) -> list[tuple[str, str]]:
-    """Name and kind of what stands at each place."""
+    """Name and kind of the visual at each mark."""
     kinds = [kind for kind in names if names[kind]]
-    if len(kinds) < 2:  # whatever the places are called
+    if len(kinds) < 2:  # either mark serves
         kind = kinds[0] if kinds else "video"
         if len(places) != len(names[kind]):
             raise RecordError(_wrong(len(places), "<video> or <image>", len(names[kind]), kind))
@@ -192,10 +192,10 @@ class _Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.videos = folder, VideoFolder(folder)
-        self.stills: dict[str, bool] = {}  # each is looked up once
+        self.stills: dict[str, bool] = {}  # whether each exists
 
     def source(self, name: str, kind: str) -> Source:
-        """A video, by its name with or without the suffix, or a still by its name."""
+        """Find a video, by its name with or without the suffix, or a still by its name."""
         if kind == "video":
             try:
                 return Source(self.videos.find(name), kind)

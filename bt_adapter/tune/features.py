@@ -1,7 +1,7 @@
-"""Tower features of videos, computed once and kept on disk: the input of the layer beside which the branch begins.
+"""Tower features of videos, stored on disk: the input of the tower layer beside which the branch begins.
 
-One file a video, ``<name>-<hash>.safetensors``: ``features [T, 1+P, D]`` in float16, or in float8 (e4m3) with a
-``scale [T, 1+P, 1]`` for each token. ``features.json`` beside them says of which tower, frames and size they are.
+One file per video, ``<name>-<hash>.safetensors``: ``features [T, 1+P, D]`` in float16, or in float8 (e4m3) with a
+``scale [T, 1+P, 1]`` for each token. ``features.json`` records tower, number of frames and image size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bt_adapter.fp8 import quantize
 from bt_adapter.model import BTAdapterVisionModel
 from bt_adapter.pretrain.loop import Stopped
 
-SECONDS = 10.0  # between lines on how far it is
+SECONDS = 10.0  # between lines of progress
 ABOUT = "features.json"
 
 
@@ -38,10 +38,10 @@ class FeatureStore:
     """The features of one tower at one number of frames.
 
     Args:
-        folder: made when the first features are written.
-        root: folder of the videos; a video is known by its path from there.
+        folder: created when the first features are written.
+        root: folder of the videos; a video is identified by its path relative to it.
         model: tower and branch.
-        frames: T. mean, std: of the frames' normalisation. dtype: "float16" or "float8".
+        frames: T. mean, std: normalisation of the frames. dtype: "float16" or "float8".
 
     Raises:
         CommandError: the folder holds features of another tower, number of frames, size or dtype; the message lists
@@ -59,7 +59,7 @@ class FeatureStore:
         dtype: str = "float16",
     ) -> None:
         self.folder, self.root, self.dtype = folder, root, dtype
-        self.unusable: dict[str, str] = {}  # videos that could not be read when they were to be stored, and why
+        self.unusable: dict[str, str] = {}  # videos without features, and why
         config = model.vision_config
         self.shape = (frames, 1 + config.patches, config.hidden_size)
         self.about: dict[str, Any] = {
@@ -98,13 +98,13 @@ class FeatureStore:
         return frames * tokens * (width * 2 if self.dtype == "float16" else width + 4)
 
     def path(self, video: str) -> Path:
-        """Where a video's features lie."""
+        """The file of a video's features."""
         name = os.path.relpath(video, self.root)
         digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
         return self.folder / f"{Path(name).stem[:80]}-{digest}.safetensors"
 
     def has(self, video: str) -> bool:
-        """Whether there are features of the video as it is now: a file of another size is another video."""
+        """Whether features of the video are stored; a file of another size counts as another video."""
         try:
             with safe_open(self.path(video), "pt") as file:
                 return (file.metadata() or {}).get("bytes") == str(os.path.getsize(video))
@@ -112,12 +112,12 @@ class FeatureStore:
             return False
 
     def write(self, video: str, features: Tensor) -> None:
-        """Store ``[T, 1+P, D]``; the file appears when it is whole. Raises VideoError where the dtype does not do."""
+        """Store ``[T, 1+P, D]`` by renaming a complete file. Raises VideoError for values that the dtype cannot hold."""
         if not (self.folder / ABOUT).exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            aside = self.folder / f"{ABOUT}.{os.getpid()}"
-            aside.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
-            os.replace(aside, self.folder / ABOUT)
+            temporary = self.folder / f"{ABOUT}.{os.getpid()}"
+            temporary.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, self.folder / ABOUT)
         if self.dtype == "float16":
             tensors = {"features": features.to(torch.float16)}
             if not tensors["features"].isfinite().all():
@@ -128,23 +128,23 @@ class FeatureStore:
                 raise VideoError(f"{video}: its features are not finite")
             tensors = {"features": values.view(features.shape), "scale": scale.view(*features.shape[:2], 1)}
         path = self.path(video)
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
         kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(kept, aside, metadata={"bytes": str(os.path.getsize(video))})
-        os.replace(aside, path)
+        save_file(kept, temporary, metadata={"bytes": str(os.path.getsize(video))})
+        os.replace(temporary, path)
 
     def clear(self) -> None:
-        """Remove what killed processes left half written. Those of other machines are not told from them."""
+        """Remove the temporary files of killed processes; a running process of another machine looks like one."""
         for name in ("*.safetensors", ABOUT):
             for path in self.folder.glob(f"{name}.*"):
                 number = path.suffix[1:]
-                if number.isdecimal() and (int(number) == os.getpid() or not _runs(int(number))):
+                if number.isdecimal() and (int(number) == os.getpid() or not _is_running(int(number))):
                     path.unlink(missing_ok=True)
 
     def read(self, video: str) -> Tensor:
-        """``[T, 1+P, D]`` in float16, of float8 in bfloat16, whose range takes all that float8 and its scales do.
+        """Read ``[T, 1+P, D]`` in float16, or of float8 in bfloat16, whose range holds float8 times its scales.
 
-        Raises VideoError where there are none, and why where that is known.
+        Raises VideoError where no features are stored, with the reason where it is known.
         """
         if video in self.unusable:
             raise VideoError(self.unusable[video])
@@ -159,7 +159,7 @@ class FeatureStore:
 
 
 def _same(stored: Any, wanted: Any) -> bool:
-    """Equal, numbers to the rounding of half precision."""
+    """Whether values are equal, numbers up to the rounding of half precision."""
     if isinstance(wanted, dict):
         return isinstance(stored, dict) and all(_same(stored.get(name), value) for name, value in wanted.items())
     if isinstance(wanted, float):
@@ -168,7 +168,7 @@ def _same(stored: Any, wanted: Any) -> bool:
 
 
 class _Frames(Dataset):
-    """Frames of videos by number, or why there are none."""
+    """Frames of videos by number, or the reason why they cannot be read."""
 
     def __init__(self, videos: Sequence[str], read: Callable[[str], Tensor]) -> None:
         self.videos, self.read = videos, read
@@ -190,22 +190,22 @@ def store_features(
     say: Callable[[str], None],
     asked: Callable[[], bool] = lambda: False,
 ) -> Skipped:
-    """Write the features that are not there yet; how much they are is said before. Processes share the work.
+    """Write missing features, after a line with their size. Processes share the work.
 
     Args:
-        videos: paths. read: a path to its frames, uint8 ``[T, 3, S, S]``. say: told how far it is.
-        asked: whether to stop, which happens between two videos.
+        videos: paths. read: returns the frames of a path, uint8 ``[T, 3, S, S]``. say: prints a line of progress.
+        asked: whether to stop, asked between two videos.
 
     Returns:
-        What could not be read or stored.
+        The videos that could not be read or stored.
 
     Raises:
-        CommandError: they do not fit onto the disk.
-        Stopped: one of the processes was asked to.
+        CommandError: the features do not fit onto the disk.
+        Stopped: one of the processes was asked to stop.
     """
     store.clear()
-    # One list for all: a process that comes late would not see the same ones missing, and some would be nobody's. One
-    # free space, so that all go on or none.
+    # One list for all: a late process would find fewer files missing, and some videos would belong to no process. One
+    # free space, so that either all processes continue or none.
     lacking = [video for video in dict.fromkeys(videos) if not store.has(video)]
     missing, free = processes.gather((lacking, _free(store.folder)))[0]
     wanted = store.bytes_each * len(missing)
@@ -220,7 +220,7 @@ def store_features(
             "fewer --frames or --feature-dtype float8 take less, and without --features nothing is stored"
         )
     mine = missing[processes.rank :: processes.world]
-    skipped, told, stop = Skipped(), time.monotonic(), False
+    skipped, last_line, stop = Skipped(), time.monotonic(), False
     for number, (frames, reason) in enumerate(in_order(_Frames(mine, read), 0, len(mine), workers)):
         if stop := asked():
             break
@@ -232,32 +232,32 @@ def store_features(
                 store.write(mine[number], model.tower.run(pixels, model.first_branch_layer))
             except VideoError as error:
                 skipped.add(mine[number], str(error))
-        if time.monotonic() - told > SECONDS:
-            told = time.monotonic()
+        if time.monotonic() - last_line > SECONDS:
+            last_line = time.monotonic()
             say(f"features: {number + 1} of {len(mine)} videos")
     everything = Skipped()
-    gathered = processes.gather((skipped.state_dict(), stop))  # which also waits for the other processes
+    gathered = processes.gather((skipped.state_dict(), stop))  # also waits for the other processes
     if any(stop for _, stop in gathered):
-        raise Stopped("stopped while features were stored; the same command goes on from there")
+        raise Stopped("stopped while features were stored; the same command resumes from there")
     for part, _ in gathered:
         everything.load_state_dict(part)
     store.unusable = everything.reasons
     return everything
 
 
-def _runs(number: int) -> bool:
-    """Whether there is a process of that number."""
+def _is_running(number: int) -> bool:
+    """Whether a process of this id runs."""
     try:
         os.kill(number, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # another user's, or no number of a process
+    except (OSError, OverflowError):  # another user's process, or no process id
         pass
     return True
 
 
 def _free(folder: Path) -> int:
-    """Bytes free where the folder is or will be."""
+    """Free bytes on the disk of a folder, which may not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""Gradients over all processes."""
+"""Reduction of gradients over processes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET = 1 << 24  # values that processes exchange at once
+BUCKET = 1 << 24  # values per all-reduce
 
 
 def share_gradients(parameters: Sequence[Tensor], factor: float, group: dist.ProcessGroup | None) -> None:
-    """Give every parameter the sum of its gradient over all processes, times ``factor``.
+    """Replace every gradient by its sum over all processes, times ``factor``.
 
-    DistributedDataParallel waits for every parameter in every step; here stills alone leave the branch without a
-    gradient, and text alone all but the adapters. So gradients are exchanged once a step, zeros where there are none.
+    DistributedDataParallel waits for every parameter in every step. Here a step of stills alone leaves the branch
+    without a gradient, and text alone all but the adapters. So gradients are reduced once per step; missing ones are 0.
     """
     grads = []
     for parameter in parameters:
@@ -33,7 +33,7 @@ def share_gradients(parameters: Sequence[Tensor], factor: float, group: dist.Pro
 
 
 def _buckets(grads: Sequence[Tensor]) -> list[list[Tensor]]:
-    """In runs of at least BUCKET values."""
+    """Group tensors into buckets of at least BUCKET values."""
     buckets: list[list[Tensor]] = [[]]
     for grad in grads:
         if sum(other.numel() for other in buckets[-1]) >= BUCKET:

@@ -1,4 +1,4 @@
-"""Cross-entropy of the answer tokens without the logits of all of them (arXiv 2410.10989 has the idea for GPUs)."""
+"""Cross-entropy of answer tokens without all their logits in memory (for GPUs see arXiv 2410.10989)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def answer_loss(hidden: Tensor, targets: Tensor, head: nn.Linear, chunk: int = 5
 
     Args:
         hidden: last hidden states, ``[n, W]``. targets: token ids, int64 ``[n]``.
-        head: hidden states to logits over the vocabulary. chunk: tokens whose logits may exist at once.
+        head: maps hidden states to logits over the vocabulary. chunk: tokens whose logits may exist at once.
 
     Returns:
         A scalar, float32 or float64; 0 where n is 0.

@@ -53,7 +53,7 @@ def tune(recipe: TuneRecipe, chat: VideoChat | None = None) -> Path:
     processes = Processes(recipe.device)
     try:
         recipe.check(processes.world)
-        return Run(recipe, processes, chat).to_the_end()
+        return Run(recipe, processes, chat).finish()
     finally:
         processes.leave()
 
@@ -88,7 +88,7 @@ class Run(TrainingRun):
         if not examples:
             raise CommandError(f"--data {recipe.data} holds no usable conversation; {unusable.report(10)}")
         self.listed += len(examples) - (len(conversations) - len(unusable))  # one may give several examples
-        self.began_with("conversations", len(examples), digest(examples))
+        self.check_data("conversations", len(examples), digest(examples))
         self.examples = examples
         self.order = Order([example.length for example in examples], recipe.batch_size, recipe.seed)
         self._plan(recipe.steps or max(1, round(recipe.epochs * self.order.steps_per_epoch)))

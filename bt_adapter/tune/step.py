@@ -1,4 +1,4 @@
-"""Conversations to the loss on their answers."""
+"""The loss of conversations on their answers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from bt_adapter.tune.tokens import IGNORED
 
 
 class Tuning:
-    """A chat model as it is trained.
+    """Computes the loss of a chat model.
 
     Args:
-        chat: with a branch. recipe: packing, precision and chunk sizes.
+        chat: chat model with a branch. recipe: packing, dtype and chunk sizes.
 
     Raises:
-        CommandError: the chat model's visual tokens depend on the question, its language model is no decoder alone, or
-            packing is asked for and does not keep conversations apart in it.
+        CommandError: the chat model's visual tokens depend on the question, its language model has an encoder, or packed
+            conversations attend to one another in it.
     """
 
     def __init__(self, chat: VideoChat, recipe: TuneRecipe) -> None:
@@ -38,28 +38,28 @@ class Tuning:
         if chat.model.config.get_text_config().is_encoder_decoder:
             raise CommandError("--model has a language model with an encoder; tuning is for decoders alone")
         self.chat, self.recipe, self.family = chat, recipe, chat.family
-        self.pad = chat.tokenizer.pad_token_id or 0  # never attended to
+        self.pad = chat.tokenizer.pad_token_id or 0  # the mask hides it
         self._masked = False  # whether packed conversations need a mask beside their positions
         if recipe.packing and self._leaks():
             self._masked = True
             if self._leaks():
                 raise CommandError(
-                    f"--packing: in {type(self.family.language_model).__name__} conversations of one row see one "
+                    f"--packing: in {type(self.family.language_model).__name__} conversations of one row attend to one "
                     "another; leave it out"
                 )
 
     @property
     def model(self) -> BTAdapterVisionModel:
-        """The branch beside its tower, as they are now."""
+        """Tower and branch."""
         return attached_branch(self.chat.model)
 
     def loss(self, part: Part) -> Tensor:
-        """Sum over the answer tokens of a part of their cross-entropy: a scalar, in float32 at least."""
+        """Sum of the cross-entropy of a part's answer tokens: a scalar, float32 or float64."""
         device = self.chat.device
         with self._autocast():
             embeds, targets, options = self._inputs(part)
             hidden = self.family.language_model(inputs_embeds=embeds, use_cache=False, **options).last_hidden_state
-            places = (targets != IGNORED).nonzero(as_tuple=True)  # on the CPU: the device is not waited for
+            places = (targets != IGNORED).nonzero(as_tuple=True)  # on the CPU, so that nothing waits for the device
             rows, columns = (index.to(device) for index in places)
             head: Any = self.family.lm_head
             return answer_loss(hidden[rows, columns], targets[places].to(device), head, self.recipe.head_chunk)
@@ -68,7 +68,7 @@ class Tuning:
         return autocast(self.recipe.dtype, self.chat.device)
 
     def _inputs(self, part: Part) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Embeddings ``[B, S, W]``, targets ``[B, S]`` on the CPU, and what else the language model is given."""
+        """Embeddings ``[B, S, W]``, targets ``[B, S]`` on the CPU, and further arguments of the language model."""
         device = self.chat.device
         if self.recipe.packing:
             ids, targets, positions = part.packed()
@@ -85,19 +85,19 @@ class Tuning:
         return embeds, targets, options
 
     def _packed(self, positions: Tensor) -> dict[str, Tensor]:
-        """What keeps conversations apart in one row ``[1, S]``.
+        """Arguments that separate the conversations of one row ``[1, S]``.
 
-        For most models positions that begin anew: they make their own mask, or none where their attention takes
-        lengths. The others, OPT among them, get one: bool ``[1, 1, S, S]``, True where a token sees another.
+        For most models position ids that restart at 0 suffice: they derive a mask or sequence lengths from them. The
+        others, OPT among them, get a mask: bool ``[1, 1, S, S]``, True where a token attends to another.
         """
         positions = positions.to(self.chat.device)
         if not self._masked:
             return {"position_ids": positions}
-        own = (positions == 0).cumsum(1)
-        return {"position_ids": positions, "attention_mask": (own[:, :, None] == own[:, None]).tril()[:, None]}
+        number = (positions == 0).cumsum(1)
+        return {"position_ids": positions, "attention_mask": (number[:, :, None] == number[:, None]).tril()[:, None]}
 
     def _leaks(self) -> bool:
-        """Whether packed conversations see one another: by the gradient of one's outputs to the other's tokens."""
+        """Whether packed conversations attend to one another, tested by the gradient of one to the other's tokens."""
         table = cast(Any, self.family.input_embeddings).weight
         rows = torch.randn(1, 4, table.shape[1], generator=torch.Generator().manual_seed(0))
         rows = rows.to(table).requires_grad_()
@@ -107,9 +107,9 @@ class Tuning:
         return bool(torch.autograd.grad(hidden[0, 2:, 0].sum(), rows)[0][0, :2].any())
 
     def visual_tokens(self, visuals: tuple[Tensor, ...], seeds: tuple[int, ...]) -> list[Tensor]:
-        """What stands in the place of each video or still, ``[V, W]`` each; those of one shape run together.
+        """Encode videos and stills to tokens, ``[V, W]`` each; those of one shape run together.
 
-        seeds: of what stochastic depth drops of each, in training.
+        seeds: seed of stochastic depth for each.
         """
         groups: dict[Any, list[int]] = {}
         for number, visual in enumerate(visuals):
@@ -117,13 +117,13 @@ class Tuning:
         found: list[Any] = [None] * len(visuals)
         for numbers in groups.values():
             batch = torch.stack([visuals[number] for number in numbers]).to(self.chat.device)
-            own = self._encode(batch, [seeds[number] for number in numbers])
-            for number, tokens in zip(numbers, own, strict=True):
+            encoded = self._encode(batch, [seeds[number] for number in numbers])
+            for number, tokens in zip(numbers, encoded, strict=True):
                 found[number] = tokens
         return found
 
     def _draws(self, model: BTAdapterVisionModel, frames: int, seeds: list[int]) -> list[Tensor] | None:
-        """Of stochastic depth, for videos of so many frames; None: nothing drops."""
+        """Draws of stochastic depth for videos of ``frames`` frames; None outside of training."""
         if not model.branch.training:
             return None
         steps = plan_steps(model.config, frames, self.recipe.long).steps
@@ -142,6 +142,6 @@ class Tuning:
             branch = self.recipe.use_branch
             tokens = self.family.video_tokens(model, videos, branch=branch, long=long, draws=draws)
             return list(self.family.project(tokens))
-        if self.family.has_qformer:  # it reads the tower's tokens: those of a video of one frame
+        if self.family.has_qformer:  # reads the tower's tokens, as of a video of one frame
             return list(self.family.project(model.frame_mean_tokens(pixels[:, None])))
         return self.family.stills(list(pixels), [None] * len(pixels), {})

@@ -23,7 +23,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A conversation as the language model sees it, with one image token for each visual: `wide` puts in the others.
+    """A conversation as the language model sees it, with one image token for each visual: `expand` repeats it.
 
     Attributes:
         key: what reports call it.
@@ -50,7 +50,7 @@ class Example:
         """How many places have a target."""
         return int((self.targets != IGNORED).sum())
 
-    def wide(self) -> tuple[Tensor, Tensor]:
+    def expand(self) -> tuple[Tensor, Tensor]:
         """Token ids and targets with all image tokens, int64 ``[S]`` each."""
         targets = np.full(self.length, IGNORED, np.int64)
         targets[self.counts.cumsum() - 1] = self.targets
