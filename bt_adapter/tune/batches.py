@@ -148,9 +148,9 @@ class Steps(Dataset):
         for number in mine:
             example = self.examples[number]
             try:
-                visuals = [self.visuals(source) for source in example.sources]
-                seeds = [numbers_seed(self.order.seed, step, int(number), place) for place in range(len(visuals))]
-                read.append((example, visuals, seeds))
+                read_visuals = [self.visuals(source) for source in example.sources]
+                seeds = [numbers_seed(self.order.seed, step, int(number), place) for place in range(len(read_visuals))]
+                read.append((example, read_visuals, seeds))
             except VideoError as error:
                 failed.append((example.key, str(error)))
         parts = []

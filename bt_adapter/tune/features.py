@@ -112,7 +112,7 @@ class FeatureStore:
             return False
 
     def write(self, video: str, features: Tensor) -> None:
-        """Store ``[T, 1+P, D]`` by renaming a complete file. Raises VideoError for values that the dtype cannot hold."""
+        """Store ``[T, 1+P, D]`` by renaming a complete file. Raises VideoError for values beyond the dtype."""
         if not (self.folder / ABOUT).exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f"{ABOUT}.{os.getpid()}"

@@ -1,4 +1,4 @@
-"""A chat model, and what a tuning run learned put into it."""
+"""Loading of chat models by name, and of the parts that a tuning run trained."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_base(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> VideoChat:
-    """A chat model with a branch by its name.
+    """Load a chat model with a branch by its name.
 
     Args:
         name: "mini" or "mini:<stage>" for the small one, else as for ``VideoChat.load``.
@@ -53,7 +53,7 @@ def _load_fresh(
     require_same_tower: bool = True,
     **_: Any,
 ) -> VideoChat:
-    """The small stack before it was tuned: its CLIP and language model, joined by a fresh projector."""
+    """Make the small stack before tuning: its CLIP and language model, joined by a fresh projector."""
     from bt_adapter.mini.clip import load_clip
     from bt_adapter.mini.language import load_language_model
     from bt_adapter.mini.llava import make_llava
@@ -92,7 +92,7 @@ def load_tuned(
     else:
         name = about["model"] if model is None else model
         try:
-            if own is not None and is_tuned(name):  # which may have a branch of its own, older than this one
+            if own is not None and is_tuned(name):  # which may hold an older branch
                 chat = load_base(name, other, device, dtype, **options)
                 attach(chat.model, own, same)
             else:
@@ -100,16 +100,16 @@ def load_tuned(
         except OSError as error:
             raise FileNotFoundError(
                 f"{folder} was tuned from the chat model {about['model']} and the branch {about['branch']['source']}, "
-                f"and needs them beside: {error}. Give model= (and branch=) where they lie elsewhere"
+                f"and needs them: {error}. Give model= (and branch=) if they are elsewhere"
             ) from error
     if "branch" not in parts and about["branch"]["fingerprint"] is not None and other is not None:
         _check_branch(folder, chat, about["branch"]["fingerprint"])
     if not about["recipe"].get("use_branch", True):
-        chat.family.home.config.use_branch = branch is not None  # one that is named now is to be used
+        chat.family.home.config.use_branch = branch is not None  # a branch named now is used
     if "projector" in parts:
         load_exactly(projector_of(chat.model), read_safetensors(folder / FILES["projector"]), str(folder))
     if "lora" in parts:
-        _put_adapters(chat, folder / "lora", merge=options.get("quantize") is None)
+        _load_adapters(chat, folder / "lora", merge=options.get("quantize") is None)
     return chat
 
 
@@ -126,7 +126,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 
 def _check_branch(folder: Path, chat: VideoChat, stored: dict[str, float]) -> None:
-    """The branch did not learn, so it must be the one that was there."""
+    """Raise CheckpointError unless the branch, which was frozen, is the one the model was tuned with."""
     found = branch_fingerprint(attached_branch(chat.model)) or {}
     wrong = [
         f"the length of {name} is {found.get(name)}, expected {value:.4g}"
@@ -137,8 +137,8 @@ def _check_branch(folder: Path, chat: VideoChat, stored: dict[str, float]) -> No
         raise CheckpointError(f"{folder} was tuned with another branch: {'; '.join(wrong)}. Give branch=")
 
 
-def _put_adapters(chat: VideoChat, folder: Path, merge: bool) -> None:
-    """The adapters of a PEFT folder, merged into the weights unless those are quantized."""
+def _load_adapters(chat: VideoChat, folder: Path, merge: bool) -> None:
+    """Load the adapters of a PEFT folder; ``merge``: into the weights."""
     try:
         from peft import PeftModel
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What learns: chosen, written and read back. Nothing else of a chat model is touched."""
+"""The trainable parts of a chat model: chosen, written and read. All other parts stay unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bt_adapter.tune import ABOUT
 from bt_adapter.tune.recipe import TuneRecipe
 
 FORMAT = 1
-_PEFT = "base_model.model."  # what PEFT puts before the names of the model it wraps
+_PEFT = "base_model.model."  # PEFT's prefix of the names of the model it wraps
 FILES = {
     "projector": "projector.safetensors",
     "branch": "branch/model.safetensors",
@@ -31,13 +31,13 @@ FILES = {
 
 
 class Learned(nn.ModuleDict):
-    """The parts of a chat model that learn, by name, in float32 unless the model is in float64.
+    """The trainable parts of a chat model, by name, in float32 unless the model is in float64.
 
-    All else is frozen and computes as in evaluation mode: nothing drops out but in the adapters and the branch.
+    Other parts are frozen and in evaluation mode. Dropout acts in the adapters, stochastic depth in the branch.
 
     Args:
-        chat: with a branch attached; adapters are put into its language model where they learn.
-        recipe: which parts, and the adapters' sizes.
+        chat: chat model with a branch attached; its language model gets adapters where the recipe asks for them.
+        recipe: which parts are trainable, and the options of the adapters.
 
     Raises:
         CommandError: no layer has a name of ``target_modules``, or a package is missing.
@@ -49,39 +49,39 @@ class Learned(nn.ModuleDict):
         family = family_of(chat)
         self.model = [attached_branch(chat)]  # in a list: the frozen tower is no part of this module
         if "projector" in recipe.learn:
-            self["projector"] = _wide(projector_of(chat)).requires_grad_(True)
+            self["projector"] = _at_least_float32(projector_of(chat)).requires_grad_(True)
         if "branch" in recipe.learn:
-            branch = _wide(self.model[0].branch).requires_grad_(True).train()
+            branch = _at_least_float32(self.model[0].branch).requires_grad_(True).train()
             freeze_unreached(self.model[0])
             self["branch"] = branch
         if "lora" in recipe.learn:
             self.inside = name_inside(chat, family.language_model)
             self["lora"] = add_adapters(chat, family.language_model, recipe)
             for name, module in self["lora"].named_modules():
-                module.training = "lora_dropout" in name  # not the layers they stand in, whose own would drop out too
+                module.training = "lora_dropout" in name  # not the wrapped layers, whose dropout stays off
         if recipe.gradient_checkpointing:
             language_model: Any = family.language_model
-            name = "activation_checkpointing_enable"  # newer transformers'; the other one warns there
+            name = "activation_checkpointing_enable"  # newer transformers, where the other name warns
             enable = getattr(language_model, name, language_model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
             _train_checkpointed(language_model)
 
     def learning(self, part: str) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters of a part that learn."""
+        """Names and trainable parameters of a part."""
         return [(name, p) for name, p in self[part].named_parameters() if p.requires_grad]
 
     def groups(self, recipe: TuneRecipe) -> list[dict[str, Any]]:
-        """Optimizer groups, one a part, with its learning rate."""
+        """One optimizer group per part, with its learning rate."""
         return [
             {"params": [p for _, p in self.learning(part)], "lr": recipe.rate_of(part), "name": part} for part in self
         ]
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write the parts and ``tuned.json`` into a folder that nobody reads yet."""
+        """Write the parts and ``tuned.json`` into a folder that is not in use yet."""
         folder.mkdir(parents=True, exist_ok=True)
         if "projector" in self:
-            own = self["projector"].state_dict()
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
+            projector = self["projector"].state_dict()
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.items()}
             (folder / FILES["projector"]).write_bytes(save(state, metadata={"format": "pt"}))
         if "branch" in self:
             save_model(self.model[0], folder / "branch")
@@ -91,7 +91,7 @@ class Learned(nn.ModuleDict):
         (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Read back what :meth:`save` wrote.
+        """Load the parts that :meth:`save` wrote.
 
         Raises:
             CheckpointError: a file is missing or damaged, or does not fit.
@@ -107,14 +107,14 @@ class Learned(nn.ModuleDict):
             from peft import set_peft_model_state_dict
 
             stored = read_safetensors(folder / FILES["lora"])
-            own = {name.replace(f"{_PEFT}{self.inside}.", _PEFT, 1): tensor for name, tensor in stored.items()}
-            found: Any = set_peft_model_state_dict(self["lora"], own)
+            state = {name.replace(f"{_PEFT}{self.inside}.", _PEFT, 1): tensor for name, tensor in stored.items()}
+            found: Any = set_peft_model_state_dict(self["lora"], state)
             if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
                 raise CheckpointError(f"{folder / FILES['lora']} does not fit the language model's adapters")
 
 
 def projector_of(chat: Any) -> nn.Module:
-    """What turns visual tokens into the language model's: the projector, or what follows a Q-Former."""
+    """The projector of visual tokens to the language model's width, or the linear layer after a Q-Former."""
     inner = getattr(chat, "model", chat)
     for name in ("multi_modal_projector", "language_projection"):
         for owner in (inner, chat):
@@ -124,13 +124,13 @@ def projector_of(chat: Any) -> nn.Module:
 
 
 def add_adapters(chat: Any, language_model: nn.Module, recipe: TuneRecipe) -> Any:
-    """Fresh adapters in a language model's layers, by PEFT; the model that is handed over has them from then on."""
+    """Add fresh LoRA adapters to a language model, in place, by PEFT. Returns the PEFT model."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise CommandError("--learn lora needs the package peft: pip install 'bt-adapter[train]'") from error
     names = recipe.target_modules
-    for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # by which PEFT knows what it wraps
+    for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # by which PEFT chooses its layers
         if getattr(chat, mark, False):
             setattr(language_model, mark, True)
     config = LoraConfig(
@@ -144,19 +144,19 @@ def add_adapters(chat: Any, language_model: nn.Module, recipe: TuneRecipe) -> An
 
 
 def name_inside(chat: nn.Module, part: nn.Module) -> str:
-    """Name of a part of a chat model, as ``model.language_model``."""
+    """Name of a submodule of a chat model, as ``model.language_model``."""
     return next(name for name, module in chat.named_modules() if module is part)
 
 
 def save_adapters(adapters: Any, inside: str, folder: Path, model: str) -> None:
     """Write adapters of a language model as a PEFT folder of the chat model as a whole.
 
-    ``PeftModel.from_pretrained(chat_model, folder)`` puts them where they were. Layers are named in full: the vision
-    tower has some of the same short names.
+    ``PeftModel.from_pretrained(chat_model, folder)`` loads them. Layers are named in full, because the vision tower has
+    some of the same short names.
 
     Args:
         adapters: the language model, as `add_adapters` returned it. inside: its name in the chat model.
-        folder: made where it is missing. model: name of the chat model, which PEFT notes.
+        folder: created if missing. model: name of the chat model, stored in PEFT's configuration.
     """
     from peft import get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -176,7 +176,7 @@ def save_adapters(adapters: Any, inside: str, folder: Path, model: str) -> None:
 
 
 def branch_fingerprint(model: BTAdapterVisionModel) -> dict[str, float] | None:
-    """Lengths of some of a branch's weights, which tell one from another in any precision; None: there is no branch."""
+    """Norms of some of a branch's weights, which identify it in any dtype; None: there is no branch."""
     if model.branch.is_absent:
         return None
     weights = dict(model.branch.named_parameters())
@@ -186,13 +186,13 @@ def branch_fingerprint(model: BTAdapterVisionModel) -> dict[str, float] | None:
 
 
 def check_files(folder: Path, parts: Sequence[str]) -> None:
-    """Raise CheckpointError naming the parts whose files are not there."""
+    """Raise CheckpointError naming the files that are missing."""
     if lacking := [FILES[part] for part in parts if not (folder / FILES[part]).is_file()]:
         raise CheckpointError(f"{folder} lacks {', '.join(lacking)} of the parts it was tuned in: {', '.join(parts)}")
 
 
 def _train_checkpointed(language_model: nn.Module) -> None:
-    """Put into training mode what runs again in backward, which it does in no other; none of it drops out."""
+    """Put layers with gradient checkpointing into training mode, which it needs, and set their dropout to 0."""
     for module in language_model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
@@ -201,7 +201,7 @@ def _train_checkpointed(language_model: nn.Module) -> None:
                     setattr(module, name, 0.0)
 
 
-def _wide(module: nn.Module) -> nn.Module:
-    """In float32 at least."""
+def _at_least_float32(module: nn.Module) -> nn.Module:
+    """Convert a module to float32, unless it is in float64."""
     dtype = next(module.parameters()).dtype
     return module.to(torch.promote_types(dtype, torch.float32))

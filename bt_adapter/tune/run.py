@@ -1,4 +1,4 @@
-"""The tuning loop: one process or torchrun over many, stopped and killed at any moment and gone on with."""
+"""The tuning loop, in one process or under torchrun. A run stopped or killed at any moment can be resumed."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from bt_adapter.tune.tokens import Tokens, digest, make_examples
 
 
 def tune(recipe: TuneRecipe, chat: VideoChat | None = None) -> Path:
-    """Tune a chat model, or go on with a run that was stopped. Returns the folder of what was learned, ``OUT/tuned``.
+    """Tune a chat model, or resume a run that was stopped. Returns the folder of the trained parts, ``OUT/tuned``.
 
     Args:
-        chat: the chat model with its branch, which is changed; None: the one the recipe names.
+        chat: the chat model with its branch, which is modified; None: the one the recipe names.
 
     Raises:
-        CommandError: a value of the recipe cannot be, the data cannot be used, or the run in ``OUT`` had another one.
+        CommandError: a value of the recipe is invalid, the data is unusable, or the run in ``OUT`` has another recipe.
         TooManySkipped: more than ``max_skipped`` of the conversations cannot be used.
-        Stopped: SIGTERM or SIGINT came; a checkpoint was written, or the features that were done are stored.
+        Stopped: SIGTERM or SIGINT came; a checkpoint was written, or the features computed so far are stored.
     """
     processes = Processes(recipe.device)
     try:
@@ -76,7 +76,7 @@ class Run(TrainingRun):
         self._model()
 
     def _note(self, skipped: Skipped) -> None:
-        """Conversations that no step will see."""
+        """Count conversations that cannot be used. Raises TooManySkipped."""
         self.skipped.merge(skipped)
         self.skipped.check(self.listed, self.recipe.max_skipped)
 
@@ -87,7 +87,7 @@ class Run(TrainingRun):
         self._note(unusable)
         if not examples:
             raise CommandError(f"--data {recipe.data} holds no usable conversation; {unusable.report(10)}")
-        self.listed += len(examples) - (len(conversations) - len(unusable))  # one may give several examples
+        self.listed += len(examples) - (len(conversations) - len(unusable))  # a conversation may give several examples
         self.check_data("conversations", len(examples), digest(examples))
         self.examples = examples
         self.order = Order([example.length for example in examples], recipe.batch_size, recipe.seed)
@@ -99,7 +99,7 @@ class Run(TrainingRun):
         recipe = self.recipe
         if recipe.quantize is not None and not is_quantized(self.chat.model):
             raise CommandError(f"--quantize {recipe.quantize}: the chat model that was handed over is not quantized")
-        torch.manual_seed(recipe.seed)  # of fresh adapters
+        torch.manual_seed(recipe.seed)  # for fresh adapters
         self.learned = Learned(self.chat.model, recipe)
         model = attached_branch(self.chat.model)
         model.recompute, model.tower.chunk = recipe.recompute, recipe.tower_chunk
@@ -126,24 +126,25 @@ class Run(TrainingRun):
 
     def _run(self, done: int) -> Path:
         out = self.recipe.out / "tuned"
-        self._say(f"{len(self.examples)} conversations, {self.steps} steps; {self._what_learns()}")
+        self._say(f"{len(self.examples)} conversations, {self.steps} steps; {self._trainable()}")
         if done:
-            self._say(f"going on after step {done} of {self.steps}")
+            self._say(f"resuming after step {done} of {self.steps}")
         self._loop(done)
         if self.processes.first:
             self._write(out)
             self._write_model(out)
         if len(self.skipped):
             self._say(self.skipped.report())
-        self._say(f"{self.steps} steps done; what was learned is in {out}")
+        self._say(f"{self.steps} steps done; the trained parts are in {out}")
         return out
 
-    def _what_learns(self) -> str:
+    def _trainable(self) -> str:
+        """The number of trainable parameters of each part, for a line of the log."""
         counts = {part: sum(p.numel() for _, p in self.learned.learning(part)) for part in self.learned}
-        return ", ".join(f"{part} learns {count / 1e6:.3g} M weights" for part, count in counts.items())
+        return ", ".join(f"{count / 1e6:.3g} M trainable parameters in {part}" for part, count in counts.items())
 
     def _visuals(self) -> VisualReader:
-        """Reads videos, after their features were stored where that is asked for."""
+        """Make the reader of videos; with --features, store missing features first."""
         recipe, chat = self.recipe, self.chat
         visuals = VisualReader(chat.images, recipe.frames)
         if recipe.features is None:
@@ -174,20 +175,20 @@ class Run(TrainingRun):
                 self.skipped.add(key, reason)
             values = self._step(step, batch)
             clock.end()
-            self._tell(values, clock)
+            self._record(values, clock)
             if self.due or self.stop or step == self.steps:
                 self._save(step)
             if self.stop and step < self.steps:
                 raise Stopped(f"stopped after step {step} of {self.steps}; the same command goes on from there")
 
     def _step(self, step: int, batch: Step) -> dict[str, Any]:
-        """One step, and its figures: the loss is the mean over the answer tokens of all processes and parts."""
+        """Run one step; returns its figures. The loss is the mean over the answer tokens of all processes and parts."""
         recipe, processes = self.recipe, self.processes
-        torch.manual_seed(numbers_seed(recipe.seed, step, processes.rank))  # of what drops out in adapters
+        torch.manual_seed(numbers_seed(recipe.seed, step, processes.rank))  # for the dropout of adapters
         loss = torch.zeros((), dtype=torch.float64)
         for part in batch.parts:
             summed = self.tuning.loss(part)
-            if summed.requires_grad:  # a part of text alone reaches nothing where no adapters learn
+            if summed.requires_grad:  # text alone reaches no trainable parameter without adapters
                 self.scaler.scale(summed).backward()
             loss += summed.detach().double().cpu()
         late = bool(recipe.save_steps and step % recipe.save_steps == 0)
@@ -213,7 +214,7 @@ class Run(TrainingRun):
         }
 
     def _update(self, count: float, factor: float) -> float:
-        """The gradients of all processes over the number of answer tokens, and a step of the optimizer."""
+        """Reduce gradients, divide them by the number of answer tokens, and update. Returns the gradient norm."""
         share_gradients(self.parameters, 1 / count, self.processes.group)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm or math.inf)
@@ -224,7 +225,8 @@ class Run(TrainingRun):
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def _tell(self, values: dict[str, Any], clock: Clock) -> None:
+    def _record(self, values: dict[str, Any], clock: Clock) -> None:
+        """Log a step. Raises TooManySkipped."""
         seen = min(values["step"] * self.recipe.batch_size, len(self.examples))
         self.skipped.check(self.listed - len(self.examples) + seen, self.recipe.max_skipped)
         self._log(values, clock)
@@ -247,11 +249,11 @@ class Run(TrainingRun):
         self.saved = time.monotonic()
 
     def _about(self) -> dict[str, Any]:
-        """What the learned parts were tuned from, and how."""
+        """The contents of tuned.json: base model, branch, sampling, dtype and recipe."""
         return {
-            "model": _from_anywhere(self.recipe.model),
+            "model": _absolute(self.recipe.model),
             "branch": {
-                "source": self.recipe.branch and _from_anywhere(self.recipe.branch),
+                "source": self.recipe.branch and _absolute(self.recipe.branch),
                 "fingerprint": branch_fingerprint(attached_branch(self.chat.model)),  # None: there is none
             },
             "step": self.state["step"],
@@ -261,22 +263,22 @@ class Run(TrainingRun):
         }
 
     def _sampling(self) -> dict[str, Any]:
-        """How the videos of this run were sampled, and so are to be sampled when the model is asked about others."""
+        """Sampling of this run's videos, which the tuned model uses for other videos too."""
         long = self.recipe.long
         if long == "published" and "branch" in self.recipe.learn:
-            long = "average"  # the rows that it read are trained now: averaging to as many steps is the same
+            long = "average"  # all rows that it read are trained now, and averaging to as many steps is the same
         sampling = {"frames": self.recipe.frames, "repeat": True, "windows": 1, "long": long}
         return sampling if self.recipe.use_branch else sampling | {"branch": False}
 
     def _write(self, out: Path) -> None:
-        """The final folder, which appears when it is whole."""
-        aside = out.with_name(out.name + ".writing")
-        shutil.rmtree(aside, ignore_errors=True)
-        self.learned.save(aside, self._about())
-        replace_folder(aside, out)
+        """Write the final folder under a temporary name, then rename it."""
+        temporary = out.with_name(out.name + ".writing")
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.learned.save(temporary, self._about())
+        replace_folder(temporary, out)
 
     def _write_model(self, tuned: Path) -> None:
-        """The whole model as transformers loads it by itself, made of what was just written to ``tuned``."""
+        """Write the whole model as transformers loads it by itself, from the parts in ``tuned``."""
         from bt_adapter.chat.export import save_chat
 
         recipe, folder = self.recipe, self.recipe.out / "model"
@@ -299,9 +301,9 @@ class Run(TrainingRun):
             self._say(f"{folder} is of an earlier part of this run")
 
     def _tuned_chat(self, tuned: Path) -> VideoChat:
-        """The chat model as tuned, adapters merged: loaded anew in the dtype it is stored in, or the one given."""
+        """The tuned chat model, adapters merged: loaded again in its stored dtype, or the one passed to `tune`."""
         if not self.given:
-            # nothing of the run is needed any more, and the memory is
+            # frees memory for the model that is loaded
             del self.chat, self.learned, self.tuning, self.optimizer, self.parameters
             return load_tuned(tuned, None, None, "cpu", None)
         if "lora" in self.learned:
@@ -311,13 +313,13 @@ class Run(TrainingRun):
 
 
 def load_chat(recipe: TuneRecipe, device: torch.device, needs_branch: bool) -> VideoChat:
-    """The chat model and branch a recipe names.
+    """Load the chat model and branch that a recipe names.
 
     Args:
         needs_branch: whether the run sends videos through a branch. Where it does not, the model may have none.
 
     Raises:
-        CommandError: they are not there or do not fit.
+        CommandError: they are missing or do not fit each other.
     """
     use_branch = needs_branch or "branch" in recipe.learn
     try:
@@ -331,13 +333,13 @@ def load_chat(recipe: TuneRecipe, device: torch.device, needs_branch: bool) -> V
         raise CommandError(f"--model {recipe.model} with --branch {recipe.branch}: {error}") from error
     if use_branch and not chat.family.home.config.use_branch:
         raise CommandError(
-            f"--model {recipe.model} was tuned without a branch: give --branch FOLDER, or --no-use-branch to go on so"
+            f"--model {recipe.model} was tuned without a branch: give --branch FOLDER, or --no-use-branch again"
         )
     return chat
 
 
-def _from_anywhere(name: str) -> str:
-    """A local path that holds wherever it is read; a hub name, or one of the small stack, as it is."""
+def _absolute(name: str) -> str:
+    """The absolute path of a local folder; a hub name, or a stage of the small stack, unchanged."""
     if mini_stage(name) is not None:
         return name
     return os.path.abspath(name) if os.path.exists(name) else name

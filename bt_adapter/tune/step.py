@@ -28,8 +28,8 @@ class Tuning:
         chat: chat model with a branch. recipe: packing, dtype and chunk sizes.
 
     Raises:
-        CommandError: the chat model's visual tokens depend on the question, its language model has an encoder, or packed
-            conversations attend to one another in it.
+        CommandError: the chat model's visual tokens depend on the question, its language model has an encoder, or
+            packed conversations attend to one another in it.
     """
 
     def __init__(self, chat: VideoChat, recipe: TuneRecipe) -> None:

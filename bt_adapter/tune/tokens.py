@@ -1,4 +1,4 @@
-"""Conversations to token ids, and to what is to be predicted at each of them: the answers, and nothing else."""
+"""Token ids of conversations, and their targets: the tokens of the answers alone."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ class Example:
     """A conversation as the language model sees it, with one image token for each visual: `expand` repeats it.
 
     Attributes:
-        key: what reports call it.
+        key: its name in reports.
         ids: int32 ``[s]``, the tokens.
-        targets: int32 ``[s]``; at each place the token to predict there, which is the next one of an answer or its end,
-            or IGNORED.
-        counts: int32 ``[s]``, how many tokens each stands for: 1, or those of its video or still.
+        targets: int32 ``[s]``; the token to predict at each position: the next one of an answer or its end, or IGNORED.
+        counts: int32 ``[s]``, how often each token is repeated: 1, or the tokens of its video or still.
         sources: the videos and stills, in order.
     """
 
@@ -42,12 +41,12 @@ class Example:
 
     @property
     def length(self) -> int:
-        """S, all tokens."""
+        """Number of all tokens, S."""
         return int(self.counts.sum())
 
     @property
     def answer_tokens(self) -> int:
-        """How many places have a target."""
+        """Number of positions with a target."""
         return int((self.targets != IGNORED).sum())
 
     def expand(self) -> tuple[Tensor, Tensor]:
@@ -71,10 +70,10 @@ class _Answer(NamedTuple):
 
 
 class Tokens:
-    """Conversations to examples, by a chat model's own template and tokenizer.
+    """Makes examples of conversations by a chat model's template and tokenizer.
 
     Args:
-        chat: a video chat model. processor: its own, with a fast tokenizer.
+        chat: a video chat model. processor: its processor, with a fast tokenizer.
 
     Raises:
         CommandError: the tokenizer is not a fast one, or has no token that ends an answer.
@@ -91,7 +90,7 @@ class Tokens:
         self.special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
 
     def examples(self, conversation: TrainingConversation) -> list[Example]:
-        """A conversation as one example, or as one for each answer.
+        """Make one example of a conversation, or one for each answer.
 
         Several where the tokenizer joins the end of a prompt and the answer after it into one token: inference does so
         for the answers that lie behind, not for the one that it writes, so that no one sequence holds both.
@@ -111,7 +110,7 @@ class Tokens:
         return found
 
     def example(self, conversation: TrainingConversation) -> Example:
-        """All turns of a conversation as one sequence.
+        """Make one sequence of all turns of a conversation.
 
         The prompts are those of inference, token for token. An answer ends with the special token that the template
         writes after it, or, where it writes none, with the tokenizer's end of text.
@@ -125,7 +124,7 @@ class Tokens:
         return found[0]
 
     def _coded(self, text: str, answers: Sequence[_Answer]) -> tuple[list[int], list[int]] | None:
-        """Ids and targets of all turns in one sequence; None where a prompt of inference is no beginning of it."""
+        """Ids and targets of all turns in one sequence; None unless each prompt of inference is a prefix of it."""
         ids = text_ids(self.tokenizer, text)
         targets = [IGNORED] * len(ids)
         for answer in answers:
@@ -153,7 +152,7 @@ class Tokens:
         )
 
     def _continuations(self, answer: str, prompt: list[int], upto: list[int]) -> Iterator[list[int]]:
-        """Token ids that may stand for an answer after a prompt, the likelier first."""
+        """Candidate token ids of an answer after a prompt, the likelier first."""
         if upto[: len(prompt)] == prompt:
             yield upto[len(prompt) :]
         yield self.tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -165,7 +164,7 @@ class Tokens:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _put_targets(self, targets: list[int], ids: list[int], begin: int, end: int, closed: bool) -> None:
-        """At the place before each token of an answer, that token; at its last one its end, unless it has one."""
+        """Set the targets of an answer, ids ``begin`` to ``end``, and of its end unless the template closes it."""
         if not 0 < begin < end:
             raise PromptError("an answer has no tokens")
         targets[begin - 1 : end - 1] = ids[begin:end]
@@ -218,7 +217,7 @@ class Tokens:
 def make_examples(
     tokens: Tokens, conversations: Sequence[TrainingConversation], context: int, skip_long: bool
 ) -> tuple[list[Example], Skipped]:
-    """Examples of all conversations that can be had, and what cannot. A conversation may give several.
+    """Make the examples of all conversations, several of some, and list those that cannot be used.
 
     Raises:
         CommandError: some are longer than ``context`` tokens and ``skip_long`` is off; the message counts and names
@@ -246,7 +245,7 @@ def make_examples(
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """What tells these conversations, in this order, from others."""
+    """A digest of the examples in their order."""
     state = hashlib.blake2b(digest_size=8)
     for example in examples:
         state.update(example.ids.tobytes())
