@@ -15,7 +15,7 @@ from test_chat import make_tokenizer
 
 from bt_adapter.chat.attach import attach
 from bt_adapter.chat.engine import VideoChat
-from bt_adapter.chat.watch import Sampling, encode_video
+from bt_adapter.chat.watch import Sampling, watch
 
 
 def status(name: str) -> int:
@@ -26,7 +26,7 @@ def status(name: str) -> int:
 def answer(chat: VideoChat, path: str) -> None:
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
-    seen = encode_video(chat, path, Sampling(fps=2))
+    seen = watch(chat, path, Sampling(fps=2))
     conversation = chat.converse()
     conversation.add(seen)
     conversation.ask("how is it moving ?", 8)

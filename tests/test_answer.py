@@ -82,9 +82,7 @@ def test_answers_are_those_of_single_questions(chat, folder, expected, tmp_path)
     assert found[1] == {"id": "q1", "video": "a", "question": QUESTIONS[1], "answer": "left",
                         "prediction": found[1]["prediction"]}  # fmt: skip
     for row in found:
-        tokens = watch.encode_video(
-            chat, VisualFolder(folder).find(row["video"], "video")[0], Sampling(frames=4)
-        ).tokens
+        tokens = watch.watch(chat, VisualFolder(folder).find(row["video"], "video")[0], Sampling(frames=4)).tokens
         assert chat.ask(tokens[None], row["question"], 6).text == row["prediction"]
     assert len({row["prediction"] for row in found}) > 1
     assert set(skipped.reasons) == {"3 (broken.mp4)", "q5 (none.mp4)", "q7 (broken.mp4)"}
@@ -344,10 +342,10 @@ def test_whatever_a_file_provokes_is_told_and_the_chat_goes_on(chat, folder, mon
     def watched(chat, stream, *arguments):
         if "c.mp4" in str(stream.path):
             raise MemoryError("4 GiB")
-        return watch.encode_video(chat, stream, *arguments)
+        return watch.watch(chat, stream, *arguments)
 
     monkeypatch.setattr(Sampling, "open", opened)
-    monkeypatch.setattr(session, "encode_video", watched)
+    monkeypatch.setattr(session, "watch", watched)
     lines = "".join(f"/video {folder / name}.mp4\n" for name in "bca") + "how ?\n"
     turns, told = talk(chat, monkeypatch, capsys, lines)
     assert turns == ["how ?"] and told.count("4 of 9 frames") == 1

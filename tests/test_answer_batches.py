@@ -111,9 +111,7 @@ def test_equal_prompts_and_text_alone(chat):  # noqa: F811
 def test_each_file_is_watched_once_in_whatever_order_its_questions_stand(chat, folder, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(answer, "load", lambda command: chat)
     watched = []
-    monkeypatch.setattr(
-        answer, "encode_video", lambda *a, real=answer.encode_video, **k: watched.append(a[1].path) or real(*a, **k)
-    )
+    monkeypatch.setattr(answer, "watch", lambda *a, real=answer.watch, **k: watched.append(a[1].path) or real(*a, **k))
     asked = [
         answer.Question(f"{text}/{name}", folder / f"{name}.mp4", TEXTS[text]) for text in range(3) for name in "abc"
     ]

@@ -22,7 +22,7 @@ from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, emb
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.streaming import plan_windows, video_tokens_streamed
-from bt_adapter.chat.watch import Sampling, encode_image, encode_video, read_image
+from bt_adapter.chat.watch import Sampling, encode_image, read_image, watch
 from bt_adapter.data import VideoError, read_video, write_video
 from bt_adapter.data.stream import FrameStream
 from bt_adapter.native import make_processor
@@ -339,13 +339,13 @@ def test_a_tuned_folder_is_a_model(monkeypatch, tmp_path):
 
 
 def test_watching_is_encoding_what_was_read(chat, clip):
-    seen = encode_video(chat, clip, Sampling(frames=12))
+    seen = watch(chat, clip, Sampling(frames=12))
     expected = chat.encode(read_video(clip, 12))
     torch.testing.assert_close(seen.tokens[None], expected, rtol=0, atol=1e-5)
     assert (seen.frames, seen.total, seen.sets, seen.truncated) == (12, 90, 1, False)
-    off = encode_video(chat, clip, Sampling(frames=12, branch=False))
+    off = watch(chat, clip, Sampling(frames=12, branch=False))
     torch.testing.assert_close(off.tokens[None], chat.encode(read_video(clip, 12), branch=False), rtol=0, atol=1e-5)
-    three = encode_video(chat, clip, Sampling(fps=5, windows=3))
+    three = watch(chat, clip, Sampling(fps=5, windows=3))
     assert (three.frames, three.sets, len(three.tokens)) == (45, 3, 3 * (CHAT_PATCHES + 1))
 
 
@@ -404,7 +404,7 @@ def test_every_family_answers_as_its_own_generate_does(name, clip):
         inputs = images([still.numpy()], return_tensors="pt", input_data_format="channels_first")
     frames = {"pixel_values": chat.prepare(read_video(clip, 6).frames)}
     for kind, visual, own in (
-        ("video", encode_video(chat, clip, Sampling(frames=6)), frames),
+        ("video", watch(chat, clip, Sampling(frames=6)), frames),
         ("image", shown, inputs),
     ):
         conversation = chat.converse()
@@ -420,7 +420,7 @@ def test_every_family_answers_as_its_own_generate_does(name, clip):
         assert chat.tokenizer.decode(whole[0, -reply.tokens :], skip_special_tokens=True).strip() == reply.text
     if name == "vipllava":
         with pytest.raises(ValueError, match="several layers of its tower"):
-            encode_video(chat, clip, Sampling(frames=6, windows=2))
+            watch(chat, clip, Sampling(frames=6, windows=2))
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from bt_adapter.chat.attach import attach, attached_branch, detach
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.sampled import settle_sampling
-from bt_adapter.chat.watch import Sampling, encode_video
+from bt_adapter.chat.watch import Sampling, watch
 from bt_adapter.checkpoint import CheckpointError
 from bt_adapter.cli import main
 from bt_adapter.commands.chat import Chat
@@ -53,7 +53,7 @@ def make_video_chat(name: str = "llava", **attributes) -> VideoChat:
 
 def answered(chat: VideoChat, clip, frames: int = 5) -> tuple[str, torch.Tensor]:
     """An answer about a video, and the tokens it is made of, before a question and with it."""
-    seen = encode_video(chat, clip, Sampling(frames=frames))
+    seen = watch(chat, clip, Sampling(frames=frames))
     conversation = chat.converse()
     conversation.add(seen)
     return conversation.ask(ASKED, 6).text, seen.for_question(ASKED).tokens

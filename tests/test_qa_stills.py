@@ -9,7 +9,7 @@ from test_answer import chat, folder  # noqa: F401 (fixtures)
 
 from bt_adapter import cli
 from bt_adapter.chat import answer, conversation
-from bt_adapter.chat.watch import Sampling, encode_image, encode_video
+from bt_adapter.chat.watch import Sampling, encode_image, watch
 from bt_adapter.errors import CommandError
 from bt_adapter.eval import qa
 
@@ -66,8 +66,8 @@ def test_stills_and_videos_in_one_file(chat, files, tmp_path, monkeypatch, capsy
     questions = {record["id"]: record["question"] for record in RECORDS}
     seen = {key: encode_image(chat, files / name) for key, name in IMAGES.items()}
     seen |= {
-        "m3": encode_video(chat, files / "moving.png", Sampling(frames=4)),
-        "m1": encode_video(chat, files / "a.mp4", Sampling(4)),
+        "m3": watch(chat, files / "moving.png", Sampling(frames=4)),
+        "m1": watch(chat, files / "a.mp4", Sampling(4)),
     }
     assert {len(seen[key].tokens) for key in IMAGES} == {len(seen["m1"].tokens) - 1}  # patches alone, without CLS
     for key, visual in seen.items():

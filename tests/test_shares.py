@@ -15,7 +15,7 @@ from test_answer import chat, folder, make_engine, run_all  # noqa: F401 (fixtur
 
 from bt_adapter import cli
 from bt_adapter.chat import ahead, answer, rows
-from bt_adapter.chat.watch import Sampling, encode_video
+from bt_adapter.chat.watch import Sampling, watch
 from bt_adapter.data import VideoError, patience
 from bt_adapter.data.patience import StorageError
 from bt_adapter.data.stream import FrameStream
@@ -114,8 +114,8 @@ def prepare(chunk):
 def test_what_is_decoded_ahead_is_what_watching_sees(chat, folder):  # noqa: F811
     sampling = Sampling(frames=4)
     with ahead.DecodedAhead(sampling, lambda chunk: chat.prepare(chunk)[0], 1) as decoded:
-        seen = encode_video(chat, decoded.take(folder / "a.mp4"), sampling)
-    plain = encode_video(chat, folder / "a.mp4", sampling)
+        seen = watch(chat, decoded.take(folder / "a.mp4"), sampling)
+    plain = watch(chat, folder / "a.mp4", sampling)
     assert torch.equal(seen.tokens, plain.tokens)
     assert (seen.frames, seen.total, seen.name, seen.truncated) == (4, 9, plain.name, False)
 
@@ -131,10 +131,10 @@ def test_the_next_videos_are_decoded_while_one_is_watched(chat, folder, tmp_path
     def watched(chat, video, sampling, room):  # waits, in the model's place, for the video after this one
         later = {"a.mp4": "b.mp4", "b.mp4": "c.mp4"}.get(video.path.name)
         assert later is None or begun[later].wait(20)
-        return encode_video(chat, video, sampling, room=room)
+        return watch(chat, video, sampling, room=room)
 
     monkeypatch.setattr(Sampling, "open", opened)
-    monkeypatch.setattr(answer, "encode_video", watched)
+    monkeypatch.setattr(answer, "watch", watched)
     asked = [answer.Question(name, folder / name, "how ?") for name in begun]
     with rows.Rows(tmp_path / "out.jsonl", {}) as file:
         answer.answer_all(chat, asked, file, Sampling(frames=4), 1, 4, workers=1)

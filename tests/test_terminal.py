@@ -115,7 +115,7 @@ def test_chat_shows_names_as_they_are(chat, folder, tmp_path, monkeypatch, capsy
     data = (folder / "a.mp4").read_bytes()
     cut.write_bytes(data)
     notes = Console(file=io.StringIO(), force_terminal=True, width=300, color_system=None)  # markup is not off here
-    monkeypatch.setattr(session, "encode_video", lambda *arguments: broken(cut))
+    monkeypatch.setattr(session, "watch", lambda *arguments: broken(cut))
     shown = session.Session(chat, chat.converse(), Sampling(frames=4), 4, notes)
     lines = f"/video {cut}\n/video {tmp_path}/none [b].mp4\n{CLOSING}\n/[red]\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))

@@ -42,7 +42,7 @@ class DecodedVideo:
 
     def __init__(self, path: Path, sampling: Sampling, prepare: Callable[[Tensor], Tensor]) -> None:
         self.path, self.sampling, self.prepare = path, sampling, prepare
-        self.progress = None  # assigned by `encode_video`; not reported here
+        self.progress = None  # assigned by `watch`; not reported here
         self._stop, self._opened = threading.Event(), threading.Event()
         self._chunks: queue.Queue[Tensor | Exception | None] = queue.Queue(_CHUNKS)
         self._delivered = 0

@@ -21,7 +21,7 @@ from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.session import chosen_dtype, load, sampling_of, say_choices
 from bt_adapter.chat.shares import SharedRows, share_of
-from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, encode_video
+from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, watch
 from bt_adapter.data.finding import VisualFolder
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.distributed import Processes
@@ -283,7 +283,7 @@ def _prompt(chat: VideoChat, visual: Visual, question: str, max_new_tokens: int)
 class _Files:
     """A cache of the tokens of the latest files, and of the errors of unreadable files.
 
-    chat, sampling, room: see `encode_video`. capacity: maximum number of cached files. ahead: decodes the videos.
+    chat, sampling, room: see `watch`. capacity: maximum number of cached files. ahead: decodes the videos.
     questions: in the order in which their files will be requested.
     """
 
@@ -327,7 +327,7 @@ class _Files:
         video = self.ahead.take(path)
         self._decode_next()
         try:
-            return encode_video(self.chat, video, self.sampling, room=self.room)
+            return watch(self.chat, video, self.sampling, room=self.room)
         finally:
             video.close()
 

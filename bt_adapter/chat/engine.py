@@ -145,7 +145,7 @@ class VideoChat:
 
         video: decoded frames; a tensor is uint8 ``[T, 3, H, W]``. branch: False for the mean of the frames' tokens
         instead; None: ``use_branch`` of the model's configuration. progress: see ``video_tokens``. question: see
-        :meth:`project`. For files of any length use `bt_adapter.chat.watch.encode_video`.
+        :meth:`project`. For files of any length use `bt_adapter.chat.watch.watch`.
         """
         pixels = self.prepare(video.frames if isinstance(video, Video) else video)
         tokens = self.project(video_tokens(self.model, pixels, progress, branch=branch), question)

@@ -16,7 +16,7 @@ from bt_adapter.chat.engine import VideoChat, peak_memory
 from bt_adapter.chat.prompts import PromptError
 from bt_adapter.chat.quantize import QuantizeError
 from bt_adapter.chat.sampled import settle_sampling
-from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, encode_video
+from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, watch
 from bt_adapter.data import VideoError
 from bt_adapter.data.patience import read_patiently
 from bt_adapter.data.stream import FrameStream
@@ -93,7 +93,7 @@ class Session:
     def _encode_video(self, stream: FrameStream, room: int) -> EncodedVisual:
         with progress_bar(self.notes, f"watching {Path(stream.path).name}") as progress:
             try:
-                encoded = encode_video(self.chat, stream, self.sampling, progress, room)
+                encoded = watch(self.chat, stream, self.sampling, progress, room)
             except VideoError:
                 raise
             except MemoryError as error:

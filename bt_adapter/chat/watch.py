@@ -71,7 +71,7 @@ class EncodedVisual(Visual):
 
 
 @torch.no_grad()
-def encode_video(
+def watch(
     chat: VideoChat,
     video: str | Path | FrameStream | DecodedVideo,
     sampling: Sampling,
