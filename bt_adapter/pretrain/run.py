@@ -197,7 +197,7 @@ class Run(TrainingRun):
     def _run(self, done: int) -> Path:
         recipe, processes, out = self.recipe, self.processes, self.recipe.out / "branch"
         if recipe.temperature == "clip":
-            self._say(f"the temperature is the one learned by the CLIP, {self.temperature:.4g}")
+            self._say(f"the temperature is the one that the CLIP learned, {self.temperature:.4g}")
         if self.total is not None and (rest := self.total % recipe.group):
             self._say(f"the last {rest} clips of --data are too few for a group of {recipe.group} and are left out")
         if done:
