@@ -150,7 +150,12 @@ class Branch(nn.Module):
 
         Raises:
             RuntimeError: the branch's parameters are sharded over processes and not gathered.
+            ValueError: it is the placeholder in a chat model without a branch.
         """
+        if self.is_absent:
+            raise ValueError(
+                "this chat model has no branch: attach one, or ask for the mean of the frames (branch=False)"
+            )
         self._check_whole()
         z: Any = None
         for layer, tokens in enumerate(states):

@@ -25,6 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from miniature.clip import draw_stills, text_embeddings  # noqa: E402
 from miniature.items import ITEMS, load_items  # noqa: E402
+from miniature.ridge import ridge  # noqa: E402
 from miniature.world import COLOURS, EVENTS, SINGLE, SIZE, caption  # noqa: E402
 
 from bt_adapter.files import replace_folder  # noqa: E402
@@ -49,12 +50,12 @@ def start_projector(model: Any, clip: CLIPModel, clip_tokenizer: Any, tokenizer:
     tokens = torch.cat([_image_tokens(clip, part) for part in pixels.split(250)])
     mean = tokens.mean(1)
     shared = F.normalize(clip.visual_projection(clip.vision_model.post_layernorm(mean)), dim=-1)
-    to_shared = _least_squares(mean, shared, 1e-3 * (mean - mean.mean(0)).var())
+    to_shared = _least_squares(mean, shared, (1e-3 * (mean - mean.mean(0)).var()).double())
 
     labels = [(i, c, e) for i in range(len(ITEMS)) for c in range(len(COLOURS)) for e in (-1, *SINGLE)]
     captions = F.normalize(text_embeddings(clip, clip_tokenizer, [caption(*label) for label in labels]), dim=-1)
     words = torch.stack([_word_embeddings(table, tokenizer, label) for label in labels])
-    to_words = _least_squares(captions, words, torch.tensor(1e-4))
+    to_words = _least_squares(captions, words, 1e-4)
 
     left, sizes, right = torch.linalg.svd(to_shared @ to_words, full_matrices=False)
     rank, centre, size = len(sizes), mean.mean(0), table.std()
@@ -82,11 +83,10 @@ def _word_embeddings(table: Tensor, tokenizer: PreTrainedTokenizerBase, label: t
     return torch.stack([table[own].mean(0) for own in ids]).sum(0)
 
 
-def _least_squares(x: Tensor, y: Tensor, strength: Tensor) -> Tensor:
+def _least_squares(x: Tensor, y: Tensor, strength: float | Tensor) -> Tensor:
     """The matrix [a, b] that takes centred ``x`` [n, a] to centred ``y`` [n, b], by ridge regression."""
     x, y = (value.double() - value.double().mean(0) for value in (x, y))
-    ridge = strength.double() * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
-    return torch.linalg.solve(x.T @ x + ridge, x.T @ y).float()
+    return ridge(x, y, strength).float()
 
 
 def write(clip_folder: Path, out: Path, seed: int, random: bool = False) -> None:

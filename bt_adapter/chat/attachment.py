@@ -64,8 +64,6 @@ class Attachment:
         branch: None: :attr:`enabled`. progress, long: see ``BTAdapterVisionModel.video_tokens``.
         """
         branch = self.enabled if branch is None else branch
-        if branch and getattr(unwrapped(self.family.home.bt_adapter, Branch), "is_absent", False):
-            raise ValueError("this chat model has no branch: attach one, or ask for the mean of the frames")
         return self.family.video_tokens(self.model(), pixel_values, branch=branch, progress=progress, long=long)
 
     def model(self) -> BTAdapterVisionModel:

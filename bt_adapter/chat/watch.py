@@ -85,8 +85,6 @@ def watch(
     """
     begin = time.perf_counter()
     model = chat.branch
-    if sampling.branch and model.branch.is_absent:
-        raise ValueError("this chat model has no branch: attach one, or ask for the mean of the frames (branch=False)")
     stream = video if isinstance(video, (FrameStream, DecodedVideo)) else sampling.open(video)
     stream.progress = progress
     if isinstance(stream, FrameStream) and stream.side is None:
