@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bt_adapter import BTAdapterVisionModel
-from bt_adapter.losses import contrastive_loss
+from bt_adapter.model.losses import contrastive_loss
 
 
 @dataclass

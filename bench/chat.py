@@ -38,7 +38,7 @@ from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.conversation import ContextError, Visual, check_context, context, embed
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.prompts import Turn, conversation_ids
-from bt_adapter.chat.streaming import video_tokens_streamed
+from bt_adapter.model.video_tokens import video_tokens_streamed
 
 QUESTION = "How is it moving?"
 FRAMES, BATCHES = (8, 16, 64, 100), (1, 4, 16)

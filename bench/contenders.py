@@ -11,7 +11,7 @@ from baseline import Baseline, Options
 from torch import Tensor
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
-from bt_adapter.config import TowerConfig
+from bt_adapter.towers.config import TowerConfig
 from bt_kernels import VisibleTokens
 
 VIT_L = TowerConfig(1024, 4096, 24, 16, 224, 14, 768)

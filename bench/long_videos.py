@@ -2,7 +2,7 @@
 
 ``python bench/long_videos.py`` writes bench/results/long-videos-cpu.json. The same held-out clips are composed with 8,
 16, 32, 64 and 128 frames each, so that every row is paired with the answers at 8 frames (exact two-sided sign test).
-Each way of taking long videos (``bt_adapter.time_steps``) is measured on two branches: the one shipped, whose time
+Each way of taking long videos (``model/time_steps.py``) is measured on two branches: the one shipped, whose time
 table started at a standard deviation of 0.7, and the same with its untrained rows drawn anew at 0.02, where the time
 table of a fresh branch starts.
 """
@@ -30,10 +30,10 @@ from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.conversation import answer_batch
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.prompts import Turn, conversation_ids
-from bt_adapter.chat.streaming import video_tokens_streamed
 from bt_adapter.eval.features import embed
 from bt_adapter.eval.stack import Stack, load_stack
-from bt_adapter.time_steps import Long
+from bt_adapter.model.time_steps import Long
+from bt_adapter.model.video_tokens import video_tokens_streamed
 
 FRAMES = (8, 16, 32, 64, 128)
 FRESH_STD = 0.02

@@ -38,7 +38,7 @@ from contenders import CONTENDERS, POLICIES, TOWERS, Case, Contender, make_input
 from counting import Operators, counted_batch, largest_batch, launches, saved_bytes
 from measure import ROOT, facts, peak_memory, results_file, rounds_of, write
 
-from bt_adapter.products import input_grad, linear, weight_grad
+from bt_adapter.towers.products import input_grad, linear, weight_grad
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # gradients, relative in norm
 

@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bt_adapter.chat.attach import attach as attach
-    from bt_adapter.checkpoint import CheckpointError as CheckpointError
-    from bt_adapter.config import BTAdapterConfig as BTAdapterConfig
-    from bt_adapter.config import TowerConfig as TowerConfig
-    from bt_adapter.model import BTAdapterOutput as BTAdapterOutput
-    from bt_adapter.model import BTAdapterVisionModel as BTAdapterVisionModel
-    from bt_adapter.published import load_reference_checkpoint as load_reference_checkpoint
-    from bt_adapter.published import to_reference_state_dict as to_reference_state_dict
+    from bt_adapter.model.adapter import BTAdapterOutput as BTAdapterOutput
+    from bt_adapter.model.adapter import BTAdapterVisionModel as BTAdapterVisionModel
+    from bt_adapter.model.checkpoint import CheckpointError as CheckpointError
+    from bt_adapter.model.published import load_reference_checkpoint as load_reference_checkpoint
+    from bt_adapter.model.published import to_reference_state_dict as to_reference_state_dict
+    from bt_adapter.towers.config import BTAdapterConfig as BTAdapterConfig
+    from bt_adapter.towers.config import TowerConfig as TowerConfig
 
 __version__ = "0.1.0"
 
 # Imported on first access: torch and transformers take seconds, which would delay the command line.
 _PLACES = {
-    "BTAdapterConfig": "config",
-    "BTAdapterOutput": "model",
-    "BTAdapterVisionModel": "model",
-    "CheckpointError": "checkpoint",
-    "TowerConfig": "config",
+    "BTAdapterConfig": "towers.config",
+    "BTAdapterOutput": "model.adapter",
+    "BTAdapterVisionModel": "model.adapter",
+    "CheckpointError": "model.checkpoint",
+    "TowerConfig": "towers.config",
     "attach": "chat.attach",
-    "load_reference_checkpoint": "published",
-    "to_reference_state_dict": "published",
+    "load_reference_checkpoint": "model.published",
+    "to_reference_state_dict": "model.published",
 }
 
 __all__ = list(_PLACES)

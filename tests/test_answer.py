@@ -18,18 +18,19 @@ from rich.console import Console
 from test_attach import make_branch, make_chat
 from test_chat import make_tokenizer
 
-from bt_adapter import cli
-from bt_adapter.chat import answer, conversation, quantize, rows, session, shares, streaming, watch
+from bt_adapter.chat import answer, conversation, quantize, rows, session, shares, watch
 from bt_adapter.chat.attach import attach
 from bt_adapter.chat.conversation import ContextError
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.watch import Sampling
+from bt_adapter.commands import cli
 from bt_adapter.commands.answer import Answer
 from bt_adapter.data import write_video
 from bt_adapter.data.finding import VisualFolder
 from bt_adapter.data.workers import worker_context
-from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
+from bt_adapter.model import video_tokens as streaming
+from bt_adapter.training.processes import Processes
 
 QUESTIONS = ["how ?", "w20 w21 w22 ?", "is it moving ?", "left or right ?"]
 

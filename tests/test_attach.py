@@ -6,8 +6,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_adapter.chat.attach import attach, attached_branch, branch_enabled, detach
-from bt_adapter.chat.attachment import attachment_of
 from bt_adapter.chat.families import family_of
+from bt_adapter.chat.families.attachment import attachment_of
 
 IMAGE_TOKEN = 60
 PATCHES = 9  # 24 px in patches of 8

@@ -11,7 +11,7 @@ from test_chat import mini_is_there
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.run import pretrain
-from bt_adapter.text import load_clip
+from bt_adapter.towers.text import load_clip
 from bt_kernels import VisibleTokens
 
 TOWER = {

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from bt_adapter.chat.attach import attach, attached_branch, branch_enabled, detach, video_tokens
-from bt_adapter.chat.called_tower import CalledTower
 from bt_adapter.chat.families import family_of
-from bt_adapter.chat.streaming import video_tokens_streamed
-from bt_adapter.chat.wrapped import unwrapped
-from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.chat.families.called_tower import CalledTower
+from bt_adapter.chat.families.wrapped import unwrapped
+from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.model.video_tokens import video_tokens_streamed
 
 # of LLaVA-NeXT stills come in pieces; its tower and method are LLaVA's
 TOWERS = tuple(name for name in FAMILIES if name != "llava_next")

@@ -8,7 +8,7 @@ import torch
 from test_chat import mini_is_there
 
 import bt_adapter
-from bt_adapter import cli
+from bt_adapter.commands import cli
 from bt_adapter.data import write_video
 
 
@@ -78,15 +78,14 @@ def test_faults_of_the_program_are_not_hidden(monkeypatch, clip):
 
 
 def test_nothing_heavy_is_imported_before_the_arguments_are_read():
-    told = (
-        "import sys, bt_adapter.cli; print([name for name in ('torch', 'av', 'transformers') if name in sys.modules])"
-    )
+    heavy = "('torch', 'av', 'transformers')"
+    told = f"import sys, bt_adapter.commands.cli; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", told], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_help_as_a_program():
     done = subprocess.run(
-        [sys.executable, "-m", "bt_adapter.cli", "--help"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "bt_adapter.commands.cli", "--help"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and all(name in done.stdout for name in ("chat", "demo", "tune"))
 

@@ -21,10 +21,10 @@ from bt_adapter.chat.attach import attach
 from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, embed
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
-from bt_adapter.chat.streaming import plan_windows, video_tokens_streamed
 from bt_adapter.chat.watch import Sampling, encode_image, read_image, watch
 from bt_adapter.data import VideoError, read_video, write_video
 from bt_adapter.data.stream import FrameStream
+from bt_adapter.model.video_tokens import plan_windows, video_tokens_streamed
 from bt_adapter.native import make_processor
 
 TEMPLATE = (

@@ -22,12 +22,12 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, CheckpointError, to_reference_state_dict
-from bt_adapter.chat import convert as module
 from bt_adapter.chat.attach import attach, attached_branch
-from bt_adapter.chat.convert import Sources, convert, hugging_face_name, second_layer
+from bt_adapter.chat.convert import run as module
+from bt_adapter.chat.convert.run import Sources, convert, hugging_face_name, second_layer
+from bt_adapter.chat.convert.vicuna import SYSTEM
 from bt_adapter.chat.families import family_of
-from bt_adapter.chat.vicuna import SYSTEM
-from bt_adapter.cli import main
+from bt_adapter.commands.cli import main
 from bt_adapter.errors import CommandError
 
 WIDTH, HEADS, VISION, VOCABULARY, ROWS = 16, 2, 32, 40, 43  # three rows more than words: [PAD], <im_start>, <im_end>

@@ -9,8 +9,8 @@ import torch
 from pretraining import recipe, write_clips
 from test_chat import mini_is_there
 
-from bt_adapter import dtypes
-from bt_adapter.dtypes import choose_dtype, measure_speedups
+from bt_adapter.model import dtypes
+from bt_adapter.model.dtypes import choose_dtype, measure_speedups
 from bt_adapter.pretrain.run import pretrain
 
 EMULATED, FAST = (1.0, 30.0), (1.0, 0.4)

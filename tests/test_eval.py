@@ -20,16 +20,16 @@ from torch.distributed.fsdp import fully_shard
 from bt_adapter.data import preprocess, read_video, write_video
 from bt_adapter.data.clips import Clip, Member
 from bt_adapter.data.workers import worker_context
-from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.eval import features as features_module
 from bt_adapter.eval.cache import FeatureCache, identity
 from bt_adapter.eval.features import ClipFrames, Look, embed, extract
+from bt_adapter.eval.ranking import dual_softmax
 from bt_adapter.eval.recognition import class_vectors, read_templates
 from bt_adapter.eval.recognition import figures as recognised
 from bt_adapter.eval.retrieval import figures, quick, score
 from bt_adapter.eval.stack import fingerprint
-from bt_adapter.ranking import dual_softmax
+from bt_adapter.training.processes import Processes
 
 WORDS = "abcd"
 ABOUT = {"model": "small"}

@@ -18,10 +18,10 @@ from test_cli import run
 from bt_adapter import load_reference_checkpoint
 from bt_adapter.data import preprocess, read_video
 from bt_adapter.data.annotations import class_names
+from bt_adapter.data.image_settings import ImageSettings
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.stack import load_stack
-from bt_adapter.image_settings import ImageSettings
-from bt_adapter.text import load_clip
+from bt_adapter.towers.text import load_clip
 
 BROKEN = (3, 6)
 

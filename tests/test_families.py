@@ -27,8 +27,8 @@ from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, load_reference_che
 from bt_adapter.chat.attach import attach, attached_branch, branch_enabled, detach, video_tokens
 from bt_adapter.chat.families import Visuals, family_of
 from bt_adapter.chat.families.layers import video_tokens_of_layers
-from bt_adapter.chat.pairing import check_shapes, enlarge
-from bt_adapter.config import TowerConfig
+from bt_adapter.chat.families.pairing import check_shapes, enlarge
+from bt_adapter.towers.config import TowerConfig
 
 QFORMERS = ("blip-2", "instructblip")
 PROJECTORS = ("llava", "llava_next", "vipllava")

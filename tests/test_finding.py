@@ -10,7 +10,7 @@ from tuning import write_clips
 from bt_adapter.chat.answer import read_questions
 from bt_adapter.data.finding import SUFFIXES, VideoFolder, VisualFolder
 from bt_adapter.data.video import VideoError
-from bt_adapter.eval import qa
+from bt_adapter.qa import run as qa
 from bt_adapter.tune.conversations import read_conversations
 
 

@@ -1,4 +1,4 @@
-"""The branch's layers as they run (``bt_adapter.fused``) against the plain ones: results, gradients, what is kept."""
+"""The branch's fused layers (``bt_adapter.model.fused``) against the plain ones: results, gradients, bytes kept."""
 
 from __future__ import annotations
 

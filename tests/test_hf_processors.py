@@ -12,12 +12,12 @@ from transformers import AutoProcessor
 from tuning import make_tokenizer, write_clips
 
 from bt_adapter.chat.families import family_of
+from bt_adapter.chat.native.processing import VideoReader, flat_videos
+from bt_adapter.chat.native.template import with_videos
 from bt_adapter.chat.prompts import Turn, conversation_text
 from bt_adapter.data import VideoError, preprocess, read_video
-from bt_adapter.image_settings import ImageSettings
+from bt_adapter.data.image_settings import ImageSettings
 from bt_adapter.native import VideoChatCollator, make_processor
-from bt_adapter.native.processing import VideoReader, flat_videos
-from bt_adapter.native.template import with_videos
 
 IMAGE, VIDEO = "<image>", "<video>"
 

@@ -19,7 +19,8 @@ from test_whole_model import answer_by_transformers, options_of, write_stand
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from tuning import recipe, write_still
 
-from bt_adapter import cli, tune
+from bt_adapter import tune
+from bt_adapter.commands import cli
 from bt_adapter.tune.run import tune as run_tuning
 
 ROOT = Path(__file__).resolve().parents[1]

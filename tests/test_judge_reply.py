@@ -2,7 +2,7 @@
 
 import pytest
 
-from bt_adapter.eval.reply import read_verdict
+from bt_adapter.qa.reply import read_verdict
 
 YES, NO = '{"right": "yes", "score": 5}', '{"right": "no", "score": 0}'
 

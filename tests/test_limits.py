@@ -10,11 +10,11 @@ from typing import Literal
 import pytest
 import yaml
 
-from bt_adapter import cli
+from bt_adapter.commands import cli
 from bt_adapter.errors import CommandError
-from bt_adapter.limits import check_numbers, converted, fits, types_of
-from bt_adapter.pretrain.loop import rate, warm_steps
 from bt_adapter.pretrain.recipe import Recipe, from_yaml
+from bt_adapter.training.loop import rate, warm_steps
+from bt_adapter.training.settings import check_numbers, converted, fits, types_of
 from bt_adapter.tune.recipe import TuneRecipe
 
 RECIPES = {"pretrain": Recipe(data="x.csv", batch_size=4), "tune": TuneRecipe(data="x.json")}

@@ -11,10 +11,10 @@ import tuning
 from test_chat import mini_is_there
 
 from bt_adapter.errors import CommandError
-from bt_adapter.pretrain.loop import rate
 from bt_adapter.pretrain.recipe import Recipe, from_yaml
 from bt_adapter.pretrain.run import Run as PretrainRun
 from bt_adapter.pretrain.run import pretrain
+from bt_adapter.training.loop import rate
 from bt_adapter.tune.recipe import TuneRecipe
 from bt_adapter.tune.run import Run as TuneRun
 from bt_adapter.tune.run import tune

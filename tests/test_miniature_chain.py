@@ -11,7 +11,7 @@ from miniature.chain import ChainError, Plan, Runner, check_stills_only
 from miniature.world import of_kind
 from safetensors.torch import load_file, save_file
 
-from bt_adapter import cli
+from bt_adapter.commands import cli
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.tune.recipe import TuneRecipe
 

@@ -7,8 +7,8 @@ from small_models import EVA, PATCHES, SIZES, make, shake, video
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, TowerConfig
-from bt_adapter.losses import contrastive_loss
-from bt_adapter.names import pack_qkv
+from bt_adapter.model.losses import contrastive_loss
+from bt_adapter.towers.names import pack_qkv
 from bt_kernels import VisibleTokens
 
 

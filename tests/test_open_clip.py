@@ -15,12 +15,13 @@ from pretraining import recipe
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, attach
 from bt_adapter.chat.families import family_of
-from bt_adapter.checkpoint import CheckpointError
-from bt_adapter.config import TowerConfig
 from bt_adapter.eval.stack import load_stack
+from bt_adapter.model.checkpoint import CheckpointError
 from bt_adapter.pretrain.run import pretrain
-from bt_adapter.text import load_clip
-from bt_adapter.towers import open_clip, read_tower
+from bt_adapter.towers import open_clip
+from bt_adapter.towers.config import TowerConfig
+from bt_adapter.towers.image_models import read_tower
+from bt_adapter.towers.text import load_clip
 
 package = pytest.importorskip("open_clip", reason="open_clip is not installed (make test-open-clip)")
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}

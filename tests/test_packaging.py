@@ -110,7 +110,7 @@ def test_pure_wheel(sources, tmp_path):
         scripts = content.read("bt_adapter-0.1.0.dist-info/entry_points.txt").decode()
     assert not [name for name in names if name.endswith(".so")]
     assert {name.split("/")[0] for name in names} == {"bt_kernels", "bt_adapter", "bt_adapter-0.1.0.dist-info"}
-    assert "bt-adapter = bt_adapter.cli:main" in scripts
+    assert "bt-adapter = bt_adapter.commands.cli:main" in scripts
     assert wheel.stat().st_size < check_wheels.LARGEST_CORE
     data = {".safetensors", ".json", ".npz", ".txt", ".py"}
     wanted = {

@@ -18,13 +18,13 @@ from test_video import numbered
 
 from bt_adapter.data import TrainTransform, VideoError, patience, read_image, read_video, write_video
 from bt_adapter.data.clips import Clip, Member
+from bt_adapter.data.image_settings import ImageSettings
 from bt_adapter.data.loading import TrainingClips, batches
 from bt_adapter.data.patience import StorageError, read_patiently
 from bt_adapter.data.shards import write_shards
 from bt_adapter.data.stream import FrameStream
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.features import ClipFrames, Look
-from bt_adapter.image_settings import ImageSettings
 from bt_adapter.tune.batches import VisualReader
 from bt_adapter.tune.conversations import Source
 

@@ -8,8 +8,8 @@ import tuning
 from chat_models import text_config
 from transformers import CLIPModel, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
-from bt_adapter.cli import main
-from bt_adapter.text import load_clip
+from bt_adapter.commands.cli import main
+from bt_adapter.towers.text import load_clip
 
 
 def write_clip(folder, size: int):

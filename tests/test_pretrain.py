@@ -21,19 +21,19 @@ from test_chat import mini_is_there
 from test_video import numbered
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
-from bt_adapter.checkpoint import CheckpointError
 from bt_adapter.data import write_video
 from bt_adapter.data.skipped import Skipped, TooManySkipped
-from bt_adapter.drop_path import draw_kept
 from bt_adapter.errors import CommandError
+from bt_adapter.eval.ranking import Retrieval
 from bt_adapter.eval.retrieval import Quick
-from bt_adapter.pretrain.checkpoint import Checkpoints, load_averages, save_moments
-from bt_adapter.pretrain.loop import Stopped, signals
+from bt_adapter.model.checkpoint import CheckpointError
+from bt_adapter.model.drop_path import draw_kept
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.pretrain.run import Run, pretrain, start_model, wrap
 from bt_adapter.pretrain.step import Pretraining, backward, draw_depth, draw_visible
-from bt_adapter.ranking import Retrieval
-from bt_adapter.text import load_clip
+from bt_adapter.towers.text import load_clip
+from bt_adapter.training.checkpoint import Checkpoints, load_averages, save_moments
+from bt_adapter.training.loop import Stopped, signals
 
 pytestmark = pytest.mark.skipif(bool(mini_is_there()), reason=str(mini_is_there()))
 CAPTIONS = [
@@ -235,7 +235,7 @@ def test_killed_at_random_moments_it_ends_as_if_never_killed(manifest, tmp_path)
 def test_sigterm_saves_and_the_same_command_goes_on(manifest, tmp_path):
     arguments = ["--data", str(manifest), "--steps", "200", "--frames", "4", "--batch-size", "4", "--depth", "2"]
     arguments += ["--clip", "mini", "--workers", "0", "--out", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "bt_adapter.cli", "pretrain", *arguments]
+    command = [sys.executable, "-m", "bt_adapter.commands.cli", "pretrain", *arguments]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.monotonic() + 120

@@ -20,7 +20,7 @@ from bt_adapter.data.transforms import TrainTransform
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.recipe import Recipe, from_yaml
 from bt_adapter.pretrain.run import choose_temperature, pretrain, start_model
-from bt_adapter.text import load_clip
+from bt_adapter.towers.text import load_clip
 
 needs_mini = pytest.mark.skipif(bool(mini_is_there()), reason=str(mini_is_there()))
 

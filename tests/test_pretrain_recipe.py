@@ -10,13 +10,14 @@ import torch
 from pretraining import recipe
 from test_chat import mini_is_there
 
-from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, cli
+from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
+from bt_adapter.commands import cli
 from bt_adapter.errors import CommandError
-from bt_adapter.pretrain.loop import rate
+from bt_adapter.model.published import to_reference_state_dict
 from bt_adapter.pretrain.recipe import Recipe, from_yaml
 from bt_adapter.pretrain.run import pretrain, start_model
-from bt_adapter.published import to_reference_state_dict
-from bt_adapter.text import load_clip
+from bt_adapter.towers.text import load_clip
+from bt_adapter.training.loop import rate
 
 pytestmark = pytest.mark.skipif(bool(mini_is_there()), reason=str(mini_is_there()))
 

@@ -12,14 +12,15 @@ from email.utils import formatdate
 import pytest
 from test_answer import chat, folder  # noqa: F401 (fixtures)
 
-from bt_adapter import cli
 from bt_adapter.chat import answer
 from bt_adapter.chat.rows import Rows
+from bt_adapter.commands import cli
 from bt_adapter.data.finding import VisualFolder
 from bt_adapter.errors import CommandError
-from bt_adapter.eval import judge, qa
-from bt_adapter.eval.judge import Case, Judge, JudgeError, judge_all, summary
-from bt_adapter.pretrain.loop import Stopped
+from bt_adapter.qa import judge
+from bt_adapter.qa import run as qa
+from bt_adapter.qa.judge import Case, Judge, JudgeError, judge_all, summary
+from bt_adapter.training.loop import Stopped
 
 GENERIC = [{"video_name": "a", "Q": "how ?", "A": "It moves left."}, {"video_name": "b", "Q": "w20 ?", "A": "right"}]
 CONSISTENCY = [{"video_name": "a", "Q1": "how ?", "Q2": "is it moving ?", "A": "left"}]

@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 from test_answer import chat, folder  # noqa: F401 (fixtures)
 
-from bt_adapter import cli
 from bt_adapter.chat import answer, conversation
 from bt_adapter.chat.watch import Sampling, encode_image, watch
+from bt_adapter.commands import cli
 from bt_adapter.errors import CommandError
-from bt_adapter.eval import qa
+from bt_adapter.qa import run as qa
 
 RECORDS = [
     {"id": "m1", "video_id": "a", "question": "how ?", "answer": "left", "type": "motion"},

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bt_adapter.ranking import dual_softmax, ranks, retrieval, tie_corrected
+from bt_adapter.eval.ranking import dual_softmax, ranks, retrieval, tie_corrected
 
 
 def brute_force(scores: np.ndarray, right: np.ndarray) -> tuple[list[float], list[float]]:

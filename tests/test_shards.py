@@ -15,7 +15,7 @@ import torch
 from clip_files import write_folder
 from test_video import numbered, numbers
 
-from bt_adapter import cli
+from bt_adapter.commands import cli
 from bt_adapter.data import TrainTransform, write_video
 from bt_adapter.data import shards as module
 from bt_adapter.data.clips import Clip

@@ -13,9 +13,9 @@ import pytest
 import torch
 from test_answer import chat, folder, make_engine, run_all  # noqa: F401 (fixtures)
 
-from bt_adapter import cli
 from bt_adapter.chat import ahead, answer, rows
 from bt_adapter.chat.watch import Sampling, watch
+from bt_adapter.commands import cli
 from bt_adapter.data import VideoError, patience
 from bt_adapter.data.patience import StorageError
 from bt_adapter.data.stream import FrameStream

@@ -9,7 +9,7 @@ from reference_cases import load, relative_error
 from small_models import PATCHES, make, shake, video
 from test_golden import FORWARD, GRADIENT, LOSSES
 
-from bt_adapter.config import TowerConfig
+from bt_adapter.towers.config import TowerConfig
 from bt_kernels import VisibleTokens
 
 OPTIONS = [Options(), Options(sdpa=True), Options(checkpoint=True)]

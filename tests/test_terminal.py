@@ -14,11 +14,12 @@ from rich.console import Console
 from test_answer import chat, folder  # noqa: F401 (fixtures)
 
 import bt_adapter
-from bt_adapter import cli, terminal
+from bt_adapter import terminal
 from bt_adapter.chat import answer, session
 from bt_adapter.chat.conversation import Conversation
 from bt_adapter.chat.watch import Sampling
-from bt_adapter.pretrain.log import Log
+from bt_adapter.commands import cli
+from bt_adapter.training.log import Log
 
 NAMES = [
     "cats [official video].mp4",
@@ -165,7 +166,7 @@ def test_answers_are_shown_in_any_encoding(chat, folder, monkeypatch, encoding):
 def test_any_encoding_as_a_program(arguments):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "bt_adapter.cli", *arguments], env=environment, capture_output=True, timeout=120
+        [sys.executable, "-m", "bt_adapter.commands.cli", *arguments], env=environment, capture_output=True, timeout=120
     )
     assert done.returncode == (0 if "--help" in arguments else 2) and b"Traceback" not in done.stderr, done.stderr
 

@@ -15,8 +15,8 @@ from small_models import EVA, PATCHES, SIZES, make, shake, video
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, attach, load_reference_checkpoint
 from bt_adapter import to_reference_state_dict as to_reference
 from bt_adapter.chat.attach import video_tokens as chat_video_tokens
-from bt_adapter.chat.streaming import video_tokens_streamed
-from bt_adapter.time_steps import TimeSteps, average_frames, plan_steps
+from bt_adapter.model.time_steps import TimeSteps, average_frames, plan_steps
+from bt_adapter.model.video_tokens import video_tokens_streamed
 from bt_kernels import VisibleTokens
 
 TRAINED = 3

@@ -11,14 +11,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPVisionModel, PreTrainedTokenizerFast
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
-from bt_adapter.checkpoint import CheckpointError, check_fit
-from bt_adapter.config import TowerConfig
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.stack import load_stack
+from bt_adapter.model.checkpoint import CheckpointError, check_fit
 from bt_adapter.pretrain.run import pretrain
-from bt_adapter.text import load_clip
-from bt_adapter.tower import Tower
-from bt_adapter.towers import dinov2, open_clip, read_tower, siglip
+from bt_adapter.towers import dinov2, open_clip, siglip
+from bt_adapter.towers.config import TowerConfig
+from bt_adapter.towers.image_models import read_tower
+from bt_adapter.towers.text import load_clip
+from bt_adapter.towers.tower import Tower
 from bt_kernels import VisibleTokens
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}

@@ -16,11 +16,11 @@ from tuning import TEMPLATE, make_tokenizer, make_video_chat, recipe, write_clip
 from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.prompts import Turn, conversation_ids
 from bt_adapter.data import VideoError, preprocess, read_video, write_video
-from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.native import make_processor
-from bt_adapter.pretrain.loop import Stopped
-from bt_adapter.tower import Tower
+from bt_adapter.towers.tower import Tower
+from bt_adapter.training.loop import Stopped
+from bt_adapter.training.processes import Processes
 from bt_adapter.tune.batches import Order, Part, Steps, VisualReader
 from bt_adapter.tune.conversations import Exchange, Source, TrainingConversation, read_conversations
 from bt_adapter.tune.features import FeatureStore, store_features

@@ -10,9 +10,10 @@ from chat_models import make_branch, make_chat
 from test_chat import make_tokenizer
 from tuning import losses, recipe, write_clips
 
-from bt_adapter import cli, tune
+from bt_adapter import tune
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.quantize import is_quantized
+from bt_adapter.commands import cli
 from bt_adapter.errors import CommandError
 from bt_adapter.tune.run import tune as run_tuning
 

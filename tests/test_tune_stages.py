@@ -9,9 +9,9 @@ import torch
 from test_whole_model import QUESTION, write_stand
 from tuning import recipe, write_still
 
-from bt_adapter import cli
 from bt_adapter.chat.attach import attach, attached_branch, video_tokens
 from bt_adapter.chat.engine import VideoChat, read
+from bt_adapter.commands import cli
 from bt_adapter.errors import CommandError
 from bt_adapter.tune.recipe import TuneRecipe
 from bt_adapter.tune.run import tune
@@ -84,7 +84,7 @@ def test_the_control_reads_the_mean_of_the_frames_in_tuning_and_after_it(stand, 
 
 
 def test_a_control_beside_a_branch_never_runs_it(stand, monkeypatch):
-    from bt_adapter.model import BTAdapterVisionModel
+    from bt_adapter.model.adapter import BTAdapterVisionModel
 
     monkeypatch.setattr(BTAdapterVisionModel, "video_tokens", lambda *args, **options: pytest.fail("the branch ran"))
     changes = {"use_branch": False, "learn": ("projector",)}

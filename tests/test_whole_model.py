@@ -23,11 +23,13 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from tuning import make_tokenizer, recipe, write_data
 
-from bt_adapter import cli, tune
+from bt_adapter import tune
 from bt_adapter.chat.attach import attached_branch, video_tokens
 from bt_adapter.chat.engine import VideoChat, read
 from bt_adapter.chat.families import family_of
-from bt_adapter.native import NATIVE_CLASSES, saving
+from bt_adapter.chat.native import saving
+from bt_adapter.commands import cli
+from bt_adapter.native import NATIVE_CLASSES
 from bt_adapter.tune.run import tune as run_tuning
 
 QUESTION = "how is it moving ?"

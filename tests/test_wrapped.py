@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from bt_adapter import BTAdapterVisionModel
-from bt_adapter.fused import layer as fused_layer
+from bt_adapter.model.fused import layer as fused_layer
 from bt_kernels import VisibleTokens
 from bt_kernels.plain import is_plain, why_not_all_plain, why_not_plain
 

@@ -47,7 +47,7 @@ from miniature.world import (  # noqa: E402
     random_labels,
 )
 
-from bt_adapter.image_settings import ImageSettings  # noqa: E402
+from bt_adapter.data.image_settings import ImageSettings  # noqa: E402
 
 CONTEXT = 16
 PATCHES, KEPT = 36, 18  # patches of an image, and how many are seen while half of them are dropped

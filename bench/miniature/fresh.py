@@ -28,8 +28,8 @@ from miniature.items import ITEMS, load_items  # noqa: E402
 from miniature.ridge import ridge  # noqa: E402
 from miniature.world import COLOURS, EVENTS, SINGLE, SIZE, caption  # noqa: E402
 
+from bt_adapter.data.image_settings import ImageSettings  # noqa: E402
 from bt_adapter.files import replace_folder  # noqa: E402
-from bt_adapter.image_settings import ImageSettings  # noqa: E402
 from bt_adapter.mini.clip import load_clip  # noqa: E402
 from bt_adapter.mini.language import load_language_model  # noqa: E402
 from bt_adapter.mini.llava import IMAGE_TOKEN, make_llava  # noqa: E402

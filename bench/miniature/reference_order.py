@@ -14,7 +14,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-from bt_adapter import cli  # noqa: E402
+from bt_adapter.commands import cli  # noqa: E402
 from bt_adapter.pretrain import run  # noqa: E402
 from bt_kernels import VisibleTokens  # noqa: E402
 

@@ -27,8 +27,8 @@ from miniature.questions import parse  # noqa: E402
 from miniature.tables import small, spread  # noqa: E402
 from miniature.world import KINDS, SINGLE, of_kind  # noqa: E402
 
+from bt_adapter.eval.ranking import retrieval  # noqa: E402
 from bt_adapter.eval.report import versions, write_json  # noqa: E402
-from bt_adapter.ranking import retrieval  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "miniature.json"
 # Folders of answers in that of a seed, with what they are called.

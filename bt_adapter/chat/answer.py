@@ -24,11 +24,11 @@ from bt_adapter.chat.shares import SharedRows, share_of
 from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, watch
 from bt_adapter.data.finding import VisualFolder
 from bt_adapter.data.skipped import Skipped
-from bt_adapter.distributed import Processes
-from bt_adapter.dtypes import ChosenDtype
 from bt_adapter.errors import CommandError
+from bt_adapter.model.dtypes import ChosenDtype
 from bt_adapter.progress import Progress
 from bt_adapter.terminal import make_console, progress_bar, say
+from bt_adapter.training.processes import Processes
 
 if TYPE_CHECKING:
     from bt_adapter.chat.engine import VideoChat

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bt_adapter.branch import Branch
-from bt_adapter.chat.attachment import Attachment, attachment_of, find_attachment
 from bt_adapter.chat.branch_files import load_branch
 from bt_adapter.chat.families import Family, family_of
-from bt_adapter.chat.pairing import (
+from bt_adapter.chat.families.attachment import Attachment, attachment_of, find_attachment
+from bt_adapter.chat.families.pairing import (
     check_shapes,
     check_values,
     copy_modules,
@@ -23,10 +22,11 @@ from bt_adapter.chat.pairing import (
     make_absent_branch,
     share_tower,
 )
-from bt_adapter.model import BTAdapterVisionModel
-from bt_adapter.native.conversion import ImageModel, image_model_of, to_image_model, to_video_model, video_fields
+from bt_adapter.chat.native.conversion import ImageModel, image_model_of, to_image_model, to_video_model, video_fields
+from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.model.branch import Branch
+from bt_adapter.model.time_steps import Long
 from bt_adapter.progress import Progress
-from bt_adapter.time_steps import Long
 
 
 def attach(

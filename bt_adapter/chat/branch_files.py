@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from bt_adapter.chat.families import Family
-from bt_adapter.chat.pairing import check_shapes, in_whole_tower, join_tower, mismatch
-from bt_adapter.checkpoint import load_exactly, read_safetensors, read_settings
-from bt_adapter.config import TowerConfig
-from bt_adapter.hugging_face import locate_branch
-from bt_adapter.model import BTAdapterVisionModel
-from bt_adapter.names import pack_qkv
-from bt_adapter.published import load_reference_checkpoint, read_sizes
-from bt_adapter.time_steps import read_branch_config
+from bt_adapter.chat.families.pairing import check_shapes, in_whole_tower, join_tower, mismatch
+from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.model.checkpoint import load_exactly, read_safetensors, read_settings
+from bt_adapter.model.published import load_reference_checkpoint, read_sizes
+from bt_adapter.model.time_steps import read_branch_config
+from bt_adapter.towers.config import TowerConfig
+from bt_adapter.towers.hugging_face import locate_branch
+from bt_adapter.towers.names import pack_qkv
 
 
 def load_branch(source: str | os.PathLike[str], family: Family, require_same_tower: bool) -> BTAdapterVisionModel:

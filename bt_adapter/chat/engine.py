@@ -15,12 +15,12 @@ from bt_adapter.chat.attach import attached_branch, video_tokens
 from bt_adapter.chat.conversation import Conversation, Reply, Visual
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.loading import load_with_branch
+from bt_adapter.chat.native.processing import make_processor
+from bt_adapter.chat.native.saving import save_video_model
 from bt_adapter.chat.quantize import Quantize
 from bt_adapter.data import Video, read_video
-from bt_adapter.image_settings import ImageSettings
-from bt_adapter.model import BTAdapterVisionModel
-from bt_adapter.native.processing import make_processor
-from bt_adapter.native.saving import save_video_model
+from bt_adapter.data.image_settings import ImageSettings
+from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.progress import Progress
 
 __all__ = ["Reply", "VideoChat", "peak_memory", "read"]
@@ -59,7 +59,7 @@ class VideoChat:
         Raises:
             ValueError: there is no such stage. MiniError: a part is not installed.
         """
-        from bt_adapter.tune.loading import load_base
+        from bt_adapter.chat.tuned import load_base
 
         return load_base(f"mini:{stage}", None, device, dtype)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bt_adapter.native.saving import save_video_model
-from bt_adapter.time_steps import Long
+from bt_adapter.chat.native.saving import save_video_model
+from bt_adapter.model.time_steps import Long
 
 
 def save_chat(chat: Any, folder: Path, frames: int, long: Long, replace: bool = False) -> None:

@@ -23,10 +23,10 @@ from bt_adapter.chat.attach import attach
 from bt_adapter.chat.branch_files import check_branch
 from bt_adapter.chat.conversation import GREEDY
 from bt_adapter.chat.families import FAMILIES, Family, family_of
+from bt_adapter.chat.native.modeling import NATIVE_CLASSES, VideoModel
 from bt_adapter.chat.quantize import Quantize, quantization
 from bt_adapter.errors import CheckpointError
-from bt_adapter.hugging_face import check_place, load_pretrained, locate_branch
-from bt_adapter.native.modeling import NATIVE_CLASSES, VideoModel
+from bt_adapter.towers.hugging_face import check_place, load_pretrained, locate_branch
 
 
 def load_with_branch(

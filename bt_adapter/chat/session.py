@@ -20,8 +20,8 @@ from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, watch
 from bt_adapter.data import VideoError
 from bt_adapter.data.patience import read_patiently
 from bt_adapter.data.stream import FrameStream
-from bt_adapter.dtypes import ChosenDtype, choose_dtype
 from bt_adapter.errors import CommandError
+from bt_adapter.model.dtypes import ChosenDtype, choose_dtype
 from bt_adapter.terminal import make_console, progress_bar, say
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def chosen_dtype(command: ChatModel) -> ChosenDtype:
 
 def load(command: ChatModel) -> VideoChat:
     """Load the model of a command line. Raises CommandError if a part is missing or does not fit."""
-    from bt_adapter.tune.loading import load_base
+    from bt_adapter.chat.tuned import load_base
 
     device, dtype = device_of(command), chosen_dtype(command).dtype
     try:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bt_adapter.chat.rows import Rows, about_file
-from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
+from bt_adapter.training.processes import Processes
 
 if TYPE_CHECKING:
     from bt_adapter.chat.answer import Question

@@ -14,12 +14,12 @@ from torch import Tensor
 from bt_adapter.chat.ahead import DecodedVideo
 from bt_adapter.chat.attach import video_tokens
 from bt_adapter.chat.conversation import Visual, context, video_room
-from bt_adapter.chat.streaming import WINDOW_ROWS, video_tokens_streamed
 from bt_adapter.data import VideoError, read_image
 from bt_adapter.data.patience import read_patiently
 from bt_adapter.data.stream import FrameStream
+from bt_adapter.model.time_steps import Long
+from bt_adapter.model.video_tokens import WINDOW_ROWS, video_tokens_streamed
 from bt_adapter.progress import Progress
-from bt_adapter.time_steps import Long
 
 if TYPE_CHECKING:
     from bt_adapter.chat.engine import VideoChat

@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from bt_adapter.commands.chat import BatchOptions, ChatModel
 from bt_adapter.errors import CommandError
-from bt_adapter.limits import COUNT, check_numbers
+from bt_adapter.training.settings import COUNT, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)

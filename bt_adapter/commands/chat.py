@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from bt_adapter.chat.model_folders import check_model, needs_branch
 from bt_adapter.errors import CommandError
-from bt_adapter.limits import COUNT, POSITIVE, check_numbers
-from bt_adapter.model_folders import check_model, needs_branch
+from bt_adapter.training.settings import COUNT, POSITIVE, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bt_adapter.limits import COUNT, check_numbers
+from bt_adapter.training.settings import COUNT, check_numbers
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tyro.conf import arg, subcommand
 from bt_adapter.commands.groups import grouped
 from bt_adapter.commands.qa import Qa
 from bt_adapter.errors import CommandError
-from bt_adapter.limits import COUNT, NATURAL, POSITIVE, check_numbers
+from bt_adapter.training.settings import COUNT, NATURAL, POSITIVE, check_numbers
 
 RENAMED = {"batch": "batch_size", "precision": "dtype"}
 

@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
+from bt_adapter.chat.model_folders import check_model, needs_branch
 from bt_adapter.errors import CommandError
-from bt_adapter.limits import COUNT, check_numbers
-from bt_adapter.model_folders import check_model, needs_branch
+from bt_adapter.training.settings import COUNT, check_numbers
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def run(command: Export) -> int:
 
     from bt_adapter.chat.export import save_chat
     from bt_adapter.chat.sampled import DEFAULTS, read_sampling
+    from bt_adapter.chat.tuned import load_base
     from bt_adapter.terminal import make_console, say
-    from bt_adapter.tune.loading import load_base
 
     notes = make_console(stderr=True)
     dtype = None if command.dtype == "auto" else getattr(torch, command.dtype)

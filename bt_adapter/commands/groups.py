@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from bt_adapter.errors import CommandError
-from bt_adapter.limits import option
+from bt_adapter.training.settings import option
 
 
 @dataclass(frozen=True)

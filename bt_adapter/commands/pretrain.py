@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 
 from bt_adapter.errors import CommandError
-from bt_adapter.pretrain.loop import Stopped
 from bt_adapter.pretrain.recipe import Recipe, SettingsT, from_yaml
+from bt_adapter.training.loop import Stopped
 
 
 def defaults(argv: list[str], default: SettingsT) -> tuple[SettingsT, list[str]]:

@@ -13,7 +13,7 @@ from tyro.conf import arg
 from bt_adapter.commands.chat import BatchOptions, ChatModel
 from bt_adapter.commands.pretrain import until_stopped
 from bt_adapter.errors import CommandError
-from bt_adapter.limits import NATURAL, POSITIVE, check_numbers
+from bt_adapter.training.settings import NATURAL, POSITIVE, check_numbers
 
 Aspect = Literal["match", "correctness", "detail", "context", "temporal", "consistency"]
 
@@ -89,7 +89,7 @@ def run(command: Qa) -> int:
         raise CommandError("--judge-url and --judge-model go together")
     if command.judge_url is not None:
         check_endpoint(command.judge_url, os.environ.get(command.judge_key), command.judge_key)
-    from bt_adapter.eval.qa import evaluate_qa
+    from bt_adapter.qa.run import evaluate_qa
 
     return until_stopped(lambda: evaluate_qa(command))
 

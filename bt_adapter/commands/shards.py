@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bt_adapter.limits import COUNT, NATURAL, SHARE, check_numbers
+from bt_adapter.training.settings import COUNT, NATURAL, SHARE, check_numbers
 
 
 @dataclass(frozen=True)

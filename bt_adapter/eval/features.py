@@ -13,15 +13,15 @@ from torch.utils.data import Dataset
 
 from bt_adapter.data import VideoError
 from bt_adapter.data.clips import Clip, digest
+from bt_adapter.data.image_settings import ImageSettings
 from bt_adapter.data.loading import in_order
 from bt_adapter.data.patience import read_patiently
-from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.cache import Feature, FeatureCache, identity
-from bt_adapter.image_settings import ImageSettings
-from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.model.time_steps import Long
 from bt_adapter.progress import Progress
-from bt_adapter.time_steps import Long
+from bt_adapter.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Look:
         views: number of views: frames·views frames are sampled, and view v takes every views-th of them starting at v,
             so each view spans the whole clip. The scores of the views are averaged.
         long: mapping of more frames than the branch was trained with to its time steps, see
-            ``bt_adapter.time_steps.plan_steps``.
+            ``bt_adapter.model.time_steps.plan_steps``.
     """
 
     frames: int

@@ -13,8 +13,8 @@ from torch import Tensor
 from bt_adapter.data.clips import Clip
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.features import Features
+from bt_adapter.eval.ranking import ranks, tie_corrected
 from bt_adapter.eval.retrieval import Encode, encode_all
-from bt_adapter.ranking import ranks, tie_corrected
 
 # The published scores compare videos with the bare names.
 TEMPLATES = ("{}",)

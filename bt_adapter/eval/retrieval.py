@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bt_adapter.data.clips import Clip
 from bt_adapter.eval.features import Look, extract
-from bt_adapter.model import BTAdapterVisionModel
-from bt_adapter.ranking import Retrieval, dual_softmax, retrieval
-from bt_adapter.text import TextEncoder
+from bt_adapter.eval.ranking import Retrieval, dual_softmax, retrieval
+from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.towers.text import TextEncoder
 
 Encode = Callable[[Sequence[str]], Tensor]
 _TEXTS = 256  # captions encoded at once

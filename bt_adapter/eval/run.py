@@ -14,18 +14,18 @@ from rich.console import Console
 from bt_adapter.commands.eval import Evaluation, Recognition, Retrieval
 from bt_adapter.data.annotations import class_names, read_annotations
 from bt_adapter.data.clips import Clip
+from bt_adapter.data.image_settings import ImageSettings
 from bt_adapter.data.skipped import Skipped
-from bt_adapter.distributed import Processes
-from bt_adapter.dtypes import choose_dtype
 from bt_adapter.eval import recognition, retrieval
 from bt_adapter.eval.cache import FeatureCache
 from bt_adapter.eval.features import Features, Look, extract
 from bt_adapter.eval.report import check_overwriting, device_name, versions, write_json
 from bt_adapter.eval.similarities import read_settings, write_similarities
 from bt_adapter.eval.stack import Stack, load_stack
-from bt_adapter.image_settings import ImageSettings
+from bt_adapter.model.dtypes import choose_dtype
 from bt_adapter.progress import Progress
 from bt_adapter.terminal import make_console, print_table, progress_bar, say
+from bt_adapter.training.processes import Processes
 
 FRAMES = {"msrvtt": 12, "didemo": 64, "lsmdc": 64, "activitynet": 64, "hmdb51": 16, "ucf101": 16, "kinetics400": 16}
 _OTHER_FRAMES = 8

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from bt_adapter.checkpoint import name_of_tower
-from bt_adapter.config import BTAdapterConfig
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.text_tower import published_text
-from bt_adapter.hugging_face import is_hub_name, locate_branch
 from bt_adapter.mini import weights_folder
-from bt_adapter.model import BTAdapterVisionModel
-from bt_adapter.published import load_reference_checkpoint
-from bt_adapter.published_files import read_tensors
-from bt_adapter.text import TextEncoder, load_clip
-from bt_adapter.towers import read_tower
+from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.model.checkpoint import name_of_tower
+from bt_adapter.model.published import load_reference_checkpoint
+from bt_adapter.model.published_files import read_tensors
+from bt_adapter.towers.config import BTAdapterConfig
+from bt_adapter.towers.hugging_face import is_hub_name, locate_branch
+from bt_adapter.towers.image_models import read_tower
+from bt_adapter.towers.text import TextEncoder, load_clip
 
 
 @dataclass(frozen=True)

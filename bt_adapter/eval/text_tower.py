@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from bt_adapter.checkpoint import CheckpointError, load_exactly
-from bt_adapter.names import rename
-from bt_adapter.text import ClipText, OpenClipText, TextEncoder
+from bt_adapter.model.checkpoint import CheckpointError, load_exactly
+from bt_adapter.towers.names import rename
+from bt_adapter.towers.text import ClipText, OpenClipText, TextEncoder
 
 _PREFIX = "text_backbone."
 _HEAD_WIDTH = 64

@@ -2,7 +2,7 @@
 
 This folder only loads it, and imports nothing else of the package. The trained weights are data of their own package,
 ``bt-adapter-mini`` (folder ``mini/`` of a checkout); ``bench/miniature`` makes them with the package's own commands.
-``bt_adapter.tune.loading`` reads the stages of its chat model, which are folders of tuning runs.
+``bt_adapter.chat.tuned`` reads the stages of its chat model, which are folders of tuning runs.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from bt_adapter.config import AlignLayer
 from bt_adapter.errors import CommandError
-from bt_adapter.limits import (
+from bt_adapter.towers.config import AlignLayer
+from bt_adapter.training.frames import FrameRange
+from bt_adapter.training.settings import (
     COUNT,
     NATURAL,
     POSITIVE,
@@ -23,7 +24,6 @@ from bt_adapter.limits import (
     type_in_words,
     types_of,
 )
-from bt_adapter.pretrain.frames import FrameRange
 
 # intervals of the numbers that both recipes have
 LIMITS = {

@@ -18,26 +18,26 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
-from bt_adapter.checkpoint import CheckpointError, check_fingerprint, image_settings_of, name_of_tower
 from bt_adapter.data import TrainTransform
 from bt_adapter.data.clips import Clip, Member, digest
 from bt_adapter.data.loading import Damaged, SyntheticClips, TrainingClips, batches
 from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.shards import clips_lost
 from bt_adapter.data.skipped import Skipped
-from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
-from bt_adapter.hugging_face import is_hub_name, locate_branch
-from bt_adapter.limits import option
-from bt_adapter.pretrain.checkpoint import load_averages, load_moments, save_trained, whole
-from bt_adapter.pretrain.loop import Clock, Stopped, rate
+from bt_adapter.model.checkpoint import CheckpointError, check_fingerprint, image_settings_of, name_of_tower
+from bt_adapter.model.published import load_reference_checkpoint
+from bt_adapter.model.published_files import read_tensors
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.pretrain.step import Pretraining, backward, draw_depth, draw_visible
-from bt_adapter.pretrain.training_run import TrainingRun
-from bt_adapter.published import load_reference_checkpoint
-from bt_adapter.published_files import read_tensors
-from bt_adapter.text import load_clip
-from bt_adapter.towers import read_tower
+from bt_adapter.towers.hugging_face import is_hub_name, locate_branch
+from bt_adapter.towers.image_models import read_tower
+from bt_adapter.towers.text import load_clip
+from bt_adapter.training.checkpoint import load_averages, load_moments, save_trained, whole
+from bt_adapter.training.loop import Clock, Stopped, rate
+from bt_adapter.training.processes import Processes
+from bt_adapter.training.run import TrainingRun
+from bt_adapter.training.settings import option
 
 NO_GATES: Any = {"merge_gate_slope": None, "output_gate_slope": None}
 LOSSES = ("vtc", "mbca", "mbta")

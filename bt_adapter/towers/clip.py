@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from bt_adapter.config import TowerConfig
-from bt_adapter.names import to_own
+from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.found import FoundTower
+from bt_adapter.towers.names import to_own
 
 MODEL_TYPES = ("clip_vision_model",)
 

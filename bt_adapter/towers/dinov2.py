@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bt_adapter.config import TowerConfig
+from bt_adapter.data.image_settings import read_crop_size, read_image_settings
 from bt_adapter.errors import CheckpointError
-from bt_adapter.hugging_face import load_pretrained
-from bt_adapter.image_settings import read_crop_size, read_image_settings
-from bt_adapter.names import rename
 from bt_adapter.towers.clip import name_of
+from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.found import FoundTower
+from bt_adapter.towers.hugging_face import load_pretrained
+from bt_adapter.towers.names import rename
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 # Hugging Face's name (regex) → this package's name; versions of transformers name the attention layers differently.

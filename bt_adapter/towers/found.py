@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bt_adapter.config import TowerConfig
+from bt_adapter.towers.config import TowerConfig
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class FoundTower:
 
     Attributes:
         name: name that the image model was loaded from; None: unknown.
-        tensors: the parameters of ``bt_adapter.tower.Tower`` by name. They share memory with the image model, except
+        tensors: the parameters of ``towers.tower.Tower`` by name. They share memory with the image model, except
             those in ``changed``.
         config: configuration of the tower.
         changed: names of tensors that are copies, because the image model stores their values in another form.

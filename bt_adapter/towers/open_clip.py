@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bt_adapter.config import TowerConfig
+from bt_adapter.data.image_settings import ImageSettings
 from bt_adapter.errors import CheckpointError, CommandError
-from bt_adapter.image_settings import ImageSettings
-from bt_adapter.names import rename, to_own
 from bt_adapter.towers.clip import name_of
+from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.found import FoundTower
+from bt_adapter.towers.names import rename, to_own
 
 PREFIX = "open_clip:"
 _CONFIG = "open_clip_config.json"

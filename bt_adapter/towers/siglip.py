@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bt_adapter.config import TowerConfig
-from bt_adapter.names import rename
 from bt_adapter.towers.clip import name_of
+from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.found import FoundTower
+from bt_adapter.towers.names import rename
 
 MODEL_TYPES = ("siglip_vision_model",)
 # Hugging Face's name (regex) → this package's name.

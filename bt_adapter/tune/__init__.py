@@ -46,6 +46,6 @@ def load(
         CheckpointError: a file is damaged, the branch is not the one tuned, or the model has other shapes. Another chat
             model of the same shapes is not detected.
     """
-    from bt_adapter.tune.loading import load_tuned
+    from bt_adapter.chat.tuned import load_tuned
 
     return load_tuned(folder, model, branch, device, dtype, **options)

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bt_adapter.data import VideoError, read_image, read_video
+from bt_adapter.data.image_settings import ImageSettings
 from bt_adapter.data.loading import numbers_seed
 from bt_adapter.data.packed import Packed
 from bt_adapter.data.patience import read_patiently
-from bt_adapter.image_settings import ImageSettings
 from bt_adapter.tune.conversations import Source
 from bt_adapter.tune.features import FeatureStore
 from bt_adapter.tune.tokens import IGNORED, Example

@@ -24,11 +24,11 @@ from torch.utils.data import Dataset
 from bt_adapter.data import VideoError, normalise
 from bt_adapter.data.loading import in_order
 from bt_adapter.data.skipped import Skipped
-from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
-from bt_adapter.fp8 import quantize
-from bt_adapter.model import BTAdapterVisionModel
-from bt_adapter.pretrain.loop import Stopped
+from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.towers.fp8 import quantize
+from bt_adapter.training.loop import Stopped
+from bt_adapter.training.processes import Processes
 
 SECONDS = 10.0  # between lines of progress
 ABOUT = "features.json"

@@ -15,9 +15,9 @@ from torch import nn
 
 from bt_adapter.chat.attach import attached_branch, freeze_unreached
 from bt_adapter.chat.families import family_of
-from bt_adapter.checkpoint import CheckpointError, load_exactly, read_safetensors, save_model
 from bt_adapter.errors import CommandError
-from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.model.checkpoint import CheckpointError, load_exactly, read_safetensors, save_model
 from bt_adapter.tune import ABOUT
 from bt_adapter.tune.recipe import TuneRecipe
 

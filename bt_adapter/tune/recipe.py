@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from bt_adapter.chat.model_folders import check_model, needs_branch
 from bt_adapter.errors import CommandError
-from bt_adapter.limits import COUNT, POSITIVE, SHARE_BELOW_1
-from bt_adapter.model_folders import check_model, needs_branch
 from bt_adapter.pretrain.recipe import LIMITS, RENAMED, RunOptions, Settings
+from bt_adapter.training.settings import COUNT, POSITIVE, SHARE_BELOW_1
 
 Part = Literal["projector", "branch", "lora"]
 PARTS: tuple[Part, ...] = ("projector", "branch", "lora")

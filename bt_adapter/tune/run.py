@@ -17,22 +17,22 @@ from torch import nn
 from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.conversation import context
 from bt_adapter.chat.engine import VideoChat
+from bt_adapter.chat.model_folders import mini_stage
 from bt_adapter.chat.quantize import QuantizeError, is_quantized
+from bt_adapter.chat.tuned import load_base, load_tuned
 from bt_adapter.data.loading import in_order, numbers_seed
 from bt_adapter.data.skipped import Skipped
-from bt_adapter.distributed import Processes
 from bt_adapter.errors import CommandError
 from bt_adapter.files import replace_folder
-from bt_adapter.model_folders import mini_stage
-from bt_adapter.pretrain.checkpoint import load_moments, moments_of, save_moments
-from bt_adapter.pretrain.loop import Clock, Stopped, rate
-from bt_adapter.pretrain.training_run import TrainingRun
-from bt_adapter.time_steps import plan_steps
+from bt_adapter.model.time_steps import plan_steps
+from bt_adapter.training.checkpoint import load_moments, moments_of, save_moments
+from bt_adapter.training.loop import Clock, Stopped, rate
+from bt_adapter.training.processes import Processes
+from bt_adapter.training.run import TrainingRun
 from bt_adapter.tune.batches import Order, Step, Steps, VisualReader
 from bt_adapter.tune.conversations import read_conversations
 from bt_adapter.tune.features import FeatureStore, store_features
 from bt_adapter.tune.gradients import share_gradients
-from bt_adapter.tune.loading import load_base, load_tuned
 from bt_adapter.tune.parts import Learned, branch_fingerprint
 from bt_adapter.tune.recipe import TuneRecipe
 from bt_adapter.tune.step import Tuning

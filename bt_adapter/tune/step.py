@@ -10,11 +10,11 @@ from torch import Tensor
 from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.data import normalise
-from bt_adapter.drop_path import draw_kept
-from bt_adapter.dtypes import autocast
 from bt_adapter.errors import CommandError
-from bt_adapter.model import BTAdapterVisionModel
-from bt_adapter.time_steps import plan_steps
+from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.model.drop_path import draw_kept
+from bt_adapter.model.dtypes import autocast
+from bt_adapter.model.time_steps import plan_steps
 from bt_adapter.tune.batches import Part
 from bt_adapter.tune.loss import answer_loss
 from bt_adapter.tune.recipe import TuneRecipe

@@ -12,7 +12,7 @@ from bt_adapter.chat.families.base import Family
 from bt_adapter.chat.families.projector import Llava, LlavaNext, VipLlava
 from bt_adapter.chat.families.qformer import Blip2, InstructBlip
 from bt_adapter.chat.families.visuals import Visuals
-from bt_adapter.chat.wrapped import unwrapped
+from bt_adapter.chat.families.wrapped import unwrapped
 
 __all__ = ["FAMILIES", "Family", "Visuals", "family_of"]
 

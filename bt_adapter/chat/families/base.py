@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from bt_adapter.chat.wrapped import unwrapped
-from bt_adapter.config import TowerConfig
+from bt_adapter.chat.families.wrapped import unwrapped
 from bt_adapter.data import CLIP_MEAN, CLIP_STD
-from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.model.time_steps import Long
 from bt_adapter.progress import Progress
-from bt_adapter.time_steps import Long
+from bt_adapter.towers.config import TowerConfig
 from bt_kernels.plain import has_global_hooks, why_not_plain
 
 # implementations of the same attention, whose results differ only by rounding
@@ -70,7 +70,7 @@ class Family(ABC):
 
     @abstractmethod
     def tower(self) -> tuple[dict[str, Tensor], TowerConfig]:
-        """Return the tower's tensors under the names of ``bt_adapter.tower.Tower``, not copied, and its configuration.
+        """Return the tower's tensors under the names of ``towers.tower.Tower``, not copied, and its configuration.
 
         Layers with adapters give their base tensors. Quantised and sharded tensors are left out. Raises TypeError if
         the tower is neither a CLIP nor an EVA-CLIP.

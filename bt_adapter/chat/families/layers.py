@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.model.time_steps import Long, TimeSteps, plan_steps
 from bt_adapter.progress import Progress, counter
-from bt_adapter.time_steps import Long, TimeSteps, plan_steps
 from bt_kernels import VisibleTokens, pool_video_tokens
 
 

@@ -20,11 +20,11 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from bt_adapter.chat.families.base import Family, plain_tensors, read_table
 from bt_adapter.chat.families.layers import video_tokens_of_layers
-from bt_adapter.config import TowerConfig
-from bt_adapter.model import BTAdapterVisionModel
+from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.model.time_steps import Long
 from bt_adapter.progress import Progress
-from bt_adapter.time_steps import Long
-from bt_adapter.towers import read_tower
+from bt_adapter.towers.config import TowerConfig
+from bt_adapter.towers.image_models import read_tower
 
 
 class Llava(Family):

@@ -17,7 +17,7 @@ from transformers.models.blip_2 import modeling_blip_2
 from transformers.models.instructblip import modeling_instructblip
 
 from bt_adapter.chat.families.base import Family, plain_tensors, read_table
-from bt_adapter.config import TowerConfig
+from bt_adapter.towers.config import TowerConfig
 
 _TOP = {
     "embeddings.class_embedding": "class_embedding",

@@ -1,0 +1,1 @@
+"""Conversion of published chat checkpoints to folders that transformers loads."""

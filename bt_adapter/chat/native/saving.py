@@ -1,0 +1,59 @@
+"""Save a video chat model and its processor as one folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bt_adapter.chat.families.attachment import attachment_of
+from bt_adapter.chat.native.conversion import describe
+from bt_adapter.errors import CommandError
+from bt_adapter.files import replace_folder
+
+
+def save_video_model(model: Any, processor: Any, folder: str | os.PathLike[str], replace: bool = False) -> None:
+    """Write a folder that ``AutoModelForImageTextToText`` and ``AutoProcessor`` read; it is renamed when complete.
+
+    Args:
+        model: a video chat model. processor: its processor.
+        folder: must not exist, or be empty.
+        replace: replace an existing folder when the new one is complete.
+
+    Raises:
+        FileExistsError: the folder is not empty. ValueError: the model has no branch, or has PEFT adapters that are not
+            merged into its weights. CommandError: the disk has too little free space.
+    """
+    folder = Path(folder)
+    if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"folder {folder} already exists: choose another one, or remove it first")
+    attachment = attachment_of(model)
+    chat = attachment.family.chat
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
+            raise ValueError(f"{name} has PEFT adapters: merge them into the weights by model.merge_and_unload()")
+    now = attachment.model()
+    if now.branch.is_absent:
+        raise ValueError("the chat model has no branch to save: attach one, or detach() and save the image chat model")
+    chat.config.bt_adapter = describe(now.branch, now.tower_name)  # tuning may have changed trained_steps
+    aside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _check_space(chat, aside)
+    chat.save_pretrained(aside)
+    processor.save_pretrained(aside)
+    mode = (aside / "config.json").stat().st_mode
+    for path in aside.glob("*.safetensors"):
+        path.chmod(mode)  # safetensors lets only the owner read its files
+    replace_folder(aside, folder)
+
+
+def _check_space(model: Any, folder: Path) -> None:
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        folder.rmdir()
+        raise CommandError(
+            f"the model needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {folder.parent}"
+        )

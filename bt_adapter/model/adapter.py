@@ -1,0 +1,569 @@
+"""The BT-Adapter model: a frozen tower together with the trainable branch.
+
+Legend: B videos, T frames, P patches, N visible tokens, D width, F width of the shared video-text space, L tower
+layers, d branch layers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from bt_adapter.data.image_settings import ImageSettings
+from bt_adapter.model.branch import Branch, SpatialLayer
+from bt_adapter.model.losses import ChatLayer, called_alignment, compare_chat_layer, contrastive_loss
+from bt_adapter.model.time_steps import Long, TimeSteps, average_frames, check_trained, plan_steps
+from bt_adapter.progress import Progress, counter, nothing
+from bt_adapter.towers.config import AlignLayer, BTAdapterConfig, TowerConfig
+from bt_adapter.towers.names import pack_qkv
+from bt_adapter.towers.tower import PLAIN_PARTS, PackedAttention, Tower
+from bt_kernels import VisibleTokens, alignment_loss, pool_video_tokens
+from bt_kernels.plain import is_plain, why_not_all_plain
+
+
+@dataclass
+class BTAdapterOutput:
+    """The result of a forward pass.
+
+    Attributes:
+        backbone_tokens: the tower's last state, ``[B, T, 1+P, D]``, CLS first.
+        branch_tokens: the branch's last state, ``[B, 1+N, D]``, CLS first.
+        frame_embeds: ``[B, T, F]``, not normalised.
+        video_embeds: ``[B, F]``, their mean over the frames without padding.
+        visible: the branch's tokens; its frames are the branch's time steps, fewer than T if neighbouring frames were
+            averaged.
+        chat: inputs of MBCA and MBTA at the layer that chat reads; None unless ``align_layer`` was "chat".
+    """
+
+    backbone_tokens: Tensor
+    branch_tokens: Tensor
+    frame_embeds: Tensor
+    video_embeds: Tensor
+    visible: VisibleTokens
+    chat: ChatLayer | None = None
+
+
+class BTAdapterVisionModel(nn.Module):
+    """A frozen CLIP, EVA-CLIP, SigLIP or DINOv2 tower with the BT-Adapter branch (arXiv 2309.15785), random weights.
+
+    Use :meth:`from_clip` for a new branch on a trained tower, :meth:`from_pretrained` for saved branches, and
+    ``load_reference_checkpoint`` for published ones.
+
+    Args:
+        vision_config: a Hugging Face ``CLIPVisionConfig``, a dict with its keys, or a :class:`TowerConfig` (for other
+            towers, ``bt_adapter.towers.read_tower`` makes one from a loaded model).
+        adapter_config: configuration of the branch.
+        chat_only: build the d-1 branch layers that video tokens need.
+        stored_features: build only what video tokens from stored tower features need: tower layers L-d to L-2 and
+            d-1 branch layers.
+
+    Raises:
+        ValueError: a configuration value is missing or outside its range.
+    """
+
+    def __init__(
+        self,
+        vision_config: TowerConfig | Mapping[str, Any] | Any,
+        adapter_config: BTAdapterConfig | None = None,
+        stored_features: bool = False,
+        chat_only: bool = False,
+    ):
+        super().__init__()
+        config = TowerConfig.of(vision_config)
+        adapter_config = adapter_config or BTAdapterConfig()
+        self.stored_features = stored_features
+        self.chat_only = chat_only or stored_features
+        self.first_branch_layer = config.num_hidden_layers - adapter_config.depth
+        only = (self.first_branch_layer, config.num_hidden_layers - 1) if stored_features else None
+        self.tower = Tower(config, only)
+        self.branch = Branch(config, adapter_config, adapter_config.depth - 1 if self.chat_only else None)
+        self.tower_name: str | None = None
+        # A wrapper of the branch (such as PEFT's), if any; in a list, so that it is not a submodule.
+        self.branch_wrapper: list[nn.Module] | None = None
+        self.images = ImageSettings(config.image_size)  # preprocessing of frames for the tower
+
+    def requires_grad_(self, requires_grad: bool = True) -> BTAdapterVisionModel:
+        """Set ``requires_grad`` of the branch; the tower stays frozen."""
+        super().requires_grad_(requires_grad)
+        self.tower.requires_grad_(False)
+        return self
+
+    @property
+    def config(self) -> BTAdapterConfig:
+        """Configuration of the branch."""
+        return self.branch.config
+
+    @property
+    def recompute(self) -> str:
+        """Activations that backward recomputes: see :class:`BTAdapterConfig`. It can be set at any time."""
+        return self.branch.config.recompute
+
+    @recompute.setter
+    def recompute(self, policy: str) -> None:
+        self.branch.config = replace(self.branch.config, recompute=policy)
+
+    @property
+    def trained_steps(self) -> int | None:
+        """Number of time steps of the branch's training: see :class:`BTAdapterConfig`. It can be set at any time."""
+        return self.branch.config.trained_steps
+
+    @trained_steps.setter
+    def trained_steps(self, steps: int | None) -> None:
+        self.branch.config = replace(self.branch.config, trained_steps=steps)
+
+    @property
+    def vision_config(self) -> TowerConfig:
+        """Configuration of the tower."""
+        return self.tower.config
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        visible: VisibleTokens | None = None,
+        draws: Iterable[Tensor] | None = None,
+        long: Long = "average",
+        align_layer: AlignLayer = "last",
+    ) -> BTAdapterOutput:
+        """Run the tower on every token and the branch on the visible ones.
+
+        For videos of more frames than the branch was trained with, the branch reads means of neighbouring frames, one
+        per time step (see ``long``). The tower's CLS is not averaged: ``frame_embeds`` has one row for each of the T
+        frames, and ``video_embeds`` is their mean.
+
+        Args:
+            pixel_values: normalised frames ``[B, T, 3, h, w]``. If they require a gradient they get one, and the tower
+                keeps its activations.
+            visible: the branch's tokens; None: all. If given, T must not exceed the trained time steps.
+            draws: recorded draws of stochastic depth (0 = dropped, 1 = kept) in the order of their use: for each branch
+                layer with a non-zero rate, the temporal ``[B·K]`` and the spatial ``[B·T]`` one (and ``[B]`` with
+                ``drop_block``). None: random draws in training mode, none in evaluation mode.
+            long: conversion of frames to time steps if ``visible`` is None: see ``model.time_steps.plan_steps``.
+            align_layer: layer at which `pretraining_losses` compares the branch with the text (MBCA) and with the tower
+                (MBTA). "last": after the last layers, as published. "chat": after tower layer L-2 and branch layer d-2,
+                whose tokens a chat model reads (`video_tokens`); it needs a branch of depth 2 or more.
+
+        Raises:
+            ValueError, TypeError: an argument has the wrong shape, dtype or device; the message names it.
+        """
+        if self.chat_only:
+            raise ValueError(
+                "this model lacks the last branch layer, as chat does not need it: only video_tokens works"
+            )
+        if align_layer not in ("last", "chat"):
+            raise ValueError(f"align_layer must be 'last' or 'chat', but is {align_layer!r}")
+        if align_layer == "chat" and self.config.depth < 2:
+            raise ValueError("align_layer='chat' needs a branch of depth 2 or more, but depth is 1")
+        self._check_pixels(pixel_values)
+        batch, frames = pixel_values.shape[:2]
+        plan = None
+        if visible is None:
+            plan = plan_steps(self.config, frames, long)
+            visible = VisibleTokens.all(batch, self.vision_config.patches, plan.steps, pixel_values.device)
+        else:
+            self._check_visible(visible, batch, frames)
+        chat: list[ChatLayer] | None = [] if align_layer == "chat" else None
+        tokens, z = self._run(self._embed(pixel_values), visible, self.config.depth, draws, plan, chat=chat)
+        frame_embeds = self._frame_embeds(z[:, 0], tokens)
+        if visible.frame_counts is None:
+            video_embeds = frame_embeds.mean(1)
+        else:
+            weights = visible.step_weights(frame_embeds)[:, :, None]
+            # masked as well as weighted, because 0 · NaN of a padding frame is NaN
+            video_embeds = (frame_embeds.masked_fill(weights == 0, 0) * weights).sum(1).to(frame_embeds.dtype)
+        return BTAdapterOutput(tokens, z, frame_embeds, video_embeds, visible, chat[0] if chat else None)
+
+    def _frame_embeds(self, z_cls: Tensor, tokens: Tensor) -> Tensor:
+        """Mix the branch's CLS ``[B, D]`` with the tower's last state ``[B, T, 1+P, D]``: ``[B, T, F]``.
+
+        With a CLIP, both CLS are mixed and then projected. A SigLIP has no CLS, so its embedding of each frame and that
+        of the branch's CLS are mixed after its pooling head, where F = D.
+        """
+        if not self.vision_config.is_siglip:
+            return self._project(self._final_norm(self.branch.mix_output(z_cls, tokens[:, :, 0].to(z_cls.dtype))))
+        frames = self.tower.pool(tokens.to(self.tower.dtype)).to(z_cls.dtype)
+        return self.branch.mix_output(self._project(self._final_norm(z_cls)).to(z_cls.dtype), frames)
+
+    def image_embeds(self, pixel_values: Tensor) -> Tensor:
+        """Embed still images with the frozen tower only, ``[n, 3, h, w]`` to ``[n, F]``."""
+        self._check_pixels(pixel_values, "[n, 3, h, w]")
+        return self.tower.image_embeds(pixel_values)
+
+    def video_tokens(
+        self,
+        pixel_values: Tensor | None = None,
+        windows: str = "full",
+        features: Tensor | None = None,
+        start_layer: int | None = None,
+        draws: Iterable[Tensor] | None = None,
+        progress: Progress | None = None,
+        long: Long = "average",
+    ) -> Tensor:
+        """Compute the tokens of each video for a language model's projector: P+1 tokens for any T, CLS last.
+
+        With X the output of tower layer L-2 and z the branch after its layer d-2, the tokens are the average of the
+        mean of X over time and the mean of z. The last layers of both do not run. For videos of more frames than the
+        branch was trained with see ``long``; the mean of X always includes all T frames. Source: arXiv 2309.15785
+        section 3.3.
+
+        Args:
+            pixel_values: normalised frames ``[B, T, 3, h, w]``, or None if ``features`` are given.
+            windows: "full" attends over all frames; "reference" arranges the rows like the published code, in T // 2
+                slots (for published scores; it needs T ≥ 2, at most 2·``max_frames``, and T // 2 to divide P·T), and
+                reads the time table as with ``long="published"``.
+            features: stored input of tower layer ``start_layer``, ``[B, T, 1+P, D]`` (for a DINOv2 with R registers
+                ``[B, T, 1+P+R, D]``, the registers last).
+            start_layer: 0-based; None: L-d, the first layer that a branch layer reads (20 for ViT-L/14).
+            draws: as in :meth:`forward`.
+            progress: called with the steps done and in total: a step is a chunk of frames in a tower layer, or a branch
+                layer.
+            long: conversion of frames to time steps; by default neighbouring frames of X are averaged down to the
+                trained steps; see ``model.time_steps.plan_steps``.
+
+        Returns:
+            ``[B, P+1, D]``.
+
+        Raises:
+            ValueError, TypeError: an argument has the wrong shape or value; the message names it.
+        """
+        if windows not in ("full", "reference"):
+            raise ValueError(f"windows must be 'full' or 'reference', but is {windows!r}")
+        if windows == "reference" and long == "interpolate":
+            raise ValueError("long must be 'published' or left out where windows is 'reference', but is 'interpolate'")
+        if (pixel_values is None) == (features is None):
+            raise ValueError("exactly one of pixel_values and features must be given")
+        if self.config.depth < 2:
+            raise ValueError(f"video_tokens needs a branch of depth 2 or more, but depth is {self.config.depth}")
+        if pixel_values is not None:
+            if start_layer is not None:
+                raise ValueError("start_layer goes with features, but pixel_values was given")
+            self._check_pixels(pixel_values)
+            done = self._counter(pixel_values, 0, self.config.depth - 1, progress)
+            tokens = self._embed(pixel_values, done)
+        else:
+            start = self.first_branch_layer if start_layer is None else start_layer
+            features = self._check_features(features, start)
+            done = self._counter(features, start, self.config.depth - 1, progress)
+            tokens = features.detach().to(self.tower.dtype, copy=True, memory_format=torch.contiguous_format)
+            for layer in range(start, self.first_branch_layer):
+                tokens = self._run_tower_layer(layer, tokens, done)
+        batch, frames, places = *tokens.shape[:2], 1 + self.vision_config.patches
+        plan = plan_steps(self.config, frames, "published" if windows == "reference" else long)
+        slots = plan.steps if windows == "full" else frames // 2
+        too_long = windows == "reference" and frames > 2 * self.config.max_frames
+        if slots < 1 or (places - 1) * plan.steps % slots or too_long:
+            raise ValueError(
+                f"windows='reference' cannot take {places - 1} patches of {frames} frames in {frames // 2} slots (the "
+                f"published code fails there too, or takes at most {2 * self.config.max_frames}); use windows='full'"
+            )
+        visible = VisibleTokens.all(batch, places - 1, plan.steps, tokens.device, slots)
+        tokens, z = self._run(tokens, visible, self.config.depth - 1, draws, plan, done)
+        return pool_video_tokens(tokens.to(z.dtype), z, visible)
+
+    def frame_mean_tokens(self, pixel_values: Tensor, progress: Progress | None = None) -> Tensor:
+        """Compute video tokens without the branch: the mean over time of tower layer L-2's tokens.
+
+        ``[B, T, 3, h, w]`` to ``[B, P+1, D]``, CLS last. It is the baseline of every comparison with the branch.
+        ``progress`` as in :meth:`video_tokens`.
+        """
+        self._check_pixels(pixel_values)
+        done = self._counter(pixel_values, 0, 0, progress)
+        tokens = self._embed(pixel_values, done)
+        for layer in range(self.first_branch_layer, self.vision_config.num_hidden_layers - 1):
+            tokens = self._run_tower_layer(layer, tokens, done)
+        mean = self._without_registers(tokens).mean(1)
+        return torch.cat([mean[:, 1:], mean[:, :1]], 1)
+
+    def pretraining_losses(
+        self,
+        output: BTAdapterOutput,
+        text_embeds: Tensor,
+        visible: VisibleTokens | None = None,
+        temperature: float | Tensor = 0.01,
+        mbca_weight: float = 0.1,
+        mbta_weight: float = 0.1,
+        group: ProcessGroup | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the three weighted losses of pretraining for a batch (arXiv 2309.15785 section 3.2).
+
+        Args:
+            output: result of :meth:`forward`.
+            text_embeds: embeddings of the frozen text encoder, ``[B, F]``, of any norm.
+            visible: None: ``output.visible``.
+            temperature: τ of the contrastive losses.
+            mbca_weight: weight of the branch-text contrastive loss on the mean of the branch's patch tokens or, with
+                ``align_layer="chat"``, on the mean of the video tokens that chat reads.
+            mbta_weight: weight of the alignment of branch tokens with the tower's or, with ``align_layer="chat"``, of
+                the tokens that chat reads, without a head.
+            group: processes whose equally large batches form one: see ``model.losses.contrastive_loss``. Losses
+                and gradients of the global batch are then the means over the processes.
+
+        Returns:
+            {"vtc", "mbca"} and, if the branch has an alignment head or the output is aligned at chat's layer, "mbta".
+        """
+        losses = {
+            "vtc": contrastive_loss(output.video_embeds, text_embeds, temperature, group),
+            "mbca": mbca_weight
+            * contrastive_loss(self.branch_embeds(output, visible), text_embeds, temperature, group),
+        }
+        if output.chat is not None or self.branch.alignment_head is not None:
+            losses["mbta"] = mbta_weight * self.token_alignment(output, visible)
+        return losses
+
+    def branch_embeds(self, output: BTAdapterOutput, visible: VisibleTokens | None = None) -> Tensor:
+        """Compute the embedding that MBCA compares with the text: the projected mean of the patch tokens, ``[B, F]``.
+
+        With a SigLIP, the final LayerNorm is applied first, because the pooling head was trained on its output. For an
+        output with ``align_layer="chat"``, it is the mean of the video tokens after the final LayerNorm.
+        """
+        if output.chat is not None:
+            return self._project(self._final_norm(output.chat.mean))
+        visible = output.visible if visible is None else visible
+        real = (visible.index >= 0)[:, :, None]
+        mean = (output.branch_tokens[:, 1:] * real).sum(1) / real.sum(1).clamp(min=1)
+        return self._project(self._final_norm(mean) if self.vision_config.is_siglip else mean)
+
+    def token_alignment(self, output: BTAdapterOutput, visible: VisibleTokens | None = None) -> Tensor:
+        """Compute the unweighted loss MBTA, a scalar. No gradient flows to the tower.
+
+        The branch must have an alignment head, unless the output was made with ``align_layer="chat"``.
+        """
+        if output.chat is not None:
+            return output.chat.distance.to(output.branch_tokens.dtype)
+        tower, head = self.tower, self.branch.alignment_head
+        if head is None:
+            raise ValueError("the branch must have an alignment head (alignment_head=True), but has none")
+        linear: Any = head[0]
+        norm: Any = head[1]
+        dtype = output.branch_tokens.dtype
+        visible = output.visible if visible is None else visible
+        if not (_is_plain_head(head) and is_plain(tower.final_norm) and is_plain(tower.projection)):
+            tokens = output.backbone_tokens
+            return called_alignment(
+                output.branch_tokens, tokens, visible, head, lambda x: self._project(self._final_norm(x))
+            )
+        return alignment_loss(
+            output.branch_tokens,
+            output.backbone_tokens.to(dtype),
+            visible,
+            linear.weight.to(dtype),
+            linear.bias.to(dtype),
+            norm.weight.to(dtype),
+            norm.bias.to(dtype),
+            tower.final_norm.weight.to(dtype),
+            tower.final_norm.bias.to(dtype),
+            tower.projection.weight.to(dtype),
+            None if tower.projection.bias is None else tower.projection.bias.to(dtype),
+            head_norm_eps=norm.eps,
+            target_norm_eps=tower.final_norm.eps,
+        )
+
+    def parameter_groups(
+        self,
+        lr: float = 2e-6,
+        weight_decay: float = 0.05,
+        lr_temporal: float | None = None,
+        lr_gates: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Make the AdamW groups of the published recipe: lr ×10 for branch and head, ×100 for temporal layers, gates.
+
+        Each group has a "name": "branch", "temporal" or "gates" (if there are any).
+
+        Args:
+            lr: base rate. lr_temporal, lr_gates: rates of temporal layers and gates; None: 100 times ``lr``.
+        """
+        rates = {
+            "branch": 10 * lr,
+            "temporal": 100 * lr if lr_temporal is None else lr_temporal,
+            "gates": 100 * lr if lr_gates is None else lr_gates,
+        }
+        chosen: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+        for name, parameter in self.branch.named_parameters():
+            kind = "temporal" if name.startswith("temporal.") else "gates" if name.endswith("_gate") else "branch"
+            chosen[kind].append(parameter)
+        return [
+            {"params": parameters, "lr": rates[name], "weight_decay": weight_decay, "name": name}
+            for name, parameters in chosen.items()
+            if parameters
+        ]
+
+    @torch.no_grad()
+    def reset_spatial_layers(self) -> None:
+        """Initialise the spatial layers as copies of the tower's layers that the branch reads.
+
+        Raises:
+            ValueError: one of these layers was replaced or wrapped.
+        """
+        for i, layer in enumerate(self.branch.spatial):
+            tower_layer = self.tower.layers[self.first_branch_layer + i - self.tower.first_layer]
+            for name, module in (("tower", tower_layer), ("branch", layer)):
+                if (reason := why_not_all_plain(module, (*PLAIN_PARTS, SpatialLayer, PackedAttention))) is not None:
+                    raise ValueError(f"spatial layer {i} can only be copied from a plain layer, but {name}: {reason}")
+            state = layer.state_dict()
+            source = pack_qkv(tower_layer.state_dict(), "")
+            layer.load_state_dict({name: source[name].to(state[name]) for name in state})
+
+    @staticmethod
+    def from_clip(
+        clip: nn.Module | str | os.PathLike, adapter_config: BTAdapterConfig | None = None, share: bool = False
+    ) -> BTAdapterVisionModel:
+        """Build a new branch for a trained CLIP; see ``bt_adapter.model.checkpoint.model_from_clip``."""
+        from bt_adapter.model.checkpoint import model_from_clip
+
+        return model_from_clip(clip, adapter_config, share)
+
+    def save_pretrained(self, folder: str | os.PathLike, include_tower: bool = False, dtype=None) -> None:
+        """Write configuration and weights; see ``bt_adapter.model.checkpoint.save_model``."""
+        from bt_adapter.model.checkpoint import save_model
+
+        save_model(self, folder, include_tower, dtype)
+
+    @staticmethod
+    def from_pretrained(
+        folder: str | os.PathLike, clip: nn.Module | str | os.PathLike | None = None, share: bool = False
+    ) -> BTAdapterVisionModel:
+        """Load a folder of :meth:`save_pretrained`; see ``bt_adapter.model.checkpoint.load_model``."""
+        from bt_adapter.model.checkpoint import load_model
+
+        return load_model(folder, clip, share)
+
+    def _embed(self, pixel_values: Tensor, done: Callable[[], None] = nothing) -> Tensor:
+        """Compute the input of tower layer L-d from frames, ``[B, T, 1+P, D]``."""
+        tokens = self.tower.run(pixel_values.flatten(0, 1), self.first_branch_layer, done)
+        return tokens.unflatten(0, pixel_values.shape[:2])
+
+    def _run_tower_layer(self, layer: int, tokens: Tensor, done: Callable[[], None] = nothing) -> Tensor:
+        """Run a tower layer, overwriting ``tokens``."""
+        return self.tower.run_layer(layer, tokens.flatten(0, 1), done).unflatten(0, tokens.shape[:2])
+
+    def _counter(self, videos: Tensor, start: int, branch_layers: int, progress: Progress | None) -> Callable[[], None]:
+        """Make the progress callback of a run from tower layer ``start`` to L-2."""
+        chunks = self.tower.chunks(videos.shape[0] * videos.shape[1])
+        return counter(chunks * (self.vision_config.num_hidden_layers - 1 - start) + branch_layers, progress)
+
+    def _check_features(self, features: Any, start: int) -> Tensor:
+        config = self.vision_config
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            raise TypeError(f"features must be a float tensor [B, T, 1+P, D], but is {_describe(features)}")
+        if features.ndim != 4 or features.shape[2:] != (config.rows, config.hidden_size):
+            rows = "1+P+R" if config.num_register_tokens else "1+P"
+            raise ValueError(
+                f"features must be [B, T, {rows}, D] = [any, any, {config.rows}, {config.hidden_size}], but the "
+                f"shape is {list(features.shape)}"
+            )
+        if features.shape[1] < 1:
+            raise ValueError("features must hold at least one frame, but T is 0")
+        if self.tower.device not in (None, features.device):
+            raise ValueError(f"features must be on the model's {self.tower.device}, but is on {features.device}")
+        if not self.tower.first_layer <= start <= self.first_branch_layer:
+            raise ValueError(
+                f"start_layer must lie in [{self.tower.first_layer}, {self.first_branch_layer}], but is {start}"
+            )
+        return features
+
+    def _run(
+        self,
+        tokens: Tensor,
+        visible: VisibleTokens,
+        layers: int,
+        draws: Iterable[Tensor] | None,
+        plan: TimeSteps | None = None,
+        done: Callable[[], None] = nothing,
+        chat: list[ChatLayer] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run tower and branch in lockstep over the first ``layers`` branch layers; return the last X and z.
+
+        plan: conversion of the frames of ``tokens`` to the branch's time steps; None: one step per frame.
+        chat: list to which the comparison at the layer that chat reads is appended; None: it is not computed.
+        """
+
+        def after(layer: int, z: Tensor) -> None:
+            if chat is not None and layer == self.config.depth - 2:
+                # This must happen before the tower's next layer, which overwrites these tokens.
+                averaged = average_frames(self._without_registers(tokens), visible.frames)
+                chat.append(compare_chat_layer(averaged, z, visible))
+
+        def states() -> Iterator[Tensor]:
+            nonlocal tokens
+            for layer in range(layers):
+                tokens = self._run_tower_layer(self.first_branch_layer + layer, tokens, done)
+                yield self._branch_input(tokens, visible)
+                done()
+
+        z = self._call_branch(states(), visible, None if draws is None else iter(draws), after, plan)
+        return self._without_registers(tokens), z
+
+    def _without_registers(self, tokens: Tensor) -> Tensor:
+        """Remove the registers, which the branch does not read: ``[..., 1+P+R, D]`` to ``[..., 1+P, D]``."""
+        config = self.vision_config
+        return tokens[..., : 1 + config.patches, :].contiguous() if config.num_register_tokens else tokens
+
+    def _branch_input(self, tokens: Tensor, visible: VisibleTokens) -> Tensor:
+        """Convert a tower layer's tokens to the branch's input: without registers, averaged to its time steps."""
+        averaged = average_frames(self._without_registers(tokens), visible.frames)
+        if averaged is tokens and not self.config.fused and not tokens.requires_grad:
+            return tokens.clone()  # the plain layers keep it for backward, while the tower overwrites its tokens
+        return averaged
+
+    def _call_branch(
+        self,
+        states: Iterable[Tensor],
+        visible: VisibleTokens,
+        draws: Iterator[Tensor] | None = None,
+        after: Callable[[int, Tensor], object] | None = None,
+        plan: TimeSteps | None = None,
+    ) -> Tensor:
+        """Call the branch as a module, so that hooks and wrappers run; see ``Branch.forward``."""
+        called = self.branch if self.branch_wrapper is None else self.branch_wrapper[0]
+        return called(states, self.tower.position, visible, draws, after, plan)
+
+    def _final_norm(self, tokens: Tensor) -> Tensor:
+        return self.tower.final_norm(tokens.to(self.tower.dtype))
+
+    def _project(self, tokens: Tensor) -> Tensor:
+        return self.tower.project(tokens.to(self.tower.dtype))
+
+    def _check_pixels(self, pixel_values: Any, legend: str = "[B, T, 3, h, w]") -> None:
+        if self.stored_features:
+            raise ValueError("this model holds no tower embeddings: give video_tokens stored features, not pixels")
+        if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+            raise TypeError(f"pixel_values must be a float tensor {legend}, but is {_describe(pixel_values)}")
+        size = self.vision_config.image_size
+        wanted = (3, size, size)
+        if pixel_values.ndim != legend.count(",") + 1 or tuple(pixel_values.shape[-3:]) != wanted:
+            raise ValueError(
+                f"pixel_values must be {legend} ending in {list(wanted)}, but the shape is {list(pixel_values.shape)}"
+            )
+        if pixel_values.ndim == 5 and pixel_values.shape[1] < 1:
+            raise ValueError("pixel_values must hold at least one frame, but T is 0")
+        if self.tower.device not in (None, pixel_values.device):
+            raise ValueError(
+                f"pixel_values must be on the model's {self.tower.device}, but is on {pixel_values.device}"
+            )
+
+    def _check_visible(self, visible: VisibleTokens, batch: int, frames: int) -> None:
+        patches = self.vision_config.patches
+        if not isinstance(visible, VisibleTokens):
+            raise TypeError(f"visible must be a VisibleTokens, but is {_describe(visible)}")
+        if (visible.batch, visible.patches, visible.frames) != (batch, patches, frames):
+            raise ValueError(
+                f"visible is for {visible.batch} videos of {visible.frames} frames and {visible.patches} patches, but "
+                f"pixel_values holds {batch} of {frames} and {patches}"
+            )
+        check_trained(self.config, visible)
+
+
+def _is_plain_head(head: nn.Module) -> bool:
+    """Whether the alignment head is an unmodified linear layer and LayerNorm with all their parameters."""
+    if why_not_all_plain(head, (nn.Sequential,)) is not None:
+        return False
+    return all(getattr(part, name, None) is not None for part in head.children() for name in ("weight", "bias"))
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

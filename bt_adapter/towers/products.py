@@ -1,0 +1,64 @@
+"""Compute the matrix products of tower and branch, and their gradients, with the fastest available library.
+
+On AVX-512 CPUs not made by Intel, MKL, which torch uses for float32 products, falls back to AVX2. oneDNN, which torch
+also contains, does not, and is 1.1-1.6 times as fast (``bench/NOTES.md``).
+
+The choice depends only on the processor and is not measured, unlike that of a dtype (``dtypes.py``). The two libraries
+round differently, and their difference in speed is within the noise of a short measurement on a busy machine. With a
+measurement, two processes of a run, or a run and its resumption, could choose differently, and their losses would no
+longer be equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bt_adapter.towers.fp8 import Fp8Weight
+
+
+def linear(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Tensor:
+    """Compute ``x·weightᵀ + bias`` in the dtype of ``x``: ``[..., I]`` by ``[O, I]`` to ``[..., O]``."""
+    if isinstance(weight, Fp8Weight):
+        return weight.linear(x, bias)
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be a float tensor, but is {weight.dtype}: call a quantised layer as a module")
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if _by_onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """Compute the gradient of a product's input, ``grad·weight``."""
+    return linear(grad, weight.t()) if _by_onednn(grad) else grad @ weight.to(grad.dtype)
+
+
+def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """Compute the gradient of a product's weight, ``gradᵀ·x`` over all rows."""
+    left, right = grad.flatten(0, -2).t(), x.flatten(0, -2).t()
+    # oneDNN is slower if the result has more rows than columns. Computing the transpose instead does not help: autograd
+    # copies a gradient whose strides differ from its parameter's.
+    return linear(left, right) if len(left) <= len(right) and _by_onednn(grad) else left @ right.t()
+
+
+def _by_onednn(x: Tensor) -> bool:
+    # oneDNN's product has no derivative, so it is used only in frozen layers and inside autograd functions. A compiler
+    # makes its own choice.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and _onednn_is_faster()
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    cpu = Path("/proc/cpuinfo")
+    intel = not cpu.exists() or "GenuineIntel" in cpu.read_text()[:4096]
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and not intel

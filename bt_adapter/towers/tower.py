@@ -1,0 +1,446 @@
+"""The frozen tower: a CLIP, EVA-CLIP, SigLIP or DINOv2 vision transformer, layer by layer.
+
+Legend: n images, P patches of an image, R registers (of DINOv2; 0 elsewhere), in rows CLS, patches, registers; D width,
+H heads, E head width, F width of the shared video-text space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bt_adapter.progress import nothing
+from bt_adapter.towers import mlp
+from bt_adapter.towers.config import TowerConfig
+from bt_adapter.towers.cuda_graph import Recorded
+from bt_adapter.towers.fp8 import Fp8Weight
+from bt_adapter.towers.products import linear
+from bt_kernels.plain import why_not_all_plain
+
+Attend = Callable[[Tensor], Tensor]  # stacked q, k and v, [..., 3, H, E], to [..., H, E]
+
+
+class ClipAttention(nn.Module):
+    """The projections of CLIP's attention: q, k, v and out, each with a bias."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """Compute attention among the tokens x, ``[n, s, D]``, calling every projection as a module."""
+        parts = [p(x).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        return self.out_proj(attend(torch.stack(parts, -3)).flatten(-2))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of ``[n, s, D]``, each ``[n, H, s, E]``."""
+        q, k, v = (linear(x, p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return tuple(y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+
+
+class PackedAttention(nn.Module):
+    """The same projections with q, k and v in one parameter; used in the branch."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        parts = [nn.Linear(width, width) for _ in range(3)]
+        self.qkv_weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]))
+        self.qkv_bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """Compute attention among the tokens x, ``[B, rows, D]``, calling the projections."""
+        return self.out_proj(attend(self.qkv(x)).flatten(-2))
+
+    def packed_bias(self) -> Tensor:
+        """Bias of q, k and v, ``[3D]``."""
+        return self.qkv_bias
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., 3, H, E]``, in one matrix product."""
+        return F.linear(x, self.qkv_weight, self.qkv_bias).unflatten(-1, (3, self.heads, -1))
+
+
+class EvaAttention(nn.Module):
+    """The projections of EVA's attention: packed qkv, with biases only for q and v."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.trunc_normal_(self.qkv_weight, std=0.02)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """Compute attention among the tokens x, ``[..., rows, D]``, calling the projections."""
+        return self.out_proj(attend(self.qkv(x)).flatten(-2))
+
+    def packed_bias(self) -> Tensor:
+        """Return the bias of q, k and v, ``[3D]``; that of k is zero."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., 3, H, E]``, in one matrix product."""
+        return F.linear(x, self.qkv_weight, self.packed_bias()).unflatten(-1, (3, self.heads, -1))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of ``[n, s, D]``, each ``[n, H, s, E]``."""
+        packed = linear(x, self.qkv_weight, self.packed_bias()).unflatten(-1, (3, self.heads, -1))
+        return packed.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def branch_attention(config: TowerConfig) -> PackedAttention | EvaAttention:
+    """Make the projections of an attention of the branch."""
+    kind = EvaAttention if config.is_eva else PackedAttention
+    return kind(config.hidden_size, config.num_attention_heads)
+
+
+def _tower_attention(config: TowerConfig) -> ClipAttention | EvaAttention:
+    kind = EvaAttention if config.is_eva else ClipAttention
+    return kind(config.hidden_size, config.num_attention_heads)
+
+
+class LayerWeights(nn.Module):
+    """The parameters and MLP of a pre-norm transformer layer: of the tower, or a spatial layer of the branch."""
+
+    def __init__(self, config: TowerConfig, eps: float, attention: nn.Module):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps)
+        self.attention: Any = attention
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = config.hidden_act
+
+    def mlp_weights(self) -> mlp.Weights:
+        """Return the parameters of :meth:`mlp`."""
+        return mlp.Weights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Compute ``fc2(act(fc1(x)))``, calling both layers as modules."""
+        return self.fc2(mlp.activate(self.fc1(x), self.act))
+
+
+class TowerLayer(LayerWeights):
+    """A layer of the tower: attention over all tokens of an image, then the MLP."""
+
+    def __init__(self, config: TowerConfig, eps: float):
+        super().__init__(config, eps, _tower_attention(config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the layer on ``[n, 1+P, D]``; in place on ``x`` without gradients, if every part is plain.
+
+        If gradients are enabled, or a part was replaced or wrapped (``bt_kernels.plain``), each part is called as a
+        module, and ``x`` is not changed.
+        """
+        if torch.is_grad_enabled() or why_not_all_plain(self, PLAIN_PARTS) is not None:
+            x = x + self.attention(self.norm1(x), _attend_within_images)
+            return x + self.mlp(self.norm2(x))
+        attended = F.scaled_dot_product_attention(*self.attention.split(self.norm1(x))).transpose(1, 2).flatten(2)
+        out = self.attention.out_proj
+        x += linear(attended, out.weight, out.bias)
+        del attended
+        mlp.add_(x, self.norm2(x), self.mlp_weights(), self.act)
+        return x
+
+
+class SiglipLayer(TowerLayer):
+    """A layer of a tower without CLS: the patches attend to each other, and row 0 becomes their mean.
+
+    The branch thus finds a row for the whole frame at the position of CLIP's CLS. No patch reads that row.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the layer on ``[n, 1+P, D]``, in place under the same conditions as :class:`TowerLayer`."""
+        patches = x[:, 1:]
+        result = super().forward(patches)
+        if result is not patches:
+            return _with_mean(result)
+        x[:, 0] = patches.mean(1)
+        return x
+
+
+def _with_mean(patches: Tensor) -> Tensor:
+    """Prepend the mean to patches ``[n, P, D]``: ``[n, 1+P, D]``."""
+    return torch.cat([patches.mean(1, keepdim=True), patches], 1)
+
+
+class PoolingHead(nn.Module):
+    """SigLIP's attention-pooling head: a learned query attends to the patches, followed by an MLP."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(config.hidden_size) * 0.02)
+        self.attention = ClipAttention(config.hidden_size, config.num_attention_heads)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = config.hidden_act
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Pool each of the tokens ``[..., D]`` separately: attention over a sequence of one returns its value."""
+        return self._finish(self.attention.out_proj(self.attention.v_proj(tokens)))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Pool all tokens of each image, ``[..., P, D]`` to ``[..., D]``."""
+        heads = (self.attention.heads, -1)
+        query = self.attention.q_proj(self.probe).unflatten(-1, heads)[:, None]
+        query = query.expand(*tokens.shape[:-2], *query.shape)
+        key, value = (
+            part(tokens).unflatten(-1, heads).transpose(-2, -3)
+            for part in (self.attention.k_proj, self.attention.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self._finish(self.attention.out_proj(attended.flatten(-3)))
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return x + self.fc2(mlp.activate(self.fc1(self.norm(x)), self.act))
+
+
+PLAIN_PARTS = (TowerLayer, SiglipLayer, ClipAttention, EvaAttention, Fp8Weight)
+
+
+def _attend_within_images(qkv: Tensor) -> Tensor:
+    """Compute attention of each token to all s tokens of its image, ``[n, s, 3, H, E]`` to ``[n, s, H, E]``."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class Tower(nn.Module):
+    """A frozen CLIP, EVA-CLIP, SigLIP or DINOv2 vision tower on single images.
+
+    With ``only_layers`` = (first, stop) it holds only these layers, without embeddings, final norm and projection, as
+    needed for stored features. It never trains: ``requires_grad_(True)`` leaves its own parameters frozen and
+    ``train()`` leaves it in evaluation mode. Modules added later, such as adapters, may train: if a parameter or the
+    images require a gradient, they get one, at the cost of storing every layer's activations.
+    """
+
+    def __init__(self, config: TowerConfig, only_layers: tuple[int, int] | None = None):
+        super().__init__()
+        self.config = config
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.first_layer, stop = only_layers or (0, config.num_hidden_layers)
+        layer = SiglipLayer if config.is_siglip else TowerLayer
+        self.layers = nn.ModuleList(layer(config, eps) for _ in range(self.first_layer, stop))
+        self.position = nn.Parameter(torch.randn(1 + config.patches, width) * 0.02)
+        if only_layers is None:
+            is_clip = config.model_type == "clip_vision_model"
+            if not config.is_siglip:
+                self.class_embedding = nn.Parameter(torch.randn(width) * 0.02)
+            if config.num_register_tokens:
+                self.registers = nn.Parameter(torch.randn(config.num_register_tokens, width) * 0.02)
+            self.patch_embedding = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=not is_clip)
+            self.pre_norm = nn.LayerNorm(width, eps) if is_clip else nn.Identity()
+            self.final_norm = nn.LayerNorm(width, eps)
+            if config.projection_dim is not None:
+                self.projection: Any = (
+                    PoolingHead(config)
+                    if config.is_siglip
+                    else nn.Linear(width, config.projection_dim, bias=config.is_eva)
+                )
+        self.chunk = 32
+        self._recorded: Recorded | None = None
+        self.shared_from: list[Any] = []  # identities of a chat model's tensors, if shared (chat/pairing.py)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Tower:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tower:
+        """Stay frozen."""
+        return super().requires_grad_(False)
+
+    def fingerprint(self) -> dict[str, float]:
+        """Return the norms of some weights, which distinguish CLIPs of the same shape in any precision."""
+        last = len(self.layers) - 1
+        chosen = ("position", "class_embedding", "layers.0.fc1.weight", f"layers.{last}.fc1.weight")
+        weights = dict(self.named_parameters())
+        return {name: weights[name].detach().float().norm().item() for name in chosen if name in weights}
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether :meth:`optimize` converted the layers' weights to 8 bits."""
+        return any(isinstance(module, Fp8Weight) for module in self.layers.modules())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.position.dtype
+
+    def optimize(
+        self,
+        dtype: torch.dtype | None = None,
+        chunk: int | None = None,
+        compile: bool = False,
+        graphs: bool = False,
+        fp8: bool = False,
+    ) -> Tower:
+        """Set options of the tower's execution; options that are not given do not change.
+
+        Args:
+            dtype: new dtype of the weights, for example ``torch.bfloat16``. Not for a tower shared with a chat model,
+                whose tower weights would change too, but not its other weights.
+            chunk: number of images per batch, initially 32. It limits a layer's memory in addition to the state of all
+                images: about 7 rows of D per token of the chunk, and the memory of attention.
+            compile: ``torch.compile`` each layer, once per shape.
+            graphs: record CUDA graphs, one per shape of a chunk; set it again after moving the weights.
+            fp8: products with 8-bit weights and inputs, for GPUs of compute capability 8.9 or more. It cannot be
+                undone.
+
+        Raises:
+            ValueError: ``chunk`` is not positive, ``graphs`` is True without a CUDA device, or ``fp8`` is True and a
+                layer was replaced or wrapped.
+        """
+        if chunk is not None:
+            if chunk < 1:
+                raise ValueError(f"chunk must be a positive int, but is {chunk}")
+            self.chunk = chunk
+        if dtype is not None:
+            self.to(dtype)
+        if fp8:
+            if (reason := why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList))) is not None:
+                raise ValueError(f"fp8 needs unmodified tower layers, but {reason}")
+            weights = [
+                (module, name, weight)
+                for module in self.layers.modules()
+                for name in ("weight", "qkv_weight")
+                if isinstance(weight := getattr(module, name, None), nn.Parameter) and weight.ndim == 2
+            ]
+            for (module, name, _), small in zip(weights, [Fp8Weight(w) for _, _, w in weights], strict=True):
+                delattr(module, name)
+                setattr(module, name, small)
+        if compile:
+            for layer in self.layers:
+                layer.compile()
+        if graphs:
+            if self.position.device.type != "cuda":
+                raise ValueError(f"graphs needs the tower on a CUDA device, but it is on {self.position.device}")
+            self._recorded = Recorded()
+        return self
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Compute the input of layer 0, ``[n, 1+P+R, D]``, from normalised images ``[n, 3, h, w]``."""
+        patches = self.patch_embedding(images.to(self.dtype)).flatten(2).transpose(1, 2)
+        if self.config.is_siglip:
+            return _with_mean(patches + self.position[1:])
+        cls = self.class_embedding.expand(len(images), 1, -1)
+        rows = self.pre_norm(torch.cat([cls, patches], 1) + self.position)
+        if self.config.num_register_tokens:
+            rows = torch.cat([rows, self.registers.expand(len(images), -1, -1)], 1)
+        return rows
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.position.device
+
+    def learns(self, images: Tensor) -> bool:
+        """Whether ``images`` (or their tokens) or a parameter inside the tower requires a gradient."""
+        needed = torch.is_grad_enabled() and (images.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if needed and self.is_fp8:
+            raise ValueError("a tower in 8 bits (optimize(fp8=True)) has no gradients, but one is required")
+        return needed
+
+    def run(self, images: Tensor, stop: int, done: Callable[[], None] = nothing) -> Tensor:
+        """Compute the input of layer ``stop``, ``[n, 1+P+R, D]``, of images ``[n, 3, h, w]``, a chunk at a time.
+
+        ``done`` is called after each layer of each chunk.
+        """
+        learns = self.learns(images)
+
+        def first_layers(piece: Tensor) -> Tensor:
+            x = self.embed(piece)
+            for layer in range(stop):
+                x = self.layers[layer](x)
+                if learns or self._recorded is None:  # a replayed graph makes no Python calls
+                    done()
+            return x
+
+        if learns:
+            return torch.cat([first_layers(piece) for piece in images.split(self.chunk)])
+        with torch.no_grad():
+            recorded = self._replays()
+            if len(images) <= self.chunk and not recorded:
+                return first_layers(images)
+            state = self.position.new_empty(len(images), self.config.rows, self.config.hidden_size)
+            for start in range(0, len(images), self.chunk):
+                piece = images[start : start + self.chunk]
+                state[start : start + self.chunk] = self._run(("first", stop), first_layers, piece, recorded)
+                for _ in range(0 if self._recorded is None else stop):
+                    done()
+            return state
+
+    def run_layer(self, layer: int, x: Tensor, done: Callable[[], None] = nothing) -> Tensor:
+        """Compute the output of layer ``layer`` (0-based in the full tower) on ``[n, 1+P+R, D]``.
+
+        It overwrites ``x``, unless gradients are needed (:meth:`learns`).
+        """
+        module = self.layers[layer - self.first_layer]
+        if self.learns(x):
+            results = []
+            for piece in x.split(self.chunk):
+                results.append(module(piece))
+                done()
+            return torch.cat(results)
+        with torch.no_grad():
+            recorded = self._replays()
+            for piece in x.split(self.chunk):
+                result = self._run(layer, module, piece, recorded)
+                if result is not piece:
+                    piece.copy_(result)
+                done()
+        return x
+
+    def chunks(self, images: int) -> int:
+        """Return the number of chunks for a number of images."""
+        return -(-images // self.chunk)
+
+    def _replays(self) -> bool:
+        """Whether CUDA graphs can be replayed; they would ignore layers wrapped or replaced after recording."""
+        return self._recorded is not None and why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList)) is None
+
+    def _run(self, name: Any, function: Callable[[Tensor], Tensor], piece: Tensor, recorded: bool) -> Tensor:
+        if recorded and self._recorded is not None:
+            return self._recorded(name, function, piece)
+        return function(piece)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Project ``[..., D]`` to the shared space ``[..., F]``, without the final LayerNorm.
+
+        A SigLIP's pooling head is applied to each token separately.
+
+        Raises:
+            ValueError: the tower has no projection (``projection_dim`` None).
+        """
+        if self.config.projection_dim is None:
+            raise ValueError("this tower has no projection (projection_dim is None): only video_tokens can be computed")
+        return self.projection(tokens)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Compute the image model's embedding of each image, ``[..., F]``, from its last state, ``[..., 1+P, D]``.
+
+        After the final LayerNorm, CLIP and EVA-CLIP project the CLS; SigLIP's pooling head attends to all patches.
+
+        Raises:
+            ValueError: see :meth:`project`.
+        """
+        if self.config.is_siglip and self.config.projection_dim is not None:
+            return self.projection.pool(self.final_norm(tokens[..., 1:, :]))
+        return self.project(self.final_norm(tokens[..., 0, :]))
+
+    def image_embeds(self, images: Tensor) -> Tensor:
+        """Embed single images without a branch, ``[n, 3, h, w]`` to ``[n, F]``."""
+        return self.pool(self.run(images, len(self.layers)))

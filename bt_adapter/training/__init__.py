@@ -1,0 +1,1 @@
+"""Shared by all trainings: settings, processes, the loop, checkpoints and the log."""
