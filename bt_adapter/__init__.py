@@ -1,14 +1,15 @@
 """BT-Adapter: a small trainable branch of a frozen CLIP that teaches image chat models to read videos.
 
-The method: arXiv 2309.15785 (CVPR 2024). The path of a video through this package: ``data`` (file to frames),
-``tower`` (frozen CLIP), ``branch`` (what learns), ``model`` (both joined: embeddings, losses, video tokens), ``chat``
-(video tokens into a language model).
+The method: arXiv 2309.15785 (CVPR 2024). A video passes through the subpackages ``data`` (decoding), ``towers``
+(the frozen CLIP), ``model`` (the branch beside it: embeddings, losses, video tokens) and ``chat`` (the language model).
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from bt_adapter import files
 
 if TYPE_CHECKING:
     from bt_adapter.chat.attach import attach as attach
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from bt_adapter.towers.config import BTAdapterConfig as BTAdapterConfig
     from bt_adapter.towers.config import TowerConfig as TowerConfig
 
-__version__ = "0.1.0"
+__version__ = files.VERSION
 
 # Imported on first access: torch and transformers take seconds, which would delay the command line.
 _PLACES = {

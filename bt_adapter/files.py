@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+VERSION = "0.1.0"  # of this package, recorded in the files that it writes
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write UTF-8 text to a temporary file and rename it to ``path``: a kill leaves the old file or the new one."""

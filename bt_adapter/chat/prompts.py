@@ -9,6 +9,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from bt_adapter.chat.native.template import text_ids
+
 _PLACE = re.compile(r"(<video>|<image>)")
 
 
@@ -44,12 +46,6 @@ def conversation_ids(processor: Any, turns: Sequence[Turn], lengths: Sequence[in
     pieces = conversation_text(processor, turns).split(token)
     text = pieces[0] + "".join(token * n + piece for n, piece in zip(lengths, pieces[1:], strict=True))
     return text_ids(processor.tokenizer, text)
-
-
-def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokenize the text of a chat template; special tokens are not added if it begins with the BOS token."""
-    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
 
 
 def conversation_text(processor: Any, turns: Sequence[Turn]) -> str:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-import bt_adapter
 from bt_adapter.errors import CommandError
+from bt_adapter.files import VERSION
 
 
 def versions() -> dict[str, Any]:
     """Return the versions of this package (with the git commit of a checkout) and of torch."""
-    return {"bt_adapter": bt_adapter.__version__, "commit": _commit(), "torch": torch.__version__}
+    return {"bt_adapter": VERSION, "commit": _commit(), "torch": torch.__version__}
 
 
 def device_name(device: torch.device) -> str:
@@ -79,7 +79,7 @@ def check_overwriting(
 
 
 def _commit() -> str | None:
-    root = Path(bt_adapter.__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bt_adapter.chat.families import family_of
-from bt_adapter.chat.prompts import PromptError, Turn, conversation_text, text_ids
+from bt_adapter.chat.native.template import text_ids
+from bt_adapter.chat.prompts import PromptError, Turn, conversation_text
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 from bt_adapter.tune.conversations import Source, TrainingConversation

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bt_adapter.chat.prompts import text_ids
+from bt_adapter.chat.native.template import text_ids
 
 _IGNORED = -100  # label that the loss ignores
 

@@ -94,3 +94,9 @@ def _wrap(template: str, image_token: str, video_token: str, part: str, text_alo
         return text.replace("IMAGE", repr(image_token)).replace("VIDEO", repr(video_token))
 
     return filled(_BEFORE) + template.removesuffix("\n") + filled(_AFTER)  # Jinja itself removes a final newline
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokenize the text of a chat template; special tokens are not added if it begins with the BOS token."""
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
