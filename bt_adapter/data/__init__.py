@@ -1,9 +1,9 @@
 """Reads video and picture files, samples frames and normalises them for a CLIP tower."""
 
-from .images import read_image
-from .sampling import sample_indices
-from .transforms import CLIP_MEAN, CLIP_STD, TrainTransform, normalise, preprocess
-from .video import Video, VideoError, read_video, write_video
+from bt_adapter.data.images import read_image
+from bt_adapter.data.sampling import sample_indices
+from bt_adapter.data.transforms import CLIP_MEAN, CLIP_STD, TrainTransform, normalise, preprocess
+from bt_adapter.data.video import Video, VideoError, read_video, write_video
 
 __all__ = [
     "CLIP_MEAN",

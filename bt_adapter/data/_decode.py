@@ -11,11 +11,10 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
+from bt_adapter.data._index import Index
+from bt_adapter.data._source import Source, VideoError
+from bt_adapter.data.orientation import OrientationReader
 from bt_adapter.progress import Progress
-
-from ._index import Index
-from ._source import Source, VideoError
-from .orientation import OrientationReader
 
 # A seek empties the decoder's pipeline, which costs about as much as decoding this many frames.
 _SEEK_COST = 16

@@ -13,9 +13,9 @@ import av
 from av.error import FFmpegError
 from av.stream import Disposition
 
-from ._cut import is_cut
-from ._source import Source
-from ._times import FAR, fill_in, least_distance, split_clock, usual_step
+from bt_adapter.data._cut import is_cut
+from bt_adapter.data._source import Source
+from bt_adapter.data._times import FAR, fill_in, least_distance, split_clock, usual_step
 
 # In these containers one packet is one shown frame with its own time stamp, so frames can be counted and sought
 # without decoding.

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from .video import Video, VideoError, read_video
+from bt_adapter.data.video import Video, VideoError, read_video
 
 # A member of a shard up to this size in bytes is read whole: a single request on network storage.
 _AT_ONCE = 64 << 20

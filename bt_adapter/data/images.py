@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ._source import VideoError
-from .patience import is_mistake
+from bt_adapter.data._source import VideoError
+from bt_adapter.data.patience import is_mistake
 
 # Pillow's name of each format and its usual name. Other formats are not tried: some readers run external programs.
 FORMATS = {

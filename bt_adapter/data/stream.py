@@ -10,13 +10,12 @@ import av
 import torch
 from torch import Tensor
 
+from bt_adapter.data._decode import Taken, bounded_size, decode_all, take_by_seeking, take_in_sequence
+from bt_adapter.data._index import scan
+from bt_adapter.data._source import PathLike, Source, VideoError
+from bt_adapter.data._times import shown_at_rate
+from bt_adapter.data.sampling import check_count, sample_indices
 from bt_adapter.progress import Progress
-
-from ._decode import Taken, bounded_size, decode_all, take_by_seeking, take_in_sequence
-from ._index import scan
-from ._source import PathLike, Source, VideoError
-from ._times import shown_at_rate
-from .sampling import check_count, sample_indices
 
 # A sought frame costs about half a group of pictures; seeking must be this many times cheaper than decoding all.
 _SEEK_ADVANTAGE = 2

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from av.error import FFmpegError
 
+from bt_adapter.data._decode import Taken, take_by_seeking, take_in_sequence
+from bt_adapter.data._index import Span, scan
+from bt_adapter.data._source import PathLike, Source, VideoError, reason
+from bt_adapter.data.sampling import check_count, check_sampling, sample_indices
+from bt_adapter.data.transforms import check_frames
 from bt_adapter.progress import Progress
-
-from ._decode import Taken, take_by_seeking, take_in_sequence
-from ._index import Span, scan
-from ._source import PathLike, Source, VideoError, reason
-from .sampling import check_count, check_sampling, sample_indices
-from .transforms import check_frames
 
 __all__ = ["Video", "VideoError", "read_video", "write_video"]
 
