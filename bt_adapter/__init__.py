@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from bt_adapter.model.adapter import BTAdapterOutput as BTAdapterOutput
     from bt_adapter.model.adapter import BTAdapterVisionModel as BTAdapterVisionModel
     from bt_adapter.model.checkpoint import CheckpointError as CheckpointError
+    from bt_adapter.model.config import BTAdapterConfig as BTAdapterConfig
     from bt_adapter.model.published import load_reference_checkpoint as load_reference_checkpoint
     from bt_adapter.model.published import to_reference_state_dict as to_reference_state_dict
-    from bt_adapter.towers.config import BTAdapterConfig as BTAdapterConfig
     from bt_adapter.towers.config import TowerConfig as TowerConfig
 
 __version__ = files.VERSION
 
 # Imported on first access: torch and transformers take seconds, which would delay the command line.
 _PLACES = {
-    "BTAdapterConfig": "towers.config",
+    "BTAdapterConfig": "model.config",
     "BTAdapterOutput": "model.adapter",
     "BTAdapterVisionModel": "model.adapter",
     "CheckpointError": "model.checkpoint",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from pathlib import Path
-from typing import Any
 
 from bt_adapter.errors import CommandError
+from bt_adapter.towers.hugging_face import is_hub_name, read_json
 from bt_adapter.tune import is_tuned
 
 NATIVE_PREFIX = "bt_adapter_"  # of the model types of video chat models (``bt_adapter.native``)
@@ -61,21 +59,6 @@ def needs_branch(model: str) -> bool:
     return not has_branch and not is_hub_name(model)
 
 
-def is_hub_name(text: str | os.PathLike[str]) -> bool:
-    """Whether a name has the form of a hub name (owner/name), and neither it nor its folder exists locally."""
-    match = re.fullmatch(r"([\w-][\w.-]*)/[\w-][\w.-]*", os.fspath(text))
-    return match is not None and not Path(text).exists() and not Path(match[1]).is_dir()
-
-
 def is_native(model: str) -> bool:
     """Whether a folder holds a video chat model written by ``save_pretrained``."""
     return str(read_json(Path(model) / "config.json").get("model_type")).startswith(NATIVE_PREFIX)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object of a file; empty if there is none, because loading the folder reports the error."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bt_adapter.chat.model_folders import is_native, mini_stage, read_json
+from bt_adapter.chat.model_folders import is_native, mini_stage
 from bt_adapter.errors import CommandError
 from bt_adapter.mini import weights_folder
+from bt_adapter.towers.hugging_face import read_json
 
 if TYPE_CHECKING:
     from bt_adapter.commands.chat import ChatModel

@@ -15,9 +15,9 @@ from bt_adapter.eval.text_tower import published_text
 from bt_adapter.mini import weights_folder
 from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.model.checkpoint import name_of_tower
+from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.published import load_reference_checkpoint
 from bt_adapter.model.published_files import read_tensors
-from bt_adapter.towers.config import BTAdapterConfig
 from bt_adapter.towers.hugging_face import is_hub_name, locate_branch
 from bt_adapter.towers.image_models import read_tower
 from bt_adapter.towers.text import TextEncoder, load_clip

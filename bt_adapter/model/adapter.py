@@ -17,10 +17,11 @@ from torch.distributed import ProcessGroup
 
 from bt_adapter.data.image_settings import ImageSettings
 from bt_adapter.model.branch import Branch, SpatialLayer
+from bt_adapter.model.config import AlignLayer, BTAdapterConfig
 from bt_adapter.model.losses import ChatLayer, called_alignment, compare_chat_layer, contrastive_loss
 from bt_adapter.model.time_steps import Long, TimeSteps, average_frames, check_trained, plan_steps
 from bt_adapter.progress import Progress, counter, nothing
-from bt_adapter.towers.config import AlignLayer, BTAdapterConfig, TowerConfig
+from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.names import pack_qkv
 from bt_adapter.towers.tower import PLAIN_PARTS, PackedAttention, Tower
 from bt_kernels import VisibleTokens, alignment_loss, pool_video_tokens

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from bt_adapter.data.image_settings import ImageSettings, read_image_settings
 from bt_adapter.errors import CheckpointError as CheckpointError
 from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.time_steps import read_branch_config
 from bt_adapter.towers import open_clip
-from bt_adapter.towers.config import BTAdapterConfig, TowerConfig
+from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.hugging_face import is_hub_name, locate_branch
 from bt_adapter.towers.image_models import FoundTower, load_image_model, read_tower
 from bt_adapter.towers.names import pack_qkv

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bt_adapter.towers.config import BTAdapterConfig
+from bt_adapter.model.config import BTAdapterConfig
 
 
 def draw_kept(config: BTAdapterConfig, sequences: int, steps: int, seeds: Sequence[int]) -> list[Tensor]:

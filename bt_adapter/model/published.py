@@ -16,10 +16,11 @@ from bt_adapter.model.checkpoint import (
     load_exactly,
     model_from_clip,
 )
+from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.gates import fill_gates, find_gates
 from bt_adapter.model.published_files import read_tensors, strip_prefixes
 from bt_adapter.model.time_steps import published_trained_steps
-from bt_adapter.towers.config import BTAdapterConfig, TowerConfig
+from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.names import (
     HEAD,
     OWN_STACKS,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bt_adapter.towers.config import BTAdapterConfig
+from bt_adapter.model.config import BTAdapterConfig
 from bt_kernels import VisibleTokens
 
 Long = Literal["average", "interpolate", "published"]

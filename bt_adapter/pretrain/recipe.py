@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from bt_adapter.errors import CommandError
-from bt_adapter.towers.config import AlignLayer
+from bt_adapter.model.config import AlignLayer
 from bt_adapter.training.frames import FrameRange
 from bt_adapter.training.settings import (
     COUNT,

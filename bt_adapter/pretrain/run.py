@@ -26,11 +26,11 @@ from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.model.checkpoint import CheckpointError, check_fingerprint, image_settings_of, name_of_tower
+from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.published import load_reference_checkpoint
 from bt_adapter.model.published_files import read_tensors
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.pretrain.step import Pretraining, backward, draw_depth, draw_visible
-from bt_adapter.towers.config import BTAdapterConfig
 from bt_adapter.towers.hugging_face import is_hub_name, locate_branch
 from bt_adapter.towers.image_models import read_tower
 from bt_adapter.towers.text import load_clip

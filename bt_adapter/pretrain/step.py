@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bt_adapter.model.adapter import BTAdapterVisionModel
+from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.drop_path import draw_kept
 from bt_adapter.model.dtypes import autocast
 from bt_adapter.model.losses import contrastive_loss
 from bt_adapter.pretrain.recipe import Recipe
-from bt_adapter.towers.config import BTAdapterConfig
 from bt_kernels import VisibleTokens
 
 

@@ -1,24 +1,30 @@
-"""Load models of transformers by folder or hub name, with all weights and in the requested dtype."""
+"""Find models of transformers by folder or hub name, and load them with all weights and in the requested dtype.
+
+Importing this module does not import torch, because the command line checks names with it.
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 
-from bt_adapter.chat.model_folders import is_hub_name
 from bt_adapter.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 _SHOWN = 8  # maximum number of tensor names in an error
 
 
 def load_pretrained(
-    model_class: Any, name: str | os.PathLike[str], dtype: torch.dtype | None = torch.float32, **options: Any
+    model_class: Any, name: str | os.PathLike[str], dtype: torch.dtype | str | None = "float32", **options: Any
 ) -> Any:
     """Load a model of transformers in evaluation mode, and check that every weight comes from the files.
 
@@ -27,7 +33,7 @@ def load_pretrained(
 
     Args:
         model_class: a class with ``from_pretrained``. name: local folder or hub name.
-        dtype: dtype of the weights; None: as stored.
+        dtype: dtype of the weights, or its name; None: as stored.
         **options: options of ``from_pretrained``.
 
     Raises:
@@ -58,8 +64,8 @@ def load_pretrained(
     return model.eval()
 
 
-def load_clip_model(model_class: Any, name: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Any:
-    """Load a CLIP, or only its vision tower, with :func:`load_pretrained`.
+def load_clip_model(model_class: Any, name: str | os.PathLike[str]) -> Any:
+    """Load a CLIP, or only its vision tower, in float32 with :func:`load_pretrained`.
 
     Raises:
         CheckpointError: the model is of another type (SigLIP, a chat model); see also there.
@@ -68,7 +74,7 @@ def load_clip_model(model_class: Any, name: str | os.PathLike[str], dtype: torch
     kind = model_kind(name)
     if kind not in ("clip", "clip_vision_model"):
         raise CheckpointError(f"{name} is a model of type {kind!r}, expected a CLIP ('clip' or 'clip_vision_model')")
-    return load_pretrained(model_class, name, dtype)
+    return load_pretrained(model_class, name)
 
 
 def model_kind(name: str | os.PathLike[str]) -> str | None:
@@ -83,6 +89,21 @@ def model_kind(name: str | os.PathLike[str]) -> str | None:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"no config.json found in directory {name}")
     return PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+
+
+def is_hub_name(text: str | os.PathLike[str]) -> bool:
+    """Whether a name has the form of a hub name (owner/name), and neither it nor its folder exists locally."""
+    match = re.fullmatch(r"([\w-][\w.-]*)/[\w-][\w.-]*", os.fspath(text))
+    return match is not None and not Path(text).exists() and not Path(match[1]).is_dir()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the JSON object of a file; empty if there is none, because loading the folder reports the error."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_place(name: str | os.PathLike[str]) -> str:

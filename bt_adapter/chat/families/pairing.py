@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from bt_adapter.chat.families import Family
 from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.model.branch import Branch
-from bt_adapter.towers.config import BTAdapterConfig, TowerConfig
+from bt_adapter.model.config import BTAdapterConfig
+from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.tower import Tower
 
 # a tower stored in half precision differs only by rounding: at most 2^-8 of the largest value

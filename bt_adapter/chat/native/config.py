@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Blip2Config, InstructBlipConfig, LlavaConfig, LlavaNextConfig, VipLlavaConfig
 
+from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.time_steps import Long, check_long
-from bt_adapter.towers.config import BTAdapterConfig
 
 
 @dataclass(kw_only=True)
