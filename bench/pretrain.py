@@ -73,10 +73,10 @@ def run(data: str, source: str, processes: int, workers: int, options: argparse.
         arguments = ["pretrain", "--data", source, "--clip", options.clip, "--batch-size", str(batch), "--out", out]
         arguments += ["--steps", str(options.steps), "--workers", str(workers), "--depth", "3"]
         arguments += [] if device == "cpu" else ["--dtype", "bfloat16"]
-        launch = [sys.executable, "-m", "bt_adapter.commands.cli"]
+        launch = [sys.executable, "-m", "bt_adapter.commands"]
         if processes > 1:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            launch += ["-m", "bt_adapter.commands.cli"]
+            launch += ["-m", "bt_adapter.commands"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
         if done.returncode:

@@ -85,7 +85,7 @@ def test_nothing_heavy_is_imported_before_the_arguments_are_read():
 
 def test_help_as_a_program():
     done = subprocess.run(
-        [sys.executable, "-m", "bt_adapter.commands.cli", "--help"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "bt_adapter.commands", "--help"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and all(name in done.stdout for name in ("chat", "demo", "tune"))
 

@@ -235,7 +235,7 @@ def test_killed_at_random_moments_it_ends_as_if_never_killed(manifest, tmp_path)
 def test_sigterm_saves_and_the_same_command_goes_on(manifest, tmp_path):
     arguments = ["--data", str(manifest), "--steps", "200", "--frames", "4", "--batch-size", "4", "--depth", "2"]
     arguments += ["--clip", "mini", "--workers", "0", "--out", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "bt_adapter.commands.cli", "pretrain", *arguments]
+    command = [sys.executable, "-m", "bt_adapter.commands", "pretrain", *arguments]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.monotonic() + 120

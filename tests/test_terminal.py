@@ -166,7 +166,7 @@ def test_answers_are_shown_in_any_encoding(chat, folder, monkeypatch, encoding):
 def test_any_encoding_as_a_program(arguments):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "bt_adapter.commands.cli", *arguments], env=environment, capture_output=True, timeout=120
+        [sys.executable, "-m", "bt_adapter.commands", *arguments], env=environment, capture_output=True, timeout=120
     )
     assert done.returncode == (0 if "--help" in arguments else 2) and b"Traceback" not in done.stderr, done.stderr
 

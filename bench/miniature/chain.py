@@ -69,7 +69,7 @@ class Stage:
         program, *words = [
             word.replace("WORK", str(work), 1) if word[:4] == "WORK" else word for word in self.command.split()
         ]
-        return [sys.executable, *(["-m", "bt_adapter.commands.cli"] if program == "bt-adapter" else []), *words]
+        return [sys.executable, *(["-m", "bt_adapter.commands"] if program == "bt-adapter" else []), *words]
 
     def made_by(self) -> dict[str, str]:
         """The command, and a hash of its recipe where it has one."""

@@ -27,7 +27,7 @@ import tarfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -62,18 +62,21 @@ from bt_adapter.data.video import write_video  # noqa: E402
 from bt_adapter.files import replace_folder, write_whole  # noqa: E402
 
 WEIGHTS = {"motion": 3, "size": 1, "order": 2, "speed": 1}  # how often a clip for training is of each kind
+MOSTLY_SPEED = {"motion": 1, "size": 1, "order": 1, "speed": 12}
 PLAIN = 0.25  # share of plain stills
 RUN, SHARD = 32, 640  # clips without a repeated caption, and clips of a shard
 PART = 240  # images drawn at once
 HELD_OUT = {"motion": 30, "size": 20, "order": 10, "speed": 20}  # pairs of clips of each pair of events
 
 
-def paired_labels(pairs: int, one_colour: bool, generator: torch.Generator) -> Tensor:
-    """Different labels int64 ``[2 pairs, 3]``, counterparts as neighbours, kinds as often as ``WEIGHTS`` says.
+def paired_labels(
+    pairs: int, one_colour: bool, generator: torch.Generator, kinds: Mapping[str, int] = WEIGHTS
+) -> Tensor:
+    """Different labels int64 ``[2 pairs, 3]``, counterparts as neighbours, with these weights of kinds of events.
 
     one_colour: all of one random colour, and all items equally often (``pairs`` is a multiple of their number then).
     """
-    weights = torch.tensor([WEIGHTS[event.kind] / len(of_kind(event.kind)) for event in EVENTS[::2]])
+    weights = torch.tensor([kinds[event.kind] / len(of_kind(event.kind)) for event in EVENTS[::2]])
     if one_colour:
         number = torch.multinomial(weights.expand(len(ITEMS), -1), pairs // len(ITEMS), generator=generator)
         item = torch.arange(len(ITEMS)).repeat_interleave(number.shape[1])
@@ -126,12 +129,14 @@ def _pictures(folder: Path) -> Iterator[BinaryIO]:
                         yield io.BytesIO(file.read())
 
 
-def make_pretrain(folder: Path, items: Items, count: int, generator: torch.Generator) -> None:
+def make_pretrain(
+    folder: Path, items: Items, count: int, generator: torch.Generator, kinds: Mapping[str, int] = WEIGHTS
+) -> None:
     aside = folder / "clip.mp4"
     for begin in range(0, count, SHARD):
         with tarfile.open(folder / f"{begin // SHARD:05d}.tar", "w") as tar:
             for run in range(begin, min(begin + SHARD, count), RUN):
-                labels = paired_labels(RUN // 2, run // RUN % 2 == 0, generator)[: count - run]
+                labels = paired_labels(RUN // 2, run // RUN % 2 == 0, generator, kinds)[: count - run]
                 for number, (label, frames) in enumerate(paired_clips(items, labels, generator), run):
                     write_clip(aside, frames)
                     template = int(torch.randint(len(TEMPLATES), (), generator=generator))
@@ -270,6 +275,7 @@ class DataSet(NamedTuple):
 
 DATA_SETS = {
     "pretrain": DataSet(make_pretrain, "train", 12_800),
+    "speed": DataSet(partial(make_pretrain, kinds=MOSTLY_SPEED), "train", 6400),
     "stills": DataSet(make_stills, "train", 6000, EXPOSURES),
     "stills-ramp": DataSet(partial(make_stills, kinds=EXPOSURES[:1]), "train", 6000, EXPOSURES[:1]),
     "stills-plain": DataSet(partial(make_stills, kinds=()), "train", 6000),

@@ -52,6 +52,10 @@ def features(model: BTAdapterVisionModel, projector: nn.Module, images: Tensor) 
             "frame mean": mean, "branch's half": 2 * video - mean, "video tokens": video,
             "frame mean after the projector": projector(mean), "video tokens after the projector": projector(video),
         }  # fmt: skip
+        if part.ndim == 5:  # a second-order statistic of the tower's own tokens
+            frames = model.frame_mean_tokens(pixels.flatten(0, 1)[:, None])[:, :-1].unflatten(0, pixels.shape[:2])
+            changes = frames - frames.mean(1, keepdim=True)
+            places["products of neighbouring frames"] = (changes[:, 1:] * changes[:, :-1]).sum(1)
         for place, tokens in places.items():
             found.setdefault(place, []).append(tokens.mean(1))
     return {place: torch.cat(parts) for place, parts in found.items()}
