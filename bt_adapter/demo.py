@@ -16,7 +16,7 @@ from rich.table import Table
 from bt_adapter.chat.engine import VideoChat, peak_memory, read
 from bt_adapter.errors import CommandError
 from bt_adapter.mini import data_folder
-from bt_adapter.terminal import make_console, progress_bar
+from bt_adapter.progress import make_console, progress_bar
 
 if TYPE_CHECKING:
     from bt_adapter.commands.demo import Demo

@@ -14,7 +14,7 @@ from rich.console import Console
 from test_answer import chat, folder  # noqa: F401 (fixtures)
 
 import bt_adapter
-from bt_adapter import terminal
+from bt_adapter import progress as terminal
 from bt_adapter.chat import answer, session
 from bt_adapter.chat.conversation import Conversation
 from bt_adapter.chat.watch import Sampling
@@ -48,7 +48,7 @@ def test_consoles_and_bars_are_made_in_one_place():
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in makers
     }
-    assert {name for name, _ in found} == {"terminal.py"}, found
+    assert {name for name, _ in found} == {"progress.py"}, found
 
 
 def test_a_status_is_a_text_of_our_own():

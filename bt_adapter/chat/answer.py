@@ -26,8 +26,7 @@ from bt_adapter.data.finding import VisualFolder
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 from bt_adapter.model.dtypes import ChosenDtype
-from bt_adapter.progress import Progress
-from bt_adapter.terminal import make_console, progress_bar, say
+from bt_adapter.progress import Progress, make_console, progress_bar, say
 from bt_adapter.training.processes import Processes
 
 if TYPE_CHECKING:

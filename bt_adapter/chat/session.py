@@ -22,7 +22,7 @@ from bt_adapter.data.patience import read_patiently
 from bt_adapter.data.stream import FrameStream
 from bt_adapter.errors import CommandError
 from bt_adapter.model.dtypes import ChosenDtype, choose_dtype
-from bt_adapter.terminal import make_console, progress_bar, say
+from bt_adapter.progress import make_console, progress_bar, say
 
 if TYPE_CHECKING:
     from bt_adapter.commands.chat import Chat, ChatModel

@@ -16,7 +16,7 @@ from bt_adapter.commands import answer, chat, convert, demo, eval, export, pretr
 from bt_adapter.commands.groups import check_names, grouped, ungrouped
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.recipe import Recipe
-from bt_adapter.terminal import prepare_output
+from bt_adapter.progress import prepare_output
 from bt_adapter.tune.recipe import TuneRecipe
 
 DESCRIPTION = (

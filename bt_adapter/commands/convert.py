@@ -47,7 +47,7 @@ def run(command: Convert) -> int:
     if command.gates is not None and command.branch is None:
         raise CommandError("--gates is for a --branch that was tuned without its gates, and none is given")
     from bt_adapter.chat.convert.run import Sources, convert
-    from bt_adapter.terminal import make_console, progress_bar, say
+    from bt_adapter.progress import make_console, progress_bar, say
 
     notes = make_console(stderr=True)
     sources = Sources(

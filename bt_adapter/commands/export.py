@@ -56,7 +56,7 @@ def run(command: Export) -> int:
     from bt_adapter.chat.export import save_chat
     from bt_adapter.chat.sampled import DEFAULTS, read_sampling
     from bt_adapter.chat.tuned import load_base
-    from bt_adapter.terminal import make_console, say
+    from bt_adapter.progress import make_console, say
 
     notes = make_console(stderr=True)
     dtype = None if command.dtype == "auto" else getattr(torch, command.dtype)

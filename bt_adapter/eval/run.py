@@ -23,8 +23,7 @@ from bt_adapter.eval.report import check_overwriting, device_name, versions, wri
 from bt_adapter.eval.similarities import read_settings, write_similarities
 from bt_adapter.eval.stack import Stack, load_stack
 from bt_adapter.model.dtypes import choose_dtype
-from bt_adapter.progress import Progress
-from bt_adapter.terminal import make_console, print_table, progress_bar, say
+from bt_adapter.progress import Progress, make_console, print_table, progress_bar, say
 from bt_adapter.training.processes import Processes
 
 FRAMES = {"msrvtt": 12, "didemo": 64, "lsmdc": 64, "activitynet": 64, "hmdb51": 16, "ucf101": 16, "kinetics400": 16}

@@ -28,8 +28,8 @@ from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.report import check_overwriting, versions, write_json
 from bt_adapter.model.dtypes import ChosenDtype
+from bt_adapter.progress import make_console, print_table, progress_bar, say
 from bt_adapter.qa.judge import ASPECTS, PROMPTS, Case, Judge, judge_all, summary
-from bt_adapter.terminal import make_console, print_table, progress_bar, say
 
 _VIDEO_FIELDS = ("video_name", "video_id", "video")
 _ARTICLES = {"a", "an", "the"}

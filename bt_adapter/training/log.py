@@ -8,9 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
-
-from bt_adapter.terminal import make_console, make_progress, say
+from bt_adapter.progress import make_console, make_progress, say
 
 SECONDS = 10.0  # between lines where the output is no terminal
 
@@ -25,7 +23,7 @@ class Log:
         _truncate(out / "validation.jsonl", step)
         self.file = self.path.open("a", encoding="utf-8")
         self.total, self.console, self.last_line = total, make_console(stderr=True), 0.0
-        self.bar: Progress | None = None
+        self.bar: Any = None  # rich's display of progress bars, on a terminal
         if self.console.is_terminal:
             self.bar = make_progress(self.console, remaining=True, transient=False)
             self.task = self.bar.add_task("training", total=total, completed=step)
