@@ -13,9 +13,9 @@ from bt_adapter import files
 
 if TYPE_CHECKING:
     from bt_adapter.chat.attach import attach as attach
+    from bt_adapter.errors import CheckpointError as CheckpointError
     from bt_adapter.model.adapter import BTAdapterOutput as BTAdapterOutput
     from bt_adapter.model.adapter import BTAdapterVisionModel as BTAdapterVisionModel
-    from bt_adapter.model.checkpoint import CheckpointError as CheckpointError
     from bt_adapter.model.config import BTAdapterConfig as BTAdapterConfig
     from bt_adapter.model.published import load_reference_checkpoint as load_reference_checkpoint
     from bt_adapter.model.published import to_reference_state_dict as to_reference_state_dict
@@ -28,7 +28,7 @@ _PLACES = {
     "BTAdapterConfig": "model.config",
     "BTAdapterOutput": "model.adapter",
     "BTAdapterVisionModel": "model.adapter",
-    "CheckpointError": "model.checkpoint",
+    "CheckpointError": "errors",
     "TowerConfig": "towers.config",
     "attach": "chat.attach",
     "load_reference_checkpoint": "model.published",

@@ -23,7 +23,7 @@ from bt_adapter.chat.families import family_of
 from bt_adapter.chat.loading import names_outside_language_model, read_skeleton
 from bt_adapter.chat.prompts import Turn, conversation_ids
 from bt_adapter.commands.cli import main
-from bt_adapter.model.checkpoint import CheckpointError
+from bt_adapter.errors import CheckpointError
 
 
 @pytest.fixture

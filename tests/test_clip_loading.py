@@ -18,9 +18,8 @@ from transformers import (
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_adapter.data.image_settings import ImageSettings, read_image_settings
-from bt_adapter.errors import CommandError
+from bt_adapter.errors import CheckpointError, CommandError
 from bt_adapter.eval.stack import load_stack
-from bt_adapter.model.checkpoint import CheckpointError
 from bt_adapter.pretrain.run import with_clip
 from bt_adapter.towers.image_models import load_image_model, read_tower
 from bt_adapter.towers.text import load_clip

@@ -19,7 +19,7 @@ from bt_adapter.chat.sampled import settle_sampling
 from bt_adapter.chat.watch import Sampling, watch
 from bt_adapter.commands.chat import Chat
 from bt_adapter.commands.cli import main
-from bt_adapter.model.checkpoint import CheckpointError
+from bt_adapter.errors import CheckpointError
 from bt_adapter.native import NATIVE_CLASSES, make_processor
 
 ASKED = "how is it moving ?"

@@ -15,8 +15,8 @@ from pretraining import recipe
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, attach
 from bt_adapter.chat.families import family_of
+from bt_adapter.errors import CheckpointError
 from bt_adapter.eval.stack import load_stack
-from bt_adapter.model.checkpoint import CheckpointError
 from bt_adapter.pretrain.run import pretrain
 from bt_adapter.towers import open_clip
 from bt_adapter.towers.config import TowerConfig

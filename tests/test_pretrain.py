@@ -23,10 +23,9 @@ from test_video import numbered
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_adapter.data import write_video
 from bt_adapter.data.skipped import Skipped, TooManySkipped
-from bt_adapter.errors import CommandError
+from bt_adapter.errors import CheckpointError, CommandError
 from bt_adapter.eval.ranking import Retrieval
 from bt_adapter.eval.retrieval import Quick
-from bt_adapter.model.checkpoint import CheckpointError
 from bt_adapter.model.drop_path import draw_kept
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.pretrain.run import Run, pretrain, start_model, wrap

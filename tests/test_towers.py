@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPVisionModel, PreTrainedTokenizerFast
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
-from bt_adapter.errors import CommandError
+from bt_adapter.errors import CheckpointError, CommandError
 from bt_adapter.eval.stack import load_stack
-from bt_adapter.model.checkpoint import CheckpointError, check_fit
+from bt_adapter.model.checkpoint import check_fit
 from bt_adapter.pretrain.run import pretrain
 from bt_adapter.towers import dinov2, open_clip, siglip
 from bt_adapter.towers.config import TowerConfig

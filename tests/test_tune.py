@@ -26,8 +26,7 @@ from bt_adapter.chat.attach import attach, attached_branch
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.commands import cli
 from bt_adapter.data import read_video
-from bt_adapter.errors import CommandError
-from bt_adapter.model.checkpoint import CheckpointError
+from bt_adapter.errors import CheckpointError, CommandError
 from bt_adapter.tune import run
 from bt_adapter.tune.batches import Order, Steps, VisualReader
 from bt_adapter.tune.conversations import read_conversations

@@ -15,7 +15,7 @@ from tuning import make_tokenizer, make_video_chat, recipe, write_data
 from bt_adapter import tune
 from bt_adapter.chat.attach import attach, attached_branch, detach
 from bt_adapter.chat.engine import VideoChat
-from bt_adapter.model.checkpoint import CheckpointError
+from bt_adapter.errors import CheckpointError
 from bt_adapter.tune.run import tune as run_tuning
 
 

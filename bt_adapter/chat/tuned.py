@@ -13,8 +13,9 @@ import torch
 from bt_adapter.chat.attach import attach, attached_branch
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.model_folders import mini_stage
+from bt_adapter.errors import CheckpointError
 from bt_adapter.mini import weights_folder
-from bt_adapter.model.checkpoint import CheckpointError, load_exactly, read_safetensors
+from bt_adapter.model.checkpoint import load_exactly, read_safetensors
 from bt_adapter.tune import ABOUT, is_tuned
 from bt_adapter.tune.parts import FILES, FORMAT, branch_fingerprint, check_files, projector_of
 from bt_adapter.tune.recipe import TuneRecipe

@@ -92,8 +92,8 @@ def _is_input_error(error: Exception) -> bool:
     if isinstance(error, (CommandError, OSError)):
         return True
     from bt_adapter.data import VideoError
+    from bt_adapter.errors import CheckpointError
     from bt_adapter.mini import MiniError
-    from bt_adapter.model.checkpoint import CheckpointError
 
     return isinstance(error, (CheckpointError, VideoError, MiniError))
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from bt_adapter.model.checkpoint import CheckpointError, load_exactly
+from bt_adapter.errors import CheckpointError
+from bt_adapter.model.checkpoint import load_exactly
 from bt_adapter.towers.names import rename
 from bt_adapter.towers.text import ClipText, OpenClipText, TextEncoder
 

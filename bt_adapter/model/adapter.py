@@ -6,24 +6,19 @@ layers, d branch layers.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from bt_adapter.data.image_settings import ImageSettings
-from bt_adapter.model.branch import Branch, SpatialLayer
-from bt_adapter.model.config import AlignLayer, BTAdapterConfig
+from bt_adapter.model.config import AlignLayer
 from bt_adapter.model.losses import ChatLayer, called_alignment, compare_chat_layer, contrastive_loss
 from bt_adapter.model.time_steps import Long, TimeSteps, average_frames, check_trained, plan_steps
+from bt_adapter.model.weights import TowerWithBranch
 from bt_adapter.progress import Progress, counter, nothing
-from bt_adapter.towers.config import TowerConfig
-from bt_adapter.towers.names import pack_qkv
-from bt_adapter.towers.tower import PLAIN_PARTS, PackedAttention, Tower
 from bt_kernels import VisibleTokens, alignment_loss, pool_video_tokens
 from bt_kernels.plain import is_plain, why_not_all_plain
 
@@ -50,7 +45,7 @@ class BTAdapterOutput:
     chat: ChatLayer | None = None
 
 
-class BTAdapterVisionModel(nn.Module):
+class BTAdapterVisionModel(TowerWithBranch):
     """A frozen CLIP, EVA-CLIP, SigLIP or DINOv2 tower with the BT-Adapter branch (arXiv 2309.15785), random weights.
 
     Use :meth:`from_clip` for a new branch on a trained tower, :meth:`from_pretrained` for saved branches, and
@@ -67,61 +62,6 @@ class BTAdapterVisionModel(nn.Module):
     Raises:
         ValueError: a configuration value is missing or outside its range.
     """
-
-    def __init__(
-        self,
-        vision_config: TowerConfig | Mapping[str, Any] | Any,
-        adapter_config: BTAdapterConfig | None = None,
-        stored_features: bool = False,
-        chat_only: bool = False,
-    ):
-        super().__init__()
-        config = TowerConfig.of(vision_config)
-        adapter_config = adapter_config or BTAdapterConfig()
-        self.stored_features = stored_features
-        self.chat_only = chat_only or stored_features
-        self.first_branch_layer = config.num_hidden_layers - adapter_config.depth
-        only = (self.first_branch_layer, config.num_hidden_layers - 1) if stored_features else None
-        self.tower = Tower(config, only)
-        self.branch = Branch(config, adapter_config, adapter_config.depth - 1 if self.chat_only else None)
-        self.tower_name: str | None = None
-        # A wrapper of the branch (such as PEFT's), if any; in a list, so that it is not a submodule.
-        self.branch_wrapper: list[nn.Module] | None = None
-        self.images = ImageSettings(config.image_size)  # preprocessing of frames for the tower
-
-    def requires_grad_(self, requires_grad: bool = True) -> BTAdapterVisionModel:
-        """Set ``requires_grad`` of the branch; the tower stays frozen."""
-        super().requires_grad_(requires_grad)
-        self.tower.requires_grad_(False)
-        return self
-
-    @property
-    def config(self) -> BTAdapterConfig:
-        """Configuration of the branch."""
-        return self.branch.config
-
-    @property
-    def recompute(self) -> str:
-        """Activations that backward recomputes: see :class:`BTAdapterConfig`. It can be set at any time."""
-        return self.branch.config.recompute
-
-    @recompute.setter
-    def recompute(self, policy: str) -> None:
-        self.branch.config = replace(self.branch.config, recompute=policy)
-
-    @property
-    def trained_steps(self) -> int | None:
-        """Number of time steps of the branch's training: see :class:`BTAdapterConfig`. It can be set at any time."""
-        return self.branch.config.trained_steps
-
-    @trained_steps.setter
-    def trained_steps(self, steps: int | None) -> None:
-        self.branch.config = replace(self.branch.config, trained_steps=steps)
-
-    @property
-    def vision_config(self) -> TowerConfig:
-        """Configuration of the tower."""
-        return self.tower.config
 
     def forward(
         self,
@@ -363,75 +303,6 @@ class BTAdapterVisionModel(nn.Module):
             head_norm_eps=norm.eps,
             target_norm_eps=tower.final_norm.eps,
         )
-
-    def parameter_groups(
-        self,
-        lr: float = 2e-6,
-        weight_decay: float = 0.05,
-        lr_temporal: float | None = None,
-        lr_gates: float | None = None,
-    ) -> list[dict[str, Any]]:
-        """Make the AdamW groups of the published recipe: lr ×10 for branch and head, ×100 for temporal layers, gates.
-
-        Each group has a "name": "branch", "temporal" or "gates" (if there are any).
-
-        Args:
-            lr: base rate. lr_temporal, lr_gates: rates of temporal layers and gates; None: 100 times ``lr``.
-        """
-        rates = {
-            "branch": 10 * lr,
-            "temporal": 100 * lr if lr_temporal is None else lr_temporal,
-            "gates": 100 * lr if lr_gates is None else lr_gates,
-        }
-        chosen: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
-        for name, parameter in self.branch.named_parameters():
-            kind = "temporal" if name.startswith("temporal.") else "gates" if name.endswith("_gate") else "branch"
-            chosen[kind].append(parameter)
-        return [
-            {"params": parameters, "lr": rates[name], "weight_decay": weight_decay, "name": name}
-            for name, parameters in chosen.items()
-            if parameters
-        ]
-
-    @torch.no_grad()
-    def reset_spatial_layers(self) -> None:
-        """Initialise the spatial layers as copies of the tower's layers that the branch reads.
-
-        Raises:
-            ValueError: one of these layers was replaced or wrapped.
-        """
-        for i, layer in enumerate(self.branch.spatial):
-            tower_layer = self.tower.layers[self.first_branch_layer + i - self.tower.first_layer]
-            for name, module in (("tower", tower_layer), ("branch", layer)):
-                if (reason := why_not_all_plain(module, (*PLAIN_PARTS, SpatialLayer, PackedAttention))) is not None:
-                    raise ValueError(f"spatial layer {i} can only be copied from a plain layer, but {name}: {reason}")
-            state = layer.state_dict()
-            source = pack_qkv(tower_layer.state_dict(), "")
-            layer.load_state_dict({name: source[name].to(state[name]) for name in state})
-
-    @staticmethod
-    def from_clip(
-        clip: nn.Module | str | os.PathLike, adapter_config: BTAdapterConfig | None = None, share: bool = False
-    ) -> BTAdapterVisionModel:
-        """Build a new branch for a trained CLIP; see ``bt_adapter.model.checkpoint.model_from_clip``."""
-        from bt_adapter.model.checkpoint import model_from_clip
-
-        return model_from_clip(clip, adapter_config, share)
-
-    def save_pretrained(self, folder: str | os.PathLike, include_tower: bool = False, dtype=None) -> None:
-        """Write configuration and weights; see ``bt_adapter.model.checkpoint.save_model``."""
-        from bt_adapter.model.checkpoint import save_model
-
-        save_model(self, folder, include_tower, dtype)
-
-    @staticmethod
-    def from_pretrained(
-        folder: str | os.PathLike, clip: nn.Module | str | os.PathLike | None = None, share: bool = False
-    ) -> BTAdapterVisionModel:
-        """Load a folder of :meth:`save_pretrained`; see ``bt_adapter.model.checkpoint.load_model``."""
-        from bt_adapter.model.checkpoint import load_model
-
-        return load_model(folder, clip, share)
 
     def _embed(self, pixel_values: Tensor, done: Callable[[], None] = nothing) -> Tensor:
         """Compute the input of tower layer L-d from frames, ``[B, T, 1+P, D]``."""

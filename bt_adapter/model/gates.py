@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bt_adapter.model.adapter import BTAdapterVisionModel
-from bt_adapter.model.checkpoint import CheckpointError, read_safetensors, read_settings
+from bt_adapter.errors import CheckpointError
+from bt_adapter.model.checkpoint import read_safetensors, read_settings
 from bt_adapter.model.published_files import read_tensors, strip_prefixes
 
 Source = str | os.PathLike | Mapping[str, Tensor]
@@ -52,9 +52,13 @@ def find_gates(
     ]
 
 
-def fill_gates(own: dict[str, Tensor], model: BTAdapterVisionModel) -> None:
-    """Add half-open gates that the model has and the file lacks; remove those that the model does not have."""
-    expected = model.state_dict()
+def fill_gates(own: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Add half-open gates that the model has and the file lacks; remove those that the model does not have.
+
+    Args:
+        own: tensors of the file under the model's names; changed in place.
+        expected: ``state_dict()`` of the new model, whose gates are half open.
+    """
     for gate, _ in GATES.values():
         if gate in own and gate not in expected:
             del own[gate]

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bt_adapter.errors import CheckpointError
 from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.model.checkpoint import (
-    CheckpointError,
     float32_by_default,
     image_settings_of,
     load_exactly,
-    model_from_clip,
 )
 from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.gates import fill_gates, find_gates
@@ -112,7 +111,7 @@ def load_reference_checkpoint(
         elif name == "pos_embed":
             tensor = tensor[0]
         own[to_own(name, eva) or name] = tensor
-    fill_gates(own, model)
+    fill_gates(own, model.state_dict())
     load_exactly(model, pack_qkv(own), "the checkpoint")
     if clip is not None and not eva:
         model.images = image_settings_of(clip, config)
@@ -191,7 +190,7 @@ def _tower_of_clip(clip: nn.Module | str | os.PathLike | None, eva: bool) -> tup
             "the checkpoint holds only the branch, like files of instruction tuning; "
             + ("add the tensors of its EVA-CLIP tower to it" if eva else "give clip=, the CLIP it belongs to")
         )
-    model = model_from_clip(clip, BTAdapterConfig(depth=1))
+    model = BTAdapterVisionModel.from_clip(clip, BTAdapterConfig(depth=1))
     if model.vision_config.model_type != "clip_vision_model":
         raise CheckpointError(
             f"the checkpoint's branch needs a CLIP, but clip has model_type {model.vision_config.model_type!r}"

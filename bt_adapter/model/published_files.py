@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bt_adapter.model.checkpoint import CheckpointError, read_safetensors
+from bt_adapter.errors import CheckpointError
+from bt_adapter.model.checkpoint import read_safetensors
 from bt_adapter.towers.hugging_face import is_hub_name, locate_branch
 
 

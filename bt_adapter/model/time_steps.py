@@ -145,7 +145,7 @@ def read_branch_config(stored: Mapping[str, Any], source: Any) -> BTAdapterConfi
     warnings.warn(
         f"{source} does not say how many time steps the branch was trained with: {assumed} are assumed, to which the "
         f'frames of longer videos are averaged. Write "trained_steps" into "branch" of its config.json',
-        stacklevel=4,
+        stacklevel=3,
     )
     return replace(config, trained_steps=assumed)
 

@@ -23,9 +23,9 @@ from bt_adapter.data.loading import Damaged, SyntheticClips, TrainingClips, batc
 from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.shards import clips_lost
 from bt_adapter.data.skipped import Skipped
-from bt_adapter.errors import CommandError
+from bt_adapter.errors import CheckpointError, CommandError
 from bt_adapter.model.adapter import BTAdapterVisionModel
-from bt_adapter.model.checkpoint import CheckpointError, check_fingerprint, image_settings_of, name_of_tower
+from bt_adapter.model.checkpoint import check_fingerprint, image_settings_of, name_of_tower
 from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.published import load_reference_checkpoint
 from bt_adapter.model.published_files import read_tensors
@@ -383,7 +383,7 @@ def _load_init(recipe: Recipe, init: str, clip: Any) -> BTAdapterVisionModel:
                 tensors, read_tower(clip).config, clip, drop_path=recipe.drop_path, **({} if gated else NO_GATES)
             )
             tower = BTAdapterVisionModel.from_clip(clip, BTAdapterConfig(depth=1), share=True).tower
-            check_fingerprint(model, tower.fingerprint(), Path(init))
+            check_fingerprint(model.tower, tower.fingerprint(), Path(init))
         else:
             model = BTAdapterVisionModel.from_pretrained(place, clip=clip)
     except (OSError, ValueError, TypeError) as error:

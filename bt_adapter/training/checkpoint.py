@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bt_adapter.errors import CheckpointError
 from bt_adapter.files import write_whole
 from bt_adapter.model.adapter import BTAdapterVisionModel
-from bt_adapter.model.checkpoint import CheckpointError, read_safetensors, save_model, to_disk
+from bt_adapter.model.checkpoint import read_safetensors, to_disk
 from bt_adapter.training.frames import FrameRange
 
 PRETRAINED = "pretrained.json"
@@ -119,7 +120,7 @@ def save_trained(
     model: BTAdapterVisionModel, folder: Path, branch: Mapping[str, Tensor], state: dict[str, Any]
 ) -> None:
     """Write a branch, and in pretrained.json how it was trained. state: state of the run."""
-    save_model(model, folder, branch=branch)
+    model.save_pretrained(folder, branch=branch)
     recipe = state["recipe"]
     sampling = {"frames": FrameRange.of(recipe["frames"]).most, "repeat": True}
     about = {

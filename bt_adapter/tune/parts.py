@@ -15,9 +15,9 @@ from torch import nn
 
 from bt_adapter.chat.attach import attached_branch, freeze_unreached
 from bt_adapter.chat.families import family_of
-from bt_adapter.errors import CommandError
+from bt_adapter.errors import CheckpointError, CommandError
 from bt_adapter.model.adapter import BTAdapterVisionModel
-from bt_adapter.model.checkpoint import CheckpointError, load_exactly, read_safetensors, save_model
+from bt_adapter.model.checkpoint import load_exactly, read_safetensors
 from bt_adapter.tune import ABOUT
 from bt_adapter.tune.recipe import TuneRecipe
 
@@ -84,7 +84,7 @@ class Learned(nn.ModuleDict):
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.items()}
             (folder / FILES["projector"]).write_bytes(save(state, metadata={"format": "pt"}))
         if "branch" in self:
-            save_model(self.model[0], folder / "branch")
+            self.model[0].save_pretrained(folder / "branch")
         if "lora" in self:
             save_adapters(self["lora"], self.inside, folder / "lora", str(about.get("model", "")))
         about = {"format": FORMAT, "parts": list(self)} | about

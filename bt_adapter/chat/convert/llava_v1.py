@@ -18,8 +18,7 @@ from transformers import (
 )
 
 from bt_adapter.chat.convert.vicuna import PLACE
-from bt_adapter.errors import CommandError
-from bt_adapter.model.checkpoint import CheckpointError
+from bt_adapter.errors import CheckpointError, CommandError
 from bt_adapter.towers.hugging_face import load_clip_model
 
 # these describe the program that wrote the file, not the model; use_cache was switched off for training

@@ -25,9 +25,8 @@ from transformers import AutoTokenizer, CLIPVisionModel, LlavaConfig, LlavaForCo
 from bt_adapter.chat.convert.llava_v1 import load_clip, make_config, read_config, save_settings
 from bt_adapter.chat.convert.vicuna import PLACE, grow, prepare_tokenizer
 from bt_adapter.chat.convert.weight_files import open_weights, weight_files
-from bt_adapter.errors import CommandError
+from bt_adapter.errors import CheckpointError, CommandError
 from bt_adapter.files import replace_folder, write_whole
-from bt_adapter.model.checkpoint import CheckpointError
 from bt_adapter.model.published import load_reference_checkpoint
 from bt_adapter.progress import Progress
 

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bt_adapter.model.checkpoint import CheckpointError
+from bt_adapter.errors import CheckpointError
 from bt_adapter.model.published_files import read_tensors
 
 
