@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference_cases import CHAT, PRETRAINING, Case, load, reference_gradients, relative_error
 
+from bt_adapter.model.walk import run_lockstep
 from bt_kernels import VisibleTokens, backend
 
 FORWARD = 2e-5
@@ -66,7 +67,7 @@ def test_whole_branch_in_reference_windows(kernels):
     with torch.no_grad():
         tokens = model._embed(case["T8.inputs.imgs"][None])
         visible = VisibleTokens.all(1, model.vision_config.patches, 8, slots=4)
-        tokens, z = model._run(tokens, visible, 4, None)
+        tokens, z = run_lockstep(model, tokens, visible, 4)
         frames = model._final_norm(model.branch.mix_output(z[:, 0], tokens[:, :, 0]))[0]
     assert relative_error(tokens[0], case["T8.outputs.hidden_states.6.x"]) <= FORWARD
     assert relative_error(z, case["T8.outputs.hidden_states.6.x2"]) <= FORWARD

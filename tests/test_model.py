@@ -8,6 +8,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithP
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, TowerConfig
 from bt_adapter.model.losses import contrastive_loss
+from bt_adapter.model.walk import run_lockstep, run_tower
 from bt_adapter.towers.names import pack_qkv
 from bt_kernels import VisibleTokens
 
@@ -123,8 +124,8 @@ def test_stochastic_depth_is_exact_in_expectation(form):
     dropped = model(pixels, visible, nothing).branch_tokens
     # layer 1 with both parts dropped: the temporal residual is fc's bias, the spatial one nothing, the MLP stays
     tokens = model._embed(pixels)
-    tokens, z = model._run(tokens, visible, 1, None)
-    tokens = model._run_tower_layer(3, tokens)
+    tokens, z = run_lockstep(model, tokens, visible, 1)
+    tokens = run_tower(model.tower, tokens, 3, 4)
     z = model.branch.merge(tokens, z, visible)
     z = torch.cat([z[:, :1], z[:, 1:] + model.branch.temporal[1].fc.bias], 1)
     z = z + model.branch.spatial[1].mlp(model.branch.spatial[1].norm2(z))
@@ -169,7 +170,7 @@ def test_video_tokens_formula():
     model = shake(make(depth=3))
     pixels = video()
     with torch.no_grad():
-        tokens, z = model._run(model._embed(pixels), VisibleTokens.all(2, PATCHES, 4), 2, None)
+        tokens, z = run_lockstep(model, model._embed(pixels), VisibleTokens.all(2, PATCHES, 4), 2)
         rows = z[:, 1:].unflatten(1, (PATCHES, 4)).mean(2)
         expected = torch.cat(
             [(tokens[:, :, 1:].mean(1) + rows) / 2, (tokens[:, :, 0].mean(1) + z[:, 0])[:, None] / 2], 1

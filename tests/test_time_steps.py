@@ -17,6 +17,7 @@ from bt_adapter import to_reference_state_dict as to_reference
 from bt_adapter.chat.attach import video_tokens as chat_video_tokens
 from bt_adapter.model.time_steps import TimeSteps, average_frames, plan_steps
 from bt_adapter.model.video_tokens import video_tokens_streamed
+from bt_adapter.model.walk import tower_states
 from bt_kernels import VisibleTokens
 
 TRAINED = 3
@@ -127,8 +128,9 @@ def test_averaged_video_tokens_formula():
     visible = VisibleTokens.all(2, PATCHES, 4)
     with torch.no_grad():
         x, z = model._embed(pixels), None
-        for layer in range(2):
-            x = model._run_tower_layer(model.first_branch_layer + layer, x)
+        first = model.first_branch_layer
+        states = tower_states(model.tower, x, first, first + 2)
+        for layer, x in enumerate(states):
             seen = torch.stack([x[:, list(group)].mean(1) for group in groups], 1)
             if z is None:
                 z = model.branch.embed(seen, model.tower.position, visible)

@@ -6,7 +6,7 @@ layers, d branch layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch.distributed import ProcessGroup
 
 from bt_adapter.model.config import AlignLayer
 from bt_adapter.model.losses import ChatLayer, called_alignment, compare_chat_layer, contrastive_loss
-from bt_adapter.model.time_steps import Long, TimeSteps, average_frames, check_trained, plan_steps
+from bt_adapter.model.time_steps import Long, average_frames, check_trained, plan_steps
+from bt_adapter.model.walk import run_lockstep, run_tower, without_registers
 from bt_adapter.model.weights import TowerWithBranch
 from bt_adapter.progress import Progress, counter, nothing
 from bt_kernels import VisibleTokens, alignment_loss, pool_video_tokens
@@ -100,24 +101,30 @@ class BTAdapterVisionModel(TowerWithBranch):
             raise ValueError(f"align_layer must be 'last' or 'chat', but is {align_layer!r}")
         if align_layer == "chat" and self.config.depth < 2:
             raise ValueError("align_layer='chat' needs a branch of depth 2 or more, but depth is 1")
-        self._check_pixels(pixel_values)
+        self.check_pixels(pixel_values)
         batch, frames = pixel_values.shape[:2]
-        plan = None
         if visible is None:
             plan = plan_steps(self.config, frames, long)
-            visible = VisibleTokens.all(batch, self.vision_config.patches, plan.steps, pixel_values.device)
+            read = VisibleTokens.all(batch, self.vision_config.patches, plan.steps, pixel_values.device)
         else:
             self._check_visible(visible, batch, frames)
-        chat: list[ChatLayer] | None = [] if align_layer == "chat" else None
-        tokens, z = self._run(self._embed(pixel_values), visible, self.config.depth, draws, plan, chat=chat)
+            plan, read = None, visible
+        chat: list[ChatLayer] = []
+
+        def compare(layer: int, x: Tensor, z: Tensor) -> None:
+            if align_layer == "chat" and layer == self.config.depth - 2:
+                averaged = average_frames(without_registers(x, self.vision_config), read.frames)
+                chat.append(compare_chat_layer(averaged, z, read))
+
+        tokens, z = run_lockstep(self, self._embed(pixel_values), read, self.config.depth, draws, plan, after=compare)
         frame_embeds = self._frame_embeds(z[:, 0], tokens)
-        if visible.frame_counts is None:
+        if read.frame_counts is None:
             video_embeds = frame_embeds.mean(1)
         else:
-            weights = visible.step_weights(frame_embeds)[:, :, None]
+            weights = read.step_weights(frame_embeds)[:, :, None]
             # masked as well as weighted, because 0 · NaN of a padding frame is NaN
             video_embeds = (frame_embeds.masked_fill(weights == 0, 0) * weights).sum(1).to(frame_embeds.dtype)
-        return BTAdapterOutput(tokens, z, frame_embeds, video_embeds, visible, chat[0] if chat else None)
+        return BTAdapterOutput(tokens, z, frame_embeds, video_embeds, read, chat[0] if chat else None)
 
     def _frame_embeds(self, z_cls: Tensor, tokens: Tensor) -> Tensor:
         """Mix the branch's CLS ``[B, D]`` with the tower's last state ``[B, T, 1+P, D]``: ``[B, T, F]``.
@@ -132,7 +139,7 @@ class BTAdapterVisionModel(TowerWithBranch):
 
     def image_embeds(self, pixel_values: Tensor) -> Tensor:
         """Embed still images with the frozen tower only, ``[n, 3, h, w]`` to ``[n, F]``."""
-        self._check_pixels(pixel_values, "[n, 3, h, w]")
+        self.check_pixels(pixel_values, "[n, 3, h, w]")
         return self.tower.image_embeds(pixel_values)
 
     def video_tokens(
@@ -183,7 +190,7 @@ class BTAdapterVisionModel(TowerWithBranch):
         if pixel_values is not None:
             if start_layer is not None:
                 raise ValueError("start_layer goes with features, but pixel_values was given")
-            self._check_pixels(pixel_values)
+            self.check_pixels(pixel_values)
             done = self._counter(pixel_values, 0, self.config.depth - 1, progress)
             tokens = self._embed(pixel_values, done)
         else:
@@ -191,8 +198,7 @@ class BTAdapterVisionModel(TowerWithBranch):
             features = self._check_features(features, start)
             done = self._counter(features, start, self.config.depth - 1, progress)
             tokens = features.detach().to(self.tower.dtype, copy=True, memory_format=torch.contiguous_format)
-            for layer in range(start, self.first_branch_layer):
-                tokens = self._run_tower_layer(layer, tokens, done)
+            tokens = run_tower(self.tower, tokens, start, self.first_branch_layer, done)
         batch, frames, places = *tokens.shape[:2], 1 + self.vision_config.patches
         plan = plan_steps(self.config, frames, "published" if windows == "reference" else long)
         slots = plan.steps if windows == "full" else frames // 2
@@ -203,7 +209,7 @@ class BTAdapterVisionModel(TowerWithBranch):
                 f"published code fails there too, or takes at most {2 * self.config.max_frames}); use windows='full'"
             )
         visible = VisibleTokens.all(batch, places - 1, plan.steps, tokens.device, slots)
-        tokens, z = self._run(tokens, visible, self.config.depth - 1, draws, plan, done)
+        tokens, z = run_lockstep(self, tokens, visible, self.config.depth - 1, draws, plan, done)
         return pool_video_tokens(tokens.to(z.dtype), z, visible)
 
     def frame_mean_tokens(self, pixel_values: Tensor, progress: Progress | None = None) -> Tensor:
@@ -212,12 +218,11 @@ class BTAdapterVisionModel(TowerWithBranch):
         ``[B, T, 3, h, w]`` to ``[B, P+1, D]``, CLS last. It is the baseline of every comparison with the branch.
         ``progress`` as in :meth:`video_tokens`.
         """
-        self._check_pixels(pixel_values)
+        self.check_pixels(pixel_values)
         done = self._counter(pixel_values, 0, 0, progress)
-        tokens = self._embed(pixel_values, done)
-        for layer in range(self.first_branch_layer, self.vision_config.num_hidden_layers - 1):
-            tokens = self._run_tower_layer(layer, tokens, done)
-        mean = self._without_registers(tokens).mean(1)
+        stop = self.vision_config.num_hidden_layers - 1
+        tokens = run_tower(self.tower, self._embed(pixel_values, done), self.first_branch_layer, stop, done)
+        mean = without_registers(tokens, self.vision_config).mean(1)
         return torch.cat([mean[:, 1:], mean[:, :1]], 1)
 
     def pretraining_losses(
@@ -309,10 +314,6 @@ class BTAdapterVisionModel(TowerWithBranch):
         tokens = self.tower.run(pixel_values.flatten(0, 1), self.first_branch_layer, done)
         return tokens.unflatten(0, pixel_values.shape[:2])
 
-    def _run_tower_layer(self, layer: int, tokens: Tensor, done: Callable[[], None] = nothing) -> Tensor:
-        """Run a tower layer, overwriting ``tokens``."""
-        return self.tower.run_layer(layer, tokens.flatten(0, 1), done).unflatten(0, tokens.shape[:2])
-
     def _counter(self, videos: Tensor, start: int, branch_layers: int, progress: Progress | None) -> Callable[[], None]:
         """Make the progress callback of a run from tower layer ``start`` to L-2."""
         chunks = self.tower.chunks(videos.shape[0] * videos.shape[1])
@@ -338,69 +339,14 @@ class BTAdapterVisionModel(TowerWithBranch):
             )
         return features
 
-    def _run(
-        self,
-        tokens: Tensor,
-        visible: VisibleTokens,
-        layers: int,
-        draws: Iterable[Tensor] | None,
-        plan: TimeSteps | None = None,
-        done: Callable[[], None] = nothing,
-        chat: list[ChatLayer] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run tower and branch in lockstep over the first ``layers`` branch layers; return the last X and z.
-
-        plan: conversion of the frames of ``tokens`` to the branch's time steps; None: one step per frame.
-        chat: list to which the comparison at the layer that chat reads is appended; None: it is not computed.
-        """
-
-        def after(layer: int, z: Tensor) -> None:
-            if chat is not None and layer == self.config.depth - 2:
-                # This must happen before the tower's next layer, which overwrites these tokens.
-                averaged = average_frames(self._without_registers(tokens), visible.frames)
-                chat.append(compare_chat_layer(averaged, z, visible))
-
-        def states() -> Iterator[Tensor]:
-            nonlocal tokens
-            for layer in range(layers):
-                tokens = self._run_tower_layer(self.first_branch_layer + layer, tokens, done)
-                yield self._branch_input(tokens, visible)
-                done()
-
-        z = self._call_branch(states(), visible, None if draws is None else iter(draws), after, plan)
-        return self._without_registers(tokens), z
-
-    def _without_registers(self, tokens: Tensor) -> Tensor:
-        """Remove the registers, which the branch does not read: ``[..., 1+P+R, D]`` to ``[..., 1+P, D]``."""
-        config = self.vision_config
-        return tokens[..., : 1 + config.patches, :].contiguous() if config.num_register_tokens else tokens
-
-    def _branch_input(self, tokens: Tensor, visible: VisibleTokens) -> Tensor:
-        """Convert a tower layer's tokens to the branch's input: without registers, averaged to its time steps."""
-        averaged = average_frames(self._without_registers(tokens), visible.frames)
-        if averaged is tokens and not self.config.fused and not tokens.requires_grad:
-            return tokens.clone()  # the plain layers keep it for backward, while the tower overwrites its tokens
-        return averaged
-
-    def _call_branch(
-        self,
-        states: Iterable[Tensor],
-        visible: VisibleTokens,
-        draws: Iterator[Tensor] | None = None,
-        after: Callable[[int, Tensor], object] | None = None,
-        plan: TimeSteps | None = None,
-    ) -> Tensor:
-        """Call the branch as a module, so that hooks and wrappers run; see ``Branch.forward``."""
-        called = self.branch if self.branch_wrapper is None else self.branch_wrapper[0]
-        return called(states, self.tower.position, visible, draws, after, plan)
-
     def _final_norm(self, tokens: Tensor) -> Tensor:
         return self.tower.final_norm(tokens.to(self.tower.dtype))
 
     def _project(self, tokens: Tensor) -> Tensor:
         return self.tower.project(tokens.to(self.tower.dtype))
 
-    def _check_pixels(self, pixel_values: Any, legend: str = "[B, T, 3, h, w]") -> None:
+    def check_pixels(self, pixel_values: Any, legend: str = "[B, T, 3, h, w]") -> None:
+        """Raise a TypeError or ValueError unless ``pixel_values`` are frames for this tower; legend: their shape."""
         if self.stored_features:
             raise ValueError("this model holds no tower embeddings: give video_tokens stored features, not pixels")
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.model.time_steps import Long, TimeSteps, check_long, plan_steps
+from bt_adapter.model.walk import call_branch, tower_states
+from bt_adapter.model.weights import TowerWithBranch
 from bt_kernels import VisibleTokens, pool_video_tokens
 
 # Default maximum of frames per set of tokens, as a multiple of the rows of the time table. The published procedure uses
@@ -41,7 +42,7 @@ def plan_windows(frames: int, max_frames: int, windows: int | None = None) -> li
 
 @torch.no_grad()
 def video_tokens_streamed(
-    model: BTAdapterVisionModel,
+    model: TowerWithBranch,
     chunks: Iterable[Tensor],
     frames: int,
     windows: int | None = 1,
@@ -129,7 +130,7 @@ class _Pieces:
 class _Window:
     """The running means of one window, from which its tokens are computed."""
 
-    def __init__(self, model: BTAdapterVisionModel, frames: int, long: Long, branch: bool) -> None:
+    def __init__(self, model: TowerWithBranch, frames: int, long: Long, branch: bool) -> None:
         self.model, self.frames = model, 0
         layers = model.config.depth - 1 if branch else 0
         self.plan = plan_steps(model.config, frames, long) if branch else TimeSteps(frames, 1, 1)
@@ -141,13 +142,12 @@ class _Window:
 
     def add(self, images: Tensor) -> None:
         """Add normalised frames ``[t, 3, h, w]``."""
-        model, tower = self.model, self.model.tower
-        x = tower.run(images, model.first_branch_layer)
-        for layer in range(model.first_branch_layer, model.vision_config.num_hidden_layers - 1):
-            x = tower.run_layer(layer, x)
-            branch_layer = layer - model.first_branch_layer
-            if branch_layer < len(self.steps):
-                self._average(self.steps[branch_layer], x)
+        model, first = self.model, self.model.first_branch_layer
+        x = model.tower.run(images, first)
+        states = tower_states(model.tower, x, first, model.vision_config.num_hidden_layers - 1)
+        for number, x in enumerate(states):
+            if number < len(self.steps):
+                self._average(self.steps[number], x)
         self.whole.add(x)
         self.frames += len(images)
 
@@ -158,7 +158,7 @@ class _Window:
             return torch.cat([whole[0, 1:], whole[0, :1]])
         count = len(self.steps[0])
         visible = VisibleTokens.all(1, self.model.vision_config.patches, count, whole.device)
-        z = self.model._call_branch(self._states(), visible, plan=self.plan)
+        z = call_branch(self.model, self._states(), visible, plan=self.plan)
         return pool_video_tokens(whole[None].to(z.dtype), z, visible)[0]
 
     def _states(self) -> Iterator[Tensor]:

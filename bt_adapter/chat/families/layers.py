@@ -5,13 +5,14 @@ Legend: B videos, T frames, P patches, D width, L tower layers, d branch layers;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.model.time_steps import Long, TimeSteps, plan_steps
+from bt_adapter.model.walk import run_lockstep, tower_states
 from bt_adapter.progress import Progress, counter
 from bt_kernels import VisibleTokens, pool_video_tokens
 
@@ -44,7 +45,7 @@ def video_tokens_of_layers(
     stop = model.vision_config.num_hidden_layers - 1
     if not layers or not all(0 <= layer <= stop for layer in layers):
         raise ValueError(f"layers must lie in [0, {stop}], but are {list(layers)}")
-    model._check_pixels(pixel_values)
+    model.check_pixels(pixel_values)
     batch, frames = pixel_values.shape[:2]
     tower, first = model.tower, model.first_branch_layer
     chunks = tower.chunks(batch * frames)
@@ -55,34 +56,19 @@ def video_tokens_of_layers(
     x = tower.run(pixel_values.flatten(0, 1), begin, done).unflatten(0, (batch, frames))
     plan = plan_steps(model.config, frames, long) if branch else TimeSteps(frames, 1, 1)
     visible = VisibleTokens.all(batch, model.vision_config.patches, plan.steps, x.device)
-    read: dict[int, Tensor] = {}
+    read = {begin: _mean(x)} if begin in layers else {}
+    states = tower_states(tower, x, begin, min(first, last) if branch else last, done)
+    for layer, x in enumerate(states, begin + 1):
+        if layer in layers:
+            read[layer] = _mean(x)
 
-    def run_layers(to: int) -> Iterator[int]:
-        """Run the tower's layers up to ``to``; yield the number of layers that x has passed."""
-        nonlocal x
-        for layer in range(begin, to):
-            yield layer
-            x = model._run_tower_layer(layer, x, done)
-        yield to
-
-    def branch_inputs() -> Iterator[Tensor]:
-        nonlocal x
-        for layer in range(first, last):
-            x = model._run_tower_layer(layer, x, done)
-            yield model._branch_input(x, visible)
-            done()
-
-    def read_both(number: int, z: Tensor) -> None:
+    def read_both(number: int, x: Tensor, z: Tensor) -> None:
         if (layer := first + 1 + number) in layers and layer != last:
             read[layer] = pool_video_tokens(x.to(z.dtype), z, visible)
 
-    for layer in run_layers(min(first, last) if branch else last):
-        if layer in layers:
-            read[layer] = _mean(x)
     if branch and last > first:
-        drawn = None if draws is None else iter(draws)
         # the last layer is read from the branch's return value, which a hook on the branch may change
-        z = model._call_branch(branch_inputs(), visible, drawn, after=read_both, plan=plan)
+        x, z = run_lockstep(model, x, visible, last - first, draws, plan, done, read_both)
         read[last] = pool_video_tokens(x.to(z.dtype), z, visible)
     return torch.cat([read[layer].to(read[last].dtype) for layer in layers], -1)
 
