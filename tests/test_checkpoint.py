@@ -50,6 +50,20 @@ def test_branch_alone_is_saved_and_the_tower_named(tmp_path, clip):
     assert shared.tower.projection.weight is clip.visual_projection.weight
 
 
+@pytest.mark.parametrize("choices", [{"recompute": "layer", "fused": True}, {"recompute": "none", "fused": False}])
+def test_choices_of_a_run_are_read_from_old_folders_and_not_saved(tmp_path, choices):
+    make(recompute="mlp").save_pretrained(tmp_path, include_tower=True)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert not {"recompute", "fused"} & set(config["branch"])
+    assert BTAdapterVisionModel.from_pretrained(tmp_path).config == BTAdapterConfig(depth=2, max_frames=8)
+    path.write_text(json.dumps(config | {"branch": config["branch"] | choices}))
+    old = BTAdapterVisionModel.from_pretrained(tmp_path)
+    assert (old.config.recompute, old.config.fused) == (choices["recompute"], choices["fused"])
+    old.save_pretrained(tmp_path, include_tower=True)
+    assert json.loads(path.read_text()) == config
+
+
 def test_everything_saved(tmp_path):
     model = shake(make())
     model.save_pretrained(tmp_path, include_tower=True, dtype=torch.float16)

@@ -95,6 +95,23 @@ def test_a_saved_chat_answers_token_for_token(name, clip, tmp_path):
     assert {*model._no_split_modules} == {*chat.model._no_split_modules}
 
 
+def test_choices_of_a_run_are_read_from_old_folders_and_not_saved(tmp_path):
+    chat = make_video_chat()
+    attached_branch(chat.model).recompute = "mlp"
+    chat.save(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    branch = config["bt_adapter"]["branch"]
+    assert not {"recompute", "fused"} & set(branch)
+    branch |= {"recompute": "layer", "fused": True}
+    path.write_text(json.dumps(config))
+    old = VideoChat.load(tmp_path / "model")
+    assert attached_branch(old.model).config.recompute == "layer"
+    old.save(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())["bt_adapter"]["branch"]
+    assert again == {name: value for name, value in branch.items() if name not in ("recompute", "fused")}
+
+
 def test_commands_take_a_saved_chat_without_a_branch(clip, tmp_path, capsys):
     chat = make_video_chat(video_frames=5)
     expected, _ = answered(chat, clip)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+RUN_TIME_FIELDS = ("recompute", "fused")  # of BTAdapterConfig: choices of a process, not properties of a branch
 AlignLayer = Literal["last", "chat"]  # layer at which pretraining aligns the branch: see the model's `forward`
 
 
 @dataclass(frozen=True)
 class BTAdapterConfig:
     """Configuration of the branch (arXiv 2309.15785, section 3).
+
+    ``recompute`` and ``fused`` choose how a process computes the branch, not what it computes (up to
+    rounding). They are not saved. Folders of earlier versions contain them: loading such a folder uses its values,
+    saving leaves them out.
 
     Attributes:
         depth: d, number of branch layers; they read the tower's last d layers.
@@ -61,5 +66,5 @@ class BTAdapterConfig:
         return self.drop_path * layer / max(self.depth - 1, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as a dict for JSON."""
-        return asdict(self)
+        """Return the fields that are saved with a branch as a dict for JSON: all but ``recompute`` and ``fused``."""
+        return {name: value for name, value in asdict(self).items() if name not in RUN_TIME_FIELDS}

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Blip2Config, InstructBlipConfig, LlavaConfig, LlavaNextConfig, VipLlavaConfig
 
-from bt_adapter.model.config import BTAdapterConfig
+from bt_adapter.model.config import RUN_TIME_FIELDS, BTAdapterConfig
 from bt_adapter.model.time_steps import Long, check_long
 
 
@@ -16,7 +16,8 @@ class VideoFields:
     """Configuration fields that a video chat model adds to those of its image chat model.
 
     Attributes:
-        bt_adapter: the branch: under "branch" the fields of :class:`bt_adapter.BTAdapterConfig`, under "layers" the
+        bt_adapter: the branch: under "branch" the fields of :class:`bt_adapter.BTAdapterConfig` (``recompute`` and
+            ``fused``, which folders of earlier versions contain, are used but not saved again), under "layers" the
             number of stored branch layers (video tokens need depth - 1), and under "tower_name" the CLIP that the
             branch was trained with.
         video_token_index: id of the token that represents a video in ``input_ids``. It needs no row in the embedding
@@ -48,6 +49,14 @@ class VideoFields:
                     f"{sorted(self.bt_adapter)}"
                 )
             self.branch_config()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as a dict for JSON, of the branch's those that are saved (``BTAdapterConfig.to_dict``)."""
+        values = super().to_dict()  # type: ignore[misc]
+        if about := values.get("bt_adapter"):
+            branch = {name: value for name, value in about["branch"].items() if name not in RUN_TIME_FIELDS}
+            values["bt_adapter"] = about | {"branch": branch}
+        return values
 
     def branch_config(self) -> BTAdapterConfig:
         """Return the branch's configuration. Raises ValueError if there is none, or one of its values is invalid."""
