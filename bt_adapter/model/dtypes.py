@@ -17,11 +17,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-WIDE, HALF = torch.float32, torch.bfloat16
 ROWS, WIDTH = 192, 384  # 28 million multiply-adds per product: half a millisecond in float32
 REPEATS = 7
-HOPELESS = 3.0
-CLEARLY = 0.8  # bfloat16 must take less than this share of float32's time to justify its loss of accuracy
+COMPARED = (torch.float32, torch.bfloat16)
+STOP_AT = 3.0  # bfloat16 that takes this many times float32's time is not timed further
+LARGEST_SHARE = 0.8  # bfloat16 must take less than this share of float32's time to justify its loss of accuracy
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 @cache
 def _for_cpu() -> ChosenDtype:
-    """Measured once a process."""
+    """Choose the dtype for a CPU by a measurement, which is made once per process."""
     speedups = measure_speedups()
     names = ("forward", "input gradient", "weight gradient")[: len(speedups)]
     times = ", ".join(f"{name} {1 / speedup:.2g}" for name, speedup in zip(names, speedups, strict=True))
-    faster = len(speedups) == 3 and speedups[-1] >= 1 / CLEARLY
+    faster = len(speedups) == 3 and speedups[-1] >= 1 / LARGEST_SHARE
     why = f"measured on this CPU, products in bfloat16 take this share of float32's time: {times}"
     return ChosenDtype("bfloat16" if faster else "float32", why)
 
@@ -94,9 +94,9 @@ def measure_speedups() -> list[float]:
     speedups = []
     with _one_thread(), torch.inference_mode():
         for product in products():
-            wide, half = _seconds(product)
-            speedups.append(wide / half)
-            if speedups[-1] < 1 / CLEARLY:
+            float32, bfloat16 = _seconds(product)
+            speedups.append(float32 / bfloat16)
+            if speedups[-1] < 1 / LARGEST_SHARE:
                 break
     return speedups
 
@@ -125,15 +125,15 @@ def _seconds(product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[float
     The loop ends early if bfloat16 takes several times as long.
     """
     shapes = ((ROWS, WIDTH), (WIDTH, WIDTH), (ROWS, WIDTH))
-    operands = {dtype: [torch.ones(shape, dtype=dtype) for shape in shapes] for dtype in (WIDE, HALF)}
-    for dtype in (WIDE, HALF):
+    operands = {dtype: [torch.ones(shape, dtype=dtype) for shape in shapes] for dtype in COMPARED}
+    for dtype in COMPARED:
         product(*operands[dtype])
-    shortest = {WIDE: math.inf, HALF: math.inf}
+    shortest = dict.fromkeys(COMPARED, math.inf)
     for _ in range(REPEATS):
-        for dtype in (WIDE, HALF):
+        for dtype in COMPARED:
             begin = time.perf_counter()
             product(*operands[dtype])
             shortest[dtype] = min(shortest[dtype], time.perf_counter() - begin)
-        if shortest[HALF] > HOPELESS * shortest[WIDE]:
+        if shortest[torch.bfloat16] > STOP_AT * shortest[torch.float32]:
             break
-    return shortest[WIDE], shortest[HALF]
+    return shortest[torch.float32], shortest[torch.bfloat16]

@@ -35,9 +35,9 @@ def contrastive_loss(
     """
     if video.ndim != 2 or video.shape != text.shape:
         raise ValueError(f"video and text must both be [B, F], but are {list(video.shape)} and {list(text.shape)}")
-    wide = torch.promote_types(video.dtype, torch.float32)
+    dtype = torch.promote_types(video.dtype, torch.float32)
     with torch.autocast(video.device.type, enabled=False):  # cosines over τ = 0.01: bfloat16 would be off by a third
-        video, text = F.normalize(video.to(wide), dim=-1), F.normalize(text.to(wide), dim=-1)
+        video, text = F.normalize(video.to(dtype), dim=-1), F.normalize(text.to(dtype), dim=-1)
         labels = torch.arange(len(video), device=video.device)
         if group is None:
             logits = video @ text.T / temperature
@@ -68,12 +68,12 @@ def called_alignment(
     Returns:
         A scalar of the dtype of ``branch``; 0 if no token is visible.
     """
-    wide = torch.promote_types(branch.dtype, torch.float32)
+    dtype = torch.promote_types(branch.dtype, torch.float32)
     index = visible.target_index
     real = index >= 0
     with torch.no_grad():
-        wanted = project(patch_rows(target, index)).to(wide)
-    found = head(branch[:, 1:].masked_fill(~real[:, :, None], 0)).to(wide)
+        wanted = project(patch_rows(target, index)).to(dtype)
+    found = head(branch[:, 1:].masked_fill(~real[:, :, None], 0)).to(dtype)
     loss = (2 - 2 * F.cosine_similarity(found, wanted, dim=-1)) * real
     return (loss.sum() / real.sum().clamp(min=1)).to(branch.dtype)
 
@@ -107,13 +107,13 @@ def compare_chat_layer(tower: Tensor, branch: Tensor, visible: VisibleTokens) ->
     """
     if visible.frame_counts is not None:
         raise ValueError("visible must have no frame_counts if align_layer is 'chat'")
-    wide = torch.promote_types(branch.dtype, torch.float32)
+    dtype = torch.promote_types(branch.dtype, torch.float32)
     index = visible.target_index
     real = (index >= 0)[:, :, None]
     count = real.sum(1).clamp(min=1)
     with torch.no_grad():
-        wanted, tower_mean = patch_rows(tower, index).to(wide), tower[:, :, 1:].to(wide).mean((1, 2))
-    found = branch[:, 1:].to(wide).masked_fill(~real, 0)
+        wanted, tower_mean = patch_rows(tower, index).to(dtype), tower[:, :, 1:].to(dtype).mean((1, 2))
+    found = branch[:, 1:].to(dtype).masked_fill(~real, 0)
     distance = (2 - 2 * F.cosine_similarity(found, wanted, dim=-1)) * real[:, :, 0]
     return ChatLayer((tower_mean + found.sum(1) / count) / 2, distance.sum() / count.sum())
 

@@ -1,4 +1,4 @@
-"""Record a function as a CUDA graph and replay it: one launch instead of hundreds."""
+"""Record a function as a CUDA graph, and replay it with a single launch instead of one per kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Recorded:
+class GraphCache:
     """A cache of CUDA graphs of functions of one tensor, with one graph per name, shape and dtype.
 
     A function must do the same work each time and read only its argument and tensors at fixed addresses (weights). It

@@ -1,4 +1,4 @@
-"""8-bit weights of frozen matrix products, for GPUs with float8 tensor cores (Ada, Hopper and later)."""
+"""Multiply by frozen weights in 8 bits, on GPUs with float8 tensor cores (Ada, Hopper and later)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _LARGEST = torch.finfo(_FP8).max
 class Fp8Weight(nn.Module):
     """A weight ``[O, I]`` as float8 (e4m3) with a scale per output, which replaces an ``nn.Linear``'s weight.
 
-    Input rows are scaled dynamically, one scale per row, without calibration. Half the bytes of bfloat16.
+    Input rows are quantised dynamically with one scale per row, so no calibration is needed. The weight takes half the
+    bytes of one in bfloat16.
 
     Raises:
         ValueError: O or I is not a multiple of 16, which the hardware requires.

@@ -1,8 +1,10 @@
-"""The MLP's update, ``fc2(act(fc1(n)))`` of all rows n, [..., D].
+"""Compute the MLP of a transformer layer, ``fc2(act(fc1(n)))``, and its gradients.
 
-``act`` is named as Hugging Face names it: "quick_gelu", "gelu", or "gelu_pytorch_tanh". Quick-GELU, x·sigmoid(c·x) with
-c = 1.702, is silu(c·x)/c: both factors go onto the rows of D beside the products, and what is left between them is
-torch's own SiLU, one pass forward and one backward.
+``act`` is an activation by its name in Hugging Face's configurations: "quick_gelu", "gelu" or "gelu_pytorch_tanh".
+Quick-GELU, x·sigmoid(c·x) with c = 1.702, equals silu(c·x)/c. The factor c is applied to the input of ``fc1`` and 1/c
+to the output of ``fc2``, which have D columns instead of the MLP's width, so torch's SiLU kernel can be used.
+
+Legend: D width, M width of the MLP; n is the normalised input, ``[..., D]``.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from bt_adapter.towers.rows import bias_grad
 
 _QUICK = 1.702
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
-"""torch's name of the approximation, of each activation that is a GELU."""
+"""For each activation that is a GELU, the value of the argument ``approximate`` of torch's GELU."""
 
 
 class Weights(NamedTuple):
-    """Parameters, in the order of :func:`backward`'s gradients."""
+    """The parameters of the MLP, in the order of the gradients that :func:`backward` returns."""
 
     fc1_weight: Tensor
     fc1_bias: Tensor
@@ -31,27 +33,27 @@ class Weights(NamedTuple):
 
 
 def activate(x: Tensor, act: str) -> Tensor:
-    """``act(x)``; quick-GELU is x·sigmoid(1.702·x)."""
+    """Apply an activation to ``x``."""
     return x * torch.sigmoid(_QUICK * x) if act == "quick_gelu" else F.gelu(x, approximate=GELU[act])
 
 
-def hidden(n: Tensor, w: Weights, act: str) -> Tensor:
-    """``fc1(n)``, times c for quick-GELU: what backward wants kept, or computes again."""
+def compute_hidden(n: Tensor, w: Weights, act: str) -> Tensor:
+    """Compute ``fc1(n)``, ``[..., M]``, multiplied by c for quick-GELU; :func:`backward` needs it."""
     if act == "quick_gelu":
         return linear(n * _QUICK, w.fc1_weight, w.fc1_bias * _QUICK)
     return linear(n, w.fc1_weight, w.fc1_bias)
 
 
-def finish(y: Tensor, x: Tensor, w: Weights, act: str) -> Tensor:
-    """``y`` plus the update, from :func:`hidden`'s result x."""
+def add_output(y: Tensor, x: Tensor, w: Weights, act: str) -> Tensor:
+    """Compute ``y`` plus the MLP's output, ``[..., D]``, from the result x of :func:`compute_hidden`."""
     if act == "quick_gelu":
         return torch.add(y, linear(F.silu(x), w.fc2_weight, w.fc2_bias * _QUICK), alpha=1 / _QUICK)
     return y + linear(F.gelu(x, approximate=GELU[act]), w.fc2_weight, w.fc2_bias)
 
 
-def add_(y: Tensor, n: Tensor, w: Weights, act: str) -> None:
-    """Add the update of ``n`` to ``y``, where nothing is kept for backward."""
-    x = hidden(n, w, act)
+def add_output_(y: Tensor, n: Tensor, w: Weights, act: str) -> None:
+    """Add the MLP's output for ``n`` to ``y`` in place, with no tensor kept for backward."""
+    x = compute_hidden(n, w, act)
     if act == "quick_gelu":
         y.add_(linear(F.silu(x, inplace=True), w.fc2_weight, w.fc2_bias * _QUICK), alpha=1 / _QUICK)
     else:
@@ -59,7 +61,11 @@ def add_(y: Tensor, n: Tensor, w: Weights, act: str) -> None:
 
 
 def backward(grad: Tensor, n: Tensor, x: Tensor, w: Weights, act: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Gradients of n and of the weights; ``x`` of :func:`hidden`."""
+    """Compute the gradients of n and of the weights.
+
+    Args:
+        grad: gradient of the MLP's output, ``[..., D]``. n: the MLP's input. x: the result of :func:`compute_hidden`.
+    """
     grad_x = input_grad(grad, w.fc2_weight)
     if act == "quick_gelu":
         of_weight = weight_grad(grad / _QUICK, F.silu(x))

@@ -1,4 +1,4 @@
-"""What every update of a layer is made of: LayerNorm, biases and residuals on the rows of ``[B, rows, D]``."""
+"""Compute LayerNorms, residual sums and gradients of biases outside of autograd, on states ``[B, rows, D]``."""
 
 from __future__ import annotations
 
@@ -10,37 +10,43 @@ from torch import Tensor
 
 
 class Norm(NamedTuple):
-    """A LayerNorm's parameters."""
+    """The parameters of a LayerNorm."""
 
     weight: Tensor
     bias: Tensor
     eps: float
 
 
-def norm(x: Tensor, by: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """``x`` normalised, and each row's mean and 1/deviation for :func:`norm_backward`."""
+def normalize(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply a LayerNorm in the dtype of ``x``.
+
+    Returns:
+        The result, and each row's mean and reciprocal standard deviation, which :func:`normalize_backward` needs.
+    """
     dtype = x.dtype
-    return torch.native_layer_norm(x, (x.shape[-1],), by.weight.to(dtype), by.bias.to(dtype), by.eps)
+    return torch.native_layer_norm(x, (x.shape[-1],), norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
 
 
-def norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, by: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, weight and bias."""
+def normalize_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of a LayerNorm's input, weight and bias."""
     dtype = x.dtype
     return torch.ops.aten.native_layer_norm_backward(
-        grad.to(dtype), x, (x.shape[-1],), mean, rstd, by.weight.to(dtype), by.bias.to(dtype), [True, True, True]
+        grad.to(dtype), x, (x.shape[-1],), mean, rstd, norm.weight.to(dtype), norm.bias.to(dtype), [True, True, True]
     )
 
 
 def bias_grad(grad: Tensor) -> Tensor:
-    """Gradient of a product's bias."""
+    """Compute the gradient of a linear layer's bias, the sum over all rows."""
     return grad.sum((0, 1))
 
 
 def add_rows(z: Tensor, update: Tensor) -> Tensor:
-    """``z`` plus ``update``, which may lack the CLS row."""
+    """Add an update ``[B, 1+N, D]``, or one of the patch rows alone ``[B, N, D]``, to the state z ``[B, 1+N, D]``."""
     if update.shape == z.shape:
         return z + update
-    if torch.compiler.is_compiling():  # takes no out= that is part of a tensor, and fuses this
+    if torch.compiler.is_compiling():  # the compiler takes no view as out=, and fuses this sum
         return z + F.pad(update, (0, 0, 1, 0))
     out = torch.empty_like(z)
     out[:, :1] = z[:, :1]

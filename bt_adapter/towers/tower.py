@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bt_adapter.progress import nothing
 from bt_adapter.towers import mlp
 from bt_adapter.towers.config import TowerConfig
-from bt_adapter.towers.cuda_graph import Recorded
+from bt_adapter.towers.cuda_graph import GraphCache
 from bt_adapter.towers.fp8 import Fp8Weight
 from bt_adapter.towers.products import linear
 from bt_kernels.plain import why_not_all_plain
@@ -151,7 +151,7 @@ class TowerLayer(LayerWeights):
         out = self.attention.out_proj
         x += linear(attended, out.weight, out.bias)
         del attended
-        mlp.add_(x, self.norm2(x), self.mlp_weights(), self.act)
+        mlp.add_output_(x, self.norm2(x), self.mlp_weights(), self.act)
         return x
 
 
@@ -250,7 +250,7 @@ class Tower(nn.Module):
                     else nn.Linear(width, config.projection_dim, bias=config.is_eva)
                 )
         self.chunk = 32
-        self._recorded: Recorded | None = None
+        self._recorded: GraphCache | None = None
         self.shared_from: list[Any] = []  # identities of a chat model's tensors, if shared (chat/pairing.py)
         self.requires_grad_(False)
         super().train(False)
@@ -328,7 +328,7 @@ class Tower(nn.Module):
         if graphs:
             if self.position.device.type != "cuda":
                 raise ValueError(f"graphs needs the tower on a CUDA device, but it is on {self.position.device}")
-            self._recorded = Recorded()
+            self._recorded = GraphCache()
         return self
 
     def embed(self, images: Tensor) -> Tensor:

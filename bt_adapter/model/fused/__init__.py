@@ -1,8 +1,10 @@
-"""The branch's layers as they run: the mathematics of ``bt_adapter.model.branch``, with their own backward.
+"""The branch's layers as autograd functions with a backward pass written by hand, which keep and move fewer bytes.
 
-Each of ``temporal``, ``spatial`` and ``mlp`` is one residual update as a pair of functions, forward and backward, that
-share no state but what forward hands back to be kept. ``layer`` strings them together and chooses what is kept;
-``gate`` stands before every layer but the first. Formulas: arXiv 2309.15785 section 3.1.
+They compute the same as the plain layers of ``bt_adapter.model.branch``, which define the results. ``temporal``,
+``spatial`` and ``bt_adapter.towers.mlp`` each hold a forward and a backward function of one residual update; forward
+returns the tensors that backward needs. ``layer`` combines the three into one autograd function, and its recompute
+policy selects the tensors that are stored. ``gate`` merges the tower's tokens into the branch before every layer but
+the first. Formulas: arXiv 2309.15785, section 3.1.
 """
 
 from bt_adapter.model.fused.gate import merge

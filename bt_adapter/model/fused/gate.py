@@ -1,4 +1,4 @@
-"""The tower's tokens merged into the branch, without keeping the tower's state for backward."""
+"""Merge the tower's tokens into the branch's without storing the tower's state for backward."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from bt_kernels._library import visible_arguments
 
 
 def merge(tokens: Tensor, z: Tensor, parameter: Tensor | None, slope: float | None, visible: VisibleTokens) -> Tensor:
-    """``m = (1 - w)·z + w·tokens`` at the visible places, w = sigmoid(slope·parameter), for a frozen tower.
+    """Compute ``m = (1 - w)·z + w·tokens`` for the visible tokens, with the gate w = sigmoid(slope·parameter).
 
-    All gradients follow from m and z alone, since w·(tokens - z) = m - z: the parameter's is
-    ``slope·(1 - w)·Σ grad·(m - z)``. So the tower's state is not kept, and nothing is divided by a gate that may be 0.
+    The tower must be frozen. All gradients follow from m and z, since w·(tokens - z) = m - z; that of the parameter is
+    ``slope·(1 - w)·Σ grad·(m - z)``. The tower's state is therefore not stored, and there is no division by a gate that
+    may be 0.
 
     Args:
-        tokens: the tower's, ``[B, T, 1+P, D]``, without a gradient.
+        tokens: the tower's state, ``[B, T, 1+P, D]``, which gets no gradient.
         z: the branch's state, ``[B, 1+N, D]``.
-        parameter: of the gate, ``[D]``, or None.
-        slope: of the gate, or None.
-        visible: which tokens.
+        parameter: the gate's parameter, ``[D]``; None without a gate: m = z + tokens.
+        slope: the gate's slope; None without a gate.
+        visible: the tokens that the branch processes.
 
     Returns:
-        ``[B, 1+N, D]``.
+        m, ``[B, 1+N, D]``.
     """
     if parameter is None or slope is None:
         return _PlainMerge.apply(tokens, z, forced_backend(None), *visible_arguments(visible))
@@ -54,7 +55,8 @@ class _GatedMerge(torch.autograd.Function):
     def backward(ctx, grad):
         z, merged, parameter = ctx.saved_tensors
         gate = torch.sigmoid(ctx.slope * parameter)
-        # m takes the place of a tower of one frame, all of whose patches are visible
+        # the op's gradient of the gate is Σ grad·(tokens - z); with m in place of tokens it is Σ grad·(m - z). m is
+        # passed as a tower state of one frame whose patches are all visible
         tokens = z.shape[1] - 1
         index = torch.arange(tokens, device=z.device).expand(z.shape[0], -1)
         _, grad_z, grad_gate = torch.ops.bt_kernels.gather_merge_backward(

@@ -1,14 +1,16 @@
-"""One branch layer, temporal and spatial attention and the MLP, as a single autograd function.
+"""Run one branch layer, with temporal attention, spatial attention and MLP, as a single autograd function.
 
-What it keeps for backward, in rows of D a token (``bench/step.py`` counts them):
+The tensors stored for backward depend on the recompute policy. Their size is given in rows of D per token
+(``bench/step.py`` counts the bytes):
 
-    "none"   its input; q, k, v and the result of ``out`` in time (or the one product's weights, where that pays); the
-             state before the spatial half; q, k, v and attention in space; the state before the MLP; fc1's result: 15
-    "mlp"    the same without fc1's result, which backward computes again: 11
-    "layer"  its input alone: 1; backward runs the layer again, all but fc2
+    "none"   the layer's input; q, k, v and the output projection's result of temporal attention (or the weight of the
+             joint product, see ``temporal``); the state before spatial attention; its q, k, v and result; the state
+             before the MLP; the result of fc1: 15 rows
+    "mlp"    the same without the result of fc1, which backward recomputes: 11 rows
+    "layer"  only the layer's input: 1 row; backward recomputes everything but fc2
 
-Norms, activations and the attention over time are computed again always, from what is kept anyway: they hold no matrix
-product of the layer.
+Norms, activations and the attention over time are recomputed under every policy, because they contain no matrix product
+with a weight.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from bt_adapter.model.fused import spatial, temporal
 from bt_adapter.towers import mlp
-from bt_adapter.towers.rows import Norm, add_rows, norm, norm_backward
+from bt_adapter.towers.rows import Norm, add_rows, normalize, normalize_backward
 from bt_kernels import VisibleTokens
 from bt_kernels._dispatch import forced_backend
 from bt_kernels._library import visible_arguments
@@ -28,8 +30,17 @@ from bt_kernels.nn.stochastic_depth import frame_weight_and_row_scale, sequence_
 
 
 class Layer(NamedTuple):
-    """What a layer is but for its tensors. ``product``: the dtype of matrix products; ``sizes``: of the visible
-    tokens."""
+    """The options of a layer's computation.
+
+    Attributes:
+        heads: number of attention heads.
+        temporal_eps, spatial_eps: epsilon of the LayerNorms.
+        act: activation of the MLP.
+        recompute: "none", "mlp" or "layer".
+        backend: name of a forced backend of the ops, or None.
+        product: dtype of the matrix products.
+        sizes: the visible tokens' arguments of the ops that are not tensors.
+    """
 
     heads: int
     temporal_eps: float
@@ -42,8 +53,13 @@ class Layer(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Stochastic depth: of the temporal rows ``[B, N, 1]``, of the frames in CLS's mean ``[B, S]``, of the spatial rows
-    ``[B, 1+N, 1]``; None where nothing drops."""
+    """The scales of stochastic depth; None without drops.
+
+    Attributes:
+        temporal: scale of each patch row in the temporal update, ``[B, N, 1]``.
+        frame_weight: weight of each frame in CLS's mean, ``[B, S]``.
+        spatial: scale of each row in the spatial update, ``[B, 1+N, 1]``.
+    """
 
     temporal: Tensor | None
     frame_weight: Tensor | None
@@ -59,16 +75,18 @@ def run_layer(
     space_scale: Tensor | None,
     recompute: str = "none",
 ) -> Tensor:
-    """``spatial_layer(temporal_layer(z))``.
+    """Compute ``spatial_layer(temporal_layer(z))`` from the parameters of the two layers.
 
     Args:
-        z: the state, ``[B, 1+N, D]``, CLS first.
-        temporal_layer, spatial_layer: ``model.branch.TemporalLayer`` and ``SpatialLayer``, whose parameters are
-            used.
-        visible: which tokens.
-        time_scale: stochastic depth of each sequence, ``[B, sequences]``, or None.
-        space_scale: of each frame, ``[B, steps]``, or None.
-        recompute: "none", "mlp" or "layer".
+        z: the branch's state, ``[B, 1+N, D]``, CLS first.
+        temporal_layer, spatial_layer: a ``TemporalLayer`` and a ``SpatialLayer`` of ``model.branch``.
+        visible: the tokens that the branch processes.
+        time_scale: scale of each sequence by stochastic depth, ``[B, sequences]``, or None.
+        space_scale: scale of each frame by stochastic depth, ``[B, steps]``, or None.
+        recompute: activations that backward recomputes: "none", "mlp" or "layer".
+
+    Returns:
+        The new state, ``[B, 1+N, D]``.
     """
     scales = Scales(None, None, None)
     if time_scale is not None:
@@ -82,7 +100,7 @@ def run_layer(
         product = z.dtype
     index, frame_counts, *sizes = visible_arguments(visible)
     if not torch.is_grad_enabled():
-        recompute = "layer"  # nothing is kept, and each part's tensors are gone before the next begins
+        recompute = "layer"  # nothing is stored, and each part's tensors are freed before the next part runs
     layer = Layer(
         temporal_layer.attention.heads, temporal_layer.norm.eps, spatial_layer.norm1.eps, spatial_layer.act,
         recompute, forced_backend(None), product, tuple(sizes),
@@ -103,7 +121,7 @@ def _projections(attention: Any) -> tuple[Tensor, ...]:
 
 
 class _Parts:
-    """The tensors of a call, by name."""
+    """The tensors of a call by name, and the arguments of the temporal and the spatial functions."""
 
     def __init__(self, layer: Layer, index: Tensor, frame_counts: Tensor | None, scales: Scales, weights):
         self.layer, self.scales = layer, scales
@@ -123,20 +141,22 @@ class _Parts:
         return self.spatial, self.layer.heads, scales.frame_weight, scales.spatial, self.visible, self.layer.backend
 
 
-def _until_mlp(z: Tensor, parts: _Parts, keep: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """The normalised input of the MLP; the state before it; and what backward wants of the way there, or nothing.
+def _run_attentions(z: Tensor, parts: _Parts, keep: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Run temporal and spatial attention.
 
-    That is: two tensors of time, the state before the spatial half, four of space.
+    Returns:
+        The normalised input of the MLP, the state before that norm, and the tensors that backward needs: two of the
+        temporal update, the state between the two updates, four of the spatial update; none if ``keep`` is False.
     """
     product = parts.layer.product
-    update, of_time = temporal.forward(norm(z[:, 1:], parts.norm)[0].to(product), *parts.temporal_call())
+    update, of_time = temporal.forward(normalize(z[:, 1:], parts.norm)[0].to(product), *parts.temporal_call())
     x = add_rows(z, update)
     if not keep:
         of_time = ()
-    update, of_space = spatial.forward(norm(x, parts.norm1)[0].to(product), *parts.spatial_call())
+    update, of_space = spatial.forward(normalize(x, parts.norm1)[0].to(product), *parts.spatial_call())
     y = add_rows(x, update)
     kept = (*of_time, x, *of_space) if keep else ()
-    return norm(y, parts.norm2)[0].to(product), y, kept
+    return normalize(y, parts.norm2)[0].to(product), y, kept
 
 
 class _Layer(torch.autograd.Function):
@@ -145,9 +165,9 @@ class _Layer(torch.autograd.Function):
         scales = Scales(temporal_scale, frame_weight, spatial_scale)
         parts = _Parts(layer, index, frame_counts, scales, weights)
         with torch.autocast(z.device.type, enabled=False):
-            n, y, kept = _until_mlp(z, parts, layer.recompute != "layer")
-            hidden = mlp.hidden(n, parts.mlp, layer.act)
-            out = mlp.finish(y, hidden, parts.mlp, layer.act)
+            n, y, kept = _run_attentions(z, parts, layer.recompute != "layer")
+            hidden = mlp.compute_hidden(n, parts.mlp, layer.act)
+            out = mlp.add_output(y, hidden, parts.mlp, layer.act)
         if kept:
             kept = (y, *kept, hidden) if layer.recompute == "none" else (y, *kept)
         ctx.layer = layer
@@ -161,28 +181,28 @@ class _Layer(torch.autograd.Function):
         parts = _Parts(layer, index, frame_counts, Scales(*rest[:3]), rest[3:23])
         with torch.autocast(z.device.type, enabled=False):
             if len(rest) == 23:
-                _, y, kept = _until_mlp(z, parts, True)
+                _, y, kept = _run_attentions(z, parts, True)
             else:
                 y, *kept = rest[23:]
             qkv, other, x, *attention = kept
-            n, *moments = norm(y, parts.norm2)
+            n, *moments = normalize(y, parts.norm2)
             n = n.to(product)
-            hidden = attention.pop() if len(attention) == 5 else mlp.hidden(n, parts.mlp, layer.act)
+            hidden = attention.pop() if len(attention) == 5 else mlp.compute_hidden(n, parts.mlp, layer.act)
             grad_n, mlp_grads = mlp.backward(grad.to(product), n, hidden, parts.mlp, layer.act)
             del hidden
-            grad_rows, *norm2_grads = norm_backward(grad_n, y, *moments, parts.norm2)
+            grad_rows, *norm2_grads = normalize_backward(grad_n, y, *moments, parts.norm2)
             grad = grad_rows.add_(grad)
 
-            n, *moments = norm(x, parts.norm1)
+            n, *moments = normalize(x, parts.norm1)
             grad_n, spatial_grads = spatial.backward(grad.to(product), n.to(product), attention, *parts.spatial_call())
-            grad_rows, *norm1_grads = norm_backward(grad_n, x, *moments, parts.norm1)
+            grad_rows, *norm1_grads = normalize_backward(grad_n, x, *moments, parts.norm1)
             grad = grad_rows.add_(grad)
 
             rows = z[:, 1:]
-            n, *moments = norm(rows, parts.norm)
+            n, *moments = normalize(rows, parts.norm)
             update_grad = grad[:, 1:].to(product)
             grad_n, temporal_grads = temporal.backward(update_grad, n.to(product), (qkv, other), *parts.temporal_call())
-            grad_rows, *norm_grads = norm_backward(grad_n, rows, *moments, parts.norm)
+            grad_rows, *norm_grads = normalize_backward(grad_n, rows, *moments, parts.norm)
             grad[:, 1:] += grad_rows
         grads = (*norm_grads, *norm1_grads, *norm2_grads, *temporal_grads, *spatial_grads, *mlp_grads)
         return None, grad, None, None, None, None, None, *grads

@@ -1,6 +1,7 @@
-"""The spatial update: ``s·out(attention inside each frame(qkv(n)))`` of all rows n, [B, 1+N, D].
+"""Compute the spatial update of a branch layer, ``s·out(attention(qkv(n)))`` inside each frame, and its gradients.
 
-CLS is one row: its mean over the frames is taken inside the attention, weighted where stochastic depth drew
+n is the normalised state of all rows, ``[B, 1+N, D]``, and s the scale of stochastic depth. CLS is a single row: the
+attention itself averages its results over the frames, with weights if stochastic depth drops frames
 (``bt_kernels.nn.stochastic_depth``).
 """
 
@@ -16,7 +17,7 @@ from bt_adapter.towers.rows import bias_grad
 
 
 class Weights(NamedTuple):
-    """Parameters, in the order of :func:`backward`'s gradients."""
+    """The parameters of the update, in the order of the gradients that :func:`backward` returns."""
 
     qkv_weight: Tensor
     qkv_bias: Tensor
@@ -28,7 +29,14 @@ def forward(
     n: Tensor, w: Weights, heads: int, frame_weight: Tensor | None, scale: Tensor | None, visible: tuple,
     backend: str | None,
 ):  # fmt: skip
-    """The update ``[B, 1+N, D]``, and what backward wants kept. ``scale``: ``[B, 1+N, 1]`` or None."""
+    """Compute the update ``[B, 1+N, D]``, and return it with the tensors that :func:`backward` needs.
+
+    Args:
+        n: normalised state, ``[B, 1+N, D]``.
+        frame_weight: weight of each frame in CLS's mean, ``[B, S]``; None: equal weights.
+        scale: scale s of each row, ``[B, 1+N, 1]``; None: 1.
+        visible: the visible tokens as arguments of the ops. backend: name of a forced backend, or None.
+    """
     qkv = linear(n, w.qkv_weight, w.qkv_bias)
     split = qkv.unflatten(2, (3, heads, -1))
     attended, lse, cls_out = torch.ops.bt_kernels.spatial_attention(split, frame_weight, *visible, backend)
@@ -40,7 +48,7 @@ def backward(
     grad: Tensor, n: Tensor, kept: tuple, w: Weights, heads: int, frame_weight: Tensor | None, scale: Tensor | None,
     visible: tuple, backend: str | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """Gradients of n and of the weights."""
+    """Compute the gradients of n and of the weights from that of the update; ``kept``: from :func:`forward`."""
     qkv, attended, lse, cls_out = kept
     if scale is not None:
         grad = (grad * scale).to(grad.dtype)  # draws are float32 under autocast too

@@ -1,8 +1,10 @@
-"""The temporal update: ``s·fc(out(attention over time(qkv(n))))`` of the patch rows n, [B, N, D].
+"""Compute the temporal update of a branch layer, ``fc(s·out(attention(qkv(n))))`` over time, and its gradients.
 
-``out`` and ``fc`` are affine with nothing between them but the scale s of a whole sequence, so they are one product
-where that is less work: ``fc(s·out(a)) = s·(a·Jᵀ + fc_w·out_b) + fc_b`` with J = fc_w·out_w. J and the gradients it
-hands on take 3·D products of a row, and J saves 3 for each row: it pays from D rows on.
+n is the normalised state of the patch rows, ``[B, N, D]``, and s the scale of stochastic depth, one per sequence.
+``out`` and ``fc`` are linear layers with only that scale between them, so one matrix product can replace both:
+``fc(s·out(a)) = s·(a·Jᵀ + fc_w·out_b) + fc_b`` with J = fc_w·out_w. Computing J and the gradients of both weights from
+its own costs as much as 3·D products of one row with a weight; J saves 3 such products per row. It is therefore used
+for D rows or more.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from bt_adapter.towers.rows import bias_grad
 
 
 class Weights(NamedTuple):
-    """Parameters, in the order of :func:`backward`'s gradients."""
+    """The parameters of the update, in the order of the gradients that :func:`backward` returns."""
 
     qkv_weight: Tensor
     qkv_bias: Tensor
@@ -28,10 +30,16 @@ class Weights(NamedTuple):
 
 
 def forward(n: Tensor, w: Weights, heads: int, scale: Tensor | None, visible: tuple, backend: str | None):
-    """The update ``[B, N, D]``, and what backward wants kept. ``scale``: ``[B, N, 1]`` or None."""
+    """Compute the update ``[B, N, D]``, and return it with the tensors that :func:`backward` needs.
+
+    Args:
+        n: normalised state of the patch rows, ``[B, N, D]``.
+        scale: scale s of each row, ``[B, N, 1]``; None: 1.
+        visible: the visible tokens as arguments of the ops. backend: name of a forced backend, or None.
+    """
     qkv = linear(n, w.qkv_weight, w.qkv_bias)
     attended = _attend(qkv, heads, visible, backend)
-    if pays(n):
+    if is_joint_cheaper(n):
         joint = input_grad(w.fc_weight.to(n.dtype), w.out_weight)
         bias = w.fc_weight @ w.out_bias
         if scale is None:
@@ -47,11 +55,11 @@ def backward(
     grad: Tensor, n: Tensor, kept: tuple, w: Weights, heads: int, scale: Tensor | None, visible: tuple,
     backend: str | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """Gradients of n and of the weights."""
+    """Compute the gradients of n and of the weights from that of the update; ``kept``: from :func:`forward`."""
     qkv, other = kept
     attended = _attend(qkv, heads, visible, backend)
     scaled = grad if scale is None else (grad * scale).to(grad.dtype)  # draws are float32 under autocast too
-    if pays(n):
+    if is_joint_cheaper(n):
         grad_attended = input_grad(scaled, other)
         joint_grad, summed = weight_grad(scaled, attended), bias_grad(scaled)
         fc_weight = w.fc_weight.to(grad.dtype)
@@ -69,8 +77,8 @@ def backward(
     return input_grad(grad_qkv, w.qkv_weight), grads
 
 
-def pays(n: Tensor) -> bool:
-    """Whether out and fc are one product."""
+def is_joint_cheaper(n: Tensor) -> bool:
+    """Whether one product for ``out`` and ``fc`` takes less work than two, for so many rows."""
     return n.shape[0] * n.shape[1] >= n.shape[2]
 
 
