@@ -18,7 +18,7 @@ from bt_adapter.model.checkpoint import name_of_tower
 from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.published import load_reference_checkpoint
 from bt_adapter.model.published_files import read_tensors
-from bt_adapter.towers.hugging_face import is_hub_name, locate_branch
+from bt_adapter.towers.hugging_face import branch_path
 from bt_adapter.towers.image_models import read_tower
 from bt_adapter.towers.text import TextEncoder, load_clip
 
@@ -96,7 +96,7 @@ def _clip_of(branch: str | None) -> str:
 
 
 def _load_branch(branch: str, clip: Any, text: TextEncoder) -> tuple[BTAdapterVisionModel, TextEncoder]:
-    branch = str(locate_branch(branch)) if is_hub_name(branch) else branch
+    branch = str(branch_path(branch))
     if Path(branch).is_dir():
         model = BTAdapterVisionModel.from_pretrained(branch, clip=clip, share=True)
     else:

@@ -19,7 +19,7 @@ from bt_adapter.data.image_settings import ImageSettings, read_image_settings
 from bt_adapter.errors import CheckpointError
 from bt_adapter.towers import open_clip
 from bt_adapter.towers.config import TowerConfig
-from bt_adapter.towers.hugging_face import is_hub_name, locate_branch
+from bt_adapter.towers.hugging_face import branch_path
 from bt_adapter.towers.image_models import FoundTower
 from bt_adapter.towers.tower import Tower
 
@@ -115,7 +115,7 @@ def name_of_tower(branch: str | os.PathLike) -> str | None:
     Raises:
         FileNotFoundError, CheckpointError: the branch is missing or damaged.
     """
-    folder = locate_branch(branch) if is_hub_name(branch) else Path(branch)
+    folder = branch_path(branch)
     if not folder.exists():
         raise FileNotFoundError(f"no checkpoint at {folder}")
     return read_settings(folder)["tower_name"] if folder.is_dir() else None

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from bt_adapter.errors import CheckpointError
 from bt_adapter.model.checkpoint import read_safetensors
-from bt_adapter.towers.hugging_face import is_hub_name, locate_branch
+from bt_adapter.towers.hugging_face import branch_path
 
 
 def read_tensors(source: str | os.PathLike | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Read all tensors of a published checkpoint by published name. Raises FileNotFoundError, CheckpointError."""
     state: Any = source
     if not isinstance(source, Mapping):
-        path = locate_branch(source) if is_hub_name(source) else Path(source)
+        path = branch_path(source)
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint at {path}")
         if path.suffix == ".safetensors":

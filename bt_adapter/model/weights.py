@@ -28,7 +28,7 @@ from bt_adapter.model.checkpoint import (
 from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.time_steps import read_branch_config
 from bt_adapter.towers.config import TowerConfig
-from bt_adapter.towers.hugging_face import is_hub_name, locate_branch
+from bt_adapter.towers.hugging_face import branch_path
 from bt_adapter.towers.image_models import load_image_model, read_tower
 from bt_adapter.towers.names import pack_qkv
 from bt_adapter.towers.tower import PLAIN_PARTS, PackedAttention, Tower
@@ -234,7 +234,7 @@ class TowerWithBranch(nn.Module):
             CheckpointError: a file is damaged, names or shapes do not fit, the CLIP is a different one, or none is
                 known.
         """
-        folder = locate_branch(folder) if is_hub_name(folder) else Path(folder)
+        folder = branch_path(folder)
         settings = read_settings(folder)
         state = pack_qkv(read_safetensors(folder / "model.safetensors"))  # version 0.1 kept q, k and v apart
         config, name = TowerConfig(**settings["tower"]), settings["tower_name"]

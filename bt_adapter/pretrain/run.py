@@ -31,7 +31,7 @@ from bt_adapter.model.published import load_reference_checkpoint
 from bt_adapter.model.published_files import read_tensors
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.pretrain.step import Pretraining, backward, draw_depth, draw_visible
-from bt_adapter.towers.hugging_face import is_hub_name, locate_branch
+from bt_adapter.towers.hugging_face import branch_path
 from bt_adapter.towers.image_models import read_tower
 from bt_adapter.towers.text import load_clip
 from bt_adapter.training.checkpoint import load_averages, load_moments, save_trained, whole
@@ -373,7 +373,7 @@ def start_model(recipe: Recipe, clip: Any, folder: Path | None) -> BTAdapterVisi
 def _load_init(recipe: Recipe, init: str, clip: Any) -> BTAdapterVisionModel:
     """Load the model of ``init``. Raises CommandError where it does not fit the CLIP or contradicts an option."""
     try:
-        place = locate_branch(init) if is_hub_name(init) else Path(init)
+        place = branch_path(init)
         if place.is_file():
             tensors = read_tensors(place)
             if any(name.removeprefix("backbone.").startswith(("blocks.", "btadapter_S.")) for name in tensors):

@@ -150,6 +150,11 @@ def locate_branch(source: str | os.PathLike[str]) -> Path:
     return files[0]
 
 
+def branch_path(source: str | os.PathLike[str]) -> Path:
+    """Return the path of a branch: a hub name is downloaded (:func:`locate_branch`), a local path need not exist."""
+    return locate_branch(source) if is_hub_name(source) else Path(source)
+
+
 def _near(path: Path) -> str:
     """Suggest an existing path with a similar name in the same folder."""
     parent = path.parent
