@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 HERE = "bench/miniature"
 WEIGHTS = ROOT / "mini" / "bt_adapter_mini" / "weights"
-SETS = ("pretrain", "stills", "clips", "heldout", "heldout-stills", "retrieval", "stills-ramp", "stills-plain")
+SETS = ("pretrain", "stills", "clips", "heldout", "heldout-stills", "retrieval", "stills-ramp", "stills-plain", "speed")
 ON_CPU = "--device cpu --dtype float32"
 # Of the first seed: one stage is made in another way, all others are the headline's.
 BRANCH_ABLATIONS = {"no-mbta": "--mbta 0", "no-mbca": "--mbca 0", "reference-order": ""}
@@ -109,14 +109,18 @@ class Plan:
             program = f"python {HERE}/reference_order.py" if name == "reference-order" else "bt-adapter pretrain"
             self._branch(f"ablations/{name}/branch", seeds[0], options, program)
             self._answers(f"ablations/{name}/untuned", f"{first}/image", f"ablations/{name}/branch")
+        self._branch("speed/branch", seeds[0], data="speed")
+        self._retrieval("speed/retrieval", "--branch WORK/speed/branch/branch", "speed/branch")
         for name, data in IMAGE_ABLATIONS.items():
             self._tune(f"ablations/{name}/image", seeds[0], "image", "fresh", data)
             self._answers(f"ablations/{name}/untuned", f"ablations/{name}/image", f"{first}/branch")
 
-    def _branch(self, name: str, seed: int, options: str = "", program: str = "bt-adapter pretrain") -> None:
-        command = f"{program} --config {HERE}/recipes/branch.yaml --data WORK/data/pretrain --clip WORK/clip"
+    def _branch(
+        self, name: str, seed: int, options: str = "", program: str = "bt-adapter pretrain", data: str = "pretrain"
+    ) -> None:
+        command = f"{program} --config {HERE}/recipes/branch.yaml --data WORK/data/{data} --clip WORK/clip"
         command += f" --seed {seed} --out WORK/{name} {options}"
-        self._add(name, command, "branch/config.json", "data/pretrain", "clip")
+        self._add(name, command, "branch/config.json", f"data/{data}", "clip")
 
     def _tune(
         self, name: str, seed: int, recipe: str, model: str, data: str, branch: str = "", options: str = ""

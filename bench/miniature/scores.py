@@ -163,6 +163,8 @@ def score(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
     shares = [{kind: _share(list(one.values())) for kind, one in found.items()} for found in (plain, *branch)]
     captions = {"mean": shares[0], "branch": shares[1:], "n": {kind: len(one) for kind, one in plain.items()}}
     captions["p"] = {kind: max(mcnemar(one[kind], plain[kind])["p"] for one in branch) for kind in plain}
+    if (speed := work / "speed" / "retrieval" / "scores.safetensors").exists():
+        captions["mostly speed"] = {kind: _share(list(one.values())) for kind, one in caption_hits(speed).items()}
     probes = [json.loads((folder / "probes" / "probes.json").read_text(encoding="utf-8")) for folder in own]
     plan, times = Plan(work, seeds), [json.loads(line) for line in (work / "times.jsonl").read_text().splitlines()]
     seconds = {name: round(sum(t["seconds"] for t in times if t["stage"] == name), 1) for name in plan.stages}
