@@ -22,7 +22,7 @@ from bt_adapter.model.losses import contrastive_loss
 
 @dataclass
 class Options:
-    """What is improved: fused attention, each layer's insides computed again in backward."""
+    """Improvements of the published structure: fused attention, and layers recomputed in backward."""
 
     sdpa: bool = False
     checkpoint: bool = False
@@ -173,7 +173,7 @@ class Baseline(nn.Module):
 
     @torch.no_grad()
     def video_tokens(self, pixels: Tensor) -> Tensor:
-        """What a chat model is given, ``[B, 1+P, D]``, CLS last: neighbouring frames averaged beyond the time table."""
+        """Compute the video tokens for a chat model, ``[B, 1+P, D]``, CLS last; frames beyond the time table are averaged."""
         batch, frames = pixels.shape[:2]
         states = [x.view(batch, frames, *x.shape[1:]) for x in self.states(pixels)[:-1]]
         steps = frames

@@ -63,7 +63,7 @@ class Row:
 
 
 def key(row: Row) -> tuple:
-    """What tells rows apart."""
+    """Return the values that identify a row."""
     return row.model, row.contender, row.frames, row.batch, row.clock
 
 

@@ -42,7 +42,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Row:
-    """How many of n clips are right, and p of the sign test against the same clips at 8 frames.
+    """Correct answers among n clips, and p of the sign test against the same clips at 8 frames.
 
     task: "answers" (how does it move, greedily generated) or "retrieval" (its caption first among 384). rows_std: at
     which the untrained rows of the time table start. windows: sets of tokens a video is cut into (answers alone).

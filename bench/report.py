@@ -201,7 +201,7 @@ TABLES = {
 
 
 def documents() -> list[Path]:
-    """Where tables may stand."""
+    """Return the documents that may hold tables."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

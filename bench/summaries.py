@@ -23,7 +23,7 @@ ON_BFLOAT16 = (
 
 
 def load(name: str) -> Any:
-    """What a benchmark left."""
+    """Read the stored results of a benchmark."""
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
@@ -200,7 +200,7 @@ def captions() -> str:
 
 
 def probe_readings() -> str:
-    """What can be read at each place."""
+    """Make the table of the linear probes, one row per place."""
     seeds, rows = load("miniature.json")["probes"], []
     names = {"clips": "clips", "stills": "stills", "held-out stills": "stills, read in stills"}
     for fitted, label in names.items():

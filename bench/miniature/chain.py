@@ -174,7 +174,7 @@ def _attached(branch: str) -> str:
 
 
 def check_stills_only(tuned: Path) -> dict[str, dict[str, Any]]:
-    """What CLIP and image chat model were fed, as they and their data sets recorded it: {"clip": …, "image": …}.
+    """Return the recorded training data of CLIP and image chat model: {"clip": …, "image": …}.
 
     tuned: OUT/tuned of the image stage. Raises ChainError where a file of more than one frame, a question about a video
     or a branch is among it.

@@ -110,7 +110,7 @@ def write_clip(path: Path, frames: Tensor) -> None:
 
 
 def count_frames(folder: Path) -> dict[str, int]:
-    """How many files of a folder have how many frames, {"8": files}; those inside of .tar files too."""
+    """Count the files of a folder by their number of frames, {"8": files}; members of .tar files count too."""
     found: Counter[int] = Counter()
     for file in _pictures(folder):
         with av.open(file, "r") as container:

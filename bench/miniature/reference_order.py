@@ -22,7 +22,7 @@ draw_tubes = run.draw_visible
 
 
 def draw_in_reference_order(*arguments: Any) -> VisibleTokens:
-    """As ``draw_visible``: the same patches, in the published code's order."""
+    """Draw the same patches as ``draw_visible``, in the published code's order."""
     tubes = draw_tubes(*arguments)
     hidden = torch.ones(tubes.batch, tubes.patches, dtype=torch.bool)
     hidden.scatter_(1, tubes.index[:, :: tubes.frames] // tubes.frames, False)

@@ -1,4 +1,4 @@
-"""How the small world's tables write a figure."""
+"""Format the numbers of the small world's tables."""
 
 from __future__ import annotations
 

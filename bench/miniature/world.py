@@ -35,7 +35,7 @@ RGB = ((0.95, 0.12, 0.12), (0.1, 0.85, 0.15), (0.15, 0.3, 1.0), (0.95, 0.9, 0.1)
 
 
 class Event(NamedTuple):
-    """What happens in a clip: its words, the kind of question it answers, what changes, and how in [0, 1]."""
+    """An event of a clip: its words, the kind of its questions, the property that changes, and its profile in [0, 1]."""
 
     phrase: str
     kind: str
@@ -169,7 +169,7 @@ def exposures(items: Items, labels: Tensor, generator: torch.Generator, kinds: S
 
 
 def exposure_weights(n: int, generator: torch.Generator, kinds: Sequence[str] = EXPOSURES) -> Tensor:
-    """How much each of the eight frames counts in ``n`` stills, ``[n, 8]``, each row of sum 1.
+    """Draw the weights of the eight frames in ``n`` stills, ``[n, 8]``, each row of sum 1.
 
     In every kind the end of the event weighs more than its beginning, so that a still tells which of a pair it shows:
     "ramp": a long exposure under a brightening light; "rear flash": an even exposure and a flash at its end; "front
@@ -217,7 +217,7 @@ def _scenes(draws: Draws, event: Tensor, weights: Tensor | None = None, frames: 
 
 
 def _profiles(phase: Tensor, event: Tensor, frames: int) -> Tensor:
-    """How far each clip's event is in each frame, ``[n, frames]`` in [0, 1]."""
+    """Compute the progress of each clip's event in each frame, ``[n, frames]`` in [0, 1]."""
     half = (frames + 1) // 2
     rise, back = torch.arange(frames) / (frames - 1), torch.arange(half) / (half - 1)
     odd = frames % 2  # the turning point is then a frame of its own

@@ -58,7 +58,7 @@ class Example:
 
 
 class _Answer(NamedTuple):
-    """Where an answer stands in the text of its conversation, which begins with the prompt of inference for it.
+    """The position of an answer in the text of its conversation, and the text that precedes it at inference.
 
     Attributes:
         prompt: that prompt; the answer begins behind it. end: the character behind the answer, and behind the special
