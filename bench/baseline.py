@@ -173,7 +173,10 @@ class Baseline(nn.Module):
 
     @torch.no_grad()
     def video_tokens(self, pixels: Tensor) -> Tensor:
-        """Compute the video tokens for a chat model, ``[B, 1+P, D]``, CLS last; frames beyond the time table are averaged."""
+        """Compute the video tokens for a chat model, ``[B, 1+P, D]``, CLS last;.
+
+        Neighbouring frames beyond the time table are averaged.
+        """
         batch, frames = pixels.shape[:2]
         states = [x.view(batch, frames, *x.shape[1:]) for x in self.states(pixels)[:-1]]
         steps = frames

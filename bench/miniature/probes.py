@@ -38,7 +38,7 @@ PART = 48  # clips that run through the model at once
 
 @torch.no_grad()
 def features(model: BTAdapterVisionModel, projector: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Compute {place: float [n, width]}, means over patch tokens, of clips uint8 [n, T, 3, h, w] or stills [n, 3, h, w].
+    """Compute {place: float [n, width]}, means over patch tokens, of clips uint8 [n, T, 3, h, w] or stills without T.
 
     A still has the same at all places before the projector: the tower's tokens of the last layer but one.
     """

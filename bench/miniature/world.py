@@ -35,7 +35,7 @@ RGB = ((0.95, 0.12, 0.12), (0.1, 0.85, 0.15), (0.15, 0.3, 1.0), (0.95, 0.9, 0.1)
 
 
 class Event(NamedTuple):
-    """An event of a clip: its words, the kind of its questions, the property that changes, and its profile in [0, 1]."""
+    """An event of a clip: its words, the kind of its questions, the property that changes, and its course in 0..1."""
 
     phrase: str
     kind: str

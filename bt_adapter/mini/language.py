@@ -32,7 +32,7 @@ class LanguageModelError(MiniError):
 
 
 def cache_folder() -> Path:
-    """Return the folder of converted models: $BT_ADAPTER_CACHE, else $XDG_CACHE_HOME/bt_adapter, else ~/.cache/bt_adapter."""
+    """Return the cache of converted models: $BT_ADAPTER_CACHE, $XDG_CACHE_HOME/bt_adapter or ~/.cache/bt_adapter."""
     if own := os.environ.get("BT_ADAPTER_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bt_adapter"
