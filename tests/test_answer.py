@@ -22,9 +22,9 @@ from bt_adapter.chat import answer, conversation, quantize, rows, session, share
 from bt_adapter.chat.attach import attach
 from bt_adapter.chat.conversation import ContextError
 from bt_adapter.chat.engine import VideoChat
+from bt_adapter.chat.settings import Answer
 from bt_adapter.chat.watch import Sampling
 from bt_adapter.commands import cli
-from bt_adapter.commands.answer import Answer
 from bt_adapter.data import write_video
 from bt_adapter.data.finding import VisualFolder
 from bt_adapter.data.workers import worker_context

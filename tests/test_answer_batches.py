@@ -15,7 +15,7 @@ from bt_adapter.chat.conversation import answer_batch, conversation_ids
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.prompts import Turn
-from bt_adapter.commands.answer import Answer
+from bt_adapter.chat.settings import Answer
 from bt_adapter.training.processes import Processes
 
 TEXTS = ["how ?", "w20 w21 w22 w23 w24 ?", "is it moving ?", "left or right ?"]

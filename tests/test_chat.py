@@ -12,7 +12,7 @@ from bt_adapter.chat import session
 from bt_adapter.chat.attach import attach, detach
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
-from bt_adapter.commands.chat import Chat
+from bt_adapter.chat.settings import Chat
 from bt_adapter.errors import CommandError
 from bt_adapter.mini import MiniError, language, weights_folder
 from bt_adapter.native import make_processor

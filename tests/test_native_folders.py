@@ -16,8 +16,8 @@ from bt_adapter.chat.attach import attach, attached_branch, detach
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.sampled import settle_sampling
+from bt_adapter.chat.settings import Chat
 from bt_adapter.chat.watch import Sampling, watch
-from bt_adapter.commands.chat import Chat
 from bt_adapter.commands.cli import main
 from bt_adapter.errors import CheckpointError
 from bt_adapter.native import NATIVE_CLASSES, make_processor

@@ -15,12 +15,11 @@ from test_chat import mini_is_there
 from bt_adapter.chat.answer import about
 from bt_adapter.chat.sampled import settle_sampling
 from bt_adapter.chat.session import sampling_of
+from bt_adapter.chat.settings import Answer, Chat
 from bt_adapter.chat.watch import Sampling
-from bt_adapter.commands.answer import Answer
-from bt_adapter.commands.chat import Chat
-from bt_adapter.commands.qa import Qa
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.run import pretrain
+from bt_adapter.qa.settings import Qa
 from bt_adapter.tune.run import tune
 
 

@@ -20,6 +20,7 @@ from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, che
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.session import chosen_dtype, load, sampling_of, say_choices
+from bt_adapter.chat.settings import Answer, BatchChatModel
 from bt_adapter.chat.shares import SharedRows, share_of
 from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, watch
 from bt_adapter.data.finding import VisualFolder
@@ -31,8 +32,6 @@ from bt_adapter.training.processes import Processes
 
 if TYPE_CHECKING:
     from bt_adapter.chat.engine import VideoChat
-    from bt_adapter.commands.answer import Answer
-    from bt_adapter.commands.qa import Qa
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -84,7 +83,7 @@ def run_answer(command: Answer) -> int:
     return report(notes, command.out, len(questions), skipped) if processes.first else 0
 
 
-CommandT = TypeVar("CommandT", "Answer", "Qa")
+CommandT = TypeVar("CommandT", bound=BatchChatModel)
 
 
 def settle(command: CommandT, processes: Processes) -> tuple[CommandT, ChosenDtype]:
@@ -95,7 +94,7 @@ def settle(command: CommandT, processes: Processes) -> tuple[CommandT, ChosenDty
 
 
 def answer_with(
-    command: Answer | Qa, questions: Sequence[Question], rows: SharedRows, batch: int, notes: Console
+    command: BatchChatModel, questions: Sequence[Question], rows: SharedRows, batch: int, notes: Console
 ) -> Skipped:
     """Load the model and answer the questions that ``rows`` lacks; the model is not loaded if none is missing.
 
@@ -147,7 +146,7 @@ def report(notes: Console, out: Path, asked: int, skipped: Skipped) -> int:
     return 0
 
 
-def about(command: Answer | Qa) -> dict[str, Any]:
+def about(command: BatchChatModel) -> dict[str, Any]:
     """Return the settings and weight stamps on which the answers of a command line depend."""
     sampling = asdict(sampling_of(command))
     sampling["no_branch"] = not sampling.pop("branch")

@@ -7,15 +7,13 @@ model's processor stores the number of frames, its configuration the treatment o
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bt_adapter.chat.model_folders import is_native, mini_stage
+from bt_adapter.chat.settings import ChatModel
 from bt_adapter.errors import CommandError
 from bt_adapter.mini import weights_folder
 from bt_adapter.towers.hugging_face import read_json
-
-if TYPE_CHECKING:
-    from bt_adapter.commands.chat import ChatModel
 
 TUNED, PRETRAINED = "tuned.json", "pretrained.json"
 DEFAULTS: dict[str, Any] = {"frames": 8, "repeat": False, "windows": None, "long": "average", "branch": True}

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -16,6 +15,7 @@ from bt_adapter.chat.engine import VideoChat, peak_memory
 from bt_adapter.chat.prompts import PromptError
 from bt_adapter.chat.quantize import QuantizeError
 from bt_adapter.chat.sampled import settle_sampling
+from bt_adapter.chat.settings import Chat, ChatModel
 from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, watch
 from bt_adapter.data import VideoError
 from bt_adapter.data.patience import read_patiently
@@ -23,9 +23,6 @@ from bt_adapter.data.stream import FrameStream
 from bt_adapter.errors import CommandError
 from bt_adapter.model.dtypes import ChosenDtype, choose_dtype
 from bt_adapter.progress import make_console, progress_bar, say
-
-if TYPE_CHECKING:
-    from bt_adapter.commands.chat import Chat, ChatModel
 
 HELP = """\
 Type a question and press Enter; <video> and <image> in it mark the positions of its files, in order.

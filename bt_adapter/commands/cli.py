@@ -12,11 +12,14 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
+from bt_adapter.chat.settings import Answer, Chat
 from bt_adapter.commands import answer, chat, convert, demo, eval, export, pretrain, qa, shards, tune
 from bt_adapter.commands.groups import check_names, grouped, ungrouped
 from bt_adapter.errors import CommandError
+from bt_adapter.eval.settings import Recognition, Retrieval
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.progress import prepare_output
+from bt_adapter.qa.settings import Qa
 from bt_adapter.tune.recipe import TuneRecipe
 
 DESCRIPTION = (
@@ -27,16 +30,16 @@ DESCRIPTION = (
 
 # the module that runs each command, by the class of its options
 RUN = {
-    answer.Answer: answer, qa.Qa: qa,
-    chat.Chat: chat, convert.Convert: convert, demo.Demo: demo, export.Export: export,
+    Answer: answer, Qa: qa,
+    Chat: chat, convert.Convert: convert, demo.Demo: demo, export.Export: export,
     Recipe: pretrain, TuneRecipe: tune,
-    eval.Retrieval: eval, eval.Recognition: eval, shards.Shards: shards,
+    Retrieval: eval, Recognition: eval, shards.Shards: shards,
 }  # fmt: skip
 # the commands of which options have another name now, by their words on the command line
 RENAMED: dict[tuple[str, ...], type] = {
-    ("chat",): chat.Chat, ("answer",): answer.Answer, ("export",): export.Export, ("pretrain",): Recipe,
-    ("tune",): TuneRecipe, ("eval", "retrieval"): eval.Retrieval, ("eval", "recognition"): eval.Recognition,
-    ("eval", "qa"): qa.Qa,
+    ("chat",): Chat, ("answer",): Answer, ("export",): export.Export, ("pretrain",): Recipe,
+    ("tune",): TuneRecipe, ("eval", "retrieval"): Retrieval, ("eval", "recognition"): Recognition,
+    ("eval", "qa"): Qa,
 }  # fmt: skip
 
 
@@ -53,8 +56,8 @@ def parse(argv: list[str]) -> Any:
     recipe, argv = pretrain.defaults(argv, Recipe()) if argv[:1] == ["pretrain"] else (Recipe(), argv)
     tuning, argv = pretrain.defaults(argv, TuneRecipe()) if argv[:1] == ["tune"] else (TuneRecipe(), argv)
     commands: Any = (
-        Annotated[grouped(chat.Chat), subcommand("chat")]
-        | Annotated[grouped(answer.Answer), subcommand("answer")]
+        Annotated[grouped(Chat), subcommand("chat")]
+        | Annotated[grouped(Answer), subcommand("answer")]
         | Annotated[convert.Convert, subcommand("convert")]
         | Annotated[export.Export, subcommand("export")]
         | Annotated[demo.Demo, subcommand("demo")]

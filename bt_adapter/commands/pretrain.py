@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.recipe import Recipe, SettingsT, from_yaml
-from bt_adapter.training.loop import Stopped
+from bt_adapter.training.loop import until_stopped
 
 
 def defaults(argv: list[str], default: SettingsT) -> tuple[SettingsT, list[str]]:
@@ -34,13 +31,3 @@ def run(recipe: Recipe) -> int:
     from bt_adapter.pretrain.run import pretrain
 
     return until_stopped(lambda: pretrain(recipe))
-
-
-def until_stopped(work: Callable[[], object]) -> int:
-    """Call ``work``. Returns 0, or 143 after printing a line where it was stopped and can be resumed."""
-    try:
-        work()
-    except Stopped as stopped:
-        print(f"bt-adapter: {stopped}", file=sys.stderr)
-        return 143
-    return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bt_adapter.commands.pretrain import until_stopped
+from bt_adapter.training.loop import until_stopped
 from bt_adapter.tune.recipe import TuneRecipe
 
 

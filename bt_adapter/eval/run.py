@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bt_adapter.commands.eval import Evaluation, Recognition, Retrieval
 from bt_adapter.data.annotations import class_names, read_annotations
 from bt_adapter.data.clips import Clip
 from bt_adapter.data.image_settings import ImageSettings
@@ -20,6 +19,7 @@ from bt_adapter.eval import recognition, retrieval
 from bt_adapter.eval.cache import FeatureCache
 from bt_adapter.eval.features import Features, Look, extract
 from bt_adapter.eval.report import check_overwriting, device_name, versions, write_json
+from bt_adapter.eval.settings import Evaluation, Recognition, Retrieval
 from bt_adapter.eval.similarities import read_settings, write_similarities
 from bt_adapter.eval.stack import Stack, load_stack
 from bt_adapter.model.dtypes import choose_dtype
@@ -46,7 +46,6 @@ def evaluate(command: Evaluation) -> int:
 
 def _evaluate(command: Evaluation, processes: Processes) -> int:
     notes = make_console(stderr=True)
-    assert isinstance(command, Retrieval | Recognition)
     clips, skipped = read_annotations(command.layout, command.data, command.videos, command.split)
     stack = load_stack(command.clip, command.branch, not command.no_branch)
     stack.model.to(processes.device)
@@ -104,7 +103,6 @@ def _evaluate(command: Evaluation, processes: Processes) -> int:
 
 def _settings(command: Evaluation, stack: Stack, look: Look, precision: str) -> dict[str, Any]:
     """Return everything that the metrics depend on; a result with the same settings may be overwritten."""
-    assert isinstance(command, Retrieval | Recognition)
     settings = {
         "task": "retrieval" if isinstance(command, Retrieval) else "recognition",
         "layout": command.layout,
@@ -166,7 +164,6 @@ def _figures(
         temperature = command.temperature if command.dual_softmax else None
         figures = retrieval.figures(scores, captions, stack.text, temperature)
         return figures, retrieval.rows(figures)
-    assert isinstance(command, Recognition)
     names, templates = class_names(command.layout, command.data), recognition.read_templates(command.templates)
     figures = recognition.figures(features, clips, names, templates, stack.text)
     return figures, recognition.rows(figures)

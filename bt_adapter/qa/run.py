@@ -22,7 +22,6 @@ from rich.console import Console
 from bt_adapter.chat.answer import Question, about, answer_with, begin_processes, read_text, settle
 from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.shares import SharedRows
-from bt_adapter.commands.qa import Qa
 from bt_adapter.data.finding import VisualFolder
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
@@ -30,6 +29,7 @@ from bt_adapter.eval.report import check_overwriting, versions, write_json
 from bt_adapter.model.dtypes import ChosenDtype
 from bt_adapter.progress import make_console, print_table, progress_bar, say
 from bt_adapter.qa.judge import ASPECTS, PROMPTS, Case, Judge, judge_all, summary
+from bt_adapter.qa.settings import Qa
 
 _VIDEO_FIELDS = ("video_name", "video_id", "video")
 _ARTICLES = {"a", "an", "the"}

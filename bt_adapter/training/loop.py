@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,6 +16,16 @@ WINDOW = 20  # steps over which throughput and data wait are averaged
 
 class Stopped(Exception):
     """The run was stopped before its last step, after a checkpoint was written."""
+
+
+def until_stopped(work: Callable[[], object]) -> int:
+    """Call ``work``. Returns 0, or 143 after printing a line where it was stopped and can be resumed."""
+    try:
+        work()
+    except Stopped as stopped:
+        print(f"bt-adapter: {stopped}", file=sys.stderr)
+        return 143
+    return 0
 
 
 @contextmanager
