@@ -12,13 +12,13 @@ from miniature.questions import parse
 from miniature.world import EVENTS
 from test_chat import mini_is_there
 
-from bt_adapter import demo, mini
+from bt_adapter import mini
 from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.engine import VideoChat, read
 from bt_adapter.chat.session import sampling_of
 from bt_adapter.chat.settings import Chat
 from bt_adapter.chat.tuned import load_base
-from bt_adapter.commands import cli
+from bt_adapter.commands import cli, demo
 from bt_adapter.data import write_video
 from bt_adapter.errors import CommandError
 from bt_adapter.tune import load
