@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from bt_adapter.errors import CommandError
+
 VERSION = "0.1.0"  # of this package, recorded in the files that it writes
 
 
@@ -24,3 +26,12 @@ def replace_folder(aside: Path, folder: Path) -> None:
         os.replace(folder, old)
     os.replace(aside, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file. Raises CommandError with the line and byte of an invalid character."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise CommandError(f"{path}, line {line}: not UTF-8 ({error.reason} at byte {error.start})") from error

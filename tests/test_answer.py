@@ -22,6 +22,7 @@ from bt_adapter.chat import answer, conversation, quantize, rows, session, share
 from bt_adapter.chat.attach import attach
 from bt_adapter.chat.conversation import ContextError
 from bt_adapter.chat.engine import VideoChat
+from bt_adapter.chat.questions import Question, read_questions
 from bt_adapter.chat.settings import Answer
 from bt_adapter.chat.watch import Sampling
 from bt_adapter.commands import cli
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
 
 
 def run_all(chat, folder, out, batch=3):
-    questions = answer.read_questions(folder / "questions.jsonl", folder)
+    questions = read_questions(folder / "questions.jsonl", folder)
     with rows.Rows(out, {"model": "tiny"}) as file:
         pending = [question for question in questions if question.id not in file.done]
         skipped = answer.answer_all(chat, pending, file, Sampling(frames=4), batch, 6)
@@ -188,7 +189,7 @@ def test_bad_question_lists(folder, tmp_path, content, message):
     path = tmp_path / "questions.jsonl"
     path.write_bytes(content)
     with pytest.raises(CommandError, match=message):
-        answer.read_questions(path, folder)
+        read_questions(path, folder)
 
 
 def test_prompts_too_long_are_named_with_their_count(folder, tmp_path):
@@ -269,7 +270,7 @@ def test_videos_of_one_name_in_two_folders_are_told_apart(chat, folder, tmp_path
     (tmp_path / "questions.jsonl").write_text('{"video": "x/a.mp4", "question": "how ?"}\n')
     _, found = run_all(chat, tmp_path, tmp_path / "out.jsonl")
     assert found[0]["video"] == "x/a.mp4"
-    asked = [answer.Question("1", tmp_path / "y/a.mp4", "how ?", given="y/a.mp4")]
+    asked = [Question("1", tmp_path / "y/a.mp4", "how ?", given="y/a.mp4")]
     command = Answer(questions=tmp_path, videos=tmp_path)
     out, alone = tmp_path / "out.jsonl", Processes("cpu")
     with shares.SharedRows(out, {"model": "tiny"}, alone) as file, pytest.raises(CommandError, match="y/a.mp4"):
@@ -286,7 +287,7 @@ def test_what_a_model_cannot_watch_is_skipped(folder, tmp_path):
     for name, count in (("long", 6), ("short", 3)):
         frames = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
         write_video(tmp_path / f"{name}.mp4", frames, fps=1)
-    asked = [answer.Question(name, tmp_path / f"{name}.mp4", "how ?") for name in ("long", "short")]
+    asked = [Question(name, tmp_path / f"{name}.mp4", "how ?") for name in ("long", "short")]
     with rows.Rows(tmp_path / "out.jsonl", {}) as file:
         skipped = answer.answer_all(engine, asked, file, Sampling(fps=1), 2, 4)
         assert set(file.done) == {"short"}
@@ -297,7 +298,7 @@ def test_lines_end_at_line_ends_alone(folder, tmp_path):
     path = tmp_path / "questions.jsonl"
     asked = [{"video": "a", "question": f"how{space}is it ?"} for space in "\u2028\u0085\u2029"]
     path.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in asked), encoding="utf-8")
-    assert [question.text for question in answer.read_questions(path, folder)] == [row["question"] for row in asked]
+    assert [question.text for question in read_questions(path, folder)] == [row["question"] for row in asked]
 
 
 def test_answer_is_checked_before_anything_is_loaded(folder):

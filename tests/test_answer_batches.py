@@ -15,6 +15,7 @@ from bt_adapter.chat.conversation import answer_batch, conversation_ids
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.prompts import Turn
+from bt_adapter.chat.questions import Question
 from bt_adapter.chat.settings import Answer
 from bt_adapter.training.processes import Processes
 
@@ -112,9 +113,7 @@ def test_each_file_is_watched_once_in_whatever_order_its_questions_stand(chat, f
     monkeypatch.setattr(answer, "load", lambda command: chat)
     watched = []
     monkeypatch.setattr(answer, "watch", lambda *a, real=answer.watch, **k: watched.append(a[1].path) or real(*a, **k))
-    asked = [
-        answer.Question(f"{text}/{name}", folder / f"{name}.mp4", TEXTS[text]) for text in range(3) for name in "abc"
-    ]
+    asked = [Question(f"{text}/{name}", folder / f"{name}.mp4", TEXTS[text]) for text in range(3) for name in "abc"]
     command = Answer(questions=folder, videos=folder, frames=4, max_new_tokens=4)
     with shares.SharedRows(tmp_path / "out.jsonl", {}, Processes("cpu")) as rows:
         skipped = answer.answer_with(command, asked, rows, 2, Console(quiet=True))

@@ -7,7 +7,7 @@ import json
 import pytest
 from tuning import write_clips
 
-from bt_adapter.chat.answer import read_questions
+from bt_adapter.chat.questions import read_questions
 from bt_adapter.data.finding import SUFFIXES, VideoFolder, VisualFolder
 from bt_adapter.data.video import VideoError
 from bt_adapter.qa import run as qa

@@ -11,7 +11,7 @@ from miniature.world import COLOURS, EVENTS, EXPOSURES, ITEMS, KINDS
 
 from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.video import read_video
-from bt_adapter.qa.run import read_items
+from bt_adapter.eval.qa import read_items
 from bt_adapter.tune.conversations import read_conversations
 
 COUNTS = {"pretrain": 70, "stills": 24, "stills-plain": 8, "stills-ramp": 8, "clips": 20, "heldout": 18}

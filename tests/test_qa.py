@@ -17,6 +17,7 @@ from bt_adapter.chat.rows import Rows
 from bt_adapter.commands import cli
 from bt_adapter.data.finding import VisualFolder
 from bt_adapter.errors import CommandError
+from bt_adapter.eval.qa import Item, exact_scores, normalise, read_items, write_predictions
 from bt_adapter.qa import judge
 from bt_adapter.qa import run as qa
 from bt_adapter.qa.judge import Case, Judge, JudgeError, judge_all, summary
@@ -35,16 +36,16 @@ def write(path, records):
 
 
 def test_every_benchmarks_records(tmp_path):
-    one = qa.read_items(write(tmp_path / "generic_qa.json", GENERIC))
+    one = read_items(write(tmp_path / "generic_qa.json", GENERIC))
     assert [(i.id, i.video, i.questions, i.answer) for i in one][1] == ("2", "b", ("w20 ?",), "right")
-    two = qa.read_items(write(tmp_path / "consistency_qa.json", CONSISTENCY))
+    two = read_items(write(tmp_path / "consistency_qa.json", CONSISTENCY))
     assert two[0].questions == ("how ?", "is it moving ?")
     asked = write(tmp_path / "q.json", [{"video_name": "xyz", "question": "how ?", "question_id": "v_xyz_0"}])
     right = write(tmp_path / "a.json", [{"answer": "no", "type": 3, "question_id": "v_xyz_0"}])
-    three = qa.read_items(asked, right)
+    three = read_items(asked, right)
     assert (three[0].id, three[0].answer, three[0].kind) == ("v_xyz_0", "no", "3")
     msvd = [{"answer": "dog", "id": 5, "question": "what ?", "video_id": 7}]
-    four = qa.read_items(write(tmp_path / "test_qa.json", msvd))
+    four = read_items(write(tmp_path / "test_qa.json", msvd))
     assert (four[0].id, four[0].video) == ("5", "7")
     assert qa.aspects_of(one, tmp_path / "generic_qa.json") == ("correctness", "detail", "context")
     assert qa.aspects_of(one, tmp_path / "temporal_qa.json") == ("temporal",)
@@ -68,7 +69,7 @@ def test_every_benchmarks_records(tmp_path):
 )
 def test_bad_records(tmp_path, records, message):
     with pytest.raises(CommandError, match=f"--data .*data.json.*{message}"):
-        qa.read_items(write(tmp_path / "data.json", records))
+        read_items(write(tmp_path / "data.json", records))
 
 
 @pytest.mark.parametrize(
@@ -79,9 +80,9 @@ def test_bad_files(tmp_path, data, message):
     good = write(tmp_path / "good.json", GENERIC)
     (tmp_path / "bad.json").write_bytes(data)
     with pytest.raises(CommandError, match=f"^--data .*bad.json{message}"):
-        qa.read_items(tmp_path / "bad.json")
+        read_items(tmp_path / "bad.json")
     with pytest.raises(CommandError, match=f"^--answers .*bad.json{message}"):
-        qa.read_items(good, tmp_path / "bad.json")
+        read_items(good, tmp_path / "bad.json")
 
 
 def test_lines_end_at_line_feeds_alone(tmp_path):
@@ -89,7 +90,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     records = [{"video_name": "a", "Q": "how ?", "A": text} for text in texts]
     lines = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     (tmp_path / "data.jsonl").write_bytes(lines.encode())
-    assert [item.answer for item in qa.read_items(tmp_path / "data.jsonl")] == texts
+    assert [item.answer for item in read_items(tmp_path / "data.jsonl")] == texts
 
 
 def test_predictions_hold_what_the_scorers_read(tmp_path):
@@ -98,10 +99,10 @@ def test_predictions_hold_what_the_scorers_read(tmp_path):
     msvd = write(tmp_path / "m.json", [{"answer": "dog", "id": 5, "question": "what ?", "video_id": 7}])
     out = tmp_path / "predictions.json"
     for items, ident, video, question, wanted in (
-        (qa.read_items(asked, right), "v_xyz_0", "xyz", "how ?", "no"),
-        (qa.read_items(msvd), 5, "7", "what ?", "dog"),
+        (read_items(asked, right), "v_xyz_0", "xyz", "how ?", "no"),
+        (read_items(msvd), 5, "7", "what ?", "dog"),
     ):
-        qa.write_predictions(out, items, {items[0].id: "said"})
+        write_predictions(out, items, {items[0].id: "said"})
         (row,) = json.loads(out.read_text())
         assert {name: row[name] for name in ("video_name", "Q", "A", "pred")} == {
             "video_name": video, "Q": question, "A": wanted, "pred": "said"
@@ -110,11 +111,11 @@ def test_predictions_hold_what_the_scorers_read(tmp_path):
 
 
 def test_exact_match_is_normalised():
-    assert qa.normalise("  The Dog's, a  DOG! ") == "dogs dog"
-    items = [qa.Item(str(i), "v", ("q",), right, {}, kind) for i, (right, kind) in
+    assert normalise("  The Dog's, a  DOG! ") == "dogs dog"
+    items = [Item(str(i), "v", ("q",), right, {}, kind) for i, (right, kind) in
              enumerate([("dog", "5"), ("A cat", "5"), ("two", "7"), ("no", "3")])]  # fmt: skip
     given = {"0": "Dog.", "1": "It is a cat", "2": "twofold", "3": "yes"}
-    scores = qa.exact_scores(items, given)
+    scores = exact_scores(items, given)
     assert (scores["questions"], scores["exact"], scores["contained"]) == (4, 0.25, 0.5)
     assert scores["kinds"]["5"] == {"n": 2, "exact": 0.5, "contained": 1.0}
 
@@ -136,7 +137,7 @@ def test_exact_match_is_normalised():
     ],
 )  # fmt: skip
 def test_exact_match_of_short_and_odd_answers(right, said, exact, contained):
-    scores = qa.exact_scores([qa.Item("1", "v", ("q",), right, {})], {"1": said})
+    scores = exact_scores([Item("1", "v", ("q",), right, {})], {"1": said})
     assert (scores["exact"], scores["contained"]) == (exact, contained)
 
 

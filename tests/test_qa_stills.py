@@ -8,10 +8,11 @@ from PIL import Image
 from test_answer import chat, folder  # noqa: F401 (fixtures)
 
 from bt_adapter.chat import answer, conversation
+from bt_adapter.chat.questions import Question, read_questions
 from bt_adapter.chat.watch import Sampling, encode_image, watch
 from bt_adapter.commands import cli
 from bt_adapter.errors import CommandError
-from bt_adapter.qa import run as qa
+from bt_adapter.eval.qa import exact_scores, read_items
 
 RECORDS = [
     {"id": "m1", "video_id": "a", "question": "how ?", "answer": "left", "type": "motion"},
@@ -121,10 +122,10 @@ def test_types_are_counted(tmp_path):
         {"question_id": "q", "question": "how ?", "answer": "left", "video_name": "v", "type": "y"},
     ]
     (tmp_path / "data.json").write_text(json.dumps(asked))
-    items = qa.read_items(tmp_path / "data.json")
+    items = read_items(tmp_path / "data.json")
     assert [item.kind for item in items] == ["x", "x", "y", "7", None, "y"]
     said = ["left", "It is left", "right", "right", "left", "Left."]
-    scores = qa.exact_scores(items, {item.id: text for item, text in zip(items, said, strict=True)})
+    scores = exact_scores(items, {item.id: text for item, text in zip(items, said, strict=True)})
     assert scores["kinds"] == {
         "x": {"n": 2, "exact": 0.5, "contained": 1.0},
         "y": {"n": 2, "exact": 0.5, "contained": 0.5},
@@ -133,7 +134,7 @@ def test_types_are_counted(tmp_path):
     assert (scores["questions"], scores["exact"]) == (6, 0.5)
     (tmp_path / "right.json").write_text(json.dumps([{"question_id": "q", "answer": "left", "type": 3}]))
     (tmp_path / "data.json").write_text(json.dumps(asked[-1:]))
-    assert qa.read_items(tmp_path / "data.json", tmp_path / "right.json")[0].kind == "3"
+    assert read_items(tmp_path / "data.json", tmp_path / "right.json")[0].kind == "3"
 
 
 @pytest.mark.parametrize(
@@ -153,27 +154,27 @@ def test_types_are_counted(tmp_path):
 def test_bad_records(tmp_path, record, message):
     (tmp_path / "data.json").write_text(json.dumps([record]))
     with pytest.raises(CommandError, match=f"data.json, record 1: .*{message}"):
-        qa.read_items(tmp_path / "data.json")
+        read_items(tmp_path / "data.json")
 
 
 def test_lists_of_questions_name_stills(chat, files, tmp_path):  # noqa: F811
     path = tmp_path / "questions.jsonl"
     path.write_text('{"image": "one.png", "question": "how ?"}\n{"video": "two.jpg", "question": "how ?"}\n')
-    first, second = answer.read_questions(path, files)
+    first, second = read_questions(path, files)
     assert (first.kind, first.video, second.kind) == ("image", files / "one.png", "image")
     path.write_text('{"question": "how ?"}\n')
-    (only,) = answer.read_questions(path, files / "two.jpg")
+    (only,) = read_questions(path, files / "two.jpg")
     assert (only.kind, only.name) == ("image", "two.jpg")
-    assert answer.read_questions(path, files / "moving.png")[0].kind == "video"
+    assert read_questions(path, files / "moving.png")[0].kind == "video"
     path.write_text('{"image": "one.png", "video": "a", "question": "how ?"}\n')
     with pytest.raises(CommandError, match="line 1: names a video and an image"):
-        answer.read_questions(path, files)
+        read_questions(path, files)
 
 
 def test_a_question_places_its_still(chat, files):  # noqa: F811
     """Named in the question as a still, a still may stand inside of it; a video may not stand there."""
-    asked = [answer.Question("1", files / "one.png", "how <image> ?", kind="image")]
-    asked.append(answer.Question("2", files / "one.png", "how <video> ?", kind="image"))
+    asked = [Question("1", files / "one.png", "how <image> ?", kind="image")]
+    asked.append(Question("2", files / "one.png", "how <video> ?", kind="image"))
     kept = []
 
     class Kept:

@@ -14,6 +14,7 @@ import torch
 from test_answer import chat, folder, make_engine, run_all  # noqa: F401 (fixtures)
 
 from bt_adapter.chat import ahead, answer, rows
+from bt_adapter.chat.questions import Question
 from bt_adapter.chat.watch import Sampling, watch
 from bt_adapter.commands import cli
 from bt_adapter.data import VideoError, patience
@@ -113,7 +114,7 @@ def prepare(chunk):
 
 def test_what_is_decoded_ahead_is_what_watching_sees(chat, folder):  # noqa: F811
     sampling = Sampling(frames=4)
-    with ahead.DecodedAhead(sampling, lambda chunk: chat.prepare(chunk)[0], 1) as decoded:
+    with ahead.DecodedAhead(sampling.open, lambda chunk: chat.prepare(chunk)[0], 1) as decoded:
         seen = watch(chat, decoded.take(folder / "a.mp4"), sampling)
     plain = watch(chat, folder / "a.mp4", sampling)
     assert torch.equal(seen.tokens, plain.tokens)
@@ -135,7 +136,7 @@ def test_the_next_videos_are_decoded_while_one_is_watched(chat, folder, tmp_path
 
     monkeypatch.setattr(Sampling, "open", opened)
     monkeypatch.setattr(answer, "watch", watched)
-    asked = [answer.Question(name, folder / name, "how ?") for name in begun]
+    asked = [Question(name, folder / name, "how ?") for name in begun]
     with rows.Rows(tmp_path / "out.jsonl", {}) as file:
         answer.answer_all(chat, asked, file, Sampling(frames=4), 1, 4, workers=1)
         assert set(file.done) == set(begun)
@@ -158,7 +159,7 @@ class Slow:
 def test_no_more_is_decoded_than_is_held(monkeypatch):
     monkeypatch.setattr(Sampling, "open", lambda self, path: Slow())
     counted = []
-    video = ahead.DecodedVideo(Path("many.mp4"), Sampling(), lambda chunk: counted.append(1) or chunk)
+    video = ahead.DecodedVideo(Path("many.mp4"), Sampling().open, lambda chunk: counted.append(1) or chunk)
     assert len(video) == video.total == 50
     chunks = iter(video)
     for number in range(5):
@@ -183,7 +184,7 @@ def test_storage_that_fails_on_the_way_loses_and_repeats_no_frame(folder, monkey
     plain = torch.cat(list(FrameStream(folder / "a.mp4", chunk=2)))
     monkeypatch.setattr(FrameStream, "__iter__", failing)
     monkeypatch.setattr(Sampling, "open", lambda self, path: FrameStream(path, chunk=2))
-    found = torch.cat(list(ahead.DecodedVideo(folder / "a.mp4", Sampling(), prepare)))
+    found = torch.cat(list(ahead.DecodedVideo(folder / "a.mp4", Sampling().open, prepare)))
     assert torch.equal(found, plain.float())
 
 
@@ -219,6 +220,6 @@ def test_storage_that_keeps_failing_stops_the_run_and_keeps_its_answers(chat, fo
 
 
 def test_an_error_is_told_to_who_asks_for_a_length(folder):  # noqa: F811
-    video = ahead.DecodedVideo(folder / "broken.mp4", Sampling(), prepare)
+    video = ahead.DecodedVideo(folder / "broken.mp4", Sampling().open, prepare)
     with pytest.raises(VideoError, match="broken.mp4"):
         len(video)

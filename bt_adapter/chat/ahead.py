@@ -17,7 +17,6 @@ from bt_adapter.data.patience import read_patiently
 from bt_adapter.errors import CommandError
 
 if TYPE_CHECKING:
-    from bt_adapter.chat.watch import Sampling
     from bt_adapter.data.stream import FrameStream
 
 _CHUNKS = 2  # decoded chunks queued per video
@@ -36,12 +35,14 @@ class DecodedVideo:
 
     Args:
         path: video file.
-        sampling: choice of frames.
+        open_video: opens the file with a choice of frames, see ``Sampling.open``.
         prepare: converts a chunk uint8 ``[t, 3, H, W]`` into the tensor that iteration yields.
     """
 
-    def __init__(self, path: Path, sampling: Sampling, prepare: Callable[[Tensor], Tensor]) -> None:
-        self.path, self.sampling, self.prepare = path, sampling, prepare
+    def __init__(
+        self, path: Path, open_video: Callable[[Path], FrameStream], prepare: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.path, self.open_video, self.prepare = path, open_video, prepare
         self.progress = None  # assigned by `watch`; not reported here
         self._stop, self._opened = threading.Event(), threading.Event()
         self._chunks: queue.Queue[Tensor | Exception | None] = queue.Queue(_CHUNKS)
@@ -99,7 +100,7 @@ class DecodedVideo:
 
     def _decode(self) -> None:
         """Queue the chunks that were not queued before; called again after a storage failure."""
-        stream = self._stream = self.sampling.open(self.path)
+        stream = self._stream = self.open_video(self.path)
         self._opened.set()
         for number, chunk in enumerate(stream):
             if number == self._delivered:
@@ -118,11 +119,13 @@ class DecodedVideo:
 class DecodedAhead:
     """A pool of videos that are decoded in advance. Leaving its context stops its threads.
 
-    sampling, prepare: see :class:`DecodedVideo`. workers: maximum number of videos decoded at a time, 1 or more.
+    open_video, prepare: see :class:`DecodedVideo`. workers: maximum number of videos decoded at a time, 1 or more.
     """
 
-    def __init__(self, sampling: Sampling, prepare: Callable[[Tensor], Tensor], workers: int) -> None:
-        self.sampling, self.prepare, self.workers = sampling, prepare, workers
+    def __init__(
+        self, open_video: Callable[[Path], FrameStream], prepare: Callable[[Tensor], Tensor], workers: int
+    ) -> None:
+        self.open_video, self.prepare, self.workers = open_video, prepare, workers
         self._started: dict[Path, DecodedVideo] = {}
         self._threads: list[threading.Thread] = []
 
@@ -151,6 +154,6 @@ class DecodedAhead:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _launch(self, path: Path) -> DecodedVideo:
-        video = DecodedVideo(path, self.sampling, self.prepare)
+        video = DecodedVideo(path, self.open_video, self.prepare)
         self._threads = [thread for thread in self._threads if thread.is_alive()] + [video.thread]
         return video

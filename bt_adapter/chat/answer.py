@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
@@ -18,12 +17,12 @@ from rich.console import Console
 from bt_adapter.chat.ahead import DecodedAhead
 from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, check_context, context, video_room
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
+from bt_adapter.chat.questions import Question, read_questions, share_of
 from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.session import chosen_dtype, load, sampling_of, say_choices
 from bt_adapter.chat.settings import Answer, BatchChatModel
-from bt_adapter.chat.shares import SharedRows, share_of
+from bt_adapter.chat.shares import SharedRows
 from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, watch
-from bt_adapter.data.finding import VisualFolder
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 from bt_adapter.model.dtypes import ChosenDtype
@@ -34,30 +33,6 @@ if TYPE_CHECKING:
     from bt_adapter.chat.engine import VideoChat
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about a video or a still image.
-
-    id: unique key of the answer. video: path of the file. extra: fields copied into the answer's row. given: the file
-    as the question named it, which distinguishes files of the same name in two folders; None: the file's name. kind:
-    "video" or "image"; the answer's row stores the file's name under this key.
-    """
-
-    id: str
-    video: Path
-    text: str
-    extra: dict[str, Any] = field(default_factory=dict)
-    given: str | None = None
-    kind: str = "video"
-
-    @property
-    def name(self) -> str:
-        """The name of the video or still."""
-        return self.video.name if self.given is None else self.given
-
-
 # Processes with short videos wait for those with long ones. A dead process is detected without this timeout.
 _TIMEOUT = timedelta(days=7)
 
@@ -193,7 +168,7 @@ def answer_all(
     skipped = Skipped() if skipped is None else skipped
     room = video_room(context(chat.model), 0, max_new_tokens)
     sampling = replace(sampling, side=chat.images.largest_side)
-    with DecodedAhead(sampling, lambda chunk: chat.prepare(chunk)[0], workers) as ahead:
+    with DecodedAhead(sampling.open, lambda chunk: chat.prepare(chunk)[0], workers) as ahead:
         files = _Files(chat, sampling, batch, room, ahead, questions)
         for start in range(0, len(questions), batch):
             asked, prompts = [], []
@@ -218,56 +193,6 @@ def answer_all(
             if progress is not None:
                 progress(min(start + batch, len(questions)), len(questions))
     return skipped
-
-
-def read_questions(path: Path, videos: Path) -> list[Question]:
-    """Read a JSON-lines file of questions.
-
-    A line is {"video" or "image", "question"}, optionally with "id" (default: the line number) and "answer".
-    ``videos``: the folder of the files (names may lack their suffix), or one file that all questions are about. A
-    picture named under "video" is treated as a still image.
-
-    Raises CommandError with the line number: not UTF-8, not JSON, a missing field, both a video and an image, an empty
-    question, a duplicate id.
-    """
-    questions: dict[str, Question] = {}
-    folder = VisualFolder(videos.parent if videos.is_file() else videos)
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON may hold U+2028 and the like as they are
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CommandError(f"{where}: not JSON ({error})") from error
-        kind = "image" if isinstance(row, dict) and row.get("image") is not None else "video"
-        wanted = ("question",) if videos.is_file() else (kind, "question")
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in wanted):
-            wanted = wanted if videos.is_file() else ("video (or image)", "question")
-            raise CommandError(f"{where}: expected an object with the texts {' and '.join(wanted)}")
-        if kind == "image" and row.get("video") is not None:
-            raise CommandError(f"{where}: names a video and an image; name one of them")
-        if not row["question"].strip():
-            raise CommandError(f"{where}: the question is empty")
-        key = str(row.get("id", number))
-        if key in questions:
-            raise CommandError(f"{where}: id {key!r} is used twice; ids must be unique")
-        given = None if videos.is_file() else row[kind]
-        path, kind = folder.find(videos.name, "video") if given is None else folder.find(given, kind)
-        extra = {k: row[k] for k in ("answer",) if k in row}
-        questions[key] = Question(key, path, row["question"], extra, given, kind)
-    if not questions:
-        raise CommandError(f"{path}: holds no question; expected one JSON object per line")
-    return list(questions.values())
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file. Raises CommandError with the line and byte of an invalid character."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise CommandError(f"{path}, line {line}: not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _prompt(chat: VideoChat, visual: Visual, question: str, max_new_tokens: int) -> tuple[list[int], list[Visual]]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import glob
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bt_adapter.chat.rows import Rows, about_file
 from bt_adapter.errors import CommandError
 from bt_adapter.training.processes import Processes
-
-if TYPE_CHECKING:
-    from bt_adapter.chat.answer import Question
 
 
 class SharedRows(Rows):
@@ -76,14 +73,6 @@ class SharedRows(Rows):
                 with Rows(name, about) as part:
                     self._append_missing(list(part.done.values()))
                 _remove(Path(name))
-
-
-def share_of(questions: Sequence[Question], processes: Processes) -> list[Question]:
-    """Select the questions of this process: equal shares, ordered so that questions about one video are adjacent."""
-    place = {video: number for number, video in enumerate(dict.fromkeys(question.video for question in questions))}
-    ordered = sorted(questions, key=lambda question: place[question.video])
-    first, last = (len(ordered) * rank // processes.world for rank in (processes.rank, processes.rank + 1))
-    return ordered[first:last]
 
 
 def _remove(part: Path) -> None:
