@@ -17,9 +17,11 @@ from test_attach import PATCHES as CHAT_PATCHES
 from test_chat import make_tokenizer
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from bt_adapter.chat import tuned
 from bt_adapter.chat.attach import attach
 from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, embed
 from bt_adapter.chat.engine import VideoChat
+from bt_adapter.chat.loading import LoadOptions
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.watch import Sampling, encode_image, read_image, watch
 from bt_adapter.data import VideoError, read_video, write_video
@@ -320,16 +322,13 @@ def test_batches_answer_as_single_prompts_do(chat):
     assert len(set(together)) > 1
 
 
-def test_a_tuned_folder_is_a_model(monkeypatch, tmp_path):
+def test_a_tuned_folder_is_a_model(chat, monkeypatch, tmp_path):
     """Its own test is ``test_tune.py``'s; this one holds that ``load`` hands it over with all it was given."""
-    from bt_adapter import tune
-
-    given = {}
-    monkeypatch.setattr(tune, "load", lambda *places, **options: given.update(places=places, **options) or "loaded")
-    (tmp_path / tune.ABOUT).write_text("{}")
-    assert VideoChat.load(tmp_path, None, "cpu", torch.bfloat16) == "loaded"
-    places = (tmp_path, None, None, "cpu", torch.bfloat16)
-    assert given == {"places": places, "quantize": None, "require_same_tower": True, "use_branch": True}
+    given = []
+    monkeypatch.setattr(tuned, "load_tuned", lambda *places: given.append(places) or (chat.model, chat.processor))
+    (tmp_path / "tuned.json").write_text("{}")
+    assert VideoChat.load(tmp_path, None, "cpu", torch.bfloat16, "nf4", False, False).model is chat.model
+    assert given == [(tmp_path, None, None, LoadOptions("cpu", torch.bfloat16, "nf4", False, False))]
     make_chat().save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="needs a branch"):
         VideoChat.load(tmp_path / "plain")

@@ -15,9 +15,10 @@ from test_chat import mini_is_there
 from bt_adapter import mini
 from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.engine import VideoChat, read
+from bt_adapter.chat.loading import LoadOptions
 from bt_adapter.chat.session import sampling_of
 from bt_adapter.chat.settings import Chat
-from bt_adapter.chat.tuned import load_base
+from bt_adapter.chat.tuned import load_by_name
 from bt_adapter.commands import cli, demo
 from bt_adapter.data import write_video
 from bt_adapter.errors import CommandError
@@ -109,7 +110,7 @@ def test_the_stored_parts_are_small_and_name_no_place_of_a_machine():
 @pytest.mark.parametrize("name", ["mini:projector", "mini:", "mini:last"])
 def test_an_unknown_stage_is_refused(name, capsys, tmp_path):
     with pytest.raises(ValueError, match="mini:fresh, mini:image, mini:tuned, mini:control"):
-        load_base(name, None)
+        load_by_name(name, None, LoadOptions())
     for arguments in (
         ["chat", "--model", name, "--video", __file__, "What?"],
         ["tune", "--model", name, "--data", "x.json"],
@@ -141,7 +142,7 @@ def test_stages_from_the_first_to_the_last(tmp_path):
     image = VideoChat.mini("image")
     assert torch.equal(image.encode(pixels), image.encode(pixels, True))
     assert not torch.equal(image.encode(pixels), image.encode(pixels, False))
-    alone = load_base("mini:image", None, use_branch=False)
+    alone = VideoChat(*load_by_name("mini:image", None, LoadOptions(use_branch=False)))
     assert attached_branch(alone.model).branch.is_absent
     assert torch.equal(alone.encode(pixels), image.encode(pixels, False))
     fresh = VideoChat.mini("fresh")

@@ -28,6 +28,7 @@ from bt_adapter.chat.attach import attached_branch, video_tokens
 from bt_adapter.chat.engine import VideoChat, read
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.native import saving
+from bt_adapter.chat.tuned import projector_of
 from bt_adapter.commands import cli
 from bt_adapter.native import NATIVE_CLASSES
 from bt_adapter.tune.run import tune as run_tuning
@@ -117,8 +118,8 @@ def test_tuning_writes_a_model_that_transformers_loads_by_itself(name, tmp_path,
     ids = families.ids(chat.family.video_length)
     with torch.no_grad():
         for owner in (chat.model, base.model):
-            projector = tune.parts.projector_of(owner)
-            projector.load_state_dict(tune.parts.projector_of(chat.model).state_dict())
+            projector = projector_of(owner)
+            projector.load_state_dict(projector_of(chat.model).state_dict())
         expected = chat.model(input_ids=ids, pixel_values=pixels).logits
         torch.testing.assert_close(theirs(input_ids=ids, pixel_values=pixels).logits, expected, rtol=1e-4, atol=1e-5)
         native = ids.masked_fill(ids == families.IMAGE_TOKEN, model.video_token_id)

@@ -29,8 +29,8 @@ from miniature.world import EVENTS, KINDS, draw, exposures, of_kind, random_labe
 from bt_adapter import BTAdapterVisionModel  # noqa: E402
 from bt_adapter.chat.attach import attached_branch  # noqa: E402
 from bt_adapter.chat.engine import VideoChat  # noqa: E402
+from bt_adapter.chat.tuned import projector_of  # noqa: E402
 from bt_adapter.eval.report import versions, write_json  # noqa: E402
-from bt_adapter.tune.parts import projector_of  # noqa: E402
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 PART = 48  # clips that run through the model at once

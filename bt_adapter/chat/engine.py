@@ -14,10 +14,11 @@ from torch import Tensor
 from bt_adapter.chat.attach import attached_branch, video_tokens
 from bt_adapter.chat.conversation import Conversation, Reply, Visual
 from bt_adapter.chat.families import family_of
-from bt_adapter.chat.loading import load_with_branch
+from bt_adapter.chat.loading import LoadOptions
 from bt_adapter.chat.native.processing import make_processor
 from bt_adapter.chat.native.saving import save_video_model
 from bt_adapter.chat.quantize import Quantize
+from bt_adapter.chat.tuned import load_by_name, load_saved
 from bt_adapter.data import Video, read_video
 from bt_adapter.data.image_settings import ImageSettings
 from bt_adapter.model.adapter import BTAdapterVisionModel
@@ -59,9 +60,7 @@ class VideoChat:
         Raises:
             ValueError: there is no such stage. MiniError: a part is not installed.
         """
-        from bt_adapter.chat.tuned import load_base
-
-        return load_base(f"mini:{stage}", None, device, dtype)
+        return VideoChat(*load_by_name(f"mini:{stage}", None, LoadOptions(device, dtype)))
 
     @staticmethod
     def load(
@@ -93,14 +92,8 @@ class VideoChat:
             QuantizeError: the package that quantizes is not installed.
             Also the errors of transformers, `attach` and ``bt_adapter.tune.load``.
         """
-        from bt_adapter import tune
-
-        if tune.is_tuned(model):
-            return tune.load(
-                model, None, branch, device, dtype, quantize=quantize, require_same_tower=require_same_tower,
-                use_branch=use_branch,
-            )  # fmt: skip
-        return VideoChat(*load_with_branch(model, branch, device, dtype, quantize, require_same_tower, use_branch))
+        options = LoadOptions(device, dtype, quantize, require_same_tower, use_branch)
+        return VideoChat(*load_saved(model, branch, options))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write model, branch and processor as a folder that :meth:`load` and transformers' Auto classes read.

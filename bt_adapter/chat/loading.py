@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,23 @@ from bt_adapter.errors import CheckpointError
 from bt_adapter.towers.hugging_face import check_place, load_pretrained, locate_branch
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """The options of loading a chat model; ``VideoChat.load`` describes them."""
+
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    quantize: Quantize | None = None
+    require_same_tower: bool = True
+    use_branch: bool = True
+
+
 def load_with_branch(
-    name: str | os.PathLike[str],
-    branch: str | os.PathLike[str] | None,
-    device: str,
-    dtype: torch.dtype | None,
-    quantize: Quantize | None,
-    require_same_tower: bool,
-    use_branch: bool = True,
+    name: str | os.PathLike[str], branch: str | os.PathLike[str] | None, options: LoadOptions
 ) -> tuple[Any, Any]:
     """Load a video chat model and its processor (or the processor or tokenizer of its image chat model).
 
-    Args:
-        name: an image chat model, which needs a branch; or a video chat model, whose branch ``branch`` replaces.
-        use_branch: False: an image chat model needs no branch; video tokens are then the mean over the frames.
+    name: an image chat model, which needs a branch; or a video chat model, whose branch ``branch`` replaces.
 
     These errors are found in the configurations, before any weights are read: an unsupported kind of model, a tower
     that is no CLIP, a missing branch, and a branch for a tower of other sizes.
@@ -55,27 +59,28 @@ def load_with_branch(
     name = check_place(name)
     family = read_skeleton(name)
     if branch is None:
-        if not isinstance(family.chat, VideoModel) and use_branch:
+        if not isinstance(family.chat, VideoModel) and options.use_branch:
             raise ValueError(
                 f"model {name} needs a branch, but branch is None: it is an image chat model (without one, --no-branch "
                 "or use_branch=False gives the mean of the frames)"
             )
     else:
         branch = locate_branch(branch)
-        check_branch(branch, family, require_same_tower)
+        check_branch(branch, family, options.require_same_tower)
     processor = read_processor(name)
-    options: dict[str, Any] = {}
-    if quantize is not None:
+    further: dict[str, Any] = {}
+    if options.quantize is not None:
         kept = names_outside_language_model(family)
-        options = {"quantization_config": quantization(quantize, kept), "device_map": {"": device}}
+        further = {"quantization_config": quantization(options.quantize, kept), "device_map": {"": options.device}}
     if (settings := generation_settings(name)) is not None:
-        options["generation_config"] = settings
-    chat = load_pretrained(type(family.chat), name, dtype, **options)
-    if quantize is None and not getattr(chat, "is_quantized", False):  # accelerate has already placed a quantised one
-        chat = chat.to(device)
+        further["generation_config"] = settings
+    chat = load_pretrained(type(family.chat), name, options.dtype, **further)
+    # accelerate has already placed a quantised model
+    if options.quantize is None and not getattr(chat, "is_quantized", False):
+        chat = chat.to(options.device)
     if branch is None and isinstance(family.chat, VideoModel):
         return chat, processor
-    return attach(chat, branch, require_same_tower), processor
+    return attach(chat, branch, options.require_same_tower), processor
 
 
 def read_skeleton(name: str) -> Family:

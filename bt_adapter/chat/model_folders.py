@@ -7,11 +7,9 @@ from pathlib import Path
 
 from bt_adapter.errors import CommandError
 from bt_adapter.towers.hugging_face import is_hub_name, read_json
-from bt_adapter.tune import is_tuned
 
+TUNED = "tuned.json"  # describes the parts in a folder that a tuning run wrote
 NATIVE_PREFIX = "bt_adapter_"  # of the model types of video chat models (``bt_adapter.native``)
-
-
 STAGES = ("fresh", "image", "tuned", "control")  # of the small stack's chat model
 
 
@@ -57,6 +55,11 @@ def needs_branch(model: str) -> bool:
     """Whether a local chat model has no branch of its own. Models on the hub are checked when they are loaded."""
     has_branch = mini_stage(model) is not None or is_tuned(model) or is_native(model)
     return not has_branch and not is_hub_name(model)
+
+
+def is_tuned(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is the result of a tuning run."""
+    return (Path(folder) / TUNED).is_file()
 
 
 def is_native(model: str) -> bool:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bt_adapter.chat.model_folders import is_native, mini_stage
+from bt_adapter.chat.model_folders import TUNED, is_native, mini_stage
 from bt_adapter.chat.settings import ChatModel
 from bt_adapter.errors import CommandError
 from bt_adapter.mini import weights_folder
 from bt_adapter.towers.hugging_face import read_json
 
-TUNED, PRETRAINED = "tuned.json", "pretrained.json"
+PRETRAINED = "pretrained.json"
 DEFAULTS: dict[str, Any] = {"frames": 8, "repeat": False, "windows": None, "long": "average", "branch": True}
 
 

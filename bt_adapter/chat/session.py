@@ -12,10 +12,12 @@ from rich.console import Console
 
 from bt_adapter.chat.conversation import ContextError, Conversation, Reply
 from bt_adapter.chat.engine import VideoChat, peak_memory
+from bt_adapter.chat.loading import LoadOptions
 from bt_adapter.chat.prompts import PromptError
 from bt_adapter.chat.quantize import QuantizeError
 from bt_adapter.chat.sampled import settle_sampling
 from bt_adapter.chat.settings import Chat, ChatModel
+from bt_adapter.chat.tuned import load_by_name
 from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, watch
 from bt_adapter.data import VideoError
 from bt_adapter.data.patience import read_patiently
@@ -218,15 +220,12 @@ def chosen_dtype(command: ChatModel) -> ChosenDtype:
 
 def load(command: ChatModel) -> VideoChat:
     """Load the model of a command line. Raises CommandError if a part is missing or does not fit."""
-    from bt_adapter.chat.tuned import load_base
-
-    device, dtype = device_of(command), chosen_dtype(command).dtype
+    options = LoadOptions(
+        device_of(command), chosen_dtype(command).dtype, command.quantize, command.require_same_tower,
+        sampling_of(command).branch,
+    )  # fmt: skip
     try:
-        same, quantize = command.require_same_tower, command.quantize
-        return load_base(
-            command.model, command.branch, device, dtype, quantize=quantize, require_same_tower=same,
-            use_branch=sampling_of(command).branch,
-        )  # fmt: skip
+        return VideoChat(*load_by_name(command.model, command.branch, options))
     except QuantizeError as error:
         raise CommandError(f"--{error}") from error
     except (ValueError, TypeError, ImportError) as error:

@@ -53,9 +53,11 @@ def run(command: Export) -> int:
         raise CommandError(f"MODEL {command.model} needs --branch: a branch pretrained on its CLIP")
     import torch
 
+    from bt_adapter.chat.engine import VideoChat
     from bt_adapter.chat.export import save_chat
+    from bt_adapter.chat.loading import LoadOptions
     from bt_adapter.chat.sampled import DEFAULTS, read_sampling
-    from bt_adapter.chat.tuned import load_base
+    from bt_adapter.chat.tuned import load_by_name
     from bt_adapter.progress import make_console, say
 
     notes = make_console(stderr=True)
@@ -64,7 +66,8 @@ def run(command: Export) -> int:
     frames, long = command.frames or sampling["frames"], command.long or sampling["long"]
     with notes.status("loading the model"):
         try:
-            chat = load_base(command.model, command.branch, dtype=dtype, require_same_tower=command.require_same_tower)
+            options = LoadOptions(dtype=dtype, require_same_tower=command.require_same_tower)
+            chat = VideoChat(*load_by_name(command.model, command.branch, options))
         except (ValueError, TypeError) as error:
             branch = "" if command.branch is None else f" with --branch {command.branch}"
             raise CommandError(f"MODEL {command.model}{branch}: {error}") from error

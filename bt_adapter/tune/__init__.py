@@ -1,26 +1,23 @@
 """Video instruction tuning of a chat model with a branch (arXiv 2309.15785, section 3.3).
 
 ``recipe`` (options) → ``conversations`` and ``tokens`` (reading) → ``features`` and ``batches`` (input of a step) →
-``step`` and ``loss`` (its gradients) → ``run`` (the loop) → ``parts`` (trained parameters, written) → ``load``.
+``step`` and ``loss`` (its gradients) → ``run`` (the loop) → ``parts`` (trained parameters, written). `load` reads them
+with ``bt_adapter.chat.tuned``. Importing this package does not import torch.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bt_adapter.chat.model_folders import is_tuned
 
 if TYPE_CHECKING:
     import torch
 
     from bt_adapter.chat.engine import VideoChat
 
-ABOUT = "tuned.json"
-
-
-def is_tuned(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder is the result of a tuning run."""
-    return (Path(folder) / ABOUT).is_file()
+__all__ = ["is_tuned", "load"]
 
 
 def load(
@@ -46,6 +43,10 @@ def load(
         CheckpointError: a file is damaged, the branch is not the one tuned, or the model has other shapes. Another chat
             model of the same shapes is not detected.
     """
+    from bt_adapter.chat.engine import VideoChat
+    from bt_adapter.chat.loading import LoadOptions
     from bt_adapter.chat.tuned import load_tuned
 
-    return load_tuned(folder, model, branch, device, dtype, **options)
+    given = model.model if isinstance(model, VideoChat) else model
+    chat, processor = load_tuned(folder, given, branch, LoadOptions(device, dtype, **options))
+    return model if isinstance(model, VideoChat) else VideoChat(chat, processor)

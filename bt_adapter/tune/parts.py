@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,19 +14,13 @@ from torch import nn
 
 from bt_adapter.chat.attach import attached_branch, freeze_unreached
 from bt_adapter.chat.families import family_of
+from bt_adapter.chat.model_folders import TUNED
+from bt_adapter.chat.tuned import FILES, FORMAT, check_files, projector_of
 from bt_adapter.errors import CheckpointError, CommandError
-from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.model.checkpoint import load_exactly, read_safetensors
-from bt_adapter.tune import ABOUT
 from bt_adapter.tune.recipe import TuneRecipe
 
-FORMAT = 1
 _PEFT = "base_model.model."  # PEFT's prefix of the names of the model it wraps
-FILES = {
-    "projector": "projector.safetensors",
-    "branch": "branch/model.safetensors",
-    "lora": "lora/adapter_model.safetensors",
-}
 
 
 class Learned(nn.ModuleDict):
@@ -88,7 +81,7 @@ class Learned(nn.ModuleDict):
         if "lora" in self:
             save_adapters(self["lora"], self.inside, folder / "lora", str(about.get("model", "")))
         about = {"format": FORMAT, "parts": list(self)} | about
-        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (folder / TUNED).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Load the parts that :meth:`save` wrote.
@@ -111,16 +104,6 @@ class Learned(nn.ModuleDict):
             found: Any = set_peft_model_state_dict(self["lora"], state)
             if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
                 raise CheckpointError(f"{folder / FILES['lora']} does not fit the language model's adapters")
-
-
-def projector_of(chat: Any) -> nn.Module:
-    """The projector of visual tokens to the language model's width, or the linear layer after a Q-Former."""
-    inner = getattr(chat, "model", chat)
-    for name in ("multi_modal_projector", "language_projection"):
-        for owner in (inner, chat):
-            if isinstance(found := getattr(owner, name, None), nn.Module):
-                return found
-    raise CommandError(f"--learn projector: {type(chat).__name__} has no projector")
 
 
 def add_adapters(chat: Any, language_model: nn.Module, recipe: TuneRecipe) -> Any:
@@ -173,22 +156,6 @@ def save_adapters(adapters: Any, inside: str, folder: Path, model: str) -> None:
     config = copy.copy(adapters.peft_config[adapters.active_adapter])
     config.target_modules, config.base_model_name_or_path, config.inference_mode = set(layers), model, True
     config.save_pretrained(os.fspath(folder))
-
-
-def branch_fingerprint(model: BTAdapterVisionModel) -> dict[str, float] | None:
-    """Norms of some of a branch's weights, which identify it in any dtype; None: there is no branch."""
-    if model.branch.is_absent:
-        return None
-    weights = dict(model.branch.named_parameters())
-    layers = ("temporal.0.fc.weight", "temporal.0.attention.out_proj.weight", "spatial.0.fc1.weight")
-    chosen = ("cls_token", "time", *layers)
-    return {name: weights[name].detach().float().norm().item() for name in chosen if name in weights}
-
-
-def check_files(folder: Path, parts: Sequence[str]) -> None:
-    """Raise CheckpointError naming the files that are missing."""
-    if lacking := [FILES[part] for part in parts if not (folder / FILES[part]).is_file()]:
-        raise CheckpointError(f"{folder} lacks {', '.join(lacking)} of the parts it was tuned in: {', '.join(parts)}")
 
 
 def _train_checkpointed(language_model: nn.Module) -> None:

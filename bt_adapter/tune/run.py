@@ -17,9 +17,10 @@ from torch import nn
 from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.conversation import context
 from bt_adapter.chat.engine import VideoChat
+from bt_adapter.chat.loading import LoadOptions
 from bt_adapter.chat.model_folders import mini_stage
 from bt_adapter.chat.quantize import QuantizeError, is_quantized
-from bt_adapter.chat.tuned import load_base, load_tuned
+from bt_adapter.chat.tuned import branch_fingerprint, load_by_name
 from bt_adapter.data.loading import in_order, numbers_seed
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
@@ -33,7 +34,7 @@ from bt_adapter.tune.batches import Order, Step, Steps, VisualReader
 from bt_adapter.tune.conversations import read_conversations
 from bt_adapter.tune.features import FeatureStore, store_features
 from bt_adapter.tune.gradients import share_gradients
-from bt_adapter.tune.parts import Learned, branch_fingerprint
+from bt_adapter.tune.parts import Learned
 from bt_adapter.tune.recipe import TuneRecipe
 from bt_adapter.tune.step import Tuning
 from bt_adapter.tune.tokens import Tokens, digest, make_examples
@@ -305,7 +306,7 @@ class Run(TrainingRun):
         if not self.given:
             # frees memory for the model that is loaded
             del self.chat, self.learned, self.tuning, self.optimizer, self.parameters
-            return load_tuned(tuned, None, None, "cpu", None)
+            return VideoChat.load(tuned)
         if "lora" in self.learned:
             adapters: Any = self.learned["lora"]
             adapters.merge_and_unload()
@@ -322,11 +323,10 @@ def load_chat(recipe: TuneRecipe, device: torch.device, needs_branch: bool) -> V
         CommandError: they are missing or do not fit each other.
     """
     use_branch = needs_branch or "branch" in recipe.learn
+    dtype = getattr(torch, recipe.dtype)
+    options = LoadOptions(str(device), dtype, recipe.quantize, recipe.require_same_tower, use_branch)
     try:
-        chat = load_base(
-            recipe.model, recipe.branch, str(device), getattr(torch, recipe.dtype),
-            require_same_tower=recipe.require_same_tower, quantize=recipe.quantize, use_branch=use_branch,
-        )  # fmt: skip
+        chat = VideoChat(*load_by_name(recipe.model, recipe.branch, options))
     except QuantizeError as error:
         raise CommandError(f"--{error}") from error
     except (OSError, ValueError, TypeError) as error:
