@@ -26,4 +26,9 @@ def load_clip(folder: str | os.PathLike[str] | None = None) -> tuple[CLIPModel, 
     model = CLIPModel(CLIPConfig.from_pretrained(folder)).float()
     model.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
     model.name_or_path = name
-    return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+    return model.eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: str | os.PathLike[str] | None = None) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of the small CLIP alone; arguments and errors as for :func:`load_clip`."""
+    return PreTrainedTokenizerFast.from_pretrained(weights_folder("clip") if folder is None else folder)

@@ -44,44 +44,43 @@ def read_tower(clip: nn.Module) -> FoundTower:
     raise TypeError(f"clip must be {SUPPORTED}, but is a {type(clip).__name__} of model_type {kind!r}{hint}")
 
 
-def load_image_model(name: str | os.PathLike[str]) -> nn.Module:
-    """Load the frozen image model for a branch, float32, without its text tower where possible.
+def load_image_model(name: str | os.PathLike[str], with_text: bool = False) -> nn.Module:
+    """Load the frozen image model for a branch, float32.
 
     Args:
         name: "mini" (the small CLIP of this package), a local folder, a hub name, or a name of open_clip (see
             ``bt_adapter.towers.open_clip``).
+        with_text: load its text tower too, which is left out otherwise, where possible.
 
     Raises:
-        OSError: the model is not found. CheckpointError: the model is of another type, or lacks weights.
+        OSError: the model is not found.
+        CheckpointError: the model is of another type, lacks weights, or has no text tower (a DINOv2) to load.
         CommandError: the model needs open_clip, which is not installed.
     """
-    from transformers import CLIPVisionModelWithProjection, SiglipVisionModel
+    from transformers import CLIPModel, CLIPVisionModelWithProjection, SiglipModel, SiglipVisionModel
 
     name = os.fspath(name)
     if name == "mini":
-        from bt_adapter.mini.clip import load_clip as load_mini
+        from bt_adapter.mini.clip import load_clip
 
-        return load_mini()[0]
+        return load_clip()[0]
     if open_clip.is_name(name):
         return open_clip.load(name)
     kind = model_kind(name)
     if kind in CLIP:
-        return with_image_settings(load_clip_model(CLIPVisionModelWithProjection, name), name)
-    if kind in SIGLIP:
-        return with_image_settings(load_pretrained(SiglipVisionModel, name), name)
-    if kind in DINOV2:
+        model = load_clip_model(CLIPModel if with_text else CLIPVisionModelWithProjection, name)
+    elif kind in SIGLIP:
+        model = load_pretrained(SiglipModel if with_text else SiglipVisionModel, name)
+    elif kind in DINOV2 and not with_text:
         return dinov2.load(name, kind)
-    raise other_kind(name, kind)
-
-
-def with_image_settings(model: Any, name: str) -> Any:
-    """Set the model's ``image_settings`` from its image processor and return the model."""
+    elif kind in DINOV2:
+        raise CheckpointError(
+            f"{name} is a DINOv2, which has no text tower: its branch can be neither pretrained on captions nor "
+            "evaluated, and gives only video tokens (BTAdapterVisionModel.from_clip). Give a CLIP or a SigLIP"
+        )
+    else:
+        hint = "; of SigLIP 2, models of fixed resolution are supported, not NaFlex" if kind == "siglip2" else ""
+        raise CheckpointError(f"{name} is a model of type {kind!r}, expected {SUPPORTED}{hint}")
     config = getattr(model.config, "vision_config", model.config)
     model.image_settings = read_image_settings(name, config.image_size)
     return model
-
-
-def other_kind(name: str, kind: str | None) -> CheckpointError:
-    """Make the error for a model of an unsupported type."""
-    hint = "; of SigLIP 2, models of fixed resolution are supported, not NaFlex" if kind == "siglip2" else ""
-    return CheckpointError(f"{name} is a model of type {kind!r}, expected {SUPPORTED}{hint}")

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bt_adapter.errors import CheckpointError
-from bt_adapter.towers import image_models, open_clip
-from bt_adapter.towers.hugging_face import load_clip_model, load_pretrained, model_kind
+from bt_adapter.towers import open_clip
+from bt_adapter.towers.image_models import load_image_model
 
 
 class TextEncoder(nn.Module):
@@ -137,36 +136,17 @@ class OpenClipText(TextEncoder):
 def load_clip(name: str | os.PathLike[str]) -> tuple[nn.Module, TextEncoder]:
     """Load an image model with both towers in float32, and its text encoder.
 
-    Args:
-        name: "mini" (the small CLIP of this package), a local folder or hub name of a CLIP or SigLIP, or an open_clip
-            name (``bt_adapter.towers.open_clip``).
-
-    Raises:
-        OSError: it does not exist.
-        CheckpointError: the model is not supported, has no text tower (a DINOv2), or lacks weights.
-        CommandError: it is an open_clip model, and open_clip is not installed.
+    name: as for `load_image_model`, whose errors are raised.
     """
-    from transformers import AutoTokenizer, CLIPModel, SiglipModel
+    from transformers import AutoTokenizer, SiglipModel
+
+    from bt_adapter.mini.clip import load_tokenizer
 
     name = os.fspath(name)
-    if name == "mini":
-        from bt_adapter.mini.clip import load_clip as load_mini
-
-        mini, tokenizer = load_mini()
-        return mini, ClipText(mini, tokenizer)
-    if open_clip.is_name(name):
-        model = open_clip.load(name)
+    model: Any = load_image_model(name, with_text=True)
+    if open_clip.is_model(model):
         return model, OpenClipText(model, open_clip.load_tokenizer(name))
-    kind = model_kind(name)
-    if kind in image_models.CLIP:
-        model = image_models.with_image_settings(load_clip_model(CLIPModel, name), name)
-        return model, ClipText(model, AutoTokenizer.from_pretrained(name))
-    if kind in image_models.SIGLIP:
-        model = image_models.with_image_settings(load_pretrained(SiglipModel, name), name)
-        return model, SiglipText(model, AutoTokenizer.from_pretrained(name))
-    if kind in image_models.DINOV2:
-        raise CheckpointError(
-            f"{name} is a DINOv2, which has no text tower: its branch can be neither pretrained on captions nor "
-            "evaluated, and gives only video tokens (BTAdapterVisionModel.from_clip). Give a CLIP or a SigLIP"
-        )
-    raise image_models.other_kind(name, kind)
+    if name == "mini":
+        return model, ClipText(model, load_tokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return model, SiglipText(model, tokenizer) if isinstance(model, SiglipModel) else ClipText(model, tokenizer)

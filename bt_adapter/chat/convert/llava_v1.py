@@ -37,7 +37,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def load_clip(published: dict[str, Any], clip: str | None) -> CLIPVisionModel:
+def load_vision_tower(published: dict[str, Any], clip: str | None) -> CLIPVisionModel:
     """Load the vision tower: ``clip`` (folder or hub name), or the one that the published configuration names."""
     name = clip or published.get("mm_vision_tower")
     if name is None:

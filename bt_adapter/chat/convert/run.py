@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
-from bt_adapter.chat.convert.llava_v1 import load_clip, make_config, read_config, save_settings
+from bt_adapter.chat.convert.llava_v1 import load_vision_tower, make_config, read_config, save_settings
 from bt_adapter.chat.convert.vicuna import PLACE, grow, prepare_tokenizer
 from bt_adapter.chat.convert.weight_files import open_weights, weight_files
 from bt_adapter.errors import CheckpointError, CommandError
@@ -114,7 +114,7 @@ def convert(sources: Sources, out: Path, progress: Progress | None = None) -> Pa
     reader = _Reader(sources, tokenizer, rows)
     shape, dtype = reader.projector(files)
     reader.check_tuned(shape)
-    clip = load_clip(published, sources.clip)
+    clip = load_vision_tower(published, sources.clip)
     branch = None  # read before anything is written, so that its errors come early
     if sources.branch is not None:
         branch = load_reference_checkpoint(
