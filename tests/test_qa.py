@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from email.utils import formatdate
@@ -253,6 +254,13 @@ def test_a_judge_that_fails_stalls_and_talks_nonsense(stand, tmp_path):
     assert found["requests"] == sum(asked.values()) and found["refused"] == 0
     assert found["retries"] == found["failures"] == found["requests"] - 12
     assert judged(tmp_path, judge)[1] == found and server.asked == asked  # nothing is asked twice
+
+
+def test_a_key_that_was_not_given_is_not_sent(stand, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "of another endpoint")
+    server = stand()
+    judged(tmp_path, Judge(server.url, "judge"), CASES[:1])
+    assert server.keys == [None]
 
 
 def test_requests_are_parallel_but_bounded(stand, tmp_path):
@@ -516,8 +524,12 @@ def test_a_judge_that_is_down_leaves_the_exact_scores(command, stand, tmp_path, 
         (("--answers", "gone.json"), "--answers gone.json"),
     ):
         assert command(GENERIC, *arguments) == 2 and message in " ".join(capsys.readouterr().err.split())
-    monkeypatch.setenv("ODD_KEY", "two\nlines")
     asked = ("--judge-url", server.url, "--judge-model", "m", "--judge-key", "ODD_KEY")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "openai", None)
+        assert command(GENERIC, *asked) == 2
+        assert "pip install 'bt-adapter[judge]'" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setenv("ODD_KEY", "two\nlines")
     assert command(GENERIC, *asked) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "environment variable ODD_KEY must be ASCII" in said and "lines" not in said.partition("ASCII")[0]

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bt_adapter.chat.rows import Rows
 from bt_adapter.data.skipped import Skipped
@@ -21,6 +18,9 @@ from bt_adapter.errors import CommandError
 from bt_adapter.progress import Progress
 from bt_adapter.qa.reply import read_verdict
 from bt_adapter.training.loop import Stopped, signals
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 PROMPTS = 1  # version of the prompts below; raised when they change, since scores are then not comparable
 _LONGEST_PAUSE = 60.0  # seconds; limit of the pause between two requests, even if the endpoint asks for more
@@ -107,41 +107,49 @@ class Judge:
     parallel: int = 8
     temperature: float | None = 0.0
 
-    def verdict(self, case: Case, aspect: str, stop: threading.Event) -> Verdict:
-        """Send requests until a verdict is received or ``stop`` is set.
+    def connect(self) -> OpenAI:
+        """Make the client, which keeps connections open and reads proxies from the environment; to be closed."""
+        from openai import OpenAI
+
+        # The retries are this class's own: each is counted, a signal ends the pause before it, and a reply without a
+        # verdict is retried too. Without a key, the client would read OPENAI_API_KEY; `_post` leaves the header out.
+        return OpenAI(base_url=self.url, api_key=self.key or "none", timeout=self.timeout, max_retries=0)
+
+    def verdict(self, client: OpenAI, case: Case, aspect: str, stop: threading.Event) -> Verdict:
+        """Send requests until a verdict is received or ``stop`` is set. client: result of :meth:`connect`.
 
         Raises _Refused and _Denied at once; _Unreachable and _InvalidReply after all tries.
         """
         for attempt in range(1, self.tries + 1):
             try:
-                return replace(_read(self._post(_messages(case, aspect)), aspect), tries=attempt)
+                return replace(_read(self._post(client, _messages(case, aspect)), aspect), tries=attempt)
             except _NoVerdict as error:
                 last = error
-            except (OSError, HTTPException) as error:  # connection refused, timed out or closed
-                reason = getattr(error, "reason", None) or error
-                last = _Unreachable(f"cannot be reached: {' '.join(str(reason).split()) or type(error).__name__}")
             last.tries = attempt
             pause = min(self.pause * 2 ** (attempt - 1), _LONGEST_PAUSE) if last.pause is None else last.pause
             if isinstance(last, (_Refused, _Denied)) or attempt == self.tries or stop.wait(pause):
                 break
         raise last
 
-    def _post(self, messages: list[dict[str, str]]) -> Any:
-        content: dict[str, Any] = {"model": self.model, "messages": messages}
-        if self.temperature is not None:
-            content["temperature"] = self.temperature
-        body = json.dumps(content).encode()
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
+    def _post(self, client: OpenAI, messages: Any) -> Any:
+        from openai import APIConnectionError, APIStatusError, omit
+
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                data = reply.read()
-        except urllib.error.HTTPError as error:
-            raise _of_status(error) from error
+            reply = client.chat.completions.with_raw_response.create(
+                model=self.model,
+                messages=messages,
+                temperature=omit if self.temperature is None else self.temperature,
+                extra_headers={} if self.key else {"Authorization": omit},
+            )
+        except APIStatusError as error:
+            raise _of_status(error.response) from error
+        except APIConnectionError as error:  # connection refused, timed out or closed
+            cause = error.__cause__ or error
+            raise _Unreachable(f"cannot be reached: {' '.join(str(cause).split()) or type(cause).__name__}") from error
         try:
-            return json.loads(data)
+            return json.loads(reply.content)
         except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-            raise _InvalidReply(f"not JSON: {data[:100]!r}") from error
+            raise _InvalidReply(f"not JSON: {reply.content[:100]!r}") from error
 
 
 def judge_all(
@@ -190,7 +198,7 @@ def judge_all(
         skipped.add(case.id, str(outcome))
         return outcome if failures.add(outcome, before) else None
 
-    with ThreadPoolExecutor(judge.parallel) as pool:
+    with judge.connect() as client, ThreadPoolExecutor(judge.parallel) as pool:
         try:
             with signals(stop.set):
                 while trouble is None:
@@ -199,7 +207,7 @@ def judge_all(
                         and len(running) < judge.parallel
                         and (following := next(waiting, None)) is not None
                     ):
-                        running[pool.submit(judge.verdict, following, aspect, stop)] = following
+                        running[pool.submit(judge.verdict, client, following, aspect, stop)] = following
                     if not running:
                         break
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -341,11 +349,11 @@ def _row(case: Case, outcome: Verdict | _NoVerdict, before: dict[str, Any] | Non
     return row
 
 
-def _of_status(error: urllib.error.HTTPError) -> _NoVerdict:
-    """Classify an HTTP error status by its meaning for the case."""
-    code, reason = error.code, " ".join(error.read(300).decode(errors="replace").split())
+def _of_status(response: Any) -> _NoVerdict:
+    """Classify the HTTP error status of a client's response by its meaning for the case."""
+    code, reason = response.status_code, " ".join(response.text[:300].split())
     if code in (408, 409, 425, 429) or code >= 500:
-        return _Unreachable(f"answers {code}: {reason}", _retry_after(error.headers.get("Retry-After")))
+        return _Unreachable(f"answers {code}: {reason}", _retry_after(response.headers.get("Retry-After")))
     if code not in (400, 413, 422, 451):  # key, credit, address, method or model: wrong for every case
         return _Denied(f"answers {code}: {reason}")
     return _Refused(f"refuses with {code}: {reason}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -88,7 +89,7 @@ class Qa(BatchChatModel, JudgeOptions, QaData):
 
 
 def check_endpoint(url: str, key: str | None, variable: str) -> None:
-    """Raise CommandError for an invalid address or key; no request is sent.
+    """Raise CommandError for an invalid address or key, or without the client's package; no request is sent.
 
     Args:
         url: value of ``--judge-url``. key: value of the environment ``variable``, or None; it is not shown.
@@ -107,3 +108,5 @@ def check_endpoint(url: str, key: str | None, variable: str) -> None:
             f"the judge's key in the environment variable {variable} must be ASCII letters, digits and signs without "
             "spaces or line breaks, but holds other characters"
         )
+    if find_spec("openai") is None:
+        raise CommandError("--judge-url needs the package openai: pip install 'bt-adapter[judge]'")
