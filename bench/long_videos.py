@@ -10,8 +10,6 @@ table of a fresh branch starts.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.prompts import Turn, conversation_ids
 from bt_adapter.eval.features import embed
 from bt_adapter.eval.stack import Stack, load_stack
+from bt_adapter.files import write_json
 from bt_adapter.model.time_steps import Long
 from bt_adapter.model.video_tokens import video_tokens_streamed
 
@@ -146,9 +145,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     result = {"command": "python bench/long_videos.py", "seconds": round(time.perf_counter() - began), **about}
     path = options.out or results_file("long-videos", about)
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps({**result, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    os.replace(aside, path)
+    write_json(path, {**result, "rows": [asdict(row) for row in rows]}, indent=1)
 
 
 if __name__ == "__main__":

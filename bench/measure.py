@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import torch
 from pytest_benchmark.stats import Stats
+
+from bt_adapter.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 COPY_BYTES = 256 * 2**20
@@ -119,6 +120,4 @@ def results_file(name: str, about: dict) -> Path:
 def write(rows: list, path: Path) -> None:
     """Write the rows aside and rename, so that a run killed at any moment leaves the last whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_json(path, [asdict(row) for row in rows], indent=1)

@@ -6,12 +6,13 @@ A table stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``:
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
 
 from summaries import ON_BFLOAT16, SMALL_WORLD, decode, highlights, long_videos, pretrain
+
+from bt_adapter.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -229,9 +230,7 @@ def main() -> int:
             print(f"{path.relative_to(ROOT)} differs from bench/results: python bench/report.py")
         return int(bool(changed))
     for path, text in changed.items():
-        temporary = path.with_suffix(".writing")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, text)
     return 0
 
 

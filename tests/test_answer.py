@@ -18,7 +18,7 @@ from rich.console import Console
 from test_attach import make_branch, make_chat
 from test_chat import make_tokenizer
 
-from bt_adapter.chat import answer, conversation, quantize, rows, session, shares, watch
+from bt_adapter.chat import answer, conversation, quantize, session, shares, watch
 from bt_adapter.chat.attach import attach
 from bt_adapter.chat.conversation import ContextError
 from bt_adapter.chat.engine import VideoChat
@@ -30,6 +30,7 @@ from bt_adapter.data import write_video
 from bt_adapter.data.finding import VisualFolder
 from bt_adapter.data.workers import worker_context
 from bt_adapter.errors import CommandError
+from bt_adapter.files import Rows
 from bt_adapter.model import video_tokens as streaming
 from bt_adapter.training.processes import Processes
 
@@ -66,7 +67,7 @@ def folder(tmp_path_factory):
 
 def run_all(chat, folder, out, batch=3):
     questions = read_questions(folder / "questions.jsonl", folder)
-    with rows.Rows(out, {"model": "tiny"}) as file:
+    with Rows(out, {"model": "tiny"}) as file:
         pending = [question for question in questions if question.id not in file.done]
         skipped = answer.answer_all(chat, pending, file, Sampling(frames=4), batch, 6)
     return skipped, [json.loads(line) for line in out.read_text().splitlines()]
@@ -94,7 +95,7 @@ def test_answers_are_those_of_single_questions(chat, folder, expected, tmp_path)
 def answer_until_killed(folder, out, moment, batch):
     """Answer in this process, and kill it in the moment it writes that batch's rows: before, half way, or after."""
     written = []
-    real = rows.Rows._write
+    real = Rows._write
 
     def write(self, data):
         written.append(data)
@@ -104,7 +105,7 @@ def answer_until_killed(folder, out, moment, batch):
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, data)
 
-    rows.Rows._write = write
+    Rows._write = write
     run_all(make_engine(), folder, out)
 
 
@@ -147,27 +148,27 @@ def test_killed_at_random_moments(chat, folder, expected, tmp_path):
 def test_rows_hold_any_text(tmp_path):
     """Half of a surrogate pair too, as a name that is not UTF-8 or an escape in a list of questions brings it."""
     said = {"id": "1", "video": "\ud83d\u7ea2 [x].mp4", "prediction": "\udce9 \\ud83d \u2028"}
-    with rows.Rows(tmp_path / "rows.jsonl", {}) as file:
+    with Rows(tmp_path / "rows.jsonl", {}) as file:
         file.append([said])
     assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8").count("\n") == 1
-    with rows.Rows(tmp_path / "rows.jsonl", {}) as file:
+    with Rows(tmp_path / "rows.jsonl", {}) as file:
         assert file.done == {"1": said}
 
 
 def test_rows_of_other_runs_are_refused(folder, tmp_path):
     out = tmp_path / "rows.jsonl"
-    with rows.Rows(out, {"model": "tiny", "frames": 4}) as file:
+    with Rows(out, {"model": "tiny", "frames": 4}) as file:
         file.append([{"id": "1"}])
         with pytest.raises(CommandError, match="being written by another run"):
-            rows.Rows(out, {"model": "tiny", "frames": 4})
+            Rows(out, {"model": "tiny", "frames": 4})
     with pytest.raises(CommandError, match="made with frames 4, now 8"):
-        rows.Rows(out, {"model": "tiny", "frames": 8})
+        Rows(out, {"model": "tiny", "frames": 8})
     out.write_text('{"id": "1"}\nno row\n')
     with pytest.raises(CommandError, match="line 2, is not a row"):
-        rows.Rows(out, {"model": "tiny", "frames": 4})
+        Rows(out, {"model": "tiny", "frames": 4})
     (tmp_path / "foreign.jsonl").write_text('{"id": "1"}\n')
     with pytest.raises(CommandError, match="foreign.jsonl already exists"):
-        rows.Rows(tmp_path / "foreign.jsonl", {})
+        Rows(tmp_path / "foreign.jsonl", {})
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def test_what_a_model_cannot_watch_is_skipped(folder, tmp_path):
         frames = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
         write_video(tmp_path / f"{name}.mp4", frames, fps=1)
     asked = [Question(name, tmp_path / f"{name}.mp4", "how ?") for name in ("long", "short")]
-    with rows.Rows(tmp_path / "out.jsonl", {}) as file:
+    with Rows(tmp_path / "out.jsonl", {}) as file:
         skipped = answer.answer_all(engine, asked, file, Sampling(fps=1), 2, 4)
         assert set(file.done) == {"short"}
     assert "one window of at most 4 frames" in skipped.reasons["long (long.mp4)"]

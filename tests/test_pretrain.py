@@ -380,14 +380,21 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), synced(file)))
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replaced"), replaced(a, b)))
     checkpoints = Checkpoints(tmp_path, 1)
-    checkpoints.write({"step": 1}, lambda folder: [path.write_text("x") for path in (folder / "a", folder / "b")])
-    writing = f"{checkpoints.path(1)}.writing"
-    assert {*done[: done.index("replaced")]} == {writing, *(f"{writing}/{name}" for name in ("a", "b", "state.json"))}
+    filled = []
+
+    def fill(folder):
+        filled.append(str(folder))
+        for name in ("a", "b"):
+            (folder / name).write_text("x")
+
+    checkpoints.write({"step": 1}, fill)
+    files = {f"{filled[0]}/{name}" for name in ("a", "b", "state.json")}
+    assert {*done[: done.index("replaced")]} == {*filled, *files}
     assert done[-1] == str(checkpoints.folder)
 
 
 def test_two_runs_do_not_share_a_folder(manifest, tmp_path):
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
     (out := tmp_path / "run").mkdir()
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(out / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -14,11 +14,11 @@ import pytest
 from test_answer import chat, folder  # noqa: F401 (fixtures)
 
 from bt_adapter.chat import answer
-from bt_adapter.chat.rows import Rows
 from bt_adapter.commands import cli
 from bt_adapter.data.finding import VisualFolder
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.qa import Item, exact_scores, normalise, read_items, write_predictions
+from bt_adapter.files import Rows
 from bt_adapter.qa import judge
 from bt_adapter.qa import run as qa
 from bt_adapter.qa.judge import Case, Judge, JudgeError, judge_all, summary

@@ -225,7 +225,7 @@ def test_where_no_clip_can_be_decoded_the_command_fails(tmp_path, capsys):
 
 
 def test_two_processes_do_not_write_into_one_folder(odd, tmp_path):
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
     (tmp_path / ".writing-other").mkdir()
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE

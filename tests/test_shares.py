@@ -13,13 +13,14 @@ import pytest
 import torch
 from test_answer import chat, folder, make_engine, run_all  # noqa: F401 (fixtures)
 
-from bt_adapter.chat import ahead, answer, rows
+from bt_adapter.chat import ahead, answer
 from bt_adapter.chat.questions import Question
 from bt_adapter.chat.watch import Sampling, watch
 from bt_adapter.commands import cli
 from bt_adapter.data import VideoError, patience
 from bt_adapter.data.patience import StorageError
 from bt_adapter.data.stream import FrameStream
+from bt_adapter.files import Rows
 
 OPTIONS = ("--frames", "4", "--max-new-tokens", "6", "--batch-size", "2", "--device", "cpu", "--dtype", "float32")
 
@@ -27,7 +28,7 @@ OPTIONS = ("--frames", "4", "--max-new-tokens", "6", "--batch-size", "2", "--dev
 def work(rank: int, world: int, arguments: tuple[str, ...], kill: tuple[int, int] | None) -> None:
     """The command in one of several processes; kill: the process of that rank dies at its write of that number."""
     answer.load = lambda command: make_engine()  # type: ignore[assignment]
-    real, written = rows.Rows._write, []
+    real, written = Rows._write, []
 
     def write(self, data):
         written.append(data)
@@ -37,7 +38,7 @@ def work(rank: int, world: int, arguments: tuple[str, ...], kill: tuple[int, int
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, data)
 
-    rows.Rows._write = write  # type: ignore[method-assign]
+    Rows._write = write  # type: ignore[method-assign]
     code = cli.main(list(arguments))
     assert code == 0, code
 
@@ -87,7 +88,7 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(folder, expected,
 
 def test_parts_made_otherwise_are_refused_by_every_process(folder, tmp_path):  # noqa: F811
     out = tmp_path / "answers.jsonl"
-    with rows.Rows(tmp_path / "answers.jsonl.part1", {"model": "another"}) as part:
+    with Rows(tmp_path / "answers.jsonl.part1", {"model": "another"}) as part:
         part.append([{"id": "1", "video": "a.mp4", "question": "how ?", "prediction": "left"}])
     with pytest.raises(AssertionError, match="part1 was made with"):
         processes.run(tmp_path / "run", 2, work, command(folder, out), None)
@@ -137,7 +138,7 @@ def test_the_next_videos_are_decoded_while_one_is_watched(chat, folder, tmp_path
     monkeypatch.setattr(Sampling, "open", opened)
     monkeypatch.setattr(answer, "watch", watched)
     asked = [Question(name, folder / name, "how ?") for name in begun]
-    with rows.Rows(tmp_path / "out.jsonl", {}) as file:
+    with Rows(tmp_path / "out.jsonl", {}) as file:
         answer.answer_all(chat, asked, file, Sampling(frames=4), 1, 4, workers=1)
         assert set(file.done) == set(begun)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decoding")]

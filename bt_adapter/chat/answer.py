@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -18,13 +17,13 @@ from bt_adapter.chat.ahead import DecodedAhead
 from bt_adapter.chat.conversation import ContextError, Visual, answer_batch, check_context, context, video_room
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.questions import Question, read_questions, share_of
-from bt_adapter.chat.rows import Rows
 from bt_adapter.chat.session import chosen_dtype, load, sampling_of, say_choices
 from bt_adapter.chat.settings import Answer, BatchChatModel
 from bt_adapter.chat.shares import SharedRows
 from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, watch
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
+from bt_adapter.files import Rows, digest
 from bt_adapter.model.dtypes import ChosenDtype
 from bt_adapter.progress import Progress, make_console, progress_bar, say
 from bt_adapter.training.processes import Processes
@@ -139,10 +138,10 @@ def _weights(name: str | None) -> str | None:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stamps = [(f, f.stat()) for f in files if f.is_file() and (f == path or f.suffix in _WEIGHTS)]
     lines = [f"{f.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}" for f, stat in stamps]
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    found = digest(["\n".join(lines).encode()], 12, "sha256")
     newest = max((stat.st_mtime for _, stat in stamps), default=0.0)
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(newest))
-    return f"{len(lines)} of {written} UTC, {digest}"
+    return f"{len(lines)} of {written} UTC, {found}"
 
 
 def answer_all(

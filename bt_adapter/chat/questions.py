@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from bt_adapter.data.finding import VisualFolder
 from bt_adapter.errors import CommandError
-from bt_adapter.files import read_text
+from bt_adapter.files import parse_lines, read_text
 from bt_adapter.training.processes import Processes
 
 
@@ -48,14 +47,10 @@ def read_questions(path: Path, videos: Path) -> list[Question]:
     """
     questions: dict[str, Question] = {}
     folder = VisualFolder(videos.parent if videos.is_file() else videos)
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # JSON may hold U+2028 and the like as they are
-        if not line.strip():
-            continue
+    for number, row in parse_lines(read_text(path).split("\n")):
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CommandError(f"{where}: not JSON ({error})") from error
+        if isinstance(row, ValueError):
+            raise CommandError(f"{where}: not JSON ({row})") from row
         kind = "image" if isinstance(row, dict) and row.get("image") is not None else "video"
         wanted = ("question",) if videos.is_file() else (kind, "question")
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in wanted):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bt_adapter.chat.rows import Rows, about_file
 from bt_adapter.errors import CommandError
+from bt_adapter.files import Rows, about_file
 from bt_adapter.training.processes import Processes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
+from bt_adapter import files
 from bt_adapter.data.video import Video, VideoError, read_video
 
 # A member of a shard up to this size in bytes is read whole: a single request on network storage.
@@ -114,7 +114,4 @@ class Clip:
 
 def digest(clips: Sequence[Clip]) -> str:
     """Return a hash of the clips' keys, captions and ranges in this order; file locations do not count."""
-    state = hashlib.blake2b(digest_size=8)
-    for clip in clips:
-        state.update(repr((clip.key, clip.captions, clip.start, clip.end)).encode())
-    return state.hexdigest()
+    return files.digest((repr((clip.key, clip.captions, clip.start, clip.end)).encode() for clip in clips), 16)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Callable
 
@@ -13,6 +12,7 @@ from bt_adapter.data.skipped import Skipped
 from bt_adapter.data.tables import Table, open_text
 from bt_adapter.data.tars import compression, looks_like_tar, read_shard
 from bt_adapter.errors import CommandError
+from bt_adapter.files import parse_lines
 
 VIDEO_COLUMNS = ("video", "video_path", "path")
 KINDS = ".csv, .tsv, .jsonl, .tar, a folder of .tar or a pattern of their names"
@@ -102,14 +102,10 @@ def _row_reader(table: Table) -> Callable[[str, list[str]], Row]:
 
 def _read_lines(name: str, gathered: Gathered) -> None:
     with open_text(name) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+        for number, value in parse_lines(file):
             where = f"{name} line {number}"
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                gathered.skipped.add(where, f"is not JSON ({error})")
+            if isinstance(value, ValueError):
+                gathered.skipped.add(where, f"is not JSON ({value})")
                 continue
             if not isinstance(value, dict) or not isinstance(value.get("video"), str):
                 gathered.skipped.add(where, "is not an object with a text as its video")

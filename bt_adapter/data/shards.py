@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -27,7 +26,7 @@ from bt_adapter.data.skipped import Skipped
 from bt_adapter.data.tars import VIDEOS
 from bt_adapter.data.video import VideoError, write_video
 from bt_adapter.errors import CommandError
-from bt_adapter.locked import lock
+from bt_adapter.files import digest, lock_folder, remove_unfinished, write_json, writing
 from bt_adapter.progress import Progress
 
 # Every frame is a keyframe, without the filters that are slowest to decode.
@@ -75,9 +74,10 @@ def write_shards(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     count = -(-len(clips) // per_shard)
-    with lock(folder):
+    with lock_folder(folder):
         _plan(folder, {"per_shard": per_shard, "frames": frames, "short_side": short_side if frames else None}, clips)
         missing = [number for number in range(count) if not _tar(folder, number).exists()]
+        remove_unfinished(folder)
         for left in folder.glob(".writing-*"):
             shutil.rmtree(left)
         shards = _Shards(clips, folder, per_shard, frames, short_side, missing)
@@ -116,22 +116,19 @@ class _Shards(Dataset):
     def __getitem__(self, item: int) -> int:
         number, skipped = self.missing[item], Skipped()
         first = number * self.per_shard
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=self.folder) as aside:
-            tar_path = Path(aside) / "shard.tar"
+        aside = tempfile.TemporaryDirectory(prefix=".writing-", dir=self.folder)
+        with aside, writing(_tar(self.folder, number)) as tar_path:  # a shard counts as done once its .tar exists
             # The GNU format allows any file size, the POSIX 1988 format only 8 GiB.
             with tarfile.open(tar_path, "w", format=tarfile.GNU_FORMAT) as tar:
                 for place in range(first, min(first + self.per_shard, len(self.clips))):
                     clip = self.clips[place]
                     try:
-                        read_patiently(clip.path, self._store, tar, place, clip, Path(aside) / "clip.mp4")
+                        read_patiently(clip.path, self._store, tar, place, clip, Path(aside.name) / "clip.mp4")
                     except VideoError as error:
                         if is_full(error):
                             raise
                         skipped.add(clip.key, str(error))
-            note = Path(aside) / "note.json"
-            note.write_text(json.dumps(skipped.state_dict(), indent=1), encoding="utf-8")
-            os.replace(note, _note(self.folder, number))
-            os.replace(tar_path, _tar(self.folder, number))  # last: a shard counts as done once its .tar exists
+            write_json(_note(self.folder, number), skipped.state_dict(), indent=1)
         return number
 
     def _store(self, tar: tarfile.TarFile, place: int, clip: Clip, aside: Path) -> None:
@@ -198,10 +195,8 @@ def _add_file(tar: tarfile.TarFile, name: str, size: int, file: BinaryIO) -> Non
 
 def _plan(folder: Path, settings: dict[str, Any], clips: Sequence[Clip]) -> None:
     """Store the settings and a digest of the clips in the folder; raise CommandError if it holds others."""
-    digest = hashlib.blake2b(digest_size=16)
-    for clip in clips:
-        digest.update(repr(clip).encode(errors="surrogatepass"))
-    plan = {**settings, "clips": len(clips), "digest": digest.hexdigest()}
+    found = digest((repr(clip).encode(errors="surrogatepass") for clip in clips), 32)
+    plan = {**settings, "clips": len(clips), "digest": found}
     path = folder / PLAN
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -212,9 +207,7 @@ def _plan(folder: Path, settings: dict[str, Any], clips: Sequence[Clip]) -> None
         return
     if any(folder.glob("*.tar")):
         raise CommandError(f"{folder} holds .tar files of another program: name another folder")
-    aside = folder / f".{PLAN}.writing"
-    aside.write_text(json.dumps(plan, indent=1), encoding="utf-8")
-    os.replace(aside, path)
+    write_json(path, plan, indent=1)
 
 
 def _safe(key: str) -> str:

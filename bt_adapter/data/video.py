@@ -20,6 +20,7 @@ from bt_adapter.data._index import Span, scan
 from bt_adapter.data._source import PathLike, Source, VideoError, reason
 from bt_adapter.data.sampling import check_count, check_sampling, sample_indices
 from bt_adapter.data.transforms import check_frames
+from bt_adapter.files import writing
 from bt_adapter.progress import Progress
 
 __all__ = ["Video", "VideoError", "read_video", "write_video"]
@@ -219,12 +220,11 @@ def write_video(
     webm = path.suffix.lower() == ".webm"
     codec = codec or ("libvpx-vp9" if webm else "libx264")
     options = dict(options) if options is not None else {"crf": "18", **({"b": "0"} if webm else {})}
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     right, below = frames.shape[3] % 2, frames.shape[2] % 2
     try:
         if av.Codec(codec, "w").type != "video":
             raise ValueError("not a video encoder")
-        with av.open(str(temporary), "w") as container:
+        with writing(path, suffix=path.suffix) as temporary, av.open(str(temporary), "w") as container:
             stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(60000), options=options)
             assert isinstance(stream, av.VideoStream)
             stream.pix_fmt = "yuv420p"
@@ -234,11 +234,8 @@ def write_video(
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
                 container.mux(stream.encode(picture))
             container.mux(stream.encode(None))
-        os.replace(temporary, path)
     except (FFmpegError, OSError, ValueError) as error:
         raise VideoError(f"{path}: cannot be written with codec {codec!r} ({reason(error)})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _span(name: str, start: float | None, end: float | None) -> Span:

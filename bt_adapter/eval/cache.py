@@ -7,7 +7,6 @@ found.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import uuid
@@ -21,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from bt_adapter import files
 from bt_adapter.data.clips import Clip, Member
+from bt_adapter.files import write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ class FeatureCache:
             return
         if not (self.folder / "about.json").exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / "about.json", (json.dumps(self.about, indent=2) + "\n").encode())
+            write_json(self.folder / "about.json", self.about)
         tensors = {
             "views": torch.stack([feature.views for feature in features.values()]),
             "truncated": torch.tensor([feature.truncated for feature in features.values()]),
         }
         content = save(tensors, metadata={"clips": json.dumps(list(features))})
-        _write(self.folder / f"{uuid.uuid4().hex}.safetensors", content)
+        write_bytes(self.folder / f"{uuid.uuid4().hex}.safetensors", content)
 
     def _read(self, path: Path) -> None:
         try:
@@ -94,10 +95,4 @@ def identity(clip: Clip) -> str:
 
 def digest(value: Any) -> str:
     """Hash a JSON value to 32 hexadecimal characters."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.writing")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    return files.digest([json.dumps(value, sort_keys=True).encode()], 32, "sha256")

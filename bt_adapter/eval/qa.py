@@ -9,7 +9,6 @@ file), MSVD-QA and MSRVTT-QA (id, question, answer, video_id). Instead of the vi
 from __future__ import annotations
 
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bt_adapter.errors import CommandError
-from bt_adapter.files import read_text
+from bt_adapter.files import parse_lines, read_text, write_json
 
 _VIDEO_FIELDS = ("video_name", "video_id", "video")
 _ARTICLES = {"a", "an", "the"}
@@ -91,10 +90,7 @@ def write_predictions(path: Path, items: Sequence[Item], given: dict[str, str]) 
         elif item.visual == "image":
             record = {"video_name": item.video} | record
         rows.append(record | {n: given[k] for n, k in zip(names, keys, strict=True)})
-    temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate is escaped as in JSON
-    os.replace(temporary, path)
+    write_json(path, rows, indent=1, ascii=False)
 
 
 def exact_scores(items: Sequence[Item], given: dict[str, str]) -> dict[str, Any]:
@@ -135,22 +131,21 @@ def _without_punctuation(letter: str) -> str:
 
 
 def _records(option: str, path: Path) -> list[Any]:
-    where = f"{option} {path}"
     try:
         text = read_text(path)
     except CommandError as error:
         raise CommandError(f"{option} {error}") from error
-    try:
-        if text.lstrip().startswith("["):
+    if text.lstrip().startswith("["):
+        try:
             return json.loads(text)
-        records = []
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON may contain other line separators
-            if line.strip():
-                where = f"{option} {path}, line {number}"
-                records.append(json.loads(line))
-        return records
-    except ValueError as error:
-        raise CommandError(f"{where}: not JSON ({error})") from error
+        except ValueError as error:
+            raise CommandError(f"{option} {path}: not JSON ({error})") from error
+    records = []
+    for number, record in parse_lines(text.split("\n")):
+        if isinstance(record, ValueError):
+            raise CommandError(f"{option} {path}, line {number}: not JSON ({record})") from record
+        records.append(record)
+    return records
 
 
 def _item(where: str, number: int, record: Any, right: dict[str, Any] | None) -> Item:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bt_adapter import files
 from bt_adapter.errors import CommandError
 from bt_adapter.files import VERSION
 
@@ -28,9 +28,7 @@ def device_name(device: torch.device) -> str:
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """Write ``result`` atomically, through a temporary file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    files.write_json(path, result)
 
 
 def read_json(path: Path) -> Any:

@@ -4,7 +4,6 @@ choices among a few captions."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.numpy import save
 
 from bt_adapter.data.clips import Clip
 from bt_adapter.eval.retrieval import Scores
+from bt_adapter.files import writing
 
 
 def write_similarities(path: Path, scores: Scores, clips: Sequence[Clip], settings: dict[str, Any]) -> None:
@@ -38,14 +38,12 @@ def write_similarities(path: Path, scores: Scores, clips: Sequence[Clip], settin
     lists = {"captions": captions, "clips": [clip.key for clip in clips], "settings": settings}
     texts = {name: json.dumps(value) for name, value in lists.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".writing")
-    with open(temporary, "wb") as file:
+    with writing(path) as temporary, open(temporary, "wb") as file:
         if path.suffix == ".npz":
             contents: dict[str, Any] = {**arrays, **{name: np.array(text) for name, text in texts.items()}}
             np.savez(file, **contents)
         else:
             file.write(save(arrays, texts))
-    os.replace(temporary, path)
 
 
 def read_settings(path: Path) -> Any:

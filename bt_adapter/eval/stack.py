@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.text_tower import published_text
+from bt_adapter.files import digest
 from bt_adapter.mini import weights_folder
 from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.model.checkpoint import name_of_tower
@@ -115,9 +116,12 @@ def _load_branch(branch: str, clip: Any, text: TextEncoder) -> tuple[BTAdapterVi
 def fingerprint(model: BTAdapterVisionModel, branch: bool = True) -> str:
     """Hash tensors and configuration of the tower and, if it runs, of the branch to 32 hexadecimal characters."""
     configs = {"tower": model.vision_config.to_dict(), "branch": model.config.to_dict() if branch else None}
-    found = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if branch or not name.startswith("branch."):
-            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:32]
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield json.dumps(configs, sort_keys=True).encode()
+        for name, tensor in sorted(model.state_dict().items()):
+            if branch or not name.startswith("branch."):
+                yield f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
+                yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+    return digest(chunks(), 32, "sha256")

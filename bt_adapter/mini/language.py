@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from bt_adapter.files import writing
 
 from . import MiniError
 
@@ -83,8 +83,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise LanguageModelError("reading the language model needs the package gguf: pip install 'bt-adapter[mini]'")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=folder.parent))
-    try:
+    with writing(folder, replace=False) as temporary:
         with _quiet():
             source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -95,15 +94,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = LlamaForCausalLM(LlamaConfig(**settings))
         model.load_state_dict(source.state_dict())
         with _quiet():
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-        try:
-            os.replace(aside, folder)
-        except OSError:  # another process was first
-            if not (folder / "config.json").exists():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bt_adapter.data.image_settings import ImageSettings, read_image_settings
 from bt_adapter.errors import CheckpointError
+from bt_adapter.files import write_bytes, write_json
 from bt_adapter.towers import open_clip
 from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.hugging_face import branch_path
@@ -39,15 +40,9 @@ def write_folder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: t.detach().to(dtype=dtype, device="cpu").contiguous() for name, t in tensors.items()}
-    weights, config = folder / "model.safetensors", folder / "config.json"
     # not save_file, whose files only the owner may read
-    Path(f"{weights}.writing").write_bytes(save(state, metadata={"format": "pt"}))
-    text = json.dumps({"format": _FORMAT, **settings}, indent=2) + "\n"
-    Path(f"{config}.writing").write_text(text, encoding="utf-8")
-    to_disk(f"{weights}.writing", f"{config}.writing")
-    os.replace(f"{weights}.writing", weights)
-    os.replace(f"{config}.writing", config)
-    to_disk(folder)
+    write_bytes(folder / "model.safetensors", save(state, metadata={"format": "pt"}), flush=True)
+    write_json(folder / "config.json", {"format": _FORMAT, **settings}, flush=True)
 
 
 def image_settings_of(clip: nn.Module | str | os.PathLike, config: TowerConfig) -> ImageSettings:
@@ -86,19 +81,6 @@ def float32_by_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def to_disk(*paths: str | os.PathLike) -> None:
-    """Flush these files, or the entries of these folders, to disk (fsync).
-
-    Call it before a rename: otherwise a crash of the machine may keep the new name but lose the content.
-    """
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-from bt_adapter.chat.rows import Rows
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
+from bt_adapter.files import Rows
 from bt_adapter.progress import Progress
 from bt_adapter.qa.reply import read_verdict
 from bt_adapter.training.loop import Stopped, signals

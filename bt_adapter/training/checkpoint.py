@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bt_adapter.errors import CheckpointError
-from bt_adapter.files import write_whole
+from bt_adapter.files import remove_folder, remove_unfinished, write_json, writing
 from bt_adapter.model.adapter import BTAdapterVisionModel
-from bt_adapter.model.checkpoint import read_safetensors, to_disk
+from bt_adapter.model.checkpoint import read_safetensors
 from bt_adapter.training.frames import FrameRange
 
 PRETRAINED = "pretrained.json"
@@ -90,16 +88,11 @@ class Checkpoints:
         state: state of the run, JSON; its "step" names the checkpoint. The checkpoint of its "best", if any, is kept.
         """
         if first():
-            folder = self.path(state["step"])
-            writing = folder.with_name(folder.name + ".writing")
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir(parents=True)
-            fill(writing)
-            (writing / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            to_disk(*writing.rglob("*"), writing)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(writing, folder)
-            to_disk(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with writing(self.path(state["step"]), flush=True) as folder:
+                folder.mkdir()
+                fill(folder)
+                (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             self._drop(state["step"], best=state.get("best"))
         if dist.is_initialized():
             dist.barrier()
@@ -109,11 +102,8 @@ class Checkpoints:
         kept = {*[step for step in self.steps() if step <= newest][-self.keep_last :], (best or {}).get("step")}
         for step in self.steps():
             if step not in kept:
-                # renamed first: a partly deleted folder must not look like a checkpoint
-                doomed = self.path(step).with_name(f"{step:08d}.dropped")
-                os.replace(self.path(step), doomed)
-        for doomed in (*self.folder.glob("*.dropped"), *self.folder.glob("*.writing")):
-            shutil.rmtree(doomed, ignore_errors=True)
+                remove_folder(self.path(step))
+        remove_unfinished(self.folder)
 
 
 def save_trained(
@@ -127,7 +117,7 @@ def save_trained(
         "step": state["step"], "sampling": sampling, "dtype": recipe["dtype"],
         "dtype_chosen": state.get("dtype_chosen"), "recipe": recipe,
     }  # fmt: skip
-    write_whole(folder / PRETRAINED, json.dumps(about, indent=2) + "\n")
+    write_json(folder / PRETRAINED, about)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+from bt_adapter.files import parse_lines, write_whole
 from bt_adapter.progress import make_console, make_progress, say
 
 SECONDS = 10.0  # between lines where the output is no terminal
@@ -79,13 +81,6 @@ def _truncate(path: Path, step: int) -> None:
     """Remove the lines of steps that will run again, and an incomplete last line."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    rows = [row for _, row in parse_lines(path.read_text(encoding="utf-8").split("\n"))]
+    kept = [row for row in rows if isinstance(row, dict) and row.get("step", math.inf) <= step]
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))

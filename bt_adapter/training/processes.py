@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from bt_adapter.errors import CommandError
-from bt_adapter.locked import lock
+from bt_adapter.files import lock_folder
 
 
 class Processes:
@@ -52,7 +52,7 @@ class Processes:
         """
 
         def take() -> None:
-            self._held = lock(folder)
+            self._held = lock_folder(folder)
 
         self.check_in_first(take)
 

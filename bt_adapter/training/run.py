@@ -9,7 +9,7 @@ from typing import Any
 
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
-from bt_adapter.files import write_whole
+from bt_adapter.files import remove_unfinished, write_whole
 from bt_adapter.model.dtypes import ChosenDtype, choose_dtype
 from bt_adapter.training.checkpoint import Checkpoints
 from bt_adapter.training.log import Log
@@ -34,6 +34,8 @@ class TrainingRun:
         self.recipe, self.processes = recipe, processes
         self.checkpoints = Checkpoints(recipe.out, recipe.keep_last)
         processes.hold(recipe.out)
+        if processes.first:
+            remove_unfinished(recipe.out)
         found = self.checkpoints.newest()
         steps = processes.gather(found[1]["step"] if found else 0)
         if len(set(steps)) > 1:

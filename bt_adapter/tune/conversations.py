@@ -14,6 +14,7 @@ from bt_adapter.data.finding import VideoFolder
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.data.video import VideoError
 from bt_adapter.errors import CommandError
+from bt_adapter.files import parse_lines
 
 PLACE = re.compile(r"<(video|image)>")
 
@@ -100,13 +101,10 @@ def _records(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
             raise CommandError(f"--data {path} is no JSON: {error}") from error
         yield from ((f"record {number}", record) for number, record in enumerate(records))
         return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                skipped.add(f"line {number}", f"no JSON ({error})")
-                continue
+    for number, record in parse_lines(text.split("\n")):
+        if isinstance(record, ValueError):
+            skipped.add(f"line {number}", f"no JSON ({record})")
+        else:
             yield f"line {number}", record
 
 

@@ -6,7 +6,6 @@ One file per video, ``<name>-<hash>.safetensors``: ``features [T, 1+P, D]`` in f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from bt_adapter.data import VideoError, normalise
 from bt_adapter.data.loading import in_order
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
+from bt_adapter.files import digest, remove_unfinished, write_json, writing
 from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.towers.fp8 import quantize
 from bt_adapter.training.loop import Stopped
@@ -100,8 +100,7 @@ class FeatureStore:
     def path(self, video: str) -> Path:
         """The file of a video's features."""
         name = os.path.relpath(video, self.root)
-        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-        return self.folder / f"{Path(name).stem[:80]}-{digest}.safetensors"
+        return self.folder / f"{Path(name).stem[:80]}-{digest([name.encode()], 16)}.safetensors"
 
     def has(self, video: str) -> bool:
         """Whether features of the video are stored; a file of another size counts as another video."""
@@ -115,9 +114,7 @@ class FeatureStore:
         """Store ``[T, 1+P, D]`` by renaming a complete file. Raises VideoError for values beyond the dtype."""
         if not (self.folder / ABOUT).exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f"{ABOUT}.{os.getpid()}"
-            temporary.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, self.folder / ABOUT)
+            write_json(self.folder / ABOUT, self.about)
         if self.dtype == "float16":
             tensors = {"features": features.to(torch.float16)}
             if not tensors["features"].isfinite().all():
@@ -127,19 +124,9 @@ class FeatureStore:
             if not scale.isfinite().all():
                 raise VideoError(f"{video}: its features are not finite")
             tensors = {"features": values.view(features.shape), "scale": scale.view(*features.shape[:2], 1)}
-        path = self.path(video)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
         kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(kept, temporary, metadata={"bytes": str(os.path.getsize(video))})
-        os.replace(temporary, path)
-
-    def clear(self) -> None:
-        """Remove the temporary files of killed processes; a running process of another machine looks like one."""
-        for name in ("*.safetensors", ABOUT):
-            for path in self.folder.glob(f"{name}.*"):
-                number = path.suffix[1:]
-                if number.isdecimal() and (int(number) == os.getpid() or not _is_running(int(number))):
-                    path.unlink(missing_ok=True)
+        with writing(self.path(video)) as temporary:
+            save_file(kept, temporary, metadata={"bytes": str(os.path.getsize(video))})
 
     def read(self, video: str) -> Tensor:
         """Read ``[T, 1+P, D]`` in float16, or of float8 in bfloat16, whose range holds float8 times its scales.
@@ -203,7 +190,7 @@ def store_features(
         CommandError: the features do not fit onto the disk.
         Stopped: one of the processes was asked to stop.
     """
-    store.clear()
+    remove_unfinished(store.folder)
     # One list for all: a late process would find fewer files missing, and some videos would belong to no process. One
     # free space, so that either all processes continue or none.
     lacking = [video for video in dict.fromkeys(videos) if not store.has(video)]
@@ -243,17 +230,6 @@ def store_features(
         everything.load_state_dict(part)
     store.unusable = everything.reasons
     return everything
-
-
-def _is_running(number: int) -> bool:
-    """Whether a process of this id runs."""
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # another user's process, or no process id
-        pass
-    return True
 
 
 def _free(folder: Path) -> int:

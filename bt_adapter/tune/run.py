@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from bt_adapter.chat.tuned import branch_fingerprint, load_by_name
 from bt_adapter.data.loading import in_order, numbers_seed
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
-from bt_adapter.files import replace_folder
+from bt_adapter.files import writing
 from bt_adapter.model.time_steps import plan_steps
 from bt_adapter.training.checkpoint import load_moments, moments_of, save_moments
 from bt_adapter.training.loop import Clock, Stopped, rate
@@ -132,7 +131,8 @@ class Run(TrainingRun):
             self._say(f"resuming after step {done} of {self.steps}")
         self._loop(done)
         if self.processes.first:
-            self._write(out)
+            with writing(out) as folder:
+                self.learned.save(folder, self._about())
             self._write_model(out)
         if len(self.skipped):
             self._say(self.skipped.report())
@@ -270,13 +270,6 @@ class Run(TrainingRun):
             long = "average"  # all rows that it read are trained now, and averaging to as many steps is the same
         sampling = {"frames": self.recipe.frames, "repeat": True, "windows": 1, "long": long}
         return sampling if self.recipe.use_branch else sampling | {"branch": False}
-
-    def _write(self, out: Path) -> None:
-        """Write the final folder under a temporary name, then rename it."""
-        temporary = out.with_name(out.name + ".writing")
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.learned.save(temporary, self._about())
-        replace_folder(temporary, out)
 
     def _write_model(self, tuned: Path) -> None:
         """Write the whole model as transformers loads it by itself, from the parts in ``tuned``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bt_adapter import files
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.native.template import text_ids
 from bt_adapter.chat.prompts import PromptError, Turn, conversation_text
@@ -247,9 +247,10 @@ def make_examples(
 
 def digest(examples: Sequence[Example]) -> str:
     """A digest of the examples in their order."""
-    state = hashlib.blake2b(digest_size=8)
-    for example in examples:
-        state.update(example.ids.tobytes())
-        for source in example.sources:
-            state.update(os.path.basename(source.path).encode())
-    return state.hexdigest()
+
+    def chunks() -> Iterator[bytes]:
+        for example in examples:
+            yield example.ids.tobytes()
+            yield from (os.path.basename(source.path).encode() for source in example.sources)
+
+    return files.digest(chunks(), 16)

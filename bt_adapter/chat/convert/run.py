@@ -8,7 +8,6 @@ becomes the identity, the activation none); the vision tower, which the publishe
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from bt_adapter.chat.convert.llava_v1 import load_vision_tower, make_config, rea
 from bt_adapter.chat.convert.vicuna import PLACE, grow, prepare_tokenizer
 from bt_adapter.chat.convert.weight_files import open_weights, weight_files
 from bt_adapter.errors import CheckpointError, CommandError
-from bt_adapter.files import replace_folder, write_whole
+from bt_adapter.files import remove_unfinished, replace_folder, write_json, write_whole, writing
 from bt_adapter.model.published import load_reference_checkpoint
 from bt_adapter.progress import Progress
 
@@ -135,7 +134,7 @@ def convert(sources: Sources, out: Path, progress: Progress | None = None) -> Pa
     _check_complete(config, weight_map, reader.tuned)
     total = sum((aside / name).stat().st_size for name in names)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_whole(aside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    write_json(aside / "model.safetensors.index.json", index)
     save_settings(aside, config, tokenizer, clip)
     if branch is not None:
         branch.save_pretrained(aside / "branch")
@@ -224,6 +223,7 @@ def _aside(sources: Sources, out: Path, files: list[Path]) -> Path:
     if aside.exists() and (not record.is_file() or record.read_text(encoding="utf-8") != about):
         shutil.rmtree(aside)
     aside.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(aside)
     write_whole(record, about)
     needed = sum(f.stat().st_size for f in files) - sum(f.stat().st_size for f in aside.glob("*.safetensors"))
     free = shutil.disk_usage(aside).free
@@ -252,7 +252,6 @@ def _check_complete(config: LlavaConfig, found: Mapping[str, str], tuned: Mappin
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    writing = path.with_name(path.name + ".writing")
-    save_file(dict(tensors), writing, metadata={"format": "pt"})
-    os.chmod(writing, (path.parent / _RECORD).stat().st_mode)  # save_file lets only the owner read
-    os.replace(writing, path)
+    with writing(path) as temporary:
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        temporary.chmod((path.parent / _RECORD).stat().st_mode)  # save_file lets only the owner read

@@ -10,7 +10,7 @@ from typing import Any
 from bt_adapter.chat.families.attachment import attachment_of
 from bt_adapter.chat.native.conversion import describe
 from bt_adapter.errors import CommandError
-from bt_adapter.files import replace_folder
+from bt_adapter.files import remove_unfinished, writing
 
 
 def save_video_model(model: Any, processor: Any, folder: str | os.PathLike[str], replace: bool = False) -> None:
@@ -37,23 +37,19 @@ def save_video_model(model: Any, processor: Any, folder: str | os.PathLike[str],
     if now.branch.is_absent:
         raise ValueError("the chat model has no branch to save: attach one, or detach() and save the image chat model")
     chat.config.bt_adapter = describe(now.branch, now.tower_name)  # tuning may have changed trained_steps
-    aside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    _check_space(chat, aside)
-    chat.save_pretrained(aside)
-    processor.save_pretrained(aside)
-    mode = (aside / "config.json").stat().st_mode
-    for path in aside.glob("*.safetensors"):
-        path.chmod(mode)  # safetensors lets only the owner read its files
-    replace_folder(aside, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder.parent, folder.name)
+    _check_space(chat, folder.parent)
+    with writing(folder) as temporary:
+        chat.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        mode = (temporary / "config.json").stat().st_mode
+        for path in temporary.glob("*.safetensors"):
+            path.chmod(mode)  # safetensors lets only the owner read its files
 
 
 def _check_space(model: Any, folder: Path) -> None:
     needed = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     free = shutil.disk_usage(folder).free
     if needed > free:
-        folder.rmdir()
-        raise CommandError(
-            f"the model needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {folder.parent}"
-        )
+        raise CommandError(f"the model needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {folder}")
