@@ -16,10 +16,10 @@ from bt_adapter.chat.attach import attached_branch
 from bt_adapter.commands import cli
 from bt_adapter.data.loading import SyntheticClips
 from bt_adapter.errors import CommandError
+from bt_adapter.pretrain.frames import FrameRange
 from bt_adapter.pretrain.recipe import Recipe, from_yaml
 from bt_adapter.pretrain.run import pretrain
 from bt_adapter.pretrain.step import Pretraining, draw_visible
-from bt_adapter.training.frames import FrameRange
 from bt_adapter.tune.run import tune
 
 needs_mini = pytest.mark.skipif(bool(mini_is_there()), reason=str(mini_is_there()))

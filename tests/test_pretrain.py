@@ -29,9 +29,10 @@ from bt_adapter.eval.retrieval import Quick
 from bt_adapter.model.drop_path import draw_kept
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.pretrain.run import Run, pretrain, start_model, wrap
+from bt_adapter.pretrain.saving import load_average
 from bt_adapter.pretrain.step import Pretraining, backward, draw_depth, draw_visible
 from bt_adapter.towers.text import load_clip
-from bt_adapter.training.checkpoint import Checkpoints, load_averages, save_moments
+from bt_adapter.training.checkpoint import Checkpoints, save_moments
 from bt_adapter.training.loop import Stopped, signals
 
 pytestmark = pytest.mark.skipif(bool(mini_is_there()), reason=str(mini_is_there()))
@@ -372,7 +373,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_other_clips_are_refused(manifes
         pretrain(wanted)
     (newest / "ema/model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="ema/model.safetensors"):
-        load_averages(newest / "ema", [])
+        load_average(newest / "ema", torch.nn.Identity())
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

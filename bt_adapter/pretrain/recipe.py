@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from bt_adapter.errors import CommandError
 from bt_adapter.model.config import AlignLayer
-from bt_adapter.training.frames import FrameRange
+from bt_adapter.pretrain.frames import FrameRange
 from bt_adapter.training.settings import (
     COUNT,
     NATURAL,

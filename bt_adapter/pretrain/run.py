@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bt_adapter.data import TrainTransform
 from bt_adapter.data.clips import Clip, Member, digest
@@ -30,12 +31,13 @@ from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.published import load_reference_checkpoint
 from bt_adapter.model.published_files import read_tensors
 from bt_adapter.pretrain.recipe import Recipe
+from bt_adapter.pretrain.saving import load_average, save_trained
 from bt_adapter.pretrain.step import Pretraining, backward, draw_depth, draw_visible
 from bt_adapter.towers.hugging_face import branch_path
 from bt_adapter.towers.image_models import read_tower
 from bt_adapter.towers.text import load_clip
-from bt_adapter.training.checkpoint import load_averages, load_moments, save_trained, whole
-from bt_adapter.training.loop import Clock, Stopped, rate
+from bt_adapter.training.checkpoint import moments_of, save_moments, whole
+from bt_adapter.training.loop import Clock, rate
 from bt_adapter.training.processes import Processes
 from bt_adapter.training.run import TrainingRun
 from bt_adapter.training.settings import option
@@ -178,22 +180,14 @@ class Run(TrainingRun):
             tower_dtype, recipe.tower_chunk, recipe.tower_compile, recipe.tower_graphs, recipe.tower_fp8
         )
         self.module: nn.Module = wrap(Pretraining(self.model, recipe), recipe, device, self.processes.group is not None)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameter_groups(recipe.lr, recipe.weight_decay, recipe.lr_temporal, recipe.lr_gates),
-            betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, fused=True,
-        )  # fmt: skip
-        for rates in self.optimizer.param_groups:
-            rates["base"] = rates["lr"]
-        self.ema: dict[str, Tensor] = {}
-        if folder is not None:
-            load_moments(self.model.branch, self.optimizer, folder / "optimizer.safetensors")
-            if recipe.ema:
-                self.ema = load_averages(folder / "ema", self.model.branch.named_parameters())
-        elif recipe.ema:
-            self.ema = {name: p.detach().clone() for name, p in self.model.branch.named_parameters()}
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.dtype == "float16")
-        if self.state.get("scaler"):
-            self.scaler.load_state_dict(self.state["scaler"])
+        groups = self.model.parameter_groups(recipe.lr, recipe.weight_decay, recipe.lr_temporal, recipe.lr_gates)
+        self._make_optimizer(self.model.branch, groups)
+        self.average: AveragedModel | None = None
+        if recipe.ema:
+            self.average = AveragedModel(self.model.branch, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
+            self.average.update_parameters(self.model.branch)  # the first update copies: the average begins here
+            if folder is not None:
+                load_average(folder / "ema", self.average.module)
 
     def _run(self, done: int) -> Path:
         recipe, processes, out = self.recipe, self.processes, self.recipe.out / "branch"
@@ -205,12 +199,10 @@ class Run(TrainingRun):
             self._say(f"resuming after step {done} of {self.steps}")
         self._loop(done)
         if processes.first or recipe.sharding == "fsdp2":
-            branch = {name: whole(t).cpu() for name, t in self.model.branch.state_dict().items()}
-            averages = {name: whole(t).cpu() for name, t in self.ema.items()}
+            trained = self._trained()
             if processes.first:
-                save_trained(self.model, out, branch, self.state)
-                if averages:
-                    save_trained(self.model, recipe.out / "ema", averages, self.state)
+                for name, tensors in trained.items():
+                    save_trained(self.model, recipe.out / name, tensors, self.state)
         if len(self.skipped):
             self._say(self.skipped.report())
         if len(self.damaged):
@@ -219,6 +211,14 @@ class Run(TrainingRun):
             self._say(f"of the validation clips {self.left_out.report()}")
         self._say(f"{self.steps} steps done; the branch is in {out}")
         return out
+
+    def _trained(self) -> dict[str, dict[str, Tensor]]:
+        """Gather the tensors of the branch and, with --ema, of its average, by the names of their folders."""
+        parts = {"branch": self.model.branch} | ({} if self.average is None else {"ema": self.average.module})
+        return {
+            part: {name: whole(tensor) for name, tensor in module.state_dict().items()}
+            for part, module in parts.items()
+        }
 
     def _loop(self, done: int) -> None:
         recipe, processes = self.recipe, self.processes
@@ -246,8 +246,7 @@ class Run(TrainingRun):
                 pending = []
                 self._save(step, sum(losses) / len(losses) if losses else math.inf)
                 saved, losses = time.monotonic(), []
-            if self.stop and step < self.steps:
-                raise Stopped(f"stopped after step {step} of {self.steps}; the same command goes on from there")
+            self._check_stop(step)
 
     def _step(self, step: int, batch: Any) -> Callable[[], dict[str, Any]]:
         """Run one step. Returns a function that reads its figures, which waits for the device."""
@@ -260,22 +259,14 @@ class Run(TrainingRun):
         scale = float(self.scaler.scale(torch.ones((), device=device))) if self.scaler.is_enabled() else 1.0
         numbers = replace(recipe, temperature=self.temperature)
         parts = backward(self.module, frames, visible, draws, text, numbers, processes.group, scale)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.branch.parameters(), recipe.max_grad_norm or math.inf)
-        factor = rate(step, self.steps, self.warm_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base"] * factor
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, parameter in self.model.branch.named_parameters() if self.ema else ():
-                self.ema[name].lerp_(parameter, 1 - recipe.ema)
+        norm = self._update(self.model.branch.parameters(), step)
+        if self.average is not None:
+            self.average.update_parameters(self.model.branch)
         flags = torch.tensor([len(batch.failed), float(self.asked)], device=device)
         sums = torch.cat([parts, flags])
         if processes.group is not None:
             dist.all_reduce(sums)
-        lr = recipe.lr * factor
+        lr = recipe.lr * rate(step, self.steps, self.warm_steps)
 
         def read() -> dict[str, Any]:
             *values, failed, stop = sums.tolist()
@@ -324,11 +315,16 @@ class Run(TrainingRun):
                 best = {"step": step, "score": score}
         for keys in self.processes.gather(list(self.damaged.reasons)):
             self.damaged.note(keys)
-        self.state |= {
-            "step": step, "best": best, "skipped": self.skipped.state_dict(), "damaged": self.damaged.state_dict(),
-            "recipe": self.recipe.to_dict(), "scaler": self.scaler.state_dict(), "torch": torch.__version__,
-        }  # fmt: skip
-        self.checkpoints.save(self.model, self.optimizer, self.ema, self.state)
+        self.state |= {"best": best, "damaged": self.damaged.state_dict()}
+        trained = self._trained()
+        moments = {name: whole(tensor) for name, tensor in moments_of(self.model.branch, self.optimizer).items()}
+
+        def fill(folder: Path) -> None:
+            for name, tensors in trained.items():
+                save_trained(self.model, folder / name, tensors, self.state)
+            save_moments(moments, folder / "optimizer.safetensors")
+
+        self._write_checkpoint(step, fill)
 
     def _score(self, step: int, loss: float) -> float:
         """Score by which the best checkpoint is kept: R@1 on the validation clips, else minus the mean loss."""

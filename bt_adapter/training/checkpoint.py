@@ -1,13 +1,16 @@
 """Checkpoints of a run, from which it resumes after it was killed at any moment.
 
-``OUT/checkpoints/00000200/`` appears whole or not at all: ``branch/`` (of save_pretrained), ``optimizer.safetensors``,
-``state.json``, and ``ema/`` where there is one. Tensors are stored unsharded, so the number of processes may change.
+``OUT/checkpoints/00000200/`` appears whole or not at all: the trained parts, ``optimizer.safetensors`` and
+``state.json``. Tensors are stored unsharded, so the number of processes may change.
+
+The state of the optimizer is gathered and sharded here: ``set_optimizer_state_dict`` of torch.distributed.checkpoint
+either refuses parameters that never had a gradient or accepts a file that lacks states.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,8 @@ from torch import Tensor, nn
 
 from bt_adapter.errors import CheckpointError
 from bt_adapter.files import remove_folder, remove_unfinished, write_json, writing
-from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.model.checkpoint import read_safetensors
-from bt_adapter.training.frames import FrameRange
 
-PRETRAINED = "pretrained.json"
 KEPT = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -62,26 +62,6 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint in {self.folder} can be read: {'; '.join(self.damaged)}")
         return None
 
-    def save(
-        self,
-        model: BTAdapterVisionModel,
-        optimizer: torch.optim.Optimizer,
-        ema: Mapping[str, Tensor],
-        state: dict[str, Any],
-    ) -> None:
-        """Write a checkpoint and delete old ones. Every process calls it, the first one writes."""
-        branch = {name: whole(tensor) for name, tensor in model.branch.state_dict().items()}
-        moments = {name: whole(tensor) for name, tensor in moments_of(model.branch, optimizer).items()}
-        averages = {name: whole(tensor) for name, tensor in ema.items()}
-
-        def fill(folder: Path) -> None:
-            for name, tensors in {"branch": branch, "ema": averages}.items():
-                if tensors:
-                    save_trained(model, folder / name, tensors, state)
-            save_moments(moments, folder / "optimizer.safetensors")
-
-        self.write(state, fill)
-
     def write(self, state: dict[str, Any], fill: Callable[[Path], None]) -> None:
         """Write a checkpoint by ``fill``, which is given its folder. Every process calls it, the first one writes.
 
@@ -92,7 +72,7 @@ class Checkpoints:
             with writing(self.path(state["step"]), flush=True) as folder:
                 folder.mkdir()
                 fill(folder)
-                (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+                write_json(folder / "state.json", state)
             self._drop(state["step"], best=state.get("best"))
         if dist.is_initialized():
             dist.barrier()
@@ -104,20 +84,6 @@ class Checkpoints:
             if step not in kept:
                 remove_folder(self.path(step))
         remove_unfinished(self.folder)
-
-
-def save_trained(
-    model: BTAdapterVisionModel, folder: Path, branch: Mapping[str, Tensor], state: dict[str, Any]
-) -> None:
-    """Write a branch, and in pretrained.json how it was trained. state: state of the run."""
-    model.save_pretrained(folder, branch=branch)
-    recipe = state["recipe"]
-    sampling = {"frames": FrameRange.of(recipe["frames"]).most, "repeat": True}
-    about = {
-        "step": state["step"], "sampling": sampling, "dtype": recipe["dtype"],
-        "dtype_chosen": state.get("dtype_chosen"), "recipe": recipe,
-    }  # fmt: skip
-    write_json(folder / PRETRAINED, about)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -192,11 +158,3 @@ def load_moments(branch: nn.Module, optimizer: torch.optim.Optimizer, file: Path
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer.defaults.get("fused"))
-
-
-def load_averages(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Load the moving average of the branch. Raises CheckpointError for a damaged file or a missing parameter."""
-    stored, wanted = read_safetensors(folder / "model.safetensors"), dict(parameters)
-    if missing := [name for name in wanted if f"branch.{name}" not in stored]:
-        raise CheckpointError(f"{folder}/model.safetensors lacks {', '.join(missing)}")
-    return {name: like(stored[f"branch.{name}"], parameter) for name, parameter in wanted.items()}

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 from bt_adapter.files import remove_unfinished, write_whole
 from bt_adapter.model.dtypes import ChosenDtype, choose_dtype
-from bt_adapter.training.checkpoint import Checkpoints
+from bt_adapter.training.checkpoint import Checkpoints, load_moments
 from bt_adapter.training.log import Log
-from bt_adapter.training.loop import Clock, rate, signals, warm_steps
+from bt_adapter.training.loop import Clock, Stopped, rate, signals, warm_steps
 from bt_adapter.training.processes import Processes
 
 
@@ -123,6 +127,51 @@ class TrainingRun:
         finally:
             if self.log is not None:
                 self.log.close()
+
+    def _make_optimizer(self, module: nn.Module, groups: list[dict[str, Any]], first_scale: float = 65536.0) -> None:
+        """Make AdamW and the gradient scaler of float16, with the states of the resumed checkpoint.
+
+        Args:
+            module: holds the trained parameters. groups: parameter groups with their peak learning rates.
+            first_scale: of a new run's scaler.
+        """
+        recipe = self.recipe
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True
+        )
+        for group in self.optimizer.param_groups:
+            group["base"] = group["lr"]
+        self.scaler = torch.amp.GradScaler(
+            self.processes.device.type, init_scale=first_scale, enabled=recipe.dtype == "float16"
+        )
+        if self.state.get("scaler"):
+            self.scaler.load_state_dict(self.state["scaler"])
+        if self.folder is not None:
+            load_moments(module, self.optimizer, self.folder / "optimizer.safetensors")
+
+    def _update(self, parameters: Iterable[Tensor], step: int) -> Tensor:
+        """Clip the gradients, update the parameters at the step's rate and clear the gradients; return their norm."""
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, self.recipe.max_grad_norm or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base"] * rate(step, self.steps, self.warm_steps)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _write_checkpoint(self, step: int, fill: Callable[[Path], None]) -> None:
+        """Bring the state up to date and write a checkpoint; ``fill`` writes the tensors into its folder."""
+        self.state |= {
+            "step": step, "skipped": self.skipped.state_dict(), "recipe": self.recipe.to_dict(),
+            "scaler": self.scaler.state_dict(), "torch": torch.__version__,
+        }  # fmt: skip
+        self.checkpoints.write(self.state, fill)
+
+    def _check_stop(self, step: int) -> None:
+        """Raise Stopped after a step if a process was asked to stop and steps remain."""
+        if self.stop and step < self.steps:
+            raise Stopped(f"stopped after step {step} of {self.steps}; the same command goes on from there")
 
     def _write_recipe(self) -> None:
         """Write all options as a file for --config, before the first step."""

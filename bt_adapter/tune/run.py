@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.conversation import context
@@ -25,8 +23,8 @@ from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 from bt_adapter.files import writing
 from bt_adapter.model.time_steps import plan_steps
-from bt_adapter.training.checkpoint import load_moments, moments_of, save_moments
-from bt_adapter.training.loop import Clock, Stopped, rate
+from bt_adapter.training.checkpoint import moments_of, save_moments
+from bt_adapter.training.loop import Clock, rate
 from bt_adapter.training.processes import Processes
 from bt_adapter.training.run import TrainingRun
 from bt_adapter.tune.batches import Order, Step, Steps, VisualReader
@@ -107,22 +105,11 @@ class Run(TrainingRun):
             plan = plan_steps(model.config, recipe.frames, recipe.long)
             model.trained_steps = min(plan.steps, plan.rows)
         self.tuning = Tuning(self.chat, recipe)
-        self.optimizer = torch.optim.AdamW(
-            self.learned.groups(recipe), betas=(recipe.beta1, recipe.beta2), eps=recipe.eps,
-            weight_decay=recipe.weight_decay, fused=True,
-        )  # fmt: skip
-        for group in self.optimizer.param_groups:
-            group["base"] = group["lr"]
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        # The loss is a sum over answer tokens, thousands of times the mean for which the usual first scale is made.
-        self.scaler = torch.amp.GradScaler(
-            self.processes.device.type, init_scale=16.0, enabled=recipe.dtype == "float16"
-        )
-        if self.state.get("scaler"):
-            self.scaler.load_state_dict(self.state["scaler"])
         if self.folder is not None:
             self.learned.load(self.folder)
-            load_moments(self.learned, self.optimizer, self.folder / "optimizer.safetensors")
+        # The loss is a sum over answer tokens, thousands of times the mean for which the usual first scale is made.
+        self._make_optimizer(self.learned, self.learned.groups(recipe), first_scale=16.0)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _run(self, done: int) -> Path:
         out = self.recipe.out / "tuned"
@@ -179,8 +166,7 @@ class Run(TrainingRun):
             self._record(values, clock)
             if self.due or self.stop or step == self.steps:
                 self._save(step)
-            if self.stop and step < self.steps:
-                raise Stopped(f"stopped after step {step} of {self.steps}; the same command goes on from there")
+            self._check_stop(step)
 
     def _step(self, step: int, batch: Step) -> dict[str, Any]:
         """Run one step; returns its figures. The loss is the mean over the answer tokens of all processes and parts."""
@@ -202,8 +188,10 @@ class Run(TrainingRun):
         self.stop, self.due = stop > 0, due > 0
         if failed:
             self._gather_skipped()
-        factor = rate(step, self.steps, self.warm_steps)
-        norm = self._update(count, factor) if count else 0.0
+        factor, norm = rate(step, self.steps, self.warm_steps), 0.0
+        if count:  # the loss is a mean over answer tokens
+            share_gradients(self.parameters, 1 / count, processes.group)
+            norm = float(self._update(self.parameters, step))
         return {
             "step": step,
             "epoch": round(step / self.order.steps_per_epoch, 4),
@@ -213,18 +201,6 @@ class Run(TrainingRun):
             **{f"lr_{group['name']}": group["base"] * factor for group in self.optimizer.param_groups},
             "skipped": len(self.skipped),
         }
-
-    def _update(self, count: float, factor: float) -> float:
-        """Reduce gradients, divide them by the number of answer tokens, and update. Returns the gradient norm."""
-        share_gradients(self.parameters, 1 / count, self.processes.group)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base"] * factor
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
 
     def _record(self, values: dict[str, Any], clock: Clock) -> None:
         """Log a step. Raises TooManySkipped."""
@@ -237,16 +213,11 @@ class Run(TrainingRun):
             self.skipped.load_state_dict(skipped)
 
     def _save(self, step: int) -> None:
-        self.state |= {
-            "step": step, "skipped": self.skipped.state_dict(), "recipe": self.recipe.to_dict(),
-            "scaler": self.scaler.state_dict(), "torch": torch.__version__,
-        }  # fmt: skip
-
         def fill(folder: Path) -> None:
             self.learned.save(folder, self._about())
             save_moments(moments_of(self.learned, self.optimizer), folder / "optimizer.safetensors")
 
-        self.checkpoints.write(self.state, fill)
+        self._write_checkpoint(step, fill)
         self.saved = time.monotonic()
 
     def _about(self) -> dict[str, Any]:
