@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -63,19 +62,16 @@ class Checkpoints:
         return None
 
     def write(self, state: dict[str, Any], fill: Callable[[Path], None]) -> None:
-        """Write a checkpoint by ``fill``, which is given its folder. Every process calls it, the first one writes.
+        """Write a checkpoint by ``fill``, which is given its folder, and delete old ones. The first process calls it.
 
         state: state of the run, JSON; its "step" names the checkpoint. The checkpoint of its "best", if any, is kept.
         """
-        if first():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with writing(self.path(state["step"]), flush=True) as folder:
-                folder.mkdir()
-                fill(folder)
-                write_json(folder / "state.json", state)
-            self._drop(state["step"], best=state.get("best"))
-        if dist.is_initialized():
-            dist.barrier()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.path(state["step"]), flush=True) as folder:
+            folder.mkdir()
+            fill(folder)
+            write_json(folder / "state.json", state)
+        self._drop(state["step"], best=state.get("best"))
 
     def _drop(self, newest: int, best: dict[str, Any] | None) -> None:
         # later ones are damaged: the run resumed from an earlier one
@@ -98,11 +94,6 @@ def _read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
     except KeyError as error:
         raise CheckpointError(f"{folder} is damaged: it has no state.json") from error
-
-
-def first() -> bool:
-    """Whether this is the process that writes files."""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def whole(tensor: Tensor) -> Tensor:

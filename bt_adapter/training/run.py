@@ -161,12 +161,17 @@ class TrainingRun:
         return norm
 
     def _write_checkpoint(self, step: int, fill: Callable[[Path], None]) -> None:
-        """Bring the state up to date and write a checkpoint; ``fill`` writes the tensors into its folder."""
+        """Bring the state up to date and write a checkpoint; ``fill`` writes the tensors into its folder.
+
+        Every process calls it; the first one writes, and the others wait for it.
+        """
         self.state |= {
             "step": step, "skipped": self.skipped.state_dict(), "recipe": self.recipe.to_dict(),
             "scaler": self.scaler.state_dict(), "torch": torch.__version__,
         }  # fmt: skip
-        self.checkpoints.write(self.state, fill)
+        if self.processes.first:
+            self.checkpoints.write(self.state, fill)
+        self.processes.gather(None)
 
     def _check_stop(self, step: int) -> None:
         """Raise Stopped after a step if a process was asked to stop and steps remain."""
