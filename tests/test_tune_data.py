@@ -342,8 +342,9 @@ def test_features_stop_between_videos_and_leftovers_go(video_chat, tmp_path):
     assert len(list((tmp_path / "f").glob("*.safetensors"))) == 2
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    left = [tmp_path / f"f/a.safetensors.{gone.pid}", tmp_path / f"f/features.json.{gone.pid}"]
-    other = tmp_path / f"f/a.safetensors.{os.getppid()}"  # one that still writes
+    names = [f".a.safetensors.{gone.pid}-00000000.writing", f".features.json.{gone.pid}-00000000.writing"]
+    left = [tmp_path / "f" / name for name in names]
+    other = tmp_path / f"f/.a.safetensors.{os.getppid()}-00000000.writing"  # one that still writes
     for path in (*left, other):
         path.touch()
     fill(store, data, video_chat, said := [])
