@@ -55,18 +55,19 @@ def writing(
 
 
 def write_bytes(path: Path, data: bytes, flush: bool = False) -> None:
-    """Write a file as :func:`writing` does."""
+    """Write a file as :func:`writing` does; its folder is created if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path, flush) as temporary:
         temporary.write_bytes(data)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text in UTF-8 as :func:`writing` does."""
+    """Write a text in UTF-8 as :func:`write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any, indent: int = 2, ascii: bool = True, flush: bool = False) -> None:
-    """Write a JSON file as :func:`writing` does. ascii: escape all other characters."""
+    """Write a JSON file as :func:`write_bytes` does. ascii: escape all other characters."""
     text = json.dumps(value, indent=indent, ensure_ascii=ascii) + "\n"
     write_bytes(path, encode_json(text), flush)
 

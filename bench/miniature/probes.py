@@ -30,7 +30,8 @@ from bt_adapter import BTAdapterVisionModel  # noqa: E402
 from bt_adapter.chat.attach import attached_branch  # noqa: E402
 from bt_adapter.chat.engine import VideoChat  # noqa: E402
 from bt_adapter.chat.tuned import projector_of  # noqa: E402
-from bt_adapter.eval.report import versions, write_json  # noqa: E402
+from bt_adapter.eval.report import versions  # noqa: E402
+from bt_adapter.files import write_json  # noqa: E402
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 PART = 48  # clips that run through the model at once

@@ -28,7 +28,8 @@ from miniature.tables import small, spread  # noqa: E402
 from miniature.world import KINDS, SINGLE, of_kind  # noqa: E402
 
 from bt_adapter.eval.ranking import retrieval  # noqa: E402
-from bt_adapter.eval.report import versions, write_json  # noqa: E402
+from bt_adapter.eval.report import versions  # noqa: E402
+from bt_adapter.files import write_json  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "miniature.json"
 # Folders of answers in that of a seed, with what they are called.

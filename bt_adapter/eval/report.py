@@ -1,4 +1,4 @@
-"""Writes results as JSON files with the settings and versions that produced them."""
+"""Record what produced a result, and refuse to overwrite a result of other settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from bt_adapter import files
 from bt_adapter.errors import CommandError
 from bt_adapter.files import VERSION
 
@@ -23,12 +22,6 @@ def versions() -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     """Return the GPU's name, or the device type, such as "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write ``result`` atomically, through a temporary file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, result)
 
 
 def read_json(path: Path) -> Any:

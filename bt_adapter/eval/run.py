@@ -18,10 +18,11 @@ from bt_adapter.data.skipped import Skipped
 from bt_adapter.eval import recognition, retrieval
 from bt_adapter.eval.cache import FeatureCache
 from bt_adapter.eval.features import Features, Look, extract
-from bt_adapter.eval.report import check_overwriting, device_name, versions, write_json
+from bt_adapter.eval.report import check_overwriting, device_name, versions
 from bt_adapter.eval.settings import Evaluation, Recognition, Retrieval
 from bt_adapter.eval.similarities import read_settings, write_similarities
 from bt_adapter.eval.stack import Stack, load_stack
+from bt_adapter.files import write_json
 from bt_adapter.model.dtypes import choose_dtype
 from bt_adapter.progress import Progress, make_console, print_table, progress_bar, say
 from bt_adapter.training.processes import Processes

@@ -17,8 +17,8 @@ from bt_adapter.data.finding import VisualFolder
 from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.qa import Item, exact_scores, read_items, write_predictions
-from bt_adapter.eval.report import check_overwriting, versions, write_json
-from bt_adapter.files import Rows
+from bt_adapter.eval.report import check_overwriting, versions
+from bt_adapter.files import Rows, write_json
 from bt_adapter.model.dtypes import ChosenDtype
 from bt_adapter.progress import make_console, print_table, progress_bar, say
 from bt_adapter.qa.judge import ASPECTS, PROMPTS, Case, Judge, judge_all, summary
