@@ -119,5 +119,4 @@ def results_file(name: str, about: dict) -> Path:
 
 def write(rows: list, path: Path) -> None:
     """Write the rows aside and rename, so that a run killed at any moment leaves the last whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, [asdict(row) for row in rows], indent=1)

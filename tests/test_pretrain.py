@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pretraining import losses, recipe, write_clips
+from safetensors.torch import load_file
 from small_models import video
 from test_chat import mini_is_there
 from test_video import numbered
@@ -180,6 +181,22 @@ def test_a_run_ends_with_a_branch_that_loads_and_has_learned(tmp_path):
     state = json.loads((out / "checkpoints/00000012/state.json").read_text())
     left = {int(path.name) for path in (out / "checkpoints").iterdir()}
     assert left == {12, state["best"]["step"]}
+
+
+def test_the_average_follows_the_branch_from_its_first_values_on(manifest, tmp_path):
+    out = tmp_path / "run"
+    pretrain(recipe(data=str(manifest), out=out, steps=2, save_steps=1, keep_last=2, ema=0.75, lr=1e-3))
+    stored = {
+        (step, part): load_file(out / f"checkpoints/{step:08d}/{part}/model.safetensors")
+        for step in (1, 2)
+        for part in ("branch", "ema")
+    }
+    moved = 0.0
+    for name, average in stored[2, "ema"].items():
+        before, now = stored[1, "ema"][name], stored[2, "branch"][name]
+        torch.testing.assert_close(average, before + 0.25 * (now - before), rtol=1e-6, atol=1e-9)
+        moved += float((before - stored[1, "branch"][name]).abs().max())
+    assert moved > 0  # the average began before the first step
 
 
 def test_the_best_checkpoint_is_that_of_the_best_retrieval(manifest, tmp_path, monkeypatch, capsys):
