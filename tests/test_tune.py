@@ -27,6 +27,7 @@ from bt_adapter.chat.engine import VideoChat
 from bt_adapter.commands import cli
 from bt_adapter.data import read_video
 from bt_adapter.errors import CheckpointError, CommandError
+from bt_adapter.training.loop import Stopped
 from bt_adapter.tune import run
 from bt_adapter.tune.batches import Order, Steps, VisualReader
 from bt_adapter.tune.conversations import read_conversations
@@ -34,7 +35,7 @@ from bt_adapter.tune.features import FeatureStore
 from bt_adapter.tune.loss import answer_loss
 from bt_adapter.tune.parts import Learned
 from bt_adapter.tune.recipe import TuneRecipe
-from bt_adapter.tune.run import Run, Stopped
+from bt_adapter.tune.run import Run
 from bt_adapter.tune.run import tune as run_tuning
 from bt_adapter.tune.step import Tuning
 from bt_adapter.tune.tokens import IGNORED, Tokens, make_examples
