@@ -294,7 +294,7 @@ def half(rank: int, world: int, wanted: Recipe, until: int) -> None:
     module.Run._step = watched
     try:
         pretrain(wanted)
-    except module.Stopped:
+    except Stopped:
         return
     raise AssertionError("it went to its end")
 
