@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bt_adapter.errors import CheckpointError
-from bt_adapter.files import remove_folder, remove_unfinished, write_json, writing
+from bt_adapter.files import remove_folder, remove_unfinished, writing
 from bt_adapter.model.checkpoint import read_safetensors
 
 KEPT = ("exp_avg", "exp_avg_sq", "step")
@@ -70,7 +70,7 @@ class Checkpoints:
         with writing(self.path(state["step"]), flush=True) as folder:
             folder.mkdir()
             fill(folder)
-            write_json(folder / "state.json", state)
+            (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         self._drop(state["step"], best=state.get("best"))
 
     def _drop(self, newest: int, best: dict[str, Any] | None) -> None:
