@@ -4,7 +4,7 @@ Environment variables:
     BT_NATIVE       0: pure Python; 1: the native part must build; auto (default): build it if torch and a C++
                     compiler are found, else install without it and report the reason
     BT_CUDA         the CUDA kernels: 0: not built; 1: must build; auto (default): build them if nvcc is found
-    BT_CUDA_ARCHS   CUDA targets, such as "80;90a" (default: those of 80, 90a and 100a that nvcc supports)
+    BT_CUDA_ARCHS   CUDA targets, such as "80;90" (default: those of 80, 90 and 100 that nvcc supports)
     BT_NATIVE_ARCH  value of the C++ compiler's -march, such as native (default: code for any processor)
     MAX_JOBS        number of compiler processes (default: number of processors)
 """

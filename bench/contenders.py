@@ -1,4 +1,8 @@
-"""Who runs a step in ``bench/step.py``: the reference's structure in its forms, and ours under each policy."""
+"""Make the contenders of ``bench/step.py``: the reference's structure in its forms, and ours under each policy.
+
+On a GPU every contender runs under the same autocast to bfloat16, on a CPU none does. The device "meta" stands for a
+GPU (``emulated_gpu.py``).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from bt_adapter.towers.config import TowerConfig
 from bt_kernels import VisibleTokens
 
 VIT_L = TowerConfig(1024, 4096, 24, 16, 224, 14, 768)
+SMALL = TowerConfig(128, 256, 6, 2, 56, 14, 64)  # for rehearsals
 DEPTH = 4
 BASELINES = {
     "eager": Options(),
@@ -65,17 +70,25 @@ class Case:
         return tubes[:, :, None].expand(-1, -1, self.frames).flatten(1).to(device)
 
     def visible(self, device: str) -> VisibleTokens:
-        mask = self.mask(device)
+        mask = self.mask("cpu")
         if mask is None:
             return VisibleTokens.all(self.batch, VIT_L.patches, self.frames, device=device)
-        return VisibleTokens.from_reference_mask(mask, self.frames)
+        return VisibleTokens.from_reference_mask(mask, self.frames).to(device)
 
 
 class Contender:
-    """A model in one of the forms, and its run of a case: ``run()``, then gradients in ``parameters``."""
+    """A model in one of the forms, and its run of a case: ``run()``, then gradients in ``parameters``.
 
-    def __init__(self, name: str, model: BTAdapterVisionModel, case: Case, device: str, inputs: dict[str, Tensor]):
+    Args:
+        autocast: whether it runs under autocast to bfloat16; None: on every device but a CPU.
+    """
+
+    def __init__(
+        self, name: str, model: BTAdapterVisionModel, case: Case, device: str, inputs: dict[str, Tensor],
+        autocast: bool | None = None,
+    ):  # fmt: skip
         self.name, self.case, self.device, self.inputs = name, case, device, inputs
+        self.autocast = device != "cpu" if autocast is None else autocast
         self.visible = case.visible(device)
         self.mask = case.mask(device)
         if name in BASELINES:
@@ -92,10 +105,17 @@ class Contender:
         learning = self.model if name in BASELINES else self.model.branch
         self.parameters = [p for p in learning.parameters() if p.requires_grad]
 
+    @property
+    def product_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Dtypes that its matrix products should have."""
+        tower = {name: (options.get("dtype"),) for name, options in TOWERS.items() if "dtype" in options}
+        if self.name == "fp8":
+            tower["fp8"] = (torch.float8_e4m3fn,)
+        return (torch.bfloat16 if self.autocast else torch.float32, *tower.get(self.name, ()))
+
     def run(self) -> Tensor:
-        """Gradients set anew."""
-        amp = self.device == "cuda" and self.name in BASELINES
-        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+        """Compute the case's result and set the gradients anew."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
             out = getattr(self, self.case.part)()
         if out.requires_grad:
             out.backward()
@@ -146,19 +166,19 @@ def make_model(part: str, device: str) -> BTAdapterVisionModel:
     with torch.no_grad():
         for layer in model.branch.temporal:  # a fresh one adds nothing
             layer.fc.weight.normal_(0, 0.02)
-    if device == "cuda":
+    if device != "cpu":
         model.tower.optimize(dtype=torch.bfloat16)
     return model
 
 
 def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
-    generator = torch.Generator(device).manual_seed(1)
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(1)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=device)
 
     if case.part == "branch":
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
         tokens, width = 1 + VIT_L.patches, VIT_L.hidden_size
         states = [draw(case.batch, case.frames, tokens, width).to(dtype) for _ in range(DEPTH)]
         return {"states": states, "cotangent": draw(case.batch, tokens * case.frames, width)}

@@ -1,13 +1,14 @@
-"""What can be counted of a step: bytes kept for backward, operators, what the host waits for, launches, what fits."""
+"""Count of a step: bytes kept for backward, operators, waits of the host, launches, products' dtypes, what fits."""
 
 from __future__ import annotations
 
 import gc
+from collections import Counter
 
 import torch
 from contenders import BASELINES, CONTENDERS, POLICIES, Case, Contender, make_inputs, make_model
+from device_work import PRODUCTS, host_waits, memory_of, name_of, operations
 from measure import kept_bytes
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -15,28 +16,50 @@ def saved_bytes(contender: Contender) -> int | None:
     """Unique storages kept for backward, without parameters, inputs and buffers."""
     if contender.case.part == "chat":
         return None
-    own = {t.untyped_storage().data_ptr() for t in contender.model.parameters()}
+    own = {memory_of(t) for t in contender.model.parameters()}
     if contender.case.part == "branch":  # of the product that stands for a loss
-        own.add(contender.inputs["cotangent"].untyped_storage().data_ptr())
+        own.add(memory_of(contender.inputs["cotangent"]))
     return kept_bytes(getattr(contender, contender.case.part), own)
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators that do work, and those whose result a host waits for on a GPU."""
+    """Counts operators that do work, those that the host would wait for on a GPU, and operations of products.
 
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
+    Attributes:
+        operations: floating-point operations of matrix products by the dtype of their left operand.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.count = self.waits = 0
+        self.operations: Counter[torch.dtype] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        indices = args[1] if func.overloadpacket.__name__ in ("index", "index_put_", "index_put") else ()
-        boolean = any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices)
-        self.waits += boolean or func.overloadpacket.__name__ in self.WAITING
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = name_of(func)
+        self.waits += host_waits(func, args, kwargs)
         self.count += not func.is_view
+        if name in PRODUCTS:
+            self.operations[args[PRODUCTS[name]].dtype] += operations(name, args, result)
         return result
+
+
+# The contrastive losses, and token alignment's sums, are float32 on purpose.
+LEAST_SHARE = 0.95
+
+
+def why_wrong_products(contender: Contender, operators: Operators) -> str | None:
+    """Return how the counted matrix products of a contender miss the dtypes that they should have, or None.
+
+    At least :data:`LEAST_SHARE` of their operations must be in ``contender.product_dtypes``.
+    """
+    total = operators.operations.total()
+    share = sum(operators.operations[dtype] for dtype in contender.product_dtypes) / max(total, 1)
+    if share >= LEAST_SHARE:
+        return None
+    seen = ", ".join(f"{dtype} {count / total:.1%}" for dtype, count in operators.operations.most_common())
+    return f"its products are not in {' or '.join(map(str, contender.product_dtypes))}: {seen or 'there are none'}"
 
 
 def launches(contender: Contender) -> int | None:

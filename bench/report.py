@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from summaries import ON_BFLOAT16, SMALL_WORLD, decode, highlights, long_videos, pretrain
+from summaries import ON_BFLOAT16, SMALL_WORLD, budget, decode, highlights, long_videos, pretrain
 
 from bt_adapter.files import write_whole
 
@@ -196,6 +196,7 @@ TABLES = {
     "kernels": kernels,
     "traffic": traffic,
     "step": step,
+    "budget": budget,
     "chat": chat,
     **SMALL_WORLD,
 }

@@ -7,10 +7,12 @@
 
 Contenders: the reference's structure (``baseline.py``) as it is, with fused attention, compiled, with checkpointing;
 and ours under each policy of ``recompute``. ViT-L/14 of random weights, depth 4; a loss and its gradients, no
-optimizer. On a CPU float32; on a GPU bf16, the reference under autocast as it trains. Nothing is timed while the tests
-that hold the baseline against the golden numbers fail, and no contender whose gradients differ from ours.
+optimizer. On a CPU float32; on a GPU every contender under the same autocast to bfloat16. Nothing is timed while the
+tests that hold the baseline against the golden numbers fail (they run here, or ``--conformance`` names their report),
+and no contender whose gradients differ from ours or whose matrix products have another dtype.
 
-Medians of alternating runs in one process. "saved": bytes kept for backward, unique storages, parameters excluded.
+Medians of alternating runs in one process; those that compile join last. A contender's row is written as soon as it has
+run once and again after the rounds of all. "saved": bytes kept for backward, unique storages, parameters excluded.
 "peak": the most memory beyond weights and inputs: on a GPU the allocator's, on a CPU resident, each contender in a
 process of its own; once with gradients made by the step, once with gradients that were there before, as where they
 accumulate. "products": the branch's matrix products alone, the limit of what anyone can reach. "similarity": the
@@ -22,24 +24,28 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import contenders
 import torch
 import torch.nn.functional as F
-from contenders import CONTENDERS, POLICIES, TOWERS, Case, Contender, make_inputs, make_model
-from counting import Operators, counted_batch, largest_batch, launches, saved_bytes
-from measure import ROOT, facts, peak_memory, results_file, rounds_of, write
+from contenders import CONTENDERS, GPU_TOWERS, POLICIES, SMALL, TOWERS, Case, Contender, make_inputs, make_model
+from counting import Operators, counted_batch, largest_batch, launches, saved_bytes, why_wrong_products
+from measure import ROOT, facts, peak_memory, results_file, rounds_of, update, verdicts
+from pytest_benchmark.stats import Stats
+from torch import Tensor
 
+from bt_adapter import BTAdapterVisionModel
 from bt_adapter.towers.products import input_grad, linear, weight_grad
 
+KEYS = ("part", "frames", "ratio", "batch", "contender")  # of a row: what tells it apart
+LAST = ("compiled", *GPU_TOWERS)  # contenders whose first run takes long or may fail
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # gradients, relative in norm
 
 
@@ -120,71 +126,106 @@ def products(case: Case, device: str) -> Callable[[], None]:
 
 
 def measure(case: Case, device: str, names: tuple[str, ...], seconds: float, least: int, peaks: bool) -> Iterator[Row]:
+    """Yield the row of each contender once it has run, and again after alternating rounds of all.
+
+    The contenders in :data:`LAST` begin when the others' rounds are over.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     names = tuple(name for name in case.contenders if name in names)
+
+    def new_row(name: str) -> Row:
+        return Row(case.part, case.frames, case.ratio, case.batch, name, str(dtype)[6:])
+
     if not case.timed:
         for name in (n for n in names if n not in ("sdpa", "compiled")):
-            row = Row(case.part, case.frames, case.ratio, case.batch, name, str(dtype)[6:])
+            row = new_row(name)
             row.peak, row.peak_gradients_standing = resident_peaks(case, name)
             yield row
         return
     model, inputs = make_model(case.part, device), make_inputs(case, device)
-    rows, running, expected = {}, {}, None
-    for name in sorted(names, key=lambda n: n not in POLICIES):
-        row = rows[name] = Row(case.part, case.frames, case.ratio, case.batch, name, str(dtype)[6:])
-        try:
-            contender = Contender(name, model, case, device, inputs)
-            contender.clear()
-            out = contender.run()
-            found = [out.float()] if case.part == "chat" else [g.float().clone() for g in contender.gradients()]
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-            row.error = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            continue
-        expected = expected or found
-        worst = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
-        row.similarity = min(
-            float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)) for a, b in zip(found, expected, strict=True)
-        )
-        if not worst <= TOLERANCE[dtype] and name not in TOWERS:
-            row.error = f"differs from ours by {worst:.1e}"
-            continue
-        running[name] = contender
+    rows: dict[str, Row] = {}
+    functions: dict[str, Callable[[], None]] = {}
+    if case.part == "branch":
+        rows["products"], functions["products"] = new_row("products"), products(case, device)
+    expected: list[Tensor] = []
+    for names_now in ([n for n in names if n not in LAST], [n for n in names if n in LAST]):
+        for name in sorted(names_now, key=lambda n: n not in POLICIES):
+            row = rows[name] = new_row(name)
+            contender = prepared(row, model, case, device, inputs, expected)
+            if contender is not None:
+                functions[name] = timed(contender)
+                note(row, rounds_of({name: functions[name]}, device, 0.0, 1)[name])
+                if device == "cuda":
+                    contender.clear()
+                    row.peak = int(peak_memory(contender.run, device) * 2**20)
+                    row.peak_gradients_standing = int(peak_memory(contender.run, device) * 2**20)
+                elif peaks and name not in ("sdpa", "compiled"):
+                    row.peak, row.peak_gradients_standing = resident_peaks(case, name)
+                contender.clear()
+            yield row
+        if names_now:
+            for name, stats in rounds_of(functions, device, seconds, least).items():
+                note(rows[name], stats)
+            yield from rows.values()
+
+
+def prepared(
+    row: Row, model: BTAdapterVisionModel, case: Case, device: str, inputs: dict, expected: list[Tensor]
+) -> Contender | None:
+    """Make a contender, compare its gradients with ``expected`` (filled by the first one) and count its step.
+
+    Returns:
+        The contender, or None if it is not to be timed; ``row.error`` then tells why.
+    """
+    try:
+        contender = Contender(row.contender, model, case, device, inputs)
+        contender.clear()
+        out = contender.run()
+        found = [out.float()] if case.part == "chat" else [g.float().clone() for g in contender.gradients()]
+        contender.clear()
+        with torch.compiler.set_stance("force_eager"), Operators() as operators:
+            contender.run()
         contender.clear()
         row.saved = saved_bytes(contender)
-        if name != "compiled":  # counting runs it operator by operator, as if it were not
-            with Operators() as operators:
-                contender.run()
-            row.operators, row.waits = operators.count, operators.waits
         row.launches = launches(contender)
         contender.clear()
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+        row.error = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return None
+    if not expected:
+        expected += found
+    pairs = list(zip(found, expected, strict=True))
+    row.similarity = min(float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)) for a, b in pairs)
+    worst = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    row.error = why_wrong_products(contender, operators) or ""
+    if not worst <= TOLERANCE[getattr(torch, row.dtype)] and row.contender not in TOWERS:
+        row.error = f"differs from ours by {worst:.1e}"
+    if row.contender != "compiled":  # its operators were counted as if it were not
+        row.operators, row.waits = operators.count, operators.waits
+    return None if row.error else contender
 
-    def timed(contender: Contender) -> Callable[[], None]:
-        def run() -> None:
-            contender.clear()
-            contender.run()
 
-        return run
+def timed(contender: Contender) -> Callable[[], None]:
+    """Return a function that runs a contender without gradients from before."""
 
-    functions = {name: timed(contender) for name, contender in running.items()}
-    if case.part == "branch":
-        rows["products"] = Row(case.part, case.frames, case.ratio, case.batch, "products", str(dtype)[6:])
-        functions["products"] = products(case, device)
-    for name, stats in rounds_of(functions, device, seconds, least).items():
-        row = rows[name]
-        row.seconds, row.iqr, row.rounds = stats.median, stats.iqr, stats.rounds
-        row.clips_per_s = case.batch / stats.median
-    for name, contender in running.items():
+    def run() -> None:
         contender.clear()
-        if device == "cuda":
-            rows[name].peak = int(peak_memory(contender.run, device) * 2**20)
-            rows[name].peak_gradients_standing = int(peak_memory(contender.run, device) * 2**20)
-            contender.clear()
-        elif peaks and name not in ("sdpa", "compiled"):
-            rows[name].peak, rows[name].peak_gradients_standing = resident_peaks(case, name)
-    yield from rows.values()
+        contender.run()
+
+    return run
 
 
-def golden_is_green() -> bool:
+def note(row: Row, stats: Stats) -> None:
+    """Put times into a row."""
+    row.seconds, row.iqr, row.rounds = stats.median, stats.iqr, stats.rounds
+    row.clips_per_s = row.batch / stats.median
+
+
+def golden_is_green(reports: Sequence[Path]) -> bool:
+    """Return whether the tests of the baseline passed: in the reports given, or by running them."""
+    if reports:
+        passed = [ok for test, ok in verdicts(reports).items() if "test_step" in test and "baseline" in test]
+        return bool(passed) and all(passed)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "baseline"]
     command.append("tests/test_step.py")
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
@@ -216,14 +257,19 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="at least so many")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further case after so long")
     parser.add_argument("--no-peaks", action="store_true", help="leave the processes of their own out (CPU)")
+    parser.add_argument("--conformance", type=Path, nargs="+", default=(), help="JUnit XML of the baseline's tests")
+    parser.add_argument("--small", action="store_true", help="a small tower: a rehearsal")
     parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/step[-sweep]-<device>.json")
     parser.add_argument("--peaks-of", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # the baseline was, by the parent
     options = parser.parse_args()
+    if options.small:
+        contenders.VIT_L = SMALL
     if options.peaks_of:
         print_peaks(Case(options.part, options.frames, options.mask_ratio, options.batch_size), options.peaks_of)
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not golden_is_green():
+    if not options.checked and not golden_is_green([report for report in options.conformance if report.exists()]):
         print("tests/test_step.py fails: the baseline is not the reference's procedure, nothing is timed")
         return 1
     if options.fits:
@@ -242,7 +288,8 @@ def main() -> int:
         command = [sys.executable, __file__, "--part", case.part, "--frames", str(case.frames), "--out", str(out)]
         command += ["--mask-ratio", str(case.ratio), "--batch-size", str(case.batch), "--only", *options.only]
         command += ["--rounds", str(options.rounds), *(["--seconds", str(options.seconds)] if options.seconds else [])]
-        command += [flag for flag, on in (("--no-peaks", options.no_peaks), ("--peaks", not case.timed)) if on]
+        flags = {"--no-peaks": options.no_peaks, "--peaks": not case.timed, "--small": options.small, "--checked": True}
+        command += [flag for flag, on in flags.items() if on]
         failed |= subprocess.run(command, cwd=ROOT).returncode != 0
     return int(failed)
 
@@ -252,18 +299,10 @@ def run_case(options: argparse.Namespace, device: str, out: Path) -> None:
     case = Case(options.part, options.frames, options.mask_ratio, options.batch_size, not options.peaks)
     about = facts(device)
     seconds = options.seconds or (1.0 if device == "cuda" else 15.0)
-    rows = []
     for row in measure(case, device, tuple(options.only), seconds, options.rounds, not options.no_peaks):
         row.facts = about
-        rows.append(row)
+        update([row], out, KEYS)
         print(f"{case.name:<28} {row.contender:<11} {row.error or told(row)}", flush=True)
-
-    def place(row: Row) -> tuple:
-        return row.part, row.frames, row.ratio, row.batch, row.contender
-
-    new = {place(row) for row in rows}
-    old = [Row(**row) for row in json.loads(out.read_text(encoding="utf-8"))] if out.exists() else []
-    write([row for row in old if place(row) not in new] + rows, out)
 
 
 def told(row: Row) -> str:

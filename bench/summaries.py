@@ -126,6 +126,33 @@ def pretrain() -> str:
     return "\n".join(lines)
 
 
+def budget() -> str:
+    """Make the table of a step's work on a GPU, from ``bench/budget.py``."""
+    names = {
+        "eager": "the published structure", "sdpa": "the same with SDPA", "none": '**ours**, `recompute="none"`',
+        "mlp": '**ours**, `"mlp"`', "layer": '**ours**, `"layer"`',
+    }  # fmt: skip
+    parts = {"inputs": "drawing and normalising", "tower": "tower", "branch": "branch, losses, backward"}
+    device = "H200 SXM"
+    found = load("budget.json")
+    rows = [
+        (
+            names[row["contender"]], parts[row["part"]], f"{row['tflop']:.1f}", f"{row['product_gb']:.0f}",
+            f"{row['other_gb']:.0f}", f"{row['launches']}", f"{row['waits']}", f"{row['least_ms'][device]:.0f}",
+        )
+        for row in found
+    ]  # fmt: skip
+    columns = ("", "part", "TFLOP", "GB of products", "GB outside products", "launches", "waits", f"least ms, {device}")
+    first = found[0]
+    return "\n".join([
+        table(columns, rows),
+        "",
+        f"Counted, not measured: ViT-L/14, depth 4, {first['batch']} clips of {first['frames']} frames, tubes "
+        f"{first['ratio']}, bfloat16 under CUDA's autocast rule; printed by `python bench/budget.py`, which says how "
+        "each column is taken.",
+    ])  # fmt: skip
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))

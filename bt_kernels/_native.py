@@ -68,9 +68,19 @@ def why_not_cuda() -> str | None:
     reason = _load_cuda()
     if reason is None and torch.version.cuda is None:
         reason = f"torch {torch.__version__} was built without CUDA"
+    if reason is None and torch.version.cuda is not None:
+        reason = _why_other_cuda(build_info()["cuda_compiler"], torch.version.cuda)
     if reason is None and not torch.cuda.is_available():
         reason = "torch sees no CUDA device"
     return reason
+
+
+def _why_other_cuda(compiler: str, of_torch: str) -> str | None:
+    """Compare the major versions of the build's CUDA compiler ("NVIDIA 13.0.88") and of torch's CUDA ("13.0")."""
+    built = compiler.split()[-1] if compiler else ""
+    if not built or built.partition(".")[0] == of_torch.partition(".")[0]:
+        return None
+    return f"built with CUDA {built}, but torch {torch.__version__} has CUDA {of_torch}: build again with torch's"
 
 
 def build_info() -> dict[str, str]:

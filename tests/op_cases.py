@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from device_work import host_waits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -156,9 +157,7 @@ def grads(out: Tensor, inputs: Inputs, names: tuple[str, ...], upstream: Tensor)
 
 
 class HostSyncs(TorchDispatchMode):
-    """Collects operators whose result (or its shape) the host has to wait for on a GPU."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "is_nonzero", "equal")
+    """Collects operators for which the host waits on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,13 +173,6 @@ class HostSyncs(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls += 1
-        name = func.overloadpacket.__name__
-        boolean_index = name.startswith("index") and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool
-            for arg in args
-            if isinstance(arg, (list, tuple))
-            for i in arg
-        )
-        if self.counting and (name in self.WAITING or boolean_index):
+        if self.counting and host_waits(func, args, kwargs or {}):
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))

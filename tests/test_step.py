@@ -1,6 +1,7 @@
 """The benchmark's baseline is the published procedure: its golden numbers, and ours where ours are the same."""
 
 import contenders
+import counting
 import pytest
 import step
 import torch
@@ -83,3 +84,30 @@ def test_benchmark_measures_what_it_says(part, monkeypatch):
     assert rows["layer"].saved < rows["mlp"].saved < rows["none"].saved < rows["eager"].saved
     assert rows["checkpoint"].saved < rows["eager"].saved
     assert ("half" in rows) == (part == "step") and ("products" in rows) == (part == "branch")
+
+
+def test_rows_come_one_by_one_and_those_that_compile_last(monkeypatch):
+    monkeypatch.setattr(contenders, "VIT_L", contenders.SMALL)
+    monkeypatch.setattr(step, "LAST", ("sdpa",))
+    case = contenders.Case("step", 4, 0.5, 1)
+    order = [(row.contender, row.rounds) for row in step.measure(case, "cpu", ("eager", "sdpa", "none"), 0.0, 2, False)]
+    assert order[:4] == [("none", 1), ("eager", 1), ("none", 2), ("eager", 2)]
+    assert order[4] == ("sdpa", 1) and [name for name, _ in order[5:]] == ["none", "eager", "sdpa"]
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "none", "mlp"])
+def test_products_have_the_dtype_of_autocast(name, monkeypatch):
+    monkeypatch.setattr(contenders, "VIT_L", contenders.SMALL)
+    case = contenders.Case("step", 4, 0.5, 2)
+    model, inputs = contenders.make_model("step", "cpu"), contenders.make_inputs(case, "cpu")
+    if name not in contenders.BASELINES:  # a GPU's tower is in bfloat16
+        model.tower.optimize(dtype=torch.bfloat16)
+    for autocast, product in ((True, torch.bfloat16), (False, torch.float32)):
+        if product == torch.float32:
+            model.tower.optimize(dtype=torch.float32)
+        contender = contenders.Contender(name, model, case, "cpu", inputs, autocast)
+        with counting.Operators() as operators:
+            contender.run()
+        assert counting.why_wrong_products(contender, operators) is None
+        contender.autocast = not autocast
+        assert f"{product} 100.0%" in counting.why_wrong_products(contender, operators) or autocast

@@ -1,20 +1,44 @@
 """Reads video and picture files, samples frames and normalises them for a CLIP tower."""
 
-from bt_adapter.data.images import read_image
-from bt_adapter.data.sampling import sample_indices
-from bt_adapter.data.transforms import CLIP_MEAN, CLIP_STD, TrainTransform, normalise, preprocess
-from bt_adapter.data.video import Video, VideoError, read_video, write_video
+from __future__ import annotations
 
-__all__ = [
-    "CLIP_MEAN",
-    "CLIP_STD",
-    "TrainTransform",
-    "Video",
-    "VideoError",
-    "normalise",
-    "preprocess",
-    "read_image",
-    "read_video",
-    "sample_indices",
-    "write_video",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bt_adapter.data.images import read_image as read_image
+    from bt_adapter.data.sampling import sample_indices as sample_indices
+    from bt_adapter.data.transforms import CLIP_MEAN as CLIP_MEAN
+    from bt_adapter.data.transforms import CLIP_STD as CLIP_STD
+    from bt_adapter.data.transforms import TrainTransform as TrainTransform
+    from bt_adapter.data.transforms import normalise as normalise
+    from bt_adapter.data.transforms import preprocess as preprocess
+    from bt_adapter.data.video import Video as Video
+    from bt_adapter.data.video import VideoError as VideoError
+    from bt_adapter.data.video import read_video as read_video
+    from bt_adapter.data.video import write_video as write_video
+
+# Imported on first access: the model needs the image settings of this folder, but neither a video decoder nor Pillow.
+_PLACES = {
+    "CLIP_MEAN": "transforms",
+    "CLIP_STD": "transforms",
+    "TrainTransform": "transforms",
+    "Video": "video",
+    "VideoError": "video",
+    "normalise": "transforms",
+    "preprocess": "transforms",
+    "read_image": "images",
+    "read_video": "video",
+    "sample_indices": "sampling",
+    "write_video": "video",
+}
+
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
