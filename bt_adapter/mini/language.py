@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +19,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
-
-from bt_adapter.files import writing
 
 from . import MiniError
 
@@ -83,7 +83,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise LanguageModelError("reading the language model needs the package gguf: pip install 'bt-adapter[mini]'")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with writing(folder, replace=False) as temporary:
+    temporary = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=folder.parent))  # bt_adapter.files is not imported here
+    try:
         with _quiet():
             source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -96,6 +97,13 @@ def _convert(gguf: Path, folder: Path) -> None:
         with _quiet():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+        try:
+            os.replace(temporary, folder)
+        except OSError:  # another process was first
+            if not (folder / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
