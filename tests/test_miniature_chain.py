@@ -76,7 +76,7 @@ def test_every_command_line_is_one_that_the_product_takes(tmp_path):
     commands = [
         stage.words(tmp_path)[3:] for stage in Plan(tmp_path, [0]).stages.values() if "bt-adapter" in stage.command
     ]
-    assert len(commands) == 20
+    assert len(commands) == 22
     for words in commands:
         parsed = cli.parse(words)
         if isinstance(parsed, Recipe | TuneRecipe):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import chat_models as families
@@ -30,6 +31,7 @@ from bt_adapter.chat.families import family_of
 from bt_adapter.chat.native import saving
 from bt_adapter.chat.tuned import projector_of
 from bt_adapter.commands import cli
+from bt_adapter.files import writing
 from bt_adapter.native import NATIVE_CLASSES
 from bt_adapter.tune.run import tune as run_tuning
 
@@ -150,11 +152,14 @@ def test_a_run_killed_while_it_writes_leaves_no_half_model_and_writes_it_the_nex
     stand = write_stand(tmp_path, "llava")
     folder = stand / "run/model"
 
-    def killed(*args):
-        raise KeyboardInterrupt
+    @contextmanager
+    def killed(folder):
+        with writing(folder) as temporary:
+            yield temporary
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(saving, "replace_folder", killed)
+        patched.setattr(saving, "writing", killed)
         with pytest.raises(KeyboardInterrupt):
             run_tuning(options_of(stand))
     assert tune.is_tuned(stand / "run/tuned") and not folder.exists()
