@@ -119,6 +119,8 @@ KEYS = ("op", "model", "frames", "ratio", "batch", "direction", "implementation"
 def cases(device: str, shapes: list[tuple] | None = None, only: Sequence[str] = ()) -> Iterator[Case]:
     """Yield the cases, attention first: those that targets name or, in ``shapes``, others. ``only``: of these ops."""
     chosen = [v for v in variants() if (not only or v.function in only) and v.suffix in ("", "-norm")]
+    if device == "cpu":  # an op without a kernel is the plain PyTorch that it would be compared with
+        chosen = [v for v in chosen if any(kernel.backend == "cpu" for kernel in OPS[v.op].kernels)]
     shapes = NAMED[device] if shapes is None else shapes
     for is_first in (True, False):
         for shape in shapes:
@@ -140,9 +142,9 @@ class Conformance:
         self.read = verdicts(reports) if reports else None
         self.red: dict[str, str | None] = {}
 
-    def why_not(self, op: str, backend: str) -> str | None:
+    def why_not(self, variant: str, backend: str) -> str | None:
         """Return why a kernel is not to be timed, or None. It is printed once."""
-        name = f"{op.removesuffix('_norm')}{'-norm' if op.endswith('_norm') else ''}-{backend}-{self.device}"
+        name = f"{variant}-{backend}-{self.device}"
         if name not in self.red:
             self.red[name] = self._run(name) if self.read is None else self._look_up(name, self.read)
             if self.red[name]:
@@ -176,7 +178,7 @@ def implementations(case: Case, device: str, dtype: torch.dtype, conformance: Co
     for kernel in op.kernels:
         if kernel.backend == "reference" or kernel.why_not(torch.empty(0, device=device, dtype=dtype)) is not None:
             continue
-        if conformance.why_not(op.name, kernel.backend) is None:
+        if conformance.why_not(case.variant.name, kernel.backend) is None:
             found[kernel.backend] = lambda i, v, name=kernel.backend: case.variant.run(i, v, name)
     others = peers(case.variant.function, device, dtype)
     if case.model == "small":  # compiling takes longer than all else of a rehearsal

@@ -67,6 +67,17 @@ def alignment(inputs: dict, visible) -> Tensor:
     return (2 - 2 * F.cosine_similarity(a, b, dim=-1)).mean()
 
 
+def residual(inputs: dict, visible) -> Tensor:
+    x, update = inputs["x"], inputs["update"]
+    summed = x if update is None else x + update
+    return torch.cat([summed, F.layer_norm(summed, summed.shape[-1:], inputs["weight"], inputs["bias"], 1e-5)], 1)
+
+
+def quick_gelu(inputs: dict, visible) -> Tensor:
+    y = inputs["x"] + inputs["bias"]
+    return y * torch.sigmoid(1.702 * y)
+
+
 def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[..., H, L, E] each, by matrix products."""
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
@@ -135,6 +146,7 @@ def _compiled(peer: Peer) -> Peer:
 def peers(function: str, device: str, dtype: torch.dtype) -> dict[str, Peer]:
     """Every peer of an op that can run here, by name."""
     plain = {"gather_embed": embed, "gather_merge": merge, "pool_video_tokens": pool, "alignment_loss": alignment}
+    plain |= {"residual_norm": residual, "bias_gelu": quick_gelu}
     if function in plain:
         eager = plain[function]
         return {"eager": eager, "compiled": _compiled(eager)}

@@ -78,8 +78,7 @@ def recorded_launches(variant: Variant, visible: VisibleTokens, heads: int, widt
         return torch.empty(*size, dtype=dtype, device="meta")
 
     inputs = variant.inputs(visible, heads, width, draw)
-    if inputs.get("frame_weight") is not None:
-        inputs["frame_weight"] = inputs["frame_weight"].float()
+    inputs |= {name: inputs[name].float() for name in variant.wide}
     op = OPS[variant.op]
     kernel = next(k for k in op.kernels if k.backend == "triton")
     arguments = flat_arguments(variant, inputs, visible.to("meta"))

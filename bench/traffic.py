@@ -34,6 +34,7 @@ DTYPE = torch.bfloat16
 HEADS, WIDTH, PATCHES = 16, 64, 256
 LIMITS = {"gather_embed": (1.10, 1.25), "gather_merge": (1.10, 1.25), "pool_video_tokens": (1.10, 1.25)}
 LIMITS |= {"temporal_attention": (1.10, 1.25), "spatial_attention": (1.25, 1.25)}
+LIMITS |= {"residual_norm": (1.02, 1.10), "bias_gelu": (1.02, 1.10)}
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ def cases(patches: int) -> list[tuple[str, VisibleTokens]]:
 def count(variant: Variant, case: str, visible: VisibleTokens) -> list[Row]:
     """Forward and backward of one op, with the gradients that training needs."""
     shape = Shape(1, visible.patches, visible.frames, visible.tokens, HEADS, WIDTH, DTYPE.itemsize)
-    inputs = {name: None if t is None else t.to(DTYPE) for name, t in variant.draw(visible, HEADS, WIDTH).items()}
+    inputs = {
+        name: None if t is None else t.to(torch.float32 if name in variant.wide else DTYPE)
+        for name, t in variant.draw(visible, HEADS, WIDTH).items()
+    }
     op = OPS[variant.op]
     kernel = next(k for k in op.kernels if k.backend == "triton")
     needs = tuple(name in variant.learning for name in op.differentiable)

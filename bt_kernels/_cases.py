@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,9 @@ class Variant:
         learning: those that have a gradient in training, where the tower is frozen. ``work`` counts their backward.
         work: returns the work of forward and backward on a regular grid.
         op: name of the registered op; empty: ``function``.
+        options: arguments that are no tensors, by name.
+        wide: names of the inputs that a model keeps in float32 when the others have 16 bits.
+        takes_visible: whether the function takes visible tokens. If not, they only give the number of rows.
     """
 
     function: str
@@ -88,6 +92,9 @@ class Variant:
     learning: tuple[str, ...]
     work: Callable[[Shape], tuple[Work, Work]]
     op: str = ""
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    wide: tuple[str, ...] = ()
+    takes_visible: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "op", self.op or self.function)
@@ -105,20 +112,32 @@ class Variant:
 
     def arguments(self, inputs: Inputs) -> dict:
         """Return ``inputs`` as the keyword arguments of the public function."""
-        arguments: dict = dict(inputs)
+        arguments: dict = self.options | inputs
         if "norm_weight" in inputs:
             arguments["norm"] = (arguments.pop("norm_weight"), arguments.pop("norm_bias"), NORM_EPS)
         return arguments
 
-    def run(self, inputs: Inputs, visible: VisibleTokens, backend: str | None = None) -> Tensor:
-        """Call the function and return its result. Several results are concatenated along the rows."""
-        out = getattr(bt_kernels, self.function)(**self.arguments(inputs), visible=visible, backend=backend)
+    def call(self, function: Callable, inputs: Inputs, visible: VisibleTokens, **more) -> Tensor:
+        """Call ``function``, which takes the public function's arguments, and return its result.
+
+        Several results are concatenated along the rows.
+        """
+        if self.takes_visible:
+            more["visible"] = visible
+        out = function(**self.arguments(inputs), **more)
         return torch.cat(out, 1) if isinstance(out, tuple) else out
+
+    def run(self, inputs: Inputs, visible: VisibleTokens, backend: str | None = None) -> Tensor:
+        """Call the public function; see :meth:`call`."""
+        return self.call(getattr(bt_kernels, self.function), inputs, visible, backend=backend)
 
 
 def flat_arguments(variant: Variant, inputs: Inputs, visible: VisibleTokens, wanted: bool = True) -> list:
     """Return ``inputs`` as the positional arguments of the registered op, without its backend."""
-    values: dict = {"norm_eps": NORM_EPS, "head_norm_eps": NORM_EPS, "target_norm_eps": NORM_EPS, **inputs}
+    values: dict = dict.fromkeys(("eps", "norm_eps", "head_norm_eps", "target_norm_eps"), NORM_EPS)
+    values |= inputs | variant.options
+    narrow = (t.dtype for name, t in inputs.items() if t is not None and name not in variant.wide)
+    values["dtype"] = next(narrow)  # of a result whose dtype is chosen, for the product that reads it
     index = visible.target_index if variant.function == "alignment_loss" else visible.index
     names = ("index", "frame_counts", "patches", "frames", "slots")
     values |= dict(zip(names, visible_arguments(visible, index), strict=True))

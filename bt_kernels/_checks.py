@@ -16,10 +16,12 @@ def check_tensor(
     legend: str,
     sizes: Sequence[int | None],
     like: tuple[str, Tensor] | None = None,
+    any_dtype: bool = False,
 ) -> None:
     """Raise unless ``tensor`` is a floating-point tensor of shape ``sizes`` (None allows any size).
 
-    ``legend`` names the dimensions in the message. ``like`` (name, tensor) has the required dtype and device.
+    ``legend`` names the dimensions in the message. ``like`` (name, tensor) has the required dtype and device; with
+    ``any_dtype`` the device alone.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor {legend}, but is {type(tensor).__name__}")
@@ -34,7 +36,7 @@ def check_tensor(
     if like is not None:
         other_name, other = like
         # Under autocast the op brings its inputs to one dtype itself.
-        if tensor.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+        if not any_dtype and tensor.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
             raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, but is {tensor.dtype}")
         if tensor.device != other.device:
             raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, but is on {tensor.device}")

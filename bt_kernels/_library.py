@@ -1,7 +1,8 @@
 """Registration of an op: schema, fake kernels, autograd and autocast for one forward and one backward.
 
 Forward and backward are each a registered op, so ``torch.compile`` sees each as one call. The arguments are tensors,
-the flattened ``VisibleTokens`` and the backend, all positional (autocast registration refuses keywords).
+the flattened ``VisibleTokens`` (of an op that takes them), options and the backend, all positional (autocast
+registration refuses keywords).
 """
 
 from __future__ import annotations
@@ -72,6 +73,9 @@ def define_op(
     keep: tuple[str, ...] = (),
     saved: tuple[str, ...] = (),
     shape_only: tuple[str, ...] = (),
+    stored_without: dict[str, str] | None = None,
+    same_gradient: Callable[..., bool] = lambda *args: False,
+    takes_visible: bool = True,
 ) -> Op:
     """Register ``bt_kernels::name`` and ``bt_kernels::name_backward`` and return the op.
 
@@ -82,19 +86,23 @@ def define_op(
             0 where it is not needed).
         kernels: see :class:`Kernel`. ``forward(*args)`` returns the results and saved tensors, as a tuple if there are
             several; ``backward(*grads, *args, *kept, *saved, needs)`` returns a tuple. ``args`` are tensors, visible
-            tokens and extras, ``needs`` one bool for each differentiable argument, ``grads`` one for each result (None
-            for a result without a gradient, if there are several results).
+            tokens (if the op takes them) and extras, ``needs`` one bool for each differentiable argument, ``grads`` one
+            for each result (None for a result without a gradient, if there are several results).
         fake: returns the forward's results and saved tensors for ``args``, with the right shape and dtype.
         extra: schema of the arguments after the visible tokens, for example ``", float eps"``.
         autocast: "lower" casts floating-point inputs to autocast's dtype (as matrix products do), "widest" to the
-            widest dtype among them (as ``torch.cat`` does).
+            widest dtype among them (as ``torch.cat`` does), "none" does not cast (as elementwise operators).
         autocast_skip: tensor arguments that autocast does not cast.
         results: names of the differentiable results of the forward.
         keep: those of ``results`` that the backward reads.
         saved: names of further tensors that the forward returns for the backward only.
         shape_only: tensor arguments of which the backward needs shape, dtype and device only; they are not stored.
+        stored_without: of an argument in ``shape_only`` (key) the one (value) without which it is stored after all.
+        same_gradient: takes ``args``; returns whether the gradients of the first two differentiable arguments are
+            equal. They are then computed once, and autograd returns one tensor for both, as it does for ``a + b``.
+        takes_visible: whether the arguments include visible tokens.
     """
-    arguments = f"{tensors}, {_VISIBLE}{extra}"
+    arguments = f"{tensors}, {_VISIBLE}{extra}" if takes_visible else f"{tensors}{extra}"
     names = tuple(part.split()[-1] for part in arguments.split(", "))
     places = tuple(names.index(each) for each in differentiable)
     kept = tuple(results.index(each) for each in keep)
@@ -129,7 +137,9 @@ def define_op(
     _LIBRARY.impl(backward_name, backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bt_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
     torch.library.register_fake(f"bt_kernels::{backward_name}", fake_backward, lib=_LIBRARY)
-    _register_autograd(name, places, kept, len(results), frozenset(names.index(each) for each in shape_only))
+    shapes_of: dict[int, int | None] = {names.index(each): None for each in shape_only}
+    shapes_of |= {names.index(each): names.index(other) for each, other in (stored_without or {}).items()}
+    _register_autograd(name, places, kept, len(results), shapes_of, same_gradient)
     _refuse_second_derivative(backward_name)
     skipped = {names.index(each) for each in autocast_skip}
     for device in ("CPU", "CUDA"):
@@ -147,10 +157,19 @@ def _unpack_single(values: tuple) -> Any:
 
 
 def _register_autograd(
-    name: str, places: tuple[int, ...], kept: tuple[int, ...], results: int, shape_only: frozenset[int]
+    name: str,
+    places: tuple[int, ...],
+    kept: tuple[int, ...],
+    results: int,
+    shapes_of: dict[int, int | None],
+    same_gradient: Callable[..., bool],
 ) -> None:
-    def storable(place: int, tensor: Tensor) -> Tensor:
-        if place not in shape_only:
+    """``shapes_of`` maps the place of a ``shape_only`` argument to that of the one without which it is stored."""
+
+    def storable(place: int, inputs: tuple) -> Tensor:
+        tensor = inputs[place]
+        other = shapes_of.get(place)
+        if place not in shapes_of or (other is not None and inputs[other] is None):
             return tensor
         return tensor.new_empty(tensor.shape[-1:]).expand(tensor.shape)  # the memory of one row, uninitialised
 
@@ -160,7 +179,7 @@ def _register_autograd(
         saved = outputs[results:]
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)  # do not allocate zeros for a result without a gradient
-        ctx.save_for_backward(*[storable(i, inputs[i]) for i in tensors], *[outputs[i] for i in kept], *saved)
+        ctx.save_for_backward(*[storable(i, inputs) for i in tensors], *[outputs[i] for i in kept], *saved)
         ctx.tensors = tensors
         ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.inputs[-1] = forced_backend(inputs[-1])  # a block that forces a backend forces it for the backward too
@@ -175,6 +194,9 @@ def _register_autograd(
         *args, requested = inputs
         kept_and_saved = tensors[len(ctx.tensors) :]
         needs = [ctx.needs_input_grad[place] for place in places]
+        shared = len(needs) > 1 and needs[1] and same_gradient(*args)
+        if shared:
+            needs[:2] = True, False
         run = getattr(torch.ops.bt_kernels, f"{name}_backward")
         grads = run(*grads_in[:results], *args, *kept_and_saved, needs, requested)
         if len(places) == 1:
@@ -182,6 +204,8 @@ def _register_autograd(
         result = [None] * len(inputs)
         for place, need, value in zip(places, needs, grads, strict=True):
             result[place] = value if need else None
+        if shared:
+            result[places[1]] = grads[0]
         return tuple(result)
 
     torch.library.register_autograd(f"bt_kernels::{name}", run_backward, setup_context=setup_context, lib=_LIBRARY)
@@ -201,12 +225,13 @@ def _autocast(name: str, device: str, policy: str, skipped: set[int]) -> Callabl
         floats = {
             i: a for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point() and i not in skipped
         }
-        widest = reduce(torch.promote_types, (a.dtype for a in floats.values()))
-        # float64 keeps its precision, as in torch's own autocast rules
-        lower = policy == "lower" and widest != torch.float64
-        dtype = torch.get_autocast_dtype(device) if lower else widest
-        cast = [a.to(dtype) if i in floats else a for i, a in enumerate(args)]
+        if policy != "none":
+            widest = reduce(torch.promote_types, (a.dtype for a in floats.values()))
+            # float64 keeps its precision, as in torch's own autocast rules
+            lower = policy == "lower" and widest != torch.float64
+            dtype = torch.get_autocast_dtype(device) if lower else widest
+            args = tuple(a.to(dtype) if i in floats else a for i, a in enumerate(args))
         with torch.autocast(device, enabled=False):
-            return getattr(torch.ops.bt_kernels, name)(*cast)
+            return getattr(torch.ops.bt_kernels, name)(*args)
 
     return cast_and_call

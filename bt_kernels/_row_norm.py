@@ -1,4 +1,4 @@
-"""LayerNorm of the patch rows that a gather writes, in plain PyTorch (for the references) and in C++ for CPUs.
+"""LayerNorm of rows, and of the patch rows that a gather writes, in plain PyTorch (for the references) and in C++.
 
 Legend: B videos, N visible rows, D width.
 """
@@ -11,12 +11,34 @@ from torch import Tensor
 from bt_kernels._layout import zero_padding
 
 
+def norm_rows(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the LayerNorm of ``rows [..., D]`` and its mean and rstd ``[...]``, all in float32 or wider."""
+    acc = torch.promote_types(rows.dtype, torch.float32)
+    normed, mean, rstd = torch.ops.aten.native_layer_norm(
+        rows.to(acc), rows.shape[-1:], weight.to(acc), bias.to(acc), eps
+    )
+    return normed, mean[..., 0], rstd[..., 0]
+
+
+def norm_rows_backward(
+    grad: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of the rows, in float32 or wider, and those needed of weight and bias, in weight's dtype."""
+    acc = torch.promote_types(rows.dtype, torch.float32)
+    grad_rows, *of_weights = torch.ops.aten.native_layer_norm_backward(
+        grad.to(acc), rows.to(acc), [rows.shape[-1]], mean[..., None], rstd[..., None], weight.to(acc), weight.to(acc),
+        [True, *needs],
+    )  # fmt: skip
+    grad_weight, grad_bias = (
+        each.to(weight.dtype) if need else None for each, need in zip(of_weights, needs, strict=True)
+    )
+    return grad_rows, grad_weight, grad_bias
+
+
 def normalise(out: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the LayerNorm of ``out[:, 1:]``, ``[B, N, D]`` (0 where index is -1), and mean and rstd, ``[B, N]``."""
-    acc = torch.promote_types(out.dtype, torch.float32)
-    rows = out[:, 1:].to(acc)
-    normed, mean, rstd = torch.ops.aten.native_layer_norm(rows, rows.shape[-1:], weight.to(acc), bias.to(acc), eps)
-    return zero_padding(normed, index).to(out.dtype), mean[..., 0], rstd[..., 0]
+    normed, mean, rstd = norm_rows(out[:, 1:], weight, bias, eps)
+    return zero_padding(normed, index).to(out.dtype), mean, rstd
 
 
 def normalise_backward(
@@ -35,14 +57,9 @@ def normalise_backward(
     if grad_normed is None:
         zeros = [torch.zeros_like(weight) if need else None for need in needs]
         return total, zeros[0], zeros[1]
-    grad = zero_padding(grad_normed, index).to(acc)
-    rows, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        grad, out[:, 1:].to(acc), [out.shape[-1]], mean[..., None], rstd[..., None], weight.to(acc), weight.to(acc),
-        [True, needs[0], needs[1]],
-    )  # fmt: skip
-    total = torch.cat([total[:, :1], total[:, 1:] + rows], 1)
-    weight_bias = [None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias)]
-    return total, weight_bias[0], weight_bias[1]
+    grad = zero_padding(grad_normed, index)
+    rows, grad_weight, grad_bias = norm_rows_backward(grad, out[:, 1:], mean, rstd, weight, needs)
+    return torch.cat([total[:, :1], total[:, 1:] + rows], 1), grad_weight, grad_bias
 
 
 def fake_norm(out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

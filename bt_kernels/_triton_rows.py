@@ -44,6 +44,15 @@ def real_frames(frame_counts, b, T, COUNTED: tl.constexpr):
 
 
 @triton.jit
+def layer_norm(x, inside, D, eps):
+    """Return rows x, [R, W], normalised (without weight and bias), with mean and 1/deviation of each row, [R]."""
+    mean = tl.sum(x, 1) / D
+    centred = tl.where(inside[None, :], x - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
+    return centred * rstd[:, None], mean, rstd
+
+
+@triton.jit
 def layer_norm_grad(grad_normed, x, mean, rstd, weight, inside, D, ACC: tl.constexpr):
     """Return the gradients of rows x, [R, W], from those of their LayerNorm, and the normalised rows.
 
@@ -99,6 +108,14 @@ def row_options(width: int, dtype: torch.dtype, rows_at_once: int = 1, resident_
     if rows_at_once > 1 and block > 1024:
         warps = 8
     return {"W": block, "ACC": accumulator(dtype), "warps": warps, "resident": max(1, resident_warps // warps)}
+
+
+def rows_per_sum(rows: int) -> int:
+    """Return how many rows a program of a backward adds up into one partial sum of the weights' gradients.
+
+    Many, so that the partial sums add little traffic, but so few that ``rows`` rows make about 256 programs.
+    """
+    return min(128, max(32, triton.next_power_of_2(rows // 256)))
 
 
 def adjacent(tensor: Tensor) -> Tensor:

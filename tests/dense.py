@@ -206,6 +206,30 @@ def alignment_loss(
     return torch.stack(terms).mean() if terms else branch.sum() * 0
 
 
+def residual_norm(
+    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None = None, dtype=None
+) -> tuple[Tensor, Tensor]:
+    """Each row plus its update, of which the first rows may have none, and LayerNorm of each sum."""
+    videos = []
+    for b in range(x.shape[0]):
+        total = list(x[b])
+        first = 0 if update is None else len(total) - update.shape[1]
+        for q in range(0 if update is None else update.shape[1]):
+            total[first + q] = x[b, first + q] + update[b, q] * (1 if scale is None else scale[b, q])
+        videos.append(torch.stack([torch.stack(total), torch.stack([normed(r, weight, bias, 1e-5) for r in total])]))
+    both = stacked(videos, (0, 2, *x.shape[1:]), x)
+    return both[:, 0], both[:, 1]
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    """y·Φ(y) of y = x + bias, or with one of its two approximations."""
+    y = x if bias is None else x + bias
+    if act == "gelu":
+        return y * torch.erfc(-y / 2**0.5) / 2
+    inner = 1.702 * y if act == "quick_gelu" else 2 * (2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)
+    return y / (1 + (-inner).exp())
+
+
 def normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm of one vector, written out."""
     centred = x - x.mean()

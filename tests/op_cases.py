@@ -100,6 +100,7 @@ def _runs() -> list:
 
 
 RUNS = _runs()
+VISIBLE_RUNS = [run for run in RUNS if run.values[0].takes_visible]
 
 
 def grid(names: str, *axes: Sequence, kept: Callable[..., bool]) -> pytest.MarkDecorator:

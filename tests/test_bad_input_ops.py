@@ -12,6 +12,7 @@ from bt_kernels._cases import Variant
 
 FORM_NAME = "tube70"  # B 2, P 10, T 4, K 4, N 16; D 8, heads 2
 BY_NAME = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+OF_VISIBLE = pytest.mark.parametrize("variant", [v for v in VARIANTS if v.takes_visible], ids=lambda v: v.name)
 TENSORS = [
     pytest.param(variant, name, id=f"{variant.name}-{name}")
     for variant in VARIANTS
@@ -23,7 +24,9 @@ TENSORS = [
 def refused(variant: Variant, changed: dict, error: type | tuple, *words: object, visible=None) -> str:
     """Call the op with some arguments changed; it must raise, and the message must hold every word."""
     good = FORM[FORM_NAME].build()
-    arguments = {**variant.draw(good), "visible": good if visible is None else visible, **changed}
+    arguments = {**variant.draw(good), **changed}
+    if variant.takes_visible:
+        arguments["visible"] = good if visible is None else visible
     with pytest.raises(error) as raised:
         getattr(bt_kernels, variant.function)(**variant.arguments(arguments))
     message = str(raised.value)
@@ -38,6 +41,8 @@ def good(variant: Variant, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("variant, name", TENSORS)
 def test_wrong_rank(variant, name):
+    if (variant.function, name) == ("bias_gelu", "x"):
+        pytest.skip("takes any number of dimensions")
     tensor = good(variant, name)
     refused(variant, {name: tensor[None]}, ValueError, name, [1, *tensor.shape], tensor.ndim)
     refused(variant, {name: tensor.flatten() if tensor.ndim > 1 else tensor[0]}, ValueError, name)
@@ -59,6 +64,8 @@ def test_dtype_mismatch(variant, name):
     tensors = [key for key, t in variant.draw(FORM[FORM_NAME].build()).items() if t is not None]
     if len(tensors) == 1:
         pytest.skip("takes one float tensor")
+    if not variant.takes_visible:
+        pytest.skip("takes tensors of different dtypes")
     if name == tensors[0] and variant.op == "spatial_attention":
         pytest.skip("float32 weights go with every dtype, so there is no mismatch to see in qkv")
     message = refused(variant, {name: good(variant, name).half()}, TypeError, "float16")
@@ -69,29 +76,31 @@ def test_dtype_mismatch(variant, name):
 def test_device_mismatch(variant, name):
     """A meta tensor stands in for one on another device."""
     tensors = [key for key, t in variant.draw(FORM[FORM_NAME].build()).items() if t is not None]
+    if len(tensors) == 1 and not variant.takes_visible:
+        pytest.skip("takes one tensor")
     message = refused(variant, {name: good(variant, name).to("meta")}, ValueError, "meta", "cpu")
     assert name in message or (name == tensors[0] and "visible" in message)
 
 
-@BY_NAME
+@OF_VISIBLE
 def test_visible_on_another_device(variant):
     refused(variant, {}, ValueError, "visible", "meta", "cpu", visible=FORM[FORM_NAME].build().to("meta"))
 
 
-@BY_NAME
+@OF_VISIBLE
 def test_visible_for_another_batch(variant):
     other = VisibleTokens.tube(3, 10, 4, 0.7)
     refused(variant, {}, ValueError, 3, 2, visible=other)
 
 
-@BY_NAME
+@OF_VISIBLE
 def test_visible_is_something_else(variant):
     refused(variant, {}, (TypeError,), "visible", "VisibleTokens", visible=FORM[FORM_NAME].build().index)
     mask = torch.zeros(2, 40, dtype=torch.bool)
     refused(variant, {}, (TypeError,), "visible", "Tensor", visible=mask)
 
 
-@BY_NAME
+@OF_VISIBLE
 def test_another_number_of_visible_tokens(variant):
     """As many tokens as the branch has rows; ops without branch rows see another number of patches."""
     more = VisibleTokens.tube(2, 10, 4, 0.5)
@@ -148,12 +157,32 @@ def test_pooling_of_padded_videos_wants_the_same_frames():
         ("alignment_loss", "target_projection"),
         ("alignment_loss-biased", "target_projection_bias"),
         ("pool_video_tokens", "branch"),
+        ("residual_norm", "update"),
+        ("residual_norm", "weight"),
+        ("residual_norm", "bias"),
+        ("bias_gelu", "bias"),
     ],
 )
 def test_another_number_of_channels(name, argument):
     variant = VARIANT[name]
     tensor = good(variant, argument)[..., :-1]
     refused(variant, {argument: tensor}, ValueError, argument, list(tensor.shape), tensor.shape[-1] + 1)
+
+
+def test_update_of_more_rows_and_scale_without_update():
+    variant = VARIANT["residual_norm-patches"]
+    update = good(variant, "update")
+    longer = update.repeat(1, 2, 1)
+    refused(variant, {"update": longer}, ValueError, "update", list(longer.shape), update.shape[1] + 1)
+    refused(variant, {"scale": good(variant, "scale")[:, :-1]}, ValueError, "scale", [2, 11], 12)
+    refused(variant, {"update": None}, ValueError, "scale", "update")
+    refused(variant, {"dtype": torch.int32}, TypeError, "dtype", torch.int32)
+    refused(variant, {"bias": good(variant, "bias").half()}, TypeError, "bias", "weight", "float16")
+
+
+def test_unknown_activation():
+    for act in ("silu", None):
+        refused(VARIANT["bias_gelu-no-bias"], {"act": act}, ValueError, "act", repr(act), "quick_gelu")
 
 
 def test_gate_of_one_number_or_per_token():

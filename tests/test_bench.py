@@ -24,7 +24,7 @@ def test_conformance_from_a_report(tmp_path, capsys):
     (tmp_path / "report.xml").write_text(REPORT)
     conformance = kernels.Conformance("cuda", [tmp_path / "report.xml"])
     assert conformance.why_not("gather_merge", "triton") is None
-    assert conformance.why_not("gather_merge_norm", "triton").startswith("1 of 1 tests failed")
+    assert conformance.why_not("gather_merge-norm", "triton").startswith("1 of 1 tests failed")
     assert conformance.why_not("spatial_attention", "triton").startswith("1 of 1 tests failed")
     for never_ran in (("temporal_attention", "cuda"), ("gather_embed", "triton"), ("gather_merge", "cuda")):
         assert conformance.why_not(*never_ran) == "no test of it ran"

@@ -21,6 +21,7 @@ import torch
 from bt_kernels import __main__ as report
 from bt_kernels import _native, _self_check
 from bt_kernels._cases import variants
+from bt_kernels._library import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -302,6 +303,8 @@ def test_check_command_compares_every_op(capsys, monkeypatch):
     assert report.main(["--check"]) == 0
     printed = capsys.readouterr().out
     for variant in variants():
+        if all(kernel.backend != "cpu" for kernel in OPS[variant.op].kernels):
+            continue
         assert re.search(rf"^  {re.escape(variant.name)} +cpu +\d\.\de-\d\d$", printed, re.M), variant.name
     assert re.search(r"^\d+ checks, 0 wrong$", printed, re.M)
 

@@ -45,10 +45,12 @@ ROWS = (
 )
 
 
-def _runs(*ops: str) -> list:
+def _runs(*functions: str) -> list:
     """The kernels of these ops; the reference is their definition."""
-    return [run for run in RUNS if run.values[0].op.removesuffix("_norm") in ops and run.values[1] != "reference"]
+    return [run for run in RUNS if run.values[0].function in functions and run.values[1] != "reference"]
 
+
+ROW_RUNS = _runs("gather_embed", "gather_merge", "pool_video_tokens", "residual_norm", "bias_gelu")
 
 # What Triton's interpreter, which is slow, runs: each tile, loop and branch of the kernels once.
 INTERPRETED = {
@@ -58,6 +60,9 @@ INTERPRETED = {
         "gather_embed-norm": ("frames11", "patches70"),
         "gather_merge-norm": ("frames11",),
         "pool_video_tokens": ("frames11",),
+        "residual_norm": ("frames11", "patches70"),
+        "residual_norm-patches": ("patches70",),
+        "bias_gelu": ("patches70",),
         "alignment_loss": ("padded",),
     },
     torch.bfloat16: {
@@ -95,7 +100,7 @@ def test_attention_in_space(variant, backend, device, form, dtype):
 
 
 @pytest.mark.parametrize("form", ROWS, **by_name)
-@pytest.mark.parametrize("variant, backend, device", _runs("gather_embed", "gather_merge", "pool_video_tokens"))
+@pytest.mark.parametrize("variant, backend, device", ROW_RUNS)
 def test_rows(variant, backend, device, form):
     compare(variant, backend, device, form, torch.float32)
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("triton")
 
 
-OPS = ("temporal_attention", "gather_merge", "pool_video_tokens")
+OPS = ("temporal_attention", "gather_merge", "pool_video_tokens", "residual_norm", "bias_gelu")
 
 
 @pytest.mark.slow
