@@ -28,8 +28,8 @@ def test_no_folder_imports_from_one_after_it():
 
 def test_kernels_know_nothing_of_the_model():
     modules = find_modules("bt_kernels")
-    both = modules | find_modules("bt_adapter")
-    assert not [other for name in modules for other in read_imports(both)[name] if other.startswith("bt_adapter")]
+    imports = read_imports(modules | find_modules("bt_adapter"))
+    assert not [other for name in modules for other in imports[name] if other.startswith("bt_adapter")]
 
 
 def test_six_files_at_the_top():
