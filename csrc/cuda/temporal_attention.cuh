@@ -5,7 +5,7 @@
 //
 // A pack is the work of a group of KT warps: as many whole sequences as fit KT tiles of 16 rows, KT = 1 for sequences
 // of up to 16 rows, 4 for up to 64. Scores between two sequences of a pack are masked. Their products are wasted, but
-// memory traffic limits the speed. Inf or NaN stays in its own sequence although 0 * Inf is NaN (add_weighted). Each warp has the 16 queries of one tile and all keys of the pack; in the second
+// memory traffic limits the speed. Each warp has the 16 queries of one tile and all keys of the pack; in the second
 // half of the backward pass it has the 16 keys of one tile and all queries.
 //
 // Loads are 16 bytes and go to registers directly, without shared memory. In a span of 32 columns lane 4g + t takes
@@ -128,47 +128,11 @@ __device__ __forceinline__ void add_products(float (&c)[2][4], const Span& a, co
   }
 }
 
-// Returns whether one of two 16-bit elements is Inf or NaN: all bits of its exponent are set.
-__device__ __forceinline__ bool broken(uint32_t pair, __nv_bfloat16) {
-  return (pair & 0x7f80u) == 0x7f80u || (pair & 0x7f800000u) == 0x7f800000u;
-}
-
-__device__ __forceinline__ bool broken(uint32_t pair, __half) {
-  return (pair & 0x7c00u) == 0x7c00u || (pair & 0x7c000000u) == 0x7c000000u;
-}
-
-// The tiles of the rows and of the columns of a block of weights.
-struct Block {
-  int row_tile, column_tile, slots;
-};
-
-// c[16, a span] += weights[16, 16] * x[16 rows, a span]; c[j] has the lane's columns 2j and 2j + 1. Weights between two
-// sequences are zero, but 0 * Inf is NaN: if x is not finite, each sequence is multiplied by itself.
+// c[16, a span] += weights[16, 16] * x[16 rows, a span]; c[j] has the lane's columns 2j and 2j + 1.
 template <typename T>
-__device__ __forceinline__ void add_weighted(float (&c)[4][4], const uint32_t (&weights)[4], const Span& x,
-                                             const Block& block, Lane lane) {
-  bool vote = false;
+__device__ __forceinline__ void add_weighted(float (&c)[4][4], const uint32_t (&weights)[4], const Span& x) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) vote = vote || broken(x.low[j], T{}) || broken(x.high[j], T{});
-  if (__ballot_sync(kAllLanes, vote) == 0) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) multiply_add<T>(c[j], weights, transposed(x.low[j]), transposed(x.high[j]));
-    return;
-  }
-  const int from = block.column_tile * kTile, to = block.row_tile * kTile + lane.g;
-#pragma unroll 1
-  for (int sequence = from / block.slots; sequence <= (from + kTile - 1) / block.slots; ++sequence) {
-    const bool low = (from + lane.g) / block.slots == sequence, high = (from + lane.g + 8) / block.slots == sequence;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float own[4] = {};
-      multiply_add<T>(own, weights, transposed(low ? x.low[j] : 0), transposed(high ? x.high[j] : 0));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if ((to + i / 2 * 8) / block.slots == sequence) c[j][i] += own[i];
-      }
-    }
-  }
+  for (int j = 0; j < 4; ++j) multiply_add<T>(c[j], weights, transposed(x.low[j]), transposed(x.high[j]));
 }
 
 __device__ __forceinline__ uint32_t pair(float x, float y, __nv_bfloat16) {
@@ -221,35 +185,23 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
-// The keys of a query's sequence: rows begin .. end - 1 of the pack. The query is the lane's row `half` of its tile.
-struct OwnKeys {
-  int begin, end;
-
-  __device__ OwnKeys(int tile, int slots, int half, Lane lane)
-      : begin((tile * kTile + lane.g + 8 * half) / slots * slots), end(begin + slots) {}
-  // Returns whether element i of the lane's row in the scores with tile j is for one of them.
-  __device__ bool has(int j, int i, Lane lane) const {
-    const int key = j * kTile + i / 2 * 8 + 2 * lane.t + i % 2;
-    return key >= begin && key < end;
-  }
-};
-
-// Turns scores of the tile's queries with all keys into probabilities, zero between sequences. Every row, also one
-// outside the pack, has at least one key (scores of absent rows are 0), so no maximum of finite scores is infinite.
+// Turns scores of the tile's queries with all keys into probabilities. Every row, also one outside the pack, has at
+// least one unmasked key (scores of absent rows are 0), so no maximum is infinite.
 template <int KT>
 __device__ __forceinline__ void softmax(float (&s)[KT][2][4], int tile, int slots, float scale, Lane lane) {
   const float factor = scale * 1.4426950408889634f;  // exp(x) = 2^(x log2 e)
   const bool several = slots != KT * kTile;  // sequences in a pack, or rows without one
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const OwnKeys own(tile, slots, half, lane);
+    const int begin = (tile * kTile + lane.g + 8 * half) / slots * slots, end = begin + slots;
     float most = -INFINITY, sum = 0;
 #pragma unroll
     for (int j = 0; j < KT; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
+        const int key = j * kTile + i / 2 * 8 + 2 * lane.t + i % 2;
         float& x = s[j][i / 2][2 * half + i % 2];
-        if (several && !own.has(j, i, lane)) x = -INFINITY;
+        if (several && (key < begin || key >= end)) x = -INFINITY;
         most = fmaxf(most, x);
       }
     }
@@ -267,10 +219,7 @@ __device__ __forceinline__ void softmax(float (&s)[KT][2][4], int tile, int slot
 #pragma unroll
     for (int j = 0; j < KT; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& x = s[j][i / 2][2 * half + i % 2];
-        x = several && !own.has(j, i, lane) ? 0 : x * share;  // 0 * NaN is NaN
-      }
+      for (int i = 0; i < 4; ++i) s[j][i / 2][2 * half + i % 2] *= share;
     }
   }
 }
@@ -322,7 +271,7 @@ __global__ void __launch_bounds__(kTemporalThreads)
 #pragma unroll
     for (int span = 0; span < SPANS; ++span) {
       float c[4][4] = {};
-      add_weighted<T>(c, weights[0], v[span], {0, 0, a.slots}, lane);
+      add_weighted<T>(c, weights[0], v[span]);
       write_span<T>(c, 1, to, step, pack.rows, tile, span, lane, a.width);
     }
   } else {
@@ -331,29 +280,23 @@ __global__ void __launch_bounds__(kTemporalThreads)
       float c[4][4] = {};
 #pragma unroll
       for (int j = 0; j < KT; ++j) {
-        add_weighted<T>(c, weights[j], tiles[j].read(v_shift, span, lane, a.width), {tile, j, a.slots}, lane);
+        add_weighted<T>(c, weights[j], tiles[j].read(v_shift, span, lane, a.width));
       }
       write_span<T>(c, 1, to, step, pack.rows, tile, span, lane, a.width);
     }
   }
 }
 
-// Replaces dP by dS, with the sum over the keys of P * dP; zero between sequences.
+// Replaces dP by dS, with the sum over the keys of P * dP.
 template <int KT>
-__device__ __forceinline__ void softmax_backward(const float (&p)[KT][2][4], float (&ds)[KT][2][4], int tile,
-                                                 int slots, Lane lane) {
+__device__ __forceinline__ void softmax_backward(const float (&p)[KT][2][4], float (&ds)[KT][2][4]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const OwnKeys own(tile, slots, half, lane);
     float delta = 0;
 #pragma unroll
     for (int j = 0; j < KT; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& x = ds[j][i / 2][2 * half + i % 2];
-        if (!own.has(j, i, lane)) x = 0;
-        delta += p[j][i / 2][2 * half + i % 2] * x;
-      }
+      for (int i = 0; i < 4; ++i) delta += p[j][i / 2][2 * half + i % 2] * ds[j][i / 2][2 * half + i % 2];
     }
     delta = row_sum(delta);
 #pragma unroll
@@ -361,7 +304,7 @@ __device__ __forceinline__ void softmax_backward(const float (&p)[KT][2][4], flo
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = ds[j][i / 2][2 * half + i % 2];
-        x = own.has(j, i, lane) ? p[j][i / 2][2 * half + i % 2] * (x - delta) : 0;
+        x = p[j][i / 2][2 * half + i % 2] * (x - delta);
       }
     }
   }
@@ -400,14 +343,14 @@ __global__ void __launch_bounds__(kTemporalThreads)
 #pragma unroll
     for (int span = 0; span < SPANS; ++span) add_products<T>(ds[0], grad[span], v[span]);
     softmax<KT>(p, tile, a.slots, a.scale, lane);
-    softmax_backward<KT>(p, ds, tile, a.slots, lane);
+    softmax_backward<KT>(p, ds);
     uint32_t weights[4], slopes[4];
     as_factor<T>(p[0], weights);
     as_factor<T>(ds[0], slopes);
 #pragma unroll
     for (int span = 0; span < SPANS; ++span) {
       float c[4][4] = {};
-      add_weighted<T>(c, slopes, k[span], {0, 0, a.slots}, lane);
+      add_weighted<T>(c, slopes, k[span]);
       write_span<T>(c, a.scale, to, step, pack.rows, tile, span, lane, a.width);
     }
     transpose_factor(weights);
@@ -415,9 +358,9 @@ __global__ void __launch_bounds__(kTemporalThreads)
 #pragma unroll
     for (int span = 0; span < SPANS; ++span) {
       float c[4][4] = {}, dv[4][4] = {};
-      add_weighted<T>(c, slopes, q[span], {0, 0, a.slots}, lane);
+      add_weighted<T>(c, slopes, q[span]);
       write_span<T>(c, a.scale, to + part, step, pack.rows, tile, span, lane, a.width);
-      add_weighted<T>(dv, weights, grad[span], {0, 0, a.slots}, lane);
+      add_weighted<T>(dv, weights, grad[span]);
       write_span<T>(dv, 1, to + 2 * part, step, pack.rows, tile, span, lane, a.width);
     }
   } else {
@@ -436,7 +379,7 @@ __global__ void __launch_bounds__(kTemporalThreads)
       }
     }
     softmax<KT>(p, tile, a.slots, a.scale, lane);
-    softmax_backward<KT>(p, ds, tile, a.slots, lane);
+    softmax_backward<KT>(p, ds);
     uint32_t slopes[KT][4];
 #pragma unroll
     for (int j = 0; j < KT; ++j) {
@@ -455,7 +398,7 @@ __global__ void __launch_bounds__(kTemporalThreads)
       float c[4][4] = {};
 #pragma unroll
       for (int j = 0; j < KT; ++j) {
-        add_weighted<T>(c, slopes[j], tiles[j].read(k_shift, span, lane, a.width), {tile, j, a.slots}, lane);
+        add_weighted<T>(c, slopes[j], tiles[j].read(k_shift, span, lane, a.width));
       }
       write_span<T>(c, a.scale, to, step, pack.rows, tile, span, lane, a.width);
     }
@@ -468,9 +411,8 @@ __global__ void __launch_bounds__(kTemporalThreads)
       for (int i = 0; i < KT; ++i) {
         const uint4 w = weights_of[group + i][tile][number], s = slopes_of[group + i][tile][number];
         const uint32_t weight[4] = {w.x, w.y, w.z, w.w}, slope[4] = {s.x, s.y, s.z, s.w};
-        const Block block{tile, i, a.slots};
-        add_weighted<T>(dk, slope, tiles[i].read(shift, span, lane, a.width), block, lane);
-        add_weighted<T>(dv, weight, grads[i].read(grad_shift, span, lane, a.width), block, lane);
+        add_weighted<T>(dk, slope, tiles[i].read(shift, span, lane, a.width));
+        add_weighted<T>(dv, weight, grads[i].read(grad_shift, span, lane, a.width));
       }
       write_span<T>(dk, a.scale, to + part, step, pack.rows, tile, span, lane, a.width);
       write_span<T>(dv, 1, to + 2 * part, step, pack.rows, tile, span, lane, a.width);
