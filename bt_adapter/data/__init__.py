@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bt_adapter import import_on_access
 
 if TYPE_CHECKING:
     from bt_adapter.data.images import read_image as read_image
@@ -35,10 +36,4 @@ _PLACES = {
 
 __all__ = list(_PLACES)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = import_on_access(__name__, _PLACES)
