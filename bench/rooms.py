@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import resolve_name
 from pathlib import Path
 
+import networkx  # comes with torch
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("", "data", "mini", "towers", "model", "training", "eval", "pretrain", "chat", "tune", "qa", "commands")
 """Folders of ``bt_adapter``; "" holds its top-level files. A folder imports only from folders before it."""
 FACADES = {"bt_adapter", "bt_adapter.native", "bt_kernels", "bt_kernels.nn"}
-"""Modules that only name what is public: they import from anywhere, and nothing imports the names from them."""
+"""Modules that name what is public: they import from anywhere."""
 
 
 def find_modules(package: str) -> dict[str, Path]:
@@ -47,29 +49,8 @@ def _imports_of(name: str, path: Path, modules: Mapping[str, Path]) -> Iterator[
 
 def find_circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
     """Find the sets of nodes that reach one another (strongly connected components of two or more nodes)."""
-    order: dict[str, int] = {}
-    lowest: dict[str, int] = {}
-    open_nodes: list[str] = []
-    circles = []
-
-    def visit(node: str) -> None:
-        order[node] = lowest[node] = len(order)
-        open_nodes.append(node)
-        for other in graph.get(node, ()):
-            if other not in order:
-                visit(other)
-            if other in open_nodes:
-                lowest[node] = min(lowest[node], lowest[other])
-        if lowest[node] == order[node]:
-            circle = open_nodes[open_nodes.index(node) :]
-            del open_nodes[open_nodes.index(node) :]
-            if len(circle) > 1:
-                circles.append(sorted(circle))
-
-    for node in graph:
-        if node not in order:
-            visit(node)
-    return circles
+    directed = networkx.DiGraph({node: list(others) for node, others in graph.items()})
+    return sorted(sorted(part) for part in networkx.strongly_connected_components(directed) if len(part) > 1)
 
 
 def folders_of(imports: Mapping[str, Iterable[str]], modules: Mapping[str, Path]) -> dict[str, set[str]]:

@@ -12,7 +12,6 @@ stills. ``--install`` puts the models of the first seed where the package bt-ada
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,9 @@ from typing import IO, Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
+
+from bt_adapter.files import digest, replace_folder, write_whole  # noqa: E402
+
 HERE = "bench/miniature"
 WEIGHTS = ROOT / "mini" / "bt_adapter_mini" / "weights"
 SETS = ("pretrain", "stills", "clips", "heldout", "heldout-stills", "retrieval", "stills-ramp", "stills-plain", "speed")
@@ -74,7 +76,7 @@ class Stage:
     def made_by(self) -> dict[str, str]:
         """The command, and a hash of its recipe where it has one."""
         recipes = [ROOT / word for word in self.command.split() if word.endswith(".yaml")]
-        digests = [hashlib.sha256(recipe.read_bytes()).hexdigest()[:16] for recipe in recipes]
+        digests = [digest([recipe.read_bytes()], 16, "sha256") for recipe in recipes]
         return {"command": self.command, "recipe": " ".join(digests)}
 
 
@@ -313,8 +315,6 @@ def score(work: Path, seeds: Sequence[int], quick: bool) -> None:
 def install(work: Path, seed: int, weights: Path = WEIGHTS) -> None:
     """Copy the models of a seed to the package's weights: float16, and no path of this machine in their files."""
     from safetensors.torch import load_file, save_file
-
-    from bt_adapter.files import replace_folder, write_whole
 
     own = work / f"seed{seed}"
     sources = {"clip": work / "clip", "branch": own / "branch" / "branch"}

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -48,6 +47,7 @@ from miniature.world import (  # noqa: E402
 )
 
 from bt_adapter.data.image_settings import ImageSettings  # noqa: E402
+from bt_adapter.files import writing  # noqa: E402
 
 CONTEXT = 16
 PATCHES, KEPT = 36, 18  # patches of an image, and how many are seen while half of them are dropped
@@ -262,9 +262,8 @@ def _resume(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 def _save(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    temporary = checkpoint.with_name(checkpoint.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, checkpoint)
+    with writing(checkpoint) as temporary:
+        torch.save(state, temporary)
 
 
 def save(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, out: Path, about: dict) -> None:

@@ -47,14 +47,14 @@ def features(model: BTAdapterVisionModel, projector: nn.Module, images: Tensor) 
     for part in images.split(PART):
         moving = part if part.ndim == 5 else part[:, None]
         pixels = model.images.normalise(moving.flatten(0, 1)).unflatten(0, moving.shape[:2])
-        mean = model.frame_mean_tokens(pixels)[:, :-1]
+        frames = model.frame_mean_tokens(pixels.flatten(0, 1)[:, None])[:, :-1].unflatten(0, pixels.shape[:2])
+        mean = frames.mean(1)
         video = model.video_tokens(pixels)[:, :-1] if part.ndim == 5 else mean
         places = {
             "frame mean": mean, "branch's half": 2 * video - mean, "video tokens": video,
             "frame mean after the projector": projector(mean), "video tokens after the projector": projector(video),
         }  # fmt: skip
         if part.ndim == 5:  # a second-order statistic of the tower's own tokens
-            frames = model.frame_mean_tokens(pixels.flatten(0, 1)[:, None])[:, :-1].unflatten(0, pixels.shape[:2])
             changes = frames - frames.mean(1, keepdim=True)
             places["products of neighbouring frames"] = (changes[:, 1:] * changes[:, :-1]).sum(1)
         for place, tokens in places.items():
