@@ -146,6 +146,12 @@ def _read_scores(path: Path) -> tuple[Tensor, list[tuple[int, int, int]], list[s
     return scores[:, right], labels, [clips[number] for number in right.tolist()]
 
 
+def count_parameters(path: Path) -> int:
+    """Count the values of the tensors in a .safetensors file."""
+    with safe_open(path, "pt") as file:
+        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+
+
 def score(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """All figures of a chain: see :data:`RESULT`."""
     own = [work / f"seed{seed}" for seed in seeds]
@@ -171,7 +177,8 @@ def score(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
     seconds = {name: round(sum(t["seconds"] for t in times if t["stage"] == name), 1) for name in plan.stages}
     result = {
         "seeds": list(seeds), "made": versions(), "fed": check_stills_only(own[0] / "image" / "tuned"),
-        "clip": json.loads((work / "clip" / "about.json").read_text(encoding="utf-8")),
+        "clip": json.loads((work / "clip" / "about.json").read_text(encoding="utf-8"))
+        | {"parameters": count_parameters(work / "clip" / "model.safetensors")},
         "answers": {name: [{kind: figures(kind, one) for kind, one in found.items()} for found in seed_answers]
                     for name, seed_answers in answers.items()},
         "tests": tests, "ablations": ablations, "captions": captions,
