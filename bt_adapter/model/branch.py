@@ -17,7 +17,7 @@ from bt_adapter.model import fused
 from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.time_steps import TimeSteps, time_rows
 from bt_adapter.towers.config import TowerConfig
-from bt_adapter.towers.tower import EvaAttention, LayerWeights, PackedAttention, branch_attention
+from bt_adapter.towers.layers import EvaAttention, LayerWeights, PackedAttention, branch_attention
 from bt_kernels import VisibleTokens, gather_embed, gather_merge, spatial_attention, temporal_attention
 from bt_kernels.nn.stochastic_depth import frame_weight_and_row_scale, sequence_row_scale
 from bt_kernels.plain import why_not_all_plain

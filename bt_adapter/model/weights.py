@@ -30,8 +30,9 @@ from bt_adapter.model.time_steps import read_branch_config
 from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.hugging_face import branch_path
 from bt_adapter.towers.image_models import load_image_model, read_tower
+from bt_adapter.towers.layers import PLAIN_PARTS, PackedAttention
 from bt_adapter.towers.names import pack_qkv
-from bt_adapter.towers.tower import PLAIN_PARTS, PackedAttention, Tower
+from bt_adapter.towers.tower import Tower
 from bt_kernels.plain import why_not_all_plain
 
 

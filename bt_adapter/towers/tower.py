@@ -10,211 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_adapter.progress import nothing
-from bt_adapter.towers import mlp
 from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.cuda_graph import GraphCache
 from bt_adapter.towers.fp8 import Fp8Weight
-from bt_adapter.towers.products import linear
+from bt_adapter.towers.layers import PLAIN_PARTS, PoolingHead, SiglipLayer, TowerLayer, with_mean
 from bt_kernels.plain import why_not_all_plain
-
-Attend = Callable[[Tensor], Tensor]  # stacked q, k and v, [..., 3, H, E], to [..., H, E]
-
-
-class ClipAttention(nn.Module):
-    """The projections of CLIP's attention: q, k, v and out, each with a bias."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """Compute attention among the tokens x, ``[n, s, D]``, calling every projection as a module."""
-        parts = [p(x).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj)]
-        return self.out_proj(attend(torch.stack(parts, -3)).flatten(-2))
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of ``[n, s, D]``, each ``[n, H, s, E]``."""
-        q, k, v = (linear(x, p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return tuple(y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-
-
-class PackedAttention(nn.Module):
-    """The same projections with q, k and v in one parameter; used in the branch."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        parts = [nn.Linear(width, width) for _ in range(3)]
-        self.qkv_weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]))
-        self.qkv_bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]))
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """Compute attention among the tokens x, ``[B, rows, D]``, calling the projections."""
-        return self.out_proj(attend(self.qkv(x)).flatten(-2))
-
-    def packed_bias(self) -> Tensor:
-        """Bias of q, k and v, ``[3D]``."""
-        return self.qkv_bias
-
-    def qkv(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., 3, H, E]``, in one matrix product."""
-        return F.linear(x, self.qkv_weight, self.qkv_bias).unflatten(-1, (3, self.heads, -1))
-
-
-class EvaAttention(nn.Module):
-    """The projections of EVA's attention: packed qkv, with biases only for q and v."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.trunc_normal_(self.qkv_weight, std=0.02)
-
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """Compute attention among the tokens x, ``[..., rows, D]``, calling the projections."""
-        return self.out_proj(attend(self.qkv(x)).flatten(-2))
-
-    def packed_bias(self) -> Tensor:
-        """Return the bias of q, k and v, ``[3D]``; that of k is zero."""
-        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-
-    def qkv(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., 3, H, E]``, in one matrix product."""
-        return F.linear(x, self.qkv_weight, self.packed_bias()).unflatten(-1, (3, self.heads, -1))
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of ``[n, s, D]``, each ``[n, H, s, E]``."""
-        packed = linear(x, self.qkv_weight, self.packed_bias()).unflatten(-1, (3, self.heads, -1))
-        return packed.permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def branch_attention(config: TowerConfig) -> PackedAttention | EvaAttention:
-    """Make the projections of an attention of the branch."""
-    kind = EvaAttention if config.is_eva else PackedAttention
-    return kind(config.hidden_size, config.num_attention_heads)
-
-
-def _tower_attention(config: TowerConfig) -> ClipAttention | EvaAttention:
-    kind = EvaAttention if config.is_eva else ClipAttention
-    return kind(config.hidden_size, config.num_attention_heads)
-
-
-class LayerWeights(nn.Module):
-    """The parameters and MLP of a pre-norm transformer layer: of the tower, or a spatial layer of the branch."""
-
-    def __init__(self, config: TowerConfig, eps: float, attention: nn.Module):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps)
-        self.attention: Any = attention
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps)
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.act = config.hidden_act
-
-    def mlp_weights(self) -> mlp.Weights:
-        """Return the parameters of :meth:`mlp`."""
-        return mlp.Weights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """Compute ``fc2(act(fc1(x)))``, calling both layers as modules."""
-        return self.fc2(mlp.activate(self.fc1(x), self.act))
-
-
-class TowerLayer(LayerWeights):
-    """A layer of the tower: attention over all tokens of an image, then the MLP."""
-
-    def __init__(self, config: TowerConfig, eps: float):
-        super().__init__(config, eps, _tower_attention(config))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the layer on ``[n, 1+P, D]``; in place on ``x`` without gradients, if every part is plain.
-
-        If gradients are enabled, or a part was replaced or wrapped (``bt_kernels.plain``), each part is called as a
-        module, and ``x`` is not changed.
-        """
-        if torch.is_grad_enabled() or why_not_all_plain(self, PLAIN_PARTS) is not None:
-            x = x + self.attention(self.norm1(x), _attend_within_images)
-            return x + self.mlp(self.norm2(x))
-        attended = F.scaled_dot_product_attention(*self.attention.split(self.norm1(x))).transpose(1, 2).flatten(2)
-        out = self.attention.out_proj
-        x += linear(attended, out.weight, out.bias)
-        del attended
-        mlp.add_output_(x, self.norm2(x), self.mlp_weights(), self.act)
-        return x
-
-
-class SiglipLayer(TowerLayer):
-    """A layer of a tower without CLS: the patches attend to each other, and row 0 becomes their mean.
-
-    The branch thus finds a row for the whole frame at the position of CLIP's CLS. No patch reads that row.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the layer on ``[n, 1+P, D]``, in place under the same conditions as :class:`TowerLayer`."""
-        patches = x[:, 1:]
-        result = super().forward(patches)
-        if result is not patches:
-            return _with_mean(result)
-        x[:, 0] = patches.mean(1)
-        return x
-
-
-def _with_mean(patches: Tensor) -> Tensor:
-    """Prepend the mean to patches ``[n, P, D]``: ``[n, 1+P, D]``."""
-    return torch.cat([patches.mean(1, keepdim=True), patches], 1)
-
-
-class PoolingHead(nn.Module):
-    """SigLIP's attention-pooling head: a learned query attends to the patches, followed by an MLP."""
-
-    def __init__(self, config: TowerConfig):
-        super().__init__()
-        self.probe = nn.Parameter(torch.randn(config.hidden_size) * 0.02)
-        self.attention = ClipAttention(config.hidden_size, config.num_attention_heads)
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.act = config.hidden_act
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Pool each of the tokens ``[..., D]`` separately: attention over a sequence of one returns its value."""
-        return self._finish(self.attention.out_proj(self.attention.v_proj(tokens)))
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        """Pool all tokens of each image, ``[..., P, D]`` to ``[..., D]``."""
-        heads = (self.attention.heads, -1)
-        query = self.attention.q_proj(self.probe).unflatten(-1, heads)[:, None]
-        query = query.expand(*tokens.shape[:-2], *query.shape)
-        key, value = (
-            part(tokens).unflatten(-1, heads).transpose(-2, -3)
-            for part in (self.attention.k_proj, self.attention.v_proj)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self._finish(self.attention.out_proj(attended.flatten(-3)))
-
-    def _finish(self, x: Tensor) -> Tensor:
-        return x + self.fc2(mlp.activate(self.fc1(self.norm(x)), self.act))
-
-
-PLAIN_PARTS = (TowerLayer, SiglipLayer, ClipAttention, EvaAttention, Fp8Weight)
-
-
-def _attend_within_images(qkv: Tensor) -> Tensor:
-    """Compute attention of each token to all s tokens of its image, ``[n, s, 3, H, E]`` to ``[n, s, H, E]``."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class Tower(nn.Module):
@@ -335,7 +138,7 @@ class Tower(nn.Module):
         """Compute the input of layer 0, ``[n, 1+P+R, D]``, from normalised images ``[n, 3, h, w]``."""
         patches = self.patch_embedding(images.to(self.dtype)).flatten(2).transpose(1, 2)
         if self.config.is_siglip:
-            return _with_mean(patches + self.position[1:])
+            return with_mean(patches + self.position[1:])
         cls = self.class_embedding.expand(len(images), 1, -1)
         rows = self.pre_norm(torch.cat([cls, patches], 1) + self.position)
         if self.config.num_register_tokens:
