@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 pytest.importorskip("triton")
 GPU = emulated.DEVICE
+LARGE = contenders.VIT_L
 CASE = contenders.Case("step", 4, 0.5, 2)
 
 
@@ -190,6 +191,28 @@ def test_products_are_in_bfloat16(steps, name):
 def test_ours_does_not_wait_in_the_step(steps):
     for name in ("none", "layer"):
         assert steps[1][name]["tower"].waits == steps[1][name]["branch"].waits == 0
+
+
+def test_the_tower_is_in_its_own_dtype(steps):
+    for name in ("none", "layer"):
+        events = [event for event in steps[0][name].events if event.part == "tower"]
+        others = [event.name for event in events if event.dtype != torch.bfloat16]
+        assert others == ["_to_copy"], "of the pixels, in the only chunk"
+
+
+# Most of the whole step of ViT-L/14, 52 clips of 8 frames, tubes 0.7: GB outside products, launches, host waits
+LIMITS = {"inputs": (1.8, 15, 9), "tower": (129, 4760, 0), "branch": (62, 760, 0)}
+KEPT_MB = {"none": 160, "mlp": 120, "layer": 18.5}  # by one clip for backward, once its output has been dropped
+
+
+def test_the_whole_step_keeps_to_its_limits(monkeypatch):
+    monkeypatch.setattr(contenders, "VIT_L", LARGE)
+    case = contenders.Case("step", 8, 0.7, 52)
+    rows = {row.part: row for row in budget.rows_of("none", case, budget.counted_step("none", case))}
+    found = {part: (row.other_gb, row.launches, row.waits) for part, row in rows.items()}
+    assert all(count <= most for part in LIMITS for count, most in zip(found[part], LIMITS[part], strict=True)), found
+    kept = {policy: budget.kept_by_forward(policy, case) / 1e6 for policy in KEPT_MB}
+    assert all(kept[policy] <= most for policy, most in KEPT_MB.items()), kept
 
 
 def test_own_kernels_move_what_no_implementation_can_avoid():

@@ -93,6 +93,17 @@ def test_half_precision_tower_beside_a_float32_branch(config):
 
 
 @towers
+@pytest.mark.parametrize("batch", [1, 9], ids=["one chunk", "three chunks"])
+def test_autocast_changes_nothing_in_a_frozen_tower(config, batch):
+    tower = make(config, depth=3).tower
+    tower.optimize(chunk=4)
+    images = video(1, batch=batch).flatten(0, 1)
+    expected = tower.run_layer(2, tower.run(images, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tower.run_layer(2, tower.run(images, 2)), expected)
+
+
+@towers
 def test_eight_bits(config, tmp_path):
     model = shake(make(config, depth=3))
     exact = model(video())

@@ -133,7 +133,9 @@ class BTAdapterVisionModel(TowerWithBranch):
         of the branch's CLS are mixed after its pooling head, where F = D.
         """
         if not self.vision_config.is_siglip:
-            return self._project(self._final_norm(self.branch.mix_output(z_cls, tokens[:, :, 0].to(z_cls.dtype))))
+            # copies: autograd keeps both for the gate's gradient, and views would keep all tokens
+            z_cls, cls = z_cls.clone(), tokens[:, :, 0].to(z_cls.dtype, copy=True)
+            return self._project(self._final_norm(self.branch.mix_output(z_cls, cls)))
         frames = self.tower.pool(tokens.to(self.tower.dtype)).to(z_cls.dtype)
         return self.branch.mix_output(self._project(self._final_norm(z_cls)).to(z_cls.dtype), frames)
 

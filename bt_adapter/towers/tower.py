@@ -6,7 +6,8 @@ H heads, E head width, F width of the shared video-text space.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,13 +21,24 @@ from bt_adapter.towers.layers import PLAIN_PARTS, PoolingHead, SiglipLayer, Towe
 from bt_kernels.plain import why_not_all_plain
 
 
+@contextmanager
+def _frozen(x: Tensor) -> Iterator[None]:
+    """Compute without gradients, and in the tower's own dtype instead of autocast's.
+
+    CUDA's autocast returns float32 from every LayerNorm, so that the residual stream would be in float32.
+    """
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        yield
+
+
 class Tower(nn.Module):
     """A frozen CLIP, EVA-CLIP, SigLIP or DINOv2 vision tower on single images.
 
     With ``only_layers`` = (first, stop) it holds only these layers, without embeddings, final norm and projection, as
     needed for stored features. It never trains: ``requires_grad_(True)`` leaves its own parameters frozen and
     ``train()`` leaves it in evaluation mode. Modules added later, such as adapters, may train: if a parameter or the
-    images require a gradient, they get one, at the cost of storing every layer's activations.
+    images require a gradient, they get one, at the cost of storing every layer's activations. Without gradients it
+    computes in its own dtype and ignores autocast; with gradients autocast applies to it.
     """
 
     def __init__(self, config: TowerConfig, only_layers: tuple[int, int] | None = None):
@@ -174,7 +186,7 @@ class Tower(nn.Module):
 
         if learns:
             return torch.cat([first_layers(piece) for piece in images.split(self.chunk)])
-        with torch.no_grad():
+        with _frozen(images):
             recorded = self._replays()
             if len(images) <= self.chunk and not recorded:
                 return first_layers(images)
@@ -198,7 +210,7 @@ class Tower(nn.Module):
                 results.append(module(piece))
                 done()
             return torch.cat(results)
-        with torch.no_grad():
+        with _frozen(x):
             recorded = self._replays()
             for piece in x.split(self.chunk):
                 result = self._run(layer, module, piece, recorded)
