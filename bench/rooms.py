@@ -14,7 +14,21 @@ from pathlib import Path
 import networkx  # comes with torch
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("", "data", "mini", "towers", "model", "training", "eval", "pretrain", "chat", "tune", "qa", "commands")
+ROOMS = (
+    "",
+    "data",
+    "mini",
+    "towers",
+    "model",
+    "training",
+    "eval",
+    "pretrain",
+    "chat",
+    "tune",
+    "qa",
+    "live",
+    "commands",
+)
 """Folders of ``bt_adapter``; "" holds its top-level files. A folder imports only from folders before it."""
 FACADES = {"bt_adapter", "bt_adapter.native", "bt_kernels", "bt_kernels.nn"}
 """Modules that name what is public: they import from anywhere."""

@@ -16,6 +16,8 @@ from bt_adapter import files
 if TYPE_CHECKING:
     from bt_adapter.chat.attach import attach as attach
     from bt_adapter.errors import CheckpointError as CheckpointError
+    from bt_adapter.live.source import LiveSource as LiveSource
+    from bt_adapter.live.video import LiveVideo as LiveVideo
     from bt_adapter.model.adapter import BTAdapterOutput as BTAdapterOutput
     from bt_adapter.model.adapter import BTAdapterVisionModel as BTAdapterVisionModel
     from bt_adapter.model.config import BTAdapterConfig as BTAdapterConfig
@@ -31,6 +33,8 @@ _PLACES = {
     "BTAdapterOutput": "model.adapter",
     "BTAdapterVisionModel": "model.adapter",
     "CheckpointError": "errors",
+    "LiveSource": "live.source",
+    "LiveVideo": "live.video",
     "TowerConfig": "towers.config",
     "attach": "chat.attach",
     "load_reference_checkpoint": "model.published",

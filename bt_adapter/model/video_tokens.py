@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bt_adapter.model.time_steps import Long, TimeSteps, check_long, plan_steps
-from bt_adapter.model.walk import call_branch, tower_states
+from bt_adapter.model.walk import call_branch, tower_states, without_registers
 from bt_adapter.model.weights import TowerWithBranch
 from bt_kernels import VisibleTokens, pool_video_tokens
 
@@ -90,6 +90,40 @@ def video_tokens_streamed(
     return torch.cat(done)
 
 
+def branch_states(model: TowerWithBranch, images: Tensor) -> Iterator[Tensor]:
+    """Yield the outputs of tower layers L-d to L-2 for frames ``[t, 3, h, w]``: ``[t, 1+P, D]``, without registers.
+
+    The first d-1 branch layers read one each; if d is 1, the output of layer L-2 alone is yielded. Each output is
+    overwritten when the next one is requested.
+    """
+    first, stop = model.first_branch_layer, model.vision_config.num_hidden_layers - 1
+    tokens = model.tower.run(images, first)
+    for state in [tokens] if first == stop else tower_states(model.tower, tokens, first, stop):
+        yield without_registers(state, model.vision_config)
+
+
+def tokens_of_states(
+    model: TowerWithBranch, rows: Tensor, states: Iterable[Tensor], steps: int, plan: TimeSteps
+) -> Tensor:
+    """Compute a video's tokens, ``[P+1, D]``, CLS last, from means of its frames' states.
+
+    Args:
+        model: tower and branch.
+        rows: ``[1, n, 1+P, D]``, any n, whose mean is that of layer L-2's output over all frames.
+        states: input of each of the first d-1 branch layers, ``[1, steps, 1+P, D]``.
+        steps: number of time steps. plan: selects the rows of the time table.
+    """
+    visible = VisibleTokens.all(1, model.vision_config.patches, steps, rows.device)
+    z = call_branch(model, states, visible, plan=plan)
+    return pool_video_tokens(rows.to(z.dtype), z, visible)[0]
+
+
+def mean_tokens(rows: Tensor) -> Tensor:
+    """Compute a video's tokens without the branch, ``[P+1, D]``, CLS last; ``rows`` as in :func:`tokens_of_states`."""
+    mean = rows[0].mean(0)
+    return torch.cat([mean[1:], mean[:1]])
+
+
 class _Mean:
     """A running mean over the first axis of the added tensors, in float32 or better."""
 
@@ -142,10 +176,7 @@ class _Window:
 
     def add(self, images: Tensor) -> None:
         """Add normalised frames ``[t, 3, h, w]``."""
-        model, first = self.model, self.model.first_branch_layer
-        x = model.tower.run(images, first)
-        states = tower_states(model.tower, x, first, model.vision_config.num_hidden_layers - 1)
-        for number, x in enumerate(states):
+        for number, x in enumerate(branch_states(self.model, images)):
             if number < len(self.steps):
                 self._average(self.steps[number], x)
         self.whole.add(x)
@@ -153,13 +184,10 @@ class _Window:
 
     def tokens(self) -> Tensor:
         """Compute the window's tokens, ``[P+1, D]``, CLS last."""
-        whole = self.whole.value
+        whole = self.whole.value[None]
         if not self.steps:
-            return torch.cat([whole[0, 1:], whole[0, :1]])
-        count = len(self.steps[0])
-        visible = VisibleTokens.all(1, self.model.vision_config.patches, count, whole.device)
-        z = call_branch(self.model, self._states(), visible, plan=self.plan)
-        return pool_video_tokens(whole[None].to(z.dtype), z, visible)[0]
+            return mean_tokens(whole)
+        return tokens_of_states(self.model, whole, self._states(), len(self.steps[0]), self.plan)
 
     def _states(self) -> Iterator[Tensor]:
         """Yield the input of each branch layer, ``[1, steps, 1+P, D]``, and free it."""
