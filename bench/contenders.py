@@ -183,4 +183,7 @@ def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
         states = [draw(case.batch, case.frames, tokens, width).to(dtype) for _ in range(DEPTH)]
         return {"states": states, "cotangent": draw(case.batch, tokens * case.frames, width)}
     size = VIT_L.image_size
-    return {"pixels": draw(case.batch, case.frames, 3, size, size), "text": draw(case.batch, VIT_L.projection_dim)}
+    pixels = draw(case.batch, case.frames, 3, size, size)
+    if device != "cpu":
+        pixels = pixels.to(torch.bfloat16)  # training normalises them in the tower's dtype
+    return {"pixels": pixels, "text": draw(case.batch, VIT_L.projection_dim)}

@@ -1,11 +1,16 @@
 """How the frozen tower runs: in chunks over one state, in other precisions, compiled, as CUDA graphs."""
 
+import copy
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 from small_models import EVA, SIZES, make, shake, video
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bt_adapter.towers import attention, rows
 from bt_kernels import VisibleTokens
 
 towers = pytest.mark.parametrize("config", [SIZES, EVA], ids=["clip", "eva"])
@@ -141,6 +146,93 @@ def test_bad_options():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="graphs needs the tower on a CUDA device, but it is on cpu"):
             tower.optimize(graphs=True)
+
+
+@towers
+@torch.no_grad()
+def test_row_kernels_change_nothing(config, monkeypatch):
+    model = make(config, depth=3).double()
+    model.tower.optimize(chunk=3)
+    pixels = video(5).double()
+    expected = model(pixels).backbone_tokens
+    monkeypatch.setattr(rows, "has_kernels", lambda x: True)
+    torch.testing.assert_close(model(pixels).backbone_tokens, expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_joined_projections_are_the_parameters(monkeypatch):
+    """They follow what is loaded or converted later, are saved apart, and take no memory of their own."""
+    monkeypatch.setattr(rows, "has_kernels", lambda x: True)
+    tower, x = make().tower, torch.randn(2, 17, 32)
+    layer = tower.layers[0].attention
+    with torch.inference_mode():
+        weight, bias = layer.join_projections()
+    assert weight.shape == (96, 32) and bias.shape == (96,)
+    assert layer.join_projections()[0].data_ptr() == weight.data_ptr() == layer.q_proj.weight.data_ptr()
+    layer.k_proj.load_state_dict({"weight": torch.ones(32, 32), "bias": torch.zeros(32)})
+    q, k, v = layer.split(x)
+    torch.testing.assert_close(k.flatten(2), x.sum(-1, keepdim=True).expand(-1, -1, 32), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(v.flatten(2), layer.v_proj(x))
+    tower.double()
+    torch.testing.assert_close(layer.split(x.double())[0].flatten(2), layer.q_proj(x.double()))
+    assert layer.join_projections()[0].dtype == torch.float64
+    copied = copy.deepcopy(tower).layers[0].attention
+    copied.q_proj.weight.zero_()
+    assert layer.q_proj.weight.abs().sum() > 0 and copied.join_projections()[0][:32].abs().sum() == 0
+
+
+def test_attention_by_name():
+    tower = make().tower
+    assert tower.optimize(attention="sdpa").layers[0].attend is attention.sdpa
+    cuda = torch.device("cuda")
+    for name, device, dtype, message in [
+        ("flash", cuda, torch.bfloat16, "must be 'sdpa', 'flash-attn' or 'xformers', but is 'flash'"),
+        ("xformers", torch.device("cpu"), torch.bfloat16, "needs the tower on a CUDA device, but it is on cpu"),
+        ("flash-attn", cuda, torch.float32, "needs a tower in float16 or bfloat16, but it is in torch.float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            attention.find_attention(name, device, dtype)
+    with pytest.raises(ValueError, match="attention='xformers' needs the tower on a CUDA device"):
+        tower.optimize(attention="xformers")
+
+
+@pytest.mark.parametrize(
+    "name, module, function",
+    [("flash-attn", "flash_attn", "flash_attn_func"), ("xformers", "xformers.ops", "memory_efficient_attention")],
+)
+def test_attention_of_a_package(name, module, function, monkeypatch):
+    """The package's function gets q, k and v [n, s, H, E] of every layer, called or not; its absence is an error."""
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"attention='{name}' needs the package {name}, which cannot be imported"):
+        attention.find_attention(name, torch.device("cuda"), torch.bfloat16)
+    shapes = []
+
+    def attend(q, k, v):
+        shapes.append(q.shape)
+        weights = torch.einsum("nshe,nthe->nhst", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("nhst,nthe->nshe", weights.softmax(-1), v)
+
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{function: attend}))
+    monkeypatch.setattr(sys.modules["bt_adapter.towers.tower"], "find_attention", lambda name, device, dtype:
+                        attention.find_attention(name, torch.device("cuda"), torch.bfloat16))  # fmt: skip
+    model = make(depth=3)
+    expected = model(video()).backbone_tokens
+    model.tower.optimize(attention=name)
+    torch.testing.assert_close(model(video()).backbone_tokens, expected, rtol=1e-4, atol=1e-5)
+    model.tower.layers[0].fc1.register_forward_hook(lambda *args: None)  # its layer is called
+    torch.testing.assert_close(model(video()).backbone_tokens, expected, rtol=1e-4, atol=1e-5)
+    assert shapes == [(8, 17, 2, 16)] * 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flash-attn", "xformers"])
+def test_attention_of_an_installed_package_changes_nothing(name):
+    pytest.importorskip({"flash-attn": "flash_attn"}.get(name, name))
+    model = shake(make(depth=3)).cuda()
+    model.tower.optimize(dtype=torch.bfloat16)
+    expected = model(video().cuda()).video_embeds
+    model.tower.optimize(attention=name)
+    torch.testing.assert_close(model(video().cuda()).video_embeds, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from bt_adapter.errors import CheckpointError, CommandError
 from bt_adapter.eval.stack import load_stack
 from bt_adapter.model.checkpoint import check_fit
 from bt_adapter.pretrain.run import pretrain
-from bt_adapter.towers import dinov2, open_clip, siglip
+from bt_adapter.towers import dinov2, open_clip, rows, siglip
 from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.image_models import read_tower
 from bt_adapter.towers.text import load_clip
@@ -43,12 +43,14 @@ def pixels(model: BTAdapterVisionModel, *shape: int) -> torch.Tensor:
 
 
 @kinds
-@pytest.mark.parametrize("calls", [False, True], ids=["fused", "called"])
+@pytest.mark.parametrize("runs", ["in place", "called", "by kernels"])
 @torch.no_grad()
-def test_hidden_states_after_every_layer_are_the_librarys_own(kind, calls):
+def test_hidden_states_after_every_layer_are_the_librarys_own(kind, runs, monkeypatch):
     source = MAKERS[kind]()
     model = BTAdapterVisionModel.from_clip(source, adapter())
-    if calls:  # a hook: the parts are called as modules
+    if runs == "by kernels":  # as on a GPU, here by their references
+        monkeypatch.setattr(rows, "has_kernels", lambda x: True)
+    if runs == "called":  # a hook: the parts are called as modules
         model.tower.layers[1].fc1.register_forward_hook(lambda module, args, output: output)
     images = pixels(model, 2)
     vision = getattr(source, "vision_model", source)
@@ -56,6 +58,9 @@ def test_hidden_states_after_every_layer_are_the_librarys_own(kind, calls):
     registers, patches = model.vision_config.num_register_tokens, model.vision_config.patches
     for layer in range(model.vision_config.num_hidden_layers + 1):
         mine, expected = model.tower.run(images, layer), theirs[layer]
+        if layer > 1:
+            alone = model.tower.run_layer(layer - 1, model.tower.run(images, layer - 1))
+            torch.testing.assert_close(alone, mine, **CLOSE)
         if kind == "siglip":
             assert mine.shape[1] == 1 + expected.shape[1]
             torch.testing.assert_close(mine[:, 0], expected.mean(1), **CLOSE)

@@ -31,13 +31,15 @@ class GraphCache:
     @staticmethod
     def _record(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         buffer = x.clone()
-        side = torch.cuda.Stream(x.device)
-        side.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(side):  # on their first calls libraries select kernels and allocate workspaces
-            for _ in range(2):
-                function(buffer)
-        torch.cuda.current_stream(x.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = function(buffer)
+        with torch.cuda.device(x.device):  # the graph is captured on the current device
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # on their first calls libraries select kernels and allocate workspaces
+                for _ in range(2):
+                    function(buffer)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # threads that load data may call the CUDA runtime (pinned memory) during the capture
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = function(buffer)
         return graph, buffer, result

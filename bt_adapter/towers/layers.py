@@ -5,17 +5,20 @@ Legend: n images, P patches of an image, D width, H heads, E head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bt_adapter.towers import mlp
+from bt_adapter.progress import nothing
+from bt_adapter.towers import mlp, rows
+from bt_adapter.towers.attention import Attention, sdpa
 from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.fp8 import Fp8Weight
-from bt_adapter.towers.products import linear
+from bt_adapter.towers.products import join, linear
+from bt_kernels import residual_norm
 from bt_kernels.plain import why_not_all_plain
 
 Attend = Callable[[Tensor], Tensor]  # stacked q, k and v, [..., 3, H, E], to [..., H, E]
@@ -38,9 +41,22 @@ class ClipAttention(nn.Module):
         return self.out_proj(attend(torch.stack(parts, -3)).flatten(-2))
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of ``[n, s, D]``, each ``[n, H, s, E]``."""
-        q, k, v = (linear(x, p.weight, p.bias) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return tuple(y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        """q, k and v of ``[n, s, D]``, each ``[n, s, H, E]``; in one matrix product on devices other than the CPU."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        if self._is_fp8 or not rows.has_kernels(x):
+            q, k, v = (linear(x, p.weight, p.bias) for p in parts)
+        else:
+            q, k, v = linear(x, *self.join_projections()).chunk(3, -1)
+        return tuple(y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
+
+    def join_projections(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of q, k and v, ``[3D, D]`` and ``[3D]``: see ``products.join``."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        return join([part.weight for part in parts]), join([part.bias for part in parts])
+
+    @property
+    def _is_fp8(self) -> bool:
+        return isinstance(self.q_proj.weight, Fp8Weight)
 
 
 class PackedAttention(nn.Module):
@@ -92,9 +108,9 @@ class EvaAttention(nn.Module):
         return F.linear(x, self.qkv_weight, self.packed_bias()).unflatten(-1, (3, self.heads, -1))
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of ``[n, s, D]``, each ``[n, H, s, E]``."""
+        """q, k and v of ``[n, s, D]``, each ``[n, s, H, E]``."""
         packed = linear(x, self.qkv_weight, self.packed_bias()).unflatten(-1, (3, self.heads, -1))
-        return packed.permute(2, 0, 3, 1, 4).unbind(0)
+        return packed.unbind(2)
 
 
 def branch_attention(config: TowerConfig) -> PackedAttention | EvaAttention:
@@ -134,6 +150,7 @@ class TowerLayer(LayerWeights):
 
     def __init__(self, config: TowerConfig, eps: float):
         super().__init__(config, eps, _tower_attention(config))
+        self.attend: Attention = sdpa
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the layer on ``[n, 1+P, D]``; in place on ``x`` without gradients, if every part is plain.
@@ -141,15 +158,50 @@ class TowerLayer(LayerWeights):
         If gradients are enabled, or a part was replaced or wrapped (``bt_kernels.plain``), each part is called as a
         module, and ``x`` is not changed.
         """
-        if torch.is_grad_enabled() or why_not_all_plain(self, PLAIN_PARTS) is not None:
-            x = x + self.attention(self.norm1(x), _attend_within_images)
+        if not self.is_computed():
+            x = x + self.attention(self.norm1(x), self._attend_packed)
             return x + self.mlp(self.norm2(x))
-        attended = F.scaled_dot_product_attention(*self.attention.split(self.norm1(x))).transpose(1, 2).flatten(2)
+        if rows.has_kernels(x):
+            return torch.add(*self.advance(x), out=x)
+        attended = self.attend(*self.attention.split(self.norm1(x))).flatten(2)
         out = self.attention.out_proj
         x += linear(attended, out.weight, out.bias)
         del attended
         mlp.add_output_(x, self.norm2(x), self.mlp_weights(), self.act)
         return x
+
+    def is_computed(self) -> bool:
+        """Whether the layer is computed from its weights, without gradients, and not by calling its parts."""
+        return not torch.is_grad_enabled() and why_not_all_plain(self, PLAIN_PARTS) is None
+
+    def advance(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run the layer on ``x + update`` (None: on ``x``), with each sum and the LayerNorm after it in one pass.
+
+        Args:
+            x: residual stream, ``[n, s, D]``; not changed. update: of the layer before, ``[n, s, D]``.
+
+        Returns:
+            The residual stream before the MLP and the MLP's update, ``[n, s, D]`` each: their sum is the result.
+        """
+        norm1, norm2, out = self.norm1, self.norm2, self.attention.out_proj
+        x, n = residual_norm(x, update, norm1.weight, norm1.bias, norm1.eps)
+        update = linear(self.attend(*self.attention.split(n)).flatten(2), out.weight, out.bias)
+        x, n = residual_norm(x, update, norm2.weight, norm2.bias, norm2.eps)
+        return x, mlp.compute_output(n, self.mlp_weights(), self.act)
+
+    @staticmethod
+    def sequence(x: Tensor) -> Tensor:
+        """Return the tokens of ``[n, 1+P, D]`` that attend to each other, as a view: all."""
+        return x
+
+    @staticmethod
+    def finish(x: Tensor) -> Tensor:
+        """Return ``x`` after its :meth:`sequence` was changed in place."""
+        return x
+
+    def _attend_packed(self, qkv: Tensor) -> Tensor:
+        """Compute attention of each token to all s tokens of its image, ``[n, s, 3, H, E]`` to ``[n, s, H, E]``."""
+        return self.attend(*qkv.unbind(2))
 
 
 class SiglipLayer(TowerLayer):
@@ -160,12 +212,50 @@ class SiglipLayer(TowerLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the layer on ``[n, 1+P, D]``, in place under the same conditions as :class:`TowerLayer`."""
-        patches = x[:, 1:]
+        patches = self.sequence(x)
         result = super().forward(patches)
-        if result is not patches:
-            return with_mean(result)
-        x[:, 0] = patches.mean(1)
+        return self.finish(x) if result is patches else with_mean(result)
+
+    @staticmethod
+    def sequence(x: Tensor) -> Tensor:
+        """Return the patches."""
+        return x[:, 1:]
+
+    @staticmethod
+    def finish(x: Tensor) -> Tensor:
+        """Set row 0 to the mean of the patches."""
+        x[:, 0] = x[:, 1:].mean(1)
         return x
+
+
+def run_layers(
+    layers: Sequence[TowerLayer], x: Tensor, out: Tensor | None = None, done: Callable[[], None] = nothing
+) -> Tensor:
+    """Run layers one after the other on ``[n, 1+P, D]``, possibly in place.
+
+    On devices other than the CPU each layer's first LayerNorm also adds the update of the layer before it.
+
+    Args:
+        out: where to write the result; None: anywhere. done: called after each layer.
+    """
+    if not layers or not all(layer.is_computed() and rows.has_kernels(x) and is_eager(layer) for layer in layers):
+        for layer in layers:
+            x = layer(x)
+            done()
+        return x if out is None else out.copy_(x)
+    stream: Tensor = layers[0].sequence(x)
+    update: Any = None
+    for layer in layers:
+        stream, update = layer.advance(stream, update)
+        done()
+    out = x if out is None else out
+    torch.add(stream, update, out=layers[0].sequence(out))
+    return layers[0].finish(out)
+
+
+def is_eager(layer: nn.Module) -> bool:
+    """Whether ``nn.Module.compile`` was not called on a layer."""
+    return getattr(layer, "_compiled_call_impl", None) is None
 
 
 def with_mean(patches: Tensor) -> Tensor:
@@ -206,9 +296,3 @@ class PoolingHead(nn.Module):
 
 
 PLAIN_PARTS = (TowerLayer, SiglipLayer, ClipAttention, EvaAttention, Fp8Weight)
-
-
-def _attend_within_images(qkv: Tensor) -> Tensor:
-    """Compute attention of each token to all s tokens of its image, ``[n, s, 3, H, E]`` to ``[n, s, H, E]``."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

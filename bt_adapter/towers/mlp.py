@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bt_adapter.towers.products import input_grad, linear, weight_grad
 from bt_adapter.towers.rows import bias_grad
+from bt_kernels import bias_gelu
 
 _QUICK = 1.702
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
@@ -58,6 +59,12 @@ def add_output_(y: Tensor, n: Tensor, w: Weights, act: str) -> None:
         y.add_(linear(F.silu(x, inplace=True), w.fc2_weight, w.fc2_bias * _QUICK), alpha=1 / _QUICK)
     else:
         y.add_(linear(torch.ops.aten.gelu_(x, approximate=GELU[act]), w.fc2_weight, w.fc2_bias))
+
+
+def compute_output(n: Tensor, w: Weights, act: str) -> Tensor:
+    """Compute the MLP's output for ``n [n, s, D]`` with bias and activation in one pass (``bt_kernels.bias_gelu``)."""
+    hidden = bias_gelu(linear(n, w.fc1_weight), w.fc1_bias, act)
+    return linear(hidden, w.fc2_weight, w.fc2_bias)
 
 
 def backward(grad: Tensor, n: Tensor, x: Tensor, w: Weights, act: str) -> tuple[Tensor, tuple[Tensor, ...]]:

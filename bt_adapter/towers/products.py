@@ -11,6 +11,7 @@ longer be equal bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -45,6 +46,28 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     # oneDNN is slower if the result has more rows than columns. Computing the transpose instead does not help: autograd
     # copies a gradient whose strides differ from its parameter's.
     return linear(left, right) if len(left) <= len(right) and _by_onednn(grad) else left @ right.t()
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Return frozen parameters as one tensor, joined along the first dimension.
+
+    The first call moves their values next to each other in one memory, so that later calls copy nothing. Converting or
+    moving the parameters separates them again; the next call joins them anew.
+    """
+    first = parts[0]
+    memory, end = first.untyped_storage()._cdata, first.storage_offset()
+    for part in parts:
+        if part.untyped_storage()._cdata != memory or part.storage_offset() != end or not part.is_contiguous():
+            break
+        end += part.numel()
+    else:
+        rows = sum(len(part) for part in parts)
+        return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    with torch.inference_mode(False):  # the parameters live on after a block of inference mode
+        joined = torch.cat([part.detach() for part in parts])
+        for part, values in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+            part.data = values
+    return joined
 
 
 def _by_onednn(x: Tensor) -> bool:

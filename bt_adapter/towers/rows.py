@@ -17,6 +17,14 @@ class Norm(NamedTuple):
     eps: float
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether sums, LayerNorms and activations are computed by the row ops of ``bt_kernels``.
+
+    On a CPU torch's operators, some of them in place, are faster; a compiler fuses torch's operators itself.
+    """
+    return x.device.type != "cpu" and not torch.compiler.is_compiling()
+
+
 def normalize(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """Apply a LayerNorm in the dtype of ``x``.
 

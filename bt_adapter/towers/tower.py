@@ -8,17 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from bt_adapter.progress import nothing
+from bt_adapter.towers import rows
+from bt_adapter.towers.attention import find_attention
 from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.cuda_graph import GraphCache
 from bt_adapter.towers.fp8 import Fp8Weight
-from bt_adapter.towers.layers import PLAIN_PARTS, PoolingHead, SiglipLayer, TowerLayer, with_mean
-from bt_kernels.plain import why_not_all_plain
+from bt_adapter.towers.layers import (
+    PLAIN_PARTS,
+    ClipAttention,
+    PoolingHead,
+    SiglipLayer,
+    TowerLayer,
+    run_layers,
+    with_mean,
+)
+from bt_kernels import residual_norm
+from bt_kernels.plain import is_plain, why_not_all_plain
 
 
 @contextmanager
@@ -102,6 +113,7 @@ class Tower(nn.Module):
         compile: bool = False,
         graphs: bool = False,
         fp8: bool = False,
+        attention: str | None = None,
     ) -> Tower:
         """Set options of the tower's execution; options that are not given do not change.
 
@@ -109,15 +121,17 @@ class Tower(nn.Module):
             dtype: new dtype of the weights, for example ``torch.bfloat16``. Not for a tower shared with a chat model,
                 whose tower weights would change too, but not its other weights.
             chunk: number of images per batch, initially 32. It limits a layer's memory in addition to the state of all
-                images: about 7 rows of D per token of the chunk, and the memory of attention.
+                images: about 7 rows of D per token of the chunk on a CPU and 12 elsewhere, and the memory of attention.
             compile: ``torch.compile`` each layer, once per shape.
             graphs: record CUDA graphs, one per shape of a chunk; set it again after moving the weights.
             fp8: products with 8-bit weights and inputs, for GPUs of compute capability 8.9 or more. It cannot be
                 undone.
+            attention: library of the attention: "sdpa" (torch's, initially), "flash-attn" or "xformers", the last two
+                on CUDA devices and for the dtype that the tower has then.
 
         Raises:
-            ValueError: ``chunk`` is not positive, ``graphs`` is True without a CUDA device, or ``fp8`` is True and a
-                layer was replaced or wrapped.
+            ValueError: ``chunk`` is not positive, ``graphs`` is True without a CUDA device, ``fp8`` is True and a layer
+                was replaced or wrapped, or the package of ``attention`` is absent or does not support the tower.
         """
         if chunk is not None:
             if chunk < 1:
@@ -125,6 +139,10 @@ class Tower(nn.Module):
             self.chunk = chunk
         if dtype is not None:
             self.to(dtype)
+        if attention is not None:
+            attend = find_attention(attention, self.device, self.dtype)
+            for layer in cast(list[TowerLayer], list(self.layers)):
+                layer.attend = attend
         if fp8:
             if (reason := why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList))) is not None:
                 raise ValueError(f"fp8 needs unmodified tower layers, but {reason}")
@@ -137,6 +155,10 @@ class Tower(nn.Module):
             for (module, name, _), small in zip(weights, [Fp8Weight(w) for _, _, w in weights], strict=True):
                 delattr(module, name)
                 setattr(module, name, small)
+        if self.device.type != "cpu" and why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList)) is None:
+            for layer in self.layers:
+                if isinstance(layer.attention, ClipAttention) and not self.is_fp8:
+                    layer.attention.join_projections()
         if compile:
             for layer in self.layers:
                 layer.compile()
@@ -151,11 +173,15 @@ class Tower(nn.Module):
         patches = self.patch_embedding(images.to(self.dtype)).flatten(2).transpose(1, 2)
         if self.config.is_siglip:
             return with_mean(patches + self.position[1:])
-        cls = self.class_embedding.expand(len(images), 1, -1)
-        rows = self.pre_norm(torch.cat([cls, patches], 1) + self.position)
+        tokens = torch.cat([self.class_embedding.expand(len(images), 1, -1), patches], 1)
+        norm: Any = self.pre_norm
+        if rows.has_kernels(tokens) and type(norm) is nn.LayerNorm and is_plain(norm) and not torch.is_grad_enabled():
+            _, tokens = residual_norm(tokens, self.position.expand_as(tokens), norm.weight, norm.bias, norm.eps)
+        else:
+            tokens = norm(tokens + self.position)
         if self.config.num_register_tokens:
-            rows = torch.cat([rows, self.registers.expand(len(images), -1, -1)], 1)
-        return rows
+            tokens = torch.cat([tokens, self.registers.expand(len(images), -1, -1)], 1)
+        return tokens
 
     @property
     def device(self) -> torch.device:
@@ -175,14 +201,11 @@ class Tower(nn.Module):
         ``done`` is called after each layer of each chunk.
         """
         learns = self.learns(images)
+        layers = cast(list[TowerLayer], list(self.layers)[:stop])
 
-        def first_layers(piece: Tensor) -> Tensor:
-            x = self.embed(piece)
-            for layer in range(stop):
-                x = self.layers[layer](x)
-                if learns or self._recorded is None:  # a replayed graph makes no Python calls
-                    done()
-            return x
+        def first_layers(piece: Tensor, out: Tensor | None = None) -> Tensor:
+            # a replayed graph makes no Python calls
+            return run_layers(layers, self.embed(piece), out, done if learns or self._recorded is None else nothing)
 
         if learns:
             return torch.cat([first_layers(piece) for piece in images.split(self.chunk)])
@@ -191,9 +214,11 @@ class Tower(nn.Module):
             if len(images) <= self.chunk and not recorded:
                 return first_layers(images)
             state = self.position.new_empty(len(images), self.config.rows, self.config.hidden_size)
-            for start in range(0, len(images), self.chunk):
-                piece = images[start : start + self.chunk]
-                state[start : start + self.chunk] = self._run(("first", stop), first_layers, piece, recorded)
+            for piece, out in zip(images.split(self.chunk), state.split(self.chunk), strict=True):
+                if recorded:
+                    out.copy_(self._run(("first", stop), first_layers, piece, recorded))
+                else:
+                    first_layers(piece, out)
                 for _ in range(0 if self._recorded is None else stop):
                     done()
             return state
