@@ -13,10 +13,11 @@ import tyro
 from tyro.conf import subcommand
 
 from bt_adapter.chat.settings import Answer, Chat
-from bt_adapter.commands import answer, chat, convert, demo, eval, export, pretrain, qa, shards, tune
+from bt_adapter.commands import answer, chat, convert, demo, eval, export, live, pretrain, qa, shards, tune
 from bt_adapter.commands.groups import check_names, grouped, ungrouped
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.settings import Recognition, Retrieval
+from bt_adapter.live.settings import LiveChat
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.progress import prepare_output
 from bt_adapter.qa.settings import Qa
@@ -31,7 +32,7 @@ DESCRIPTION = (
 # the module that runs each command, by the class of its options
 RUN = {
     Answer: answer, Qa: qa,
-    Chat: chat, convert.Convert: convert, demo.Demo: demo, export.Export: export,
+    Chat: chat, LiveChat: live, convert.Convert: convert, demo.Demo: demo, export.Export: export,
     Recipe: pretrain, TuneRecipe: tune,
     Retrieval: eval, Recognition: eval, shards.Shards: shards,
 }  # fmt: skip
@@ -58,6 +59,7 @@ def parse(argv: list[str]) -> Any:
     commands: Any = (
         Annotated[grouped(Chat), subcommand("chat")]
         | Annotated[grouped(Answer), subcommand("answer")]
+        | Annotated[grouped(LiveChat), subcommand("live")]
         | Annotated[convert.Convert, subcommand("convert")]
         | Annotated[export.Export, subcommand("export")]
         | Annotated[demo.Demo, subcommand("demo")]

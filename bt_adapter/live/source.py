@@ -78,6 +78,9 @@ class LiveSource:
         side: side in pixels that frames will be resized to: much larger ones are reduced while they are decoded.
         max_pixels: see ``read_video``.
 
+    Attributes:
+        name: the source without user name and password. side: as given; may be set before frames are read.
+
     Raises:
         ValueError, TypeError: an argument is outside its range, or the scheme is not supported.
         VideoError: the file does not exist. While iterating: the source cannot be opened, or was lost for longer than
@@ -109,7 +112,8 @@ class LiveSource:
         self._connection = Connection(
             os.fspath(source), format, options or {}, open_timeout, read_timeout, max_pixels
         )  # fmt: skip
-        self.name, self._fps, self._give_up, self._size, self._side = self._connection.name, fps, give_up, buffer, side
+        self.name, self.side = self._connection.name, side
+        self._fps, self._give_up, self._size = fps, give_up, buffer
         self._pace = (self._connection.is_file or self._connection.is_playlist) if pace is None else pace
         self._waits = self._connection.is_file and not self._pace  # for the program, so that nothing is dropped
         self._clock, self._orientations = StreamClock(max_gap), OrientationReader()
@@ -225,7 +229,7 @@ class LiveSource:
                 self._counts = replace(counts, thinned=counts.thinned + 1)
                 return
             self._interval = interval
-        taken = Taken(self.name, 1, self._side, orientations=self._orientations)
+        taken = Taken(self.name, 1, self.side, orientations=self._orientations)
         taken.keep(frame, 0)
         assert taken.pixels is not None
         self._put(LiveFrame(torch.from_numpy(taken.pixels[0]).permute(2, 0, 1), stamp))
