@@ -109,14 +109,20 @@ def test_under_autocast(recompute):
 @policies
 def test_stochastic_depth_under_autocast(recompute):
     model = shake(make(depth=3, drop_path=0.5)).train()
-    found = []
-    for change in ({"fused": False}, {"recompute": recompute}):
+    visible = visible_tokens("tube")
+
+    def gradients(dtype=torch.bfloat16, **change):
         torch.manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16):
-            found.append(step(with_config(model, **change), visible_tokens("tube"), dtype=torch.float32)[2])
-    plain, fused = found
-    off = [float((fused[name] - plain[name]).norm() / plain[name].norm()) for name in plain]
-    assert 0 < sum(off) / len(off) < 0.03  # two roundings to 8 bits
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return step(with_config(model, **change), visible, dtype=torch.float32)[2]
+
+    exact = gradients(torch.float32, fused=False)
+    errors = []
+    for change in ({"fused": False}, {"recompute": recompute}):
+        found = gradients(**change)
+        errors.append(sum(float((found[n] - exact[n]).norm() / exact[n].norm()) for n in exact) / len(exact))
+    plain, fused = errors
+    assert 0 < fused <= 1.5 * plain
 
 
 @policies
