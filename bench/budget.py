@@ -12,7 +12,8 @@ else moves, attention included, each element read and written once by each opera
 the host for the device: values read, boolean indices, copies through pageable memory; "kernels" of Triton that are
 compiled. Then the least milliseconds on each device: for each kernel its operations at the peak or its bytes at the
 bandwidth (``devices.py``), added up. "kept" is what our forward pass of one clip in float32 keeps for backward once its
-output is dropped, in MB.
+output is dropped, in MB. The last lines count the kernels that Triton compiles while lengths change
+(``compiled_forms.py``).
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from typing import Any
 
 import device_work as work
 import torch
+from compiled_forms import form, print_sequences
 from contenders import BASELINES, Case, Contender, make_inputs, make_model
 from devices import DEVICES
 from emulated_gpu import DEVICE, emulated_gpu
 from measure import ROOT, kept_bytes, update
-from resources import specialised
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,6 +47,7 @@ COUNTED = ("eager", "sdpa", "none", "mlp", "layer")
 PARTS = ("inputs", "tower", "branch")
 KEYS = ("contender", "part", "frames", "ratio", "batch")  # of a row: what tells it apart
 GPU = torch.device(DEVICE)
+ARCHITECTURE = 90  # sm_90, for which Triton compiles
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Work(TorchDispatchMode):
             moved += sum(map(work.bytes_of, tensors.values()))
             dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
             self.events.append(Event(self.part, launch.kernel.__name__, "other", dtype, operations, moved, 1))
-            self.kernels[self.part].add(str((launch.kernel.__name__, *specialised(launch), launch.warps)))
+            self.kernels[self.part].add(form(launch, ARCHITECTURE).key)
             operations = 0
 
 
@@ -314,7 +316,7 @@ def main() -> int:
         print_operators(counter, options.operators)
         rows += own
     update(rows, options.out, KEYS)
-    return 0
+    return int(print_sequences())
 
 
 if __name__ == "__main__":

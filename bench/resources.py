@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from compiled_forms import form, launches
 from measure import write
 
 from bt_kernels import VisibleTokens, _triton
-from bt_kernels._cases import Variant, flat_arguments, passes, variants
-from bt_kernels._library import OPS
+from bt_kernels._cases import variants
 
 TARGETS = (80, 90, 100)
-# Of a multiprocessor: registers, and KiB of shared memory by target, of which each program takes one for itself.
-REGISTERS = 65536
+# KiB of shared memory of a multiprocessor by target, of which each program takes one for itself.
 SHARED = {80: 164, 90: 228, 100: 228}
 SHARED_LIMIT = 100 * 1024  # bytes, however few programs are meant to share a multiprocessor
 TENSOR_MEMORY_LIMIT = 512  # columns on sm_100; above, Triton compiles an empty kernel without a word
@@ -71,51 +70,6 @@ def visible_forms(patches: int) -> Iterator[tuple[str, VisibleTokens]]:
         yield f"T={frames} ragged", VisibleTokens.random(2, patches, frames, 0.7, frame_counts=counts)
 
 
-def recorded_launches(variant: Variant, visible: VisibleTokens, heads: int, width: int, dtype: torch.dtype) -> list:
-    """Every launch of forward and backward, from meta tensors; none where the kernel does not take them."""
-
-    def draw(*size):
-        return torch.empty(*size, dtype=dtype, device="meta")
-
-    inputs = variant.inputs(visible, heads, width, draw)
-    inputs |= {name: inputs[name].float() for name in variant.wide}
-    op = OPS[variant.op]
-    kernel = next(k for k in op.kernels if k.backend == "triton")
-    arguments = flat_arguments(variant, inputs, visible.to("meta"))
-    with _triton.recorded() as launches:
-        if kernel.why_not(*arguments):  # too long a sequence
-            return []
-        for names in (variant.learning, variant.differentiable):
-            needs = tuple(name in names for name in op.differentiable)
-            for run in passes(kernel, op, arguments, needs):
-                run()
-    return launches
-
-
-def specialised(launch) -> tuple[dict, dict, dict]:
-    """Signature, constants and attributes of a launch as Triton's JIT would make them."""
-    signature, constants, attributes = {}, {}, {}
-    names = launch.kernel.arg_names
-    values = dict(zip(names, launch.args, strict=False)) | launch.constants
-    for place, name in enumerate(names):
-        value = values[name]
-        if name in launch.constants or value is None or isinstance(value, bool):
-            signature[name], constants[(place,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + POINTERS[value.dtype]
-            attributes[(place,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            if value == 1:
-                signature[name], constants[(place,)] = "constexpr", 1
-                continue
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    return signature, constants, attributes
-
-
 # What the tests look at: every target where kernels are hottest, elsewhere the one where registers are scarcest.
 QUICK: dict[str, dict[tuple[str, str, str], tuple[int, ...]]] = {
     "": {
@@ -131,16 +85,12 @@ QUICK: dict[str, dict[tuple[str, str, str], tuple[int, ...]]] = {
         ("EVA-g", "T=64 tube 0.7", "bf16"): (80,),
         ("L/14", "T=128 tube 0.7", "bf16"): (80,),
         ("EVA-g", "T=128 tube 0.7", "bf16"): TARGETS,
-        ("EVA-g", "T=64 ragged", "bf16"): (80,),
+        ("EVA-g", "T=64 ragged", "bf16"): (90, 100),
         ("L/14", "T=64 tube 0.7", "fp32"): (80,),
         ("EVA-g", "T=32 tube 0.7", "fp32"): (80,),
     },
-    "spatial_attention": {("L/14", "T=12 all", "bf16"): (90, 100)},
+    "spatial_attention": {("L/14", "T=12 all", "bf16"): TARGETS},
 }
-POINTERS = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
-    torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8",
-}  # fmt: skip
 
 
 def tool(name: str) -> str:
@@ -156,22 +106,22 @@ def compiled(launch, target: int) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = specialised(launch)
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    made = form(launch, target)
+    source = ASTSource(launch.kernel, made.signature, constexprs=made.constants, attrs=made.attributes)
+    options = launch.options(target)
     kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         found = cubin_facts(file.name, kernel.metadata.name)
     limits = {
-        "register_limit": min(255, REGISTERS // (32 * launch.warps * launch.resident) // 8 * 8),  # given out by eights
-        "shared_limit": min(SHARED_LIMIT, (SHARED[target] // launch.resident - 1) * 1024),
+        "register_limit": launch.registers(target),
+        "shared_limit": min(SHARED_LIMIT, (SHARED[target] // launch.programs_per_sm(target) - 1) * 1024),
     }
     tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0
     if tensor_memory > TENSOR_MEMORY_LIMIT:
         raise RuntimeError(f"{kernel.metadata.name} wants {tensor_memory} columns of tensor memory")
-    return {**found, **limits, "shared": kernel.metadata.shared, "warps": launch.warps}
+    return {**found, **limits, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
 
 
 def cubin_facts(path: str, kernel: str, cuobjdump: str | None = None, nvdisasm: str | None = None) -> dict:
@@ -208,8 +158,8 @@ def triton_rows(only: Sequence[str], targets: tuple[int, ...], quick: bool, by_t
                 for name, dtype in DTYPES.items():
                     if quick and (model, case, name) not in looked_at:
                         continue
-                    for launch in recorded_launches(variant, visible, heads, width, dtype):
-                        key = str((launch.kernel.__name__, *specialised(launch), launch.warps, launch.stages))
+                    for launch in launches(variant.name, visible, dtype, True, heads, width, every_gradient=True):
+                        key = form(launch, TARGETS[0]).key
                         if key in seen:
                             continue
                         seen.add(key)

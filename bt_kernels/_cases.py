@@ -20,7 +20,7 @@ from torch import Tensor
 import bt_kernels
 from bt_kernels import VisibleTokens, ops
 from bt_kernels._dispatch import Kernel
-from bt_kernels._library import OPS, Op, visible_arguments
+from bt_kernels._library import OPS, Op
 
 Inputs = dict[str, Tensor | None]
 Draw = Callable[..., Tensor]
@@ -140,7 +140,7 @@ def flat_arguments(variant: Variant, inputs: Inputs, visible: VisibleTokens, wan
     values["dtype"] = next(narrow)  # of a result whose dtype is chosen, for the product that reads it
     index = visible.target_index if variant.function == "alignment_loss" else visible.index
     names = ("index", "frame_counts", "patches", "frames", "slots")
-    values |= dict(zip(names, visible_arguments(visible, index), strict=True))
+    values |= dict(zip(names, visible.as_arguments(index), strict=True))
     values["wanted"] = [wanted] * len(OPS[variant.op].differentiable)
     return [values[name] for name in OPS[variant.op].arguments]
 

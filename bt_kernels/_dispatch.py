@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -94,26 +94,24 @@ def forced_backend(requested: str | None) -> str | None:
     return check_backend(os.environ.get("BT_KERNELS_BACKEND") or None)
 
 
-def choose(op: str, kernels: tuple[Kernel, ...], requested: str | None, args: tuple) -> Kernel:
+def choose(op: str, kernels: tuple[Kernel, ...], requested: str | None, args: Sequence) -> Kernel:
     """Return the kernel that runs ``op`` on ``args``.
 
     Raises:
         BackendUnavailable: a forced backend cannot run, or none can.
     """
     forced = forced_backend(requested)
+    for kernel in kernels:
+        # why_not may load a library, so it is asked last.
+        wanted = kernel.backend == forced if forced else kernel.why_not_default(*args) is None
+        if wanted and kernel.why_not(*args) is None:
+            return kernel
     reasons = {name: "not written for this op" for name in BACKENDS}
     for kernel in kernels:
-        if forced is not None and kernel.backend != forced:
-            continue
         reason = kernel.why_not(*args)
-        if reason is None and forced is None and (default := kernel.why_not_default(*args)):
-            reason = f"runs only when requested by name: {default}"
-        if reason is None:
-            return kernel
-        reasons[kernel.backend] = reason
-    for kernel in kernels:  # the forced backend cannot run: report the state of the others too
-        if forced is not None and kernel.backend != forced:
-            reasons[kernel.backend] = kernel.why_not(*args) or "could run"
+        if reason is None and forced is None:
+            reason = f"runs only when requested by name: {kernel.why_not_default(*args)}"
+        reasons[kernel.backend] = reason or "could run"
     subject = f"backend {forced!r}" if forced else "no backend"
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise BackendUnavailable(f"{op}: {subject} cannot run this call ({listed})")

@@ -49,7 +49,7 @@ def frame_weights(frame_counts: Tensor | None, batch: int, frames: int, like: Te
     if frame_counts is None:
         return torch.full((batch, frames), 1 / frames, dtype=dtype, device=like.device)
     real = torch.arange(frames, device=like.device) < frame_counts[:, None]
-    return real.to(dtype) / frame_counts.clamp(min=1)[:, None]
+    return real.to(dtype) / frame_counts.clamp(1, frames)[:, None]
 
 
 def mean_over_frames(values: Tensor, frame_counts: Tensor | None) -> Tensor:

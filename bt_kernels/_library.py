@@ -3,11 +3,15 @@
 Forward and backward are each a registered op, so ``torch.compile`` sees each as one call. The arguments are tensors,
 the flattened ``VisibleTokens`` (of an op that takes them), options and the backend, all positional (autocast
 registration refuses keywords).
+
+In eager mode a call goes around torch's dispatcher, which would enter Python five times for a forward and a backward:
+:class:`_Eager` runs the kernels in one autograd function. Whatever has to see the registered op (a compiler, a dispatch
+mode, ``torch.func``, a tensor subclass) still does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -16,12 +20,12 @@ import torch
 from torch import Tensor
 
 from bt_kernels._dispatch import Kernel, choose, forced_backend
-from bt_kernels.visible import VisibleTokens
 
 _LIBRARY = torch.library.Library("bt_kernels", "DEF")
 _VISIBLE = "Tensor index, Tensor? frame_counts, SymInt patches, SymInt frames, SymInt? slots"
 
 OPS: dict[str, Op] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Op:
         differentiable: names of the arguments that can have a gradient.
         results: number of results; further tensors of the forward are saved for the backward.
         kept: positions of the results that the backward reads.
+        places: positions of ``differentiable`` in ``arguments``.
+        shapes_of: positions of the arguments of which the backward needs the shape only; the value is the position of
+            the argument without which the tensor is needed after all, or None.
+        same_gradient: see :func:`define_op`.
+        autocast: returns the arguments as autocast for a device type casts them.
     """
 
     name: str
@@ -43,20 +52,70 @@ class Op:
     differentiable: tuple[str, ...]
     results: int
     kept: tuple[int, ...]
+    places: tuple[int, ...]
+    shapes_of: dict[int, int | None]
+    same_gradient: Callable[..., bool]
+    autocast: Callable[[str, tuple], list]
 
     def __call__(self, *args):
-        """Call the registered op, positionally."""
-        return getattr(torch.ops.bt_kernels, self.name)(*args)
+        """Call the op with ``arguments`` and the backend; autograd and autocast apply."""
+        device = args[0].device.type
+        if device not in ("cpu", "cuda") or _is_watched(args):
+            return getattr(torch.ops.bt_kernels, self.name)(*args)
+        if not torch.is_autocast_enabled(device):
+            return self._call(args)
+        args = self.autocast(device, args)
+        torch.set_autocast_enabled(device, False)
+        try:
+            return self._call(args)
+        finally:
+            torch.set_autocast_enabled(device, True)
+
+    def _call(self, args):
+        learning = (args[place] for place in self.places)
+        if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in learning):
+            return _Eager.apply(self, *args)
+        return self.run_forward(*args)
+
+    def forward(self, *args):
+        """Run the forward's kernel on ``arguments`` and the backend, without autograd."""
+        if _is_watched(args):
+            return getattr(torch.ops.bt_kernels, self.name)(*args)
+        return self.run_forward(*args)
+
+    def backward(self, *args):
+        """Run the backward's kernel, without autograd.
+
+        ``args`` are the gradient of each result, ``arguments``, the results that are kept, the saved tensors, whether
+        each differentiable argument needs a gradient, and the backend.
+        """
+        # With gradients enabled a second derivative is asked for, which the registered op refuses.
+        if _is_watched(args) or torch.is_grad_enabled():
+            return getattr(torch.ops.bt_kernels, f"{self.name}_backward")(*args)
+        return self.run_backward(*args)
+
+    def run_forward(self, *args):
+        """Choose a kernel and run it: the implementation of the registered op."""
+        *args, requested = args
+        return choose(self.name, self.kernels, requested, args).forward(*args)
+
+    def run_backward(self, *args):
+        """Choose a kernel and run its backward: the implementation of the registered op."""
+        *args, needs, requested = args
+        chosen = choose(self.name, self.kernels, requested, args[self.results : self.results + len(self.arguments)])
+        found = chosen.backward(*args, tuple(needs))
+        empty = args[self.results].new_empty
+        return _unpack_single(tuple(empty(0) if g is None else g for g in found))
 
 
-def visible_arguments(visible: VisibleTokens, index: Tensor | None = None) -> tuple:
-    """Flatten ``visible`` for a registered op; ``index`` replaces its index (token alignment passes its target)."""
+def _is_watched(args: Iterable) -> bool:
+    """Return whether something else than autograd and autocast has to see the registered op."""
     return (
-        visible.index if index is None else index,
-        visible.frame_counts,
-        visible.patches,
-        visible.frames,
-        visible.slots,
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or any(isinstance(each, Tensor) and type(each) not in _PLAIN for each in args)
     )
 
 
@@ -113,15 +172,13 @@ def define_op(
     _LIBRARY.define(f"{name}({arguments}, str? backend) -> {_tensors(len(results) + len(saved))}")
     _LIBRARY.define(f"{backward_name}({backward_in}) -> {_tensors(len(places))}")
 
-    def forward(*args):
-        *args, requested = args
-        return choose(name, kernels, requested, tuple(args)).forward(*args)
-
-    def backward(*args):
-        *args, needs, requested = args
-        chosen = choose(name, kernels, requested, tuple(args[len(results) :][: len(names)]))
-        empty = args[len(results)].new_empty
-        return _unpack_single(tuple(empty(0) if g is None else g for g in chosen.backward(*args, tuple(needs))))
+    skipped = {names.index(each) for each in autocast_skip}
+    shapes_of: dict[int, int | None] = {names.index(each): None for each in shape_only}
+    shapes_of |= {names.index(each): names.index(other) for each, other in (stored_without or {}).items()}
+    op = Op(
+        name, kernels, names, differentiable, len(results), kept, places, shapes_of, same_gradient,
+        lambda device, args: _autocast(device, args, autocast, skipped),
+    )  # fmt: skip
 
     def fake_backward(*args):
         *args, needs, _ = args
@@ -133,19 +190,27 @@ def define_op(
             )
         )
 
-    _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
-    _LIBRARY.impl(backward_name, backward, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, op.run_forward, "CompositeExplicitAutograd")
+    _LIBRARY.impl(backward_name, op.run_backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bt_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
     torch.library.register_fake(f"bt_kernels::{backward_name}", fake_backward, lib=_LIBRARY)
-    shapes_of: dict[int, int | None] = {names.index(each): None for each in shape_only}
-    shapes_of |= {names.index(each): names.index(other) for each, other in (stored_without or {}).items()}
-    _register_autograd(name, places, kept, len(results), shapes_of, same_gradient)
+    torch.library.register_autograd(
+        f"bt_kernels::{name}",
+        lambda ctx, *grads: _backward(ctx, op, grads),
+        setup_context=lambda ctx, inputs, output: _keep(ctx, op, inputs, output),
+        lib=_LIBRARY,
+    )
     _refuse_second_derivative(backward_name)
-    skipped = {names.index(each) for each in autocast_skip}
-    for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, _autocast(name, device.lower(), autocast, skipped), f"Autocast{device}")
-    OPS[name] = Op(name, kernels, names, differentiable, len(results), kept)
-    return OPS[name]
+    for device in ("cpu", "cuda"):
+
+        def cast_and_call(*args, device=device):
+            args = op.autocast(device, args)
+            with torch.autocast(device, enabled=False):
+                return getattr(torch.ops.bt_kernels, name)(*args)
+
+        _LIBRARY.impl(name, cast_and_call, f"Autocast{device.upper()}")
+    OPS[name] = op
+    return op
 
 
 def _tensors(count: int) -> str:
@@ -156,59 +221,68 @@ def _unpack_single(values: tuple) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _register_autograd(
-    name: str,
-    places: tuple[int, ...],
-    kept: tuple[int, ...],
-    results: int,
-    shapes_of: dict[int, int | None],
-    same_gradient: Callable[..., bool],
-) -> None:
-    """``shapes_of`` maps the place of a ``shape_only`` argument to that of the one without which it is stored."""
+class _Eager(torch.autograd.Function):
+    """A forward and its backward as one autograd function, for all ops."""
 
-    def storable(place: int, inputs: tuple) -> Tensor:
-        tensor = inputs[place]
-        other = shapes_of.get(place)
-        if place not in shapes_of or (other is not None and inputs[other] is None):
-            return tensor
-        return tensor.new_empty(tensor.shape[-1:]).expand(tensor.shape)  # the memory of one row, uninitialised
+    @staticmethod
+    def forward(ctx, op: Op, *args):
+        output = op.run_forward(*args)
+        _keep(ctx, op, args, output)
+        ctx.op = op
+        return output
 
-    def setup_context(ctx, inputs, output) -> None:
-        outputs = output if isinstance(output, tuple) else (output,)
-        tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
-        saved = outputs[results:]
-        ctx.mark_non_differentiable(*saved)
-        ctx.set_materialize_grads(False)  # do not allocate zeros for a result without a gradient
-        ctx.save_for_backward(*[storable(i, inputs) for i in tensors], *[outputs[i] for i in kept], *saved)
-        ctx.tensors = tensors
-        ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.inputs[-1] = forced_backend(inputs[-1])  # a block that forces a backend forces it for the backward too
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *_backward(ctx, ctx.op, grads)
 
-    def run_backward(ctx, *grads_in):
-        inputs = list(ctx.inputs)
-        if all(grad is None for grad in grads_in[:results]):
-            return (None,) * len(inputs)
-        tensors = ctx.saved_tensors
-        for place, tensor in zip(ctx.tensors, tensors, strict=False):
-            inputs[place] = tensor
-        *args, requested = inputs
-        kept_and_saved = tensors[len(ctx.tensors) :]
-        needs = [ctx.needs_input_grad[place] for place in places]
-        shared = len(needs) > 1 and needs[1] and same_gradient(*args)
-        if shared:
-            needs[:2] = True, False
-        run = getattr(torch.ops.bt_kernels, f"{name}_backward")
-        grads = run(*grads_in[:results], *args, *kept_and_saved, needs, requested)
-        if len(places) == 1:
-            grads = (grads,)
-        result = [None] * len(inputs)
-        for place, need, value in zip(places, needs, grads, strict=True):
-            result[place] = value if need else None
-        if shared:
-            result[places[1]] = grads[0]
+
+def _keep(ctx, op: Op, inputs: tuple, output: Any) -> None:
+    """Store in an autograd context what the backward needs."""
+    outputs = output if isinstance(output, tuple) else (output,)
+    tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+    saved = outputs[op.results :]
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)  # do not allocate zeros for a result without a gradient
+    stored = [_storable(op, i, inputs) for i in tensors]
+    ctx.save_for_backward(*stored, *[outputs[i] for i in op.kept], *saved)
+    ctx.tensors = tensors
+    ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.inputs[-1] = forced_backend(inputs[-1])  # a block that forces a backend forces it for the backward too
+
+
+def _storable(op: Op, place: int, inputs: tuple) -> Tensor:
+    """Return the input at ``place``, or a tensor of the same shape if the backward needs only that."""
+    tensor = inputs[place]
+    other = op.shapes_of.get(place)
+    if place not in op.shapes_of or (other is not None and inputs[other] is None):
+        return tensor
+    # The memory of one row, uninitialised.
+    return tensor.new_empty(tensor.shape[-1:]).expand(tensor.shape)
+
+
+def _backward(ctx, op: Op, grads_in: tuple) -> tuple:
+    """Return the gradient of each input of the op, or None."""
+    inputs = list(ctx.inputs)
+    result = [None] * len(inputs)
+    if all(grad is None for grad in grads_in[: op.results]):
         return tuple(result)
-
-    torch.library.register_autograd(f"bt_kernels::{name}", run_backward, setup_context=setup_context, lib=_LIBRARY)
+    tensors = ctx.saved_tensors
+    for place, tensor in zip(ctx.tensors, tensors, strict=False):
+        inputs[place] = tensor
+    *args, requested = inputs
+    needed = ctx.needs_input_grad[-len(inputs) :]  # the eager function has one more input
+    needs = [needed[place] for place in op.places]
+    shared = len(needs) > 1 and needs[1] and op.same_gradient(*args)
+    if shared:
+        needs[:2] = True, False
+    grads = op.backward(*grads_in[: op.results], *args, *tensors[len(ctx.tensors) :], needs, requested)
+    if len(op.places) == 1:
+        grads = (grads,)
+    for place, need, value in zip(op.places, needs, grads, strict=True):
+        result[place] = value if need else None
+    if shared:
+        result[op.places[1]] = grads[0]
+    return tuple(result)
 
 
 def _refuse_second_derivative(backward_name: str) -> None:
@@ -220,18 +294,13 @@ def _refuse_second_derivative(backward_name: str) -> None:
     torch.library.register_autograd(f"bt_kernels::{backward_name}", refuse, lib=_LIBRARY)
 
 
-def _autocast(name: str, device: str, policy: str, skipped: set[int]) -> Callable[..., Tensor]:
-    def cast_and_call(*args):
-        floats = {
-            i: a for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point() and i not in skipped
-        }
-        if policy != "none":
-            widest = reduce(torch.promote_types, (a.dtype for a in floats.values()))
-            # float64 keeps its precision, as in torch's own autocast rules
-            lower = policy == "lower" and widest != torch.float64
-            dtype = torch.get_autocast_dtype(device) if lower else widest
-            args = tuple(a.to(dtype) if i in floats else a for i, a in enumerate(args))
-        with torch.autocast(device, enabled=False):
-            return getattr(torch.ops.bt_kernels, name)(*args)
-
-    return cast_and_call
+def _autocast(device: str, args: tuple, policy: str, skipped: set[int]) -> list:
+    """Return ``args`` with floating-point tensors cast by ``policy`` (see :func:`define_op`), except ``skipped``."""
+    if policy == "none":
+        return list(args)
+    floats = {i: a for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point() and i not in skipped}
+    widest = reduce(torch.promote_types, (a.dtype for a in floats.values()))
+    # float64 keeps its precision, as in torch's own autocast rules
+    lower = policy == "lower" and widest != torch.float64
+    dtype = torch.get_autocast_dtype(device) if lower else widest
+    return [a.to(dtype) if i in floats else a for i, a in enumerate(args)]

@@ -1,7 +1,7 @@
 """Launcher of Triton kernels. Triton is imported only when a kernel is requested.
 
-Kernels are plain ``@triton.jit`` functions on one-dimensional grids (y and z are limited to 65,535), launched by
-:func:`launch` with every meta-parameter from a fixed table: no autotuning, so no length becomes a compile key.
+Kernels are ``@triton.jit`` functions on one-dimensional grids (y and z are limited to 65,535), launched by
+:func:`launch` with every meta-parameter from a fixed table, without autotuning.
 Inside :func:`recorded` launches are collected instead of run. They can then be compiled for any device and their
 registers, spills and instructions read, without that device.
 """
@@ -9,7 +9,7 @@ registers, spills and instructions read, without that device.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -21,24 +21,42 @@ from torch import Tensor
 from bt_kernels._dispatch import Kernel, import_on_call
 
 _LARGEST_GRID = 2**31 - 1
+_REGISTERS = 65536  # of a multiprocessor, on every target
 _recording: list[list[Launch]] = []
 around_launch: Callable[[], AbstractContextManager] = nullcontext  # entered around each kernel, by benchmarks
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: its grid, run-time arguments, compile-time constants and options.
-
-    ``resident`` is the number of programs planned per multiprocessor; it limits registers and shared memory.
-    """
+    """One launch of a kernel: its grid, run-time arguments, compile-time constants and options (see :func:`launch`)."""
 
     kernel: Any
     programs: int
     args: tuple
     constants: dict[str, Any]
-    warps: int
+    warps: int | Mapping[int, int]
     stages: int
-    resident: int
+    warps_per_sm: int | Mapping[int, int]
+
+    def programs_per_sm(self, architecture: int) -> int:
+        """Return how many programs are planned to share a multiprocessor of ``architecture`` (90 for sm_90)."""
+        return max(1, _planned(self.warps_per_sm, architecture) // _planned(self.warps, architecture))
+
+    def registers(self, architecture: int) -> int:
+        """Return the most registers a thread may use for that; the hardware gives them out by eights."""
+        threads = 32 * _planned(self.warps, architecture) * self.programs_per_sm(architecture)
+        return min(255, _REGISTERS // threads // 8 * 8)
+
+    def options(self, architecture: int) -> dict[str, int]:
+        """Return Triton's options of the kernel."""
+        options = {"num_warps": _planned(self.warps, architecture), "num_stages": self.stages}
+        registers = self.registers(architecture)
+        return options if registers == 255 else options | {"maxnreg": registers}
+
+
+def _planned(number: int | Mapping[int, int], architecture: int) -> int:
+    """Return the number for an architecture: in a mapping, that of the newest one which is not newer."""
+    return number if isinstance(number, int) else number[max(each for each in number if each <= architecture)]
 
 
 @cache
@@ -56,8 +74,16 @@ def interpreting() -> bool:
 
 
 @cache
-def _why_not_device(device: torch.device) -> str | None:
+def architecture(device: torch.device) -> int:
+    """Return 90 for sm_90; 80, the oldest there are kernels for, where the interpreter runs them."""
+    if device.type != "cuda":
+        return 80
     major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _why_not_device(device: torch.device) -> str | None:
+    major, minor = divmod(architecture(device), 10)
     return None if major >= 8 else f"the kernels need compute capability 8.0 or newer, {device} has {major}.{minor}"
 
 
@@ -88,13 +114,27 @@ def triton_kernel(module: str, suffix: str = "", why_not: Callable[..., str | No
 
 
 def launch(
-    kernel, programs: int, *args, warps: int = 4, stages: int = 2, resident: int = 2, **constants
-) -> None:  # fmt: skip
+    kernel,
+    programs: int,
+    *args,
+    warps: int | Mapping[int, int] = 4,
+    stages: int = 2,
+    warps_per_sm: int | Mapping[int, int] = 8,
+    **constants,
+) -> None:
     """Run ``kernel`` on a grid of ``programs`` on the device of its first tensor; do nothing for 0 programs.
 
-    ``args`` are the run-time arguments in the kernel's order (tensors, ints, None), ``constants`` its
-    ``tl.constexpr`` arguments by name. ``resident`` is the planned number of programs per multiprocessor; compile
-    checks verify that registers and shared memory allow it.
+    Args:
+        kernel: a ``@triton.jit`` function.
+        programs: size of the grid.
+        args: the run-time arguments in the kernel's order: tensors, ints, floats, None.
+        warps, stages: Triton's ``num_warps`` and ``num_stages``.
+        warps_per_sm: how many warps are planned to share a multiprocessor. The registers of a thread are limited to
+            what that leaves: 255 for 8 warps, 168 for 12, 128 for 16, 64 for 32. Compile checks
+            (``bench/resources.py``) show that the kernel then spills nothing and that its shared memory fits.
+            Here and in ``warps`` a mapping gives the number by architecture (90 for sm_90); that of the newest one
+            which is not newer than the device applies.
+        constants: the kernel's ``tl.constexpr`` arguments by name.
 
     Raises:
         ValueError: ``programs`` exceeds the largest grid.
@@ -103,12 +143,14 @@ def launch(
         return
     if programs > _LARGEST_GRID:
         raise ValueError(f"{programs} programs exceed the largest grid, {_LARGEST_GRID}: split the batch")
+    planned = Launch(kernel, programs, args, constants, warps, stages, warps_per_sm)
     if _recording:
-        _recording[-1].append(Launch(kernel, programs, args, constants, warps, stages, resident))
+        _recording[-1].append(planned)
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), around_launch():
-        kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+    other = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if other else nullcontext(), around_launch():
+        kernel[(programs,)](*args, **constants, **planned.options(architecture(device)))
 
 
 @contextmanager

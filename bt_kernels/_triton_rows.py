@@ -5,6 +5,7 @@ Legend: B videos, T frames, P patches, N visible rows of a video, D width, W the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,18 +15,23 @@ from torch import Tensor
 
 from bt_kernels._triton import launch
 
-FRAMES_AT_ONCE = 8  # rows of a mean that are loaded together
+FRAMES_AT_ONCE = tl.constexpr(8)  # rows of a mean that are loaded together
 # Rows that a program of a gather loads together, to overlap their reads: four where it only adds them up, two where it
 # needs several values of each or they are wider than 16 bits. The register counts of bench/resources.py decided.
 ROWS_AT_ONCE, ROWS_WITH_SUMS = 4, 2
 
+# Arguments of all kernels that count something, or are strides of index or of a frame's weight. No address is aligned
+# to their values, so kernels are not compiled anew for values that are 1 or multiples of 16.
+LENGTHS = ("B", "T", "P", "N", "S", "K", "L", "Q", "G", "U", "H", "blocks", "tiles", "entries", "first", "row_count",
+           "rows_each", "rows_of_video", "index_b", "weight_b", "weight_s", "weighted")  # fmt: skip
+
 
 @triton.jit
-def mean_over_frames(start, stride, count, d, inside, ACC: tl.constexpr, AT_ONCE: tl.constexpr):
+def mean_over_frames(start, stride, count, d, inside, ACC: tl.constexpr):
     """Average ``count`` rows at start, start + stride, ... in ACC: [W], zeros if there are none."""
-    t = tl.arange(0, AT_ONCE)
+    t = tl.arange(0, FRAMES_AT_ONCE)
     total = tl.zeros([d.shape[0]], ACC)
-    for first in range(0, count, AT_ONCE):
+    for first in range(0, count, FRAMES_AT_ONCE):
         frame = (first + t).to(tl.int64)
         rows = tl.load(
             start + frame[:, None] * stride + d[None, :], mask=(frame < count)[:, None] & inside[None, :], other=0.0
@@ -35,11 +41,12 @@ def mean_over_frames(start, stride, count, d, inside, ACC: tl.constexpr, AT_ONCE
 
 
 @triton.jit
-def real_frames(frame_counts, b, T, COUNTED: tl.constexpr):
-    """Return the number of real frames of video b, without padding."""
+def real_frames(frame_counts, b, T):
+    """Return the number of real frames of video b, without padding, in [0, T]."""
     count = T
-    if COUNTED:
-        count = tl.load(frame_counts + b).to(tl.int32)
+    if frame_counts is not None:
+        # A wrong count must not cause reads past the tensor.
+        count = tl.minimum(tl.maximum(tl.load(frame_counts + b), 0), T).to(tl.int32)
     return count
 
 
@@ -64,9 +71,9 @@ def layer_norm_grad(grad_normed, x, mean, rstd, weight, inside, D, ACC: tl.const
     return rstd[:, None] * through, normed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def list_rows(
-    index, order, other, counts, index_b, index_n, N, T, L, K, BY_FRAME: tl.constexpr, C: tl.constexpr
+    index, order, other, counts, index_b, N, T, L, K, BY_FRAME: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
     """List the rows of each frame (or patch) of a video in ascending order, with their number and, unless ``other`` is
     None, the patch (or frame) of each. A program makes one list of at most K rows and scans C rows at a time."""
@@ -75,7 +82,7 @@ def list_rows(
     found = tl.zeros([], tl.int32)
     for n0 in range(0, N, C):
         n = n0 + tl.arange(0, C)
-        place = tl.load(index + b * index_b + n.to(tl.int64) * index_n, mask=n < N, other=-1)
+        place = tl.load(index + b * index_b + n, mask=n < N, other=-1)
         if BY_FRAME:
             row_key, rest = place % T, place // T
         else:
@@ -100,14 +107,18 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def row_options(width: int, dtype: torch.dtype, rows_at_once: int = 1, resident_warps: int = 16) -> dict:
-    """Choose block width and warps of a kernel on whole rows: about 16 bytes per thread and row. ``resident_warps`` is
-    the planned number per multiprocessor: 12 leave a thread 168 registers, 16 leave it 128, 32 leave it 64."""
+def row_options(
+    width: int, dtype: torch.dtype, rows_at_once: int = 1, warps_per_sm: int | Mapping[int, int] = 16
+) -> dict:
+    """Choose block width and warps of a kernel on whole rows: about 16 bytes per thread and row.
+
+    ``warps_per_sm`` is that of :func:`bt_kernels._triton.launch`.
+    """
     block = triton.next_power_of_2(max(width, 16))
     warps = max(1, min(8, block * dtype.itemsize // 512))
     if rows_at_once > 1 and block > 1024:
         warps = 8
-    return {"W": block, "ACC": accumulator(dtype), "warps": warps, "resident": max(1, resident_warps // warps)}
+    return {"W": block, "ACC": accumulator(dtype), "warps": warps, "warps_per_sm": warps_per_sm}
 
 
 def rows_per_sum(rows: int) -> int:
@@ -163,11 +174,12 @@ class RowLists:
 
 def _lists(index: Tensor, frames: int, lists: int, most: int, by_frame: bool, named: bool) -> RowLists:
     batch, tokens = index.shape
+    index = adjacent(index)
     order = index.new_empty(batch, lists, most, dtype=torch.int32)
     other = torch.empty_like(order) if named else None
     counts = index.new_empty(batch, lists, dtype=torch.int32)
     launch(
-        list_rows, batch * lists, index, order, other, counts, *index.stride(), tokens, frames, lists, most,
+        list_rows, batch * lists, index, order, other, counts, index.stride(0), tokens, frames, lists, most,
         BY_FRAME=by_frame, C=1024,
     )  # fmt: skip
     return RowLists(order, counts, other)

@@ -139,6 +139,13 @@ class VisibleTokens:
             check=False,
         )
 
+    def as_arguments(self, index: Tensor | None = None) -> tuple:
+        """Return (index, frame_counts, patches, frames, slots), the last arguments of every registered op.
+
+        ``index`` replaces :attr:`index` (token alignment passes :attr:`target_index`).
+        """
+        return self.index if index is None else index, self.frame_counts, self.patches, self.frames, self.slots
+
     def validate(self) -> VisibleTokens:
         """Check the values of the tensors and return self. Waits for the device.
 

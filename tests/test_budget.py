@@ -217,7 +217,7 @@ def test_the_whole_step_keeps_to_its_limits(monkeypatch):
 
 def test_own_kernels_move_what_no_implementation_can_avoid():
     """The launches' tensors against ``cases.py``: the same bytes but for partial sums and lists of rows."""
-    from resources import recorded_launches
+    from compiled_forms import launches
 
     from bt_kernels._cases import Shape, variants
 
@@ -226,7 +226,7 @@ def test_own_kernels_move_what_no_implementation_can_avoid():
         if variant.name not in ("temporal_attention", "gather_merge", "pool_video_tokens"):
             continue
         shape = Shape(CASE.batch, visible.patches, visible.frames, visible.tokens, 2, 64, 2)
-        assert recorded_launches(variant, visible, 2, 64, torch.bfloat16)
+        assert launches(variant.name, visible, torch.bfloat16, heads=2, width=64)
         inputs = variant.inputs(visible, 2, 64, lambda *size: on_gpu(*size, dtype=torch.bfloat16))
         with emulated.emulated_gpu(), torch.no_grad(), budget.Work() as work:
             variant.run(inputs, visible.to(GPU))
@@ -255,4 +255,6 @@ def test_command_writes_rows(tmp_path, monkeypatch, capsys):
     rows = json.loads(out.read_text())
     assert [row["part"] for row in rows] == ["inputs", "tower", "branch"]
     assert all(row["least_ms"]["H200 SXM"] > 0 for row in rows) and rows[-1]["kept_mb"] > 0
-    assert device_work.name_of(torch.ops.aten.add.Tensor) == "add" and "tower" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert device_work.name_of(torch.ops.aten.add.Tensor) == "add" and "tower" in printed
+    assert printed.count("kernels compiled, limit") == 4

@@ -19,7 +19,6 @@ from op_cases import FORM, FORMS, VARIANT, Form, seeded
 from torch import Tensor
 
 from bt_kernels import VisibleTokens
-from bt_kernels._library import visible_arguments
 from bt_kernels.ops.gather_embed import reference as embed
 from bt_kernels.ops.gather_merge import reference as merge
 from bt_kernels.ops.pool_video_tokens import reference as pool
@@ -206,7 +205,7 @@ GATHERS = tuple(RUNNERS)[:-1]
 def by_reference(name: str, inputs, visible, upstream, needs) -> list[Tensor | None]:
     """The result and the gradients that are needed."""
     reference = RUNNERS[name][1]
-    arguments = (*inputs.values(), *visible_arguments(visible))
+    arguments = (*inputs.values(), *visible.as_arguments())
     grads = reference.backward(upstream, *arguments, needs)
     return [
         reference.forward(*arguments),
@@ -410,6 +409,25 @@ def test_temporal_attention_of_large_logits(kernels, slots):
         exact = by_reference("temporal_attention", {"qkv": scaled.double()}, visible, upstream.double(), (True,))[0]
         assert grad.isfinite().all()
         assert (out.double() - exact).abs().max() <= 2 * 2**-7 * exact.abs().max()
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v", "grad"])
+@pytest.mark.parametrize("slots, groups", [(3, 6), (20, 3), (40, 2)])
+def test_temporal_attention_of_a_sequence_that_is_not_finite(kernels, slots, groups, part):
+    """Packs hold several sequences (of 40 rows, one): the others' results are those without it."""
+    visible = grid(slots, groups, 1)
+    inputs, upstream = drawn("temporal_attention", visible, 1, 40, torch.bfloat16)
+    clean = run_temporal(kernels, inputs, visible, upstream)
+    spoilt = slice(slots, 2 * slots)
+    for value in (torch.inf, -torch.inf, torch.nan):
+        qkv, grad = inputs["qkv"].clone(), upstream.clone()
+        target = grad if part == "grad" else qkv[:, :, "qkv".index(part)]
+        target[0, slots + 1, 0, 35] = value
+        for i, (got, wanted) in enumerate(zip(run_temporal(kernels, {"qkv": qkv}, visible, grad), clean, strict=True)):
+            own = got[:, spoilt].clone()
+            assert own.isfinite().all() == (i == 0 and part == "grad")
+            got[:, spoilt] = wanted[:, spoilt]
+            torch.testing.assert_close(got, wanted, rtol=2**-6, atol=2**-8)
 
 
 def test_temporal_attention_of_nothing(kernels):

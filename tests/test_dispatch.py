@@ -12,7 +12,7 @@ from op_cases import FORM, VARIANT, VARIANTS, call
 
 import bt_kernels
 from bt_kernels import BackendUnavailable
-from bt_kernels._dispatch import BACKENDS
+from bt_kernels._dispatch import BACKENDS, Kernel, choose
 from bt_kernels._library import OPS
 
 
@@ -101,6 +101,19 @@ def test_a_block_forces_its_backend():
     with bt_kernels.backend("reference"):
         forced = run_merge()
     torch.testing.assert_close(forced, run_merge("reference"), rtol=0, atol=0)
+
+
+def test_a_kernel_that_is_not_the_default_is_not_asked_whether_it_can_run():
+    """Asking loads a library of several megabytes."""
+    asked = []
+
+    def kernel(backend, default=None):
+        return Kernel(backend, print, print, lambda *args: asked.append(backend), lambda *args: default)
+
+    kernels = (kernel("cuda", "never measured"), kernel("cpu"), kernel("reference"))
+    assert choose("op", kernels, None, ()).backend == "cpu"
+    assert asked == ["cpu"]
+    assert choose("op", kernels, "cuda", ()).backend == "cuda"
 
 
 def test_the_innermost_block_wins():

@@ -446,8 +446,8 @@ def test_cuda_library_is_free_of_spills_and_loads(library, tmp_path):
     for kernel in ("merge_forward", "embed_forward", "pool_forward", "temporal_forward", "temporal_backward"):
         assert kernel in names
     for name, target, registers, spilled in kernels:
-        # Of the 65,536 registers of a multiprocessor: three blocks of 256 threads, or of attention's 128 as many.
-        limit = 176 if "temporal_" in name else 80
+        # Of the 65,536 registers of a multiprocessor: three blocks of 256 threads, or of attention's 128.
+        limit = 168 if "temporal_" in name else 80
         assert registers <= limit, f"{name} takes {registers} registers on {target}"
         assert not spilled, f"{name} keeps {spilled} bytes in local memory on {target}"
     loaded = run_python(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bt_kernels import VisibleTokens
-from bt_kernels._layout import patch_rows
+from bt_kernels.passes import patch_rows
 
 
 def contrastive_loss(

@@ -104,7 +104,8 @@ struct SpatialCall {
       return weight;
     }
     for (int64_t b = 0; b < shape.batch; ++b) {
-      const int64_t real = frame_counts ? frame_counts->const_data_ptr<int64_t>()[b] : steps;
+      const int64_t real =
+          frame_counts ? std::clamp<int64_t>(frame_counts->const_data_ptr<int64_t>()[b], 0, steps) : steps;
       for (int64_t t = 0; t < steps; ++t) weight[b * steps + t] = t < real ? A(1) / static_cast<A>(real) : A(0);
     }
     return weight;

@@ -5,8 +5,9 @@
 //
 // A pack is the work of a group of KT warps: as many whole sequences as fit KT tiles of 16 rows, KT = 1 for sequences
 // of up to 16 rows, 4 for up to 64. Scores between two sequences of a pack are masked. Their products are wasted, but
-// memory traffic limits the speed. Each warp has the 16 queries of one tile and all keys of the pack; in the second
-// half of the backward pass it has the 16 keys of one tile and all queries.
+// memory traffic limits the speed. Inf or NaN stays in its own sequence although 0 * Inf is NaN (add_weighted). Each
+// warp has the 16 queries of one tile and all keys of the pack; in the second half of the backward pass it has the 16
+// keys of one tile and all queries.
 //
 // Loads are 16 bytes and go to registers directly, without shared memory. In a span of 32 columns lane 4g + t takes
 // columns 8t .. 8t+7 of rows g and g+8. Where the columns are summed over (q k^T, dO v^T) their order is free, so these
@@ -128,11 +129,48 @@ __device__ __forceinline__ void add_products(float (&c)[2][4], const Span& a, co
   }
 }
 
-// c[16, a span] += weights[16, 16] * x[16 rows, a span]; c[j] has the lane's columns 2j and 2j + 1.
+// Returns whether one of two 16-bit elements is Inf or NaN: all bits of its exponent are set.
+__device__ __forceinline__ bool broken(uint32_t pair, __nv_bfloat16) {
+  return (pair & 0x7f80u) == 0x7f80u || (pair & 0x7f800000u) == 0x7f800000u;
+}
+
+__device__ __forceinline__ bool broken(uint32_t pair, __half) {
+  return (pair & 0x7c00u) == 0x7c00u || (pair & 0x7c000000u) == 0x7c000000u;
+}
+
+// The tiles of the rows and of the columns of a block of weights.
+struct Block {
+  int row_tile, column_tile, slots;
+};
+
+// c[16, a span] += weights[16, 16] * x[16 rows, a span]; c[j] has the lane's columns 2j and 2j + 1. Weights between two
+// sequences are zero, but 0 * Inf is NaN: if x is not finite, each sequence is multiplied by itself.
 template <typename T>
-__device__ __forceinline__ void add_weighted(float (&c)[4][4], const uint32_t (&weights)[4], const Span& x) {
+__device__ __forceinline__ void add_weighted(float (&c)[4][4], const uint32_t (&weights)[4], const Span& x,
+                                             const Block& block, Lane lane) {
+  bool vote = false;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) multiply_add<T>(c[j], weights, transposed(x.low[j]), transposed(x.high[j]));
+  for (int j = 0; j < 4; ++j) vote = vote || broken(x.low[j], T{}) || broken(x.high[j], T{});
+  if (__ballot_sync(kAllLanes, vote) == 0) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) multiply_add<T>(c[j], weights, transposed(x.low[j]), transposed(x.high[j]));
+    return;
+  }
+  const int row = block.row_tile * kTile + lane.g, column = block.column_tile * kTile + lane.g;
+#pragma unroll 1
+  for (int begin = 0; begin < kMostSlots; begin += block.slots) {
+    const auto inside = [&](int place) { return place >= begin && place < begin + block.slots; };
+    const bool low = inside(column), high = inside(column + 8);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float own[4] = {};
+      multiply_add<T>(own, weights, transposed(low ? x.low[j] : 0), transposed(high ? x.high[j] : 0));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (inside(row + i / 2 * 8)) c[j][i] += own[i];
+      }
+    }
+  }
 }
 
 __device__ __forceinline__ uint32_t pair(float x, float y, __nv_bfloat16) {
@@ -185,23 +223,34 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
-// Turns scores of the tile's queries with all keys into probabilities. Every row, also one outside the pack, has at
-// least one unmasked key (scores of absent rows are 0), so no maximum is infinite.
+// The keys of a query's sequence. The query is the lane's row `half` of its tile.
+struct OwnKeys {
+  int before, slots;  // rows from the first of them to the lane's first key
+
+  __device__ OwnKeys(int tile, int slots_in, int half, Lane lane)
+      : before(2 * lane.t - (tile * kTile + lane.g + 8 * half) / slots_in * slots_in), slots(slots_in) {}
+  // Returns whether element i of the lane's row in the scores with tile j is for one of them.
+  __device__ __forceinline__ bool has(int j, int i) const {
+    return static_cast<unsigned>(before + j * kTile + i / 2 * 8 + i % 2) < static_cast<unsigned>(slots);
+  }
+};
+
+// Turns scores of the tile's queries with all keys into probabilities, zero between sequences. Every row, also one
+// outside the pack, has at least one key (scores of absent rows are 0), so no maximum of finite scores is infinite.
 template <int KT>
 __device__ __forceinline__ void softmax(float (&s)[KT][2][4], int tile, int slots, float scale, Lane lane) {
   const float factor = scale * 1.4426950408889634f;  // exp(x) = 2^(x log2 e)
   const bool several = slots != KT * kTile;  // sequences in a pack, or rows without one
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int begin = (tile * kTile + lane.g + 8 * half) / slots * slots, end = begin + slots;
+    const OwnKeys own(tile, slots, half, lane);
     float most = -INFINITY, sum = 0;
 #pragma unroll
     for (int j = 0; j < KT; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int key = j * kTile + i / 2 * 8 + 2 * lane.t + i % 2;
         float& x = s[j][i / 2][2 * half + i % 2];
-        if (several && (key < begin || key >= end)) x = -INFINITY;
+        if (several && !own.has(j, i)) x = -INFINITY;
         most = fmaxf(most, x);
       }
     }
@@ -219,7 +268,10 @@ __device__ __forceinline__ void softmax(float (&s)[KT][2][4], int tile, int slot
 #pragma unroll
     for (int j = 0; j < KT; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[j][i / 2][2 * half + i % 2] *= share;
+      for (int i = 0; i < 4; ++i) {
+        float& x = s[j][i / 2][2 * half + i % 2];
+        x = several && !own.has(j, i) ? 0 : x * share;  // 0 * NaN is NaN
+      }
     }
   }
 }
@@ -271,7 +323,7 @@ __global__ void __launch_bounds__(kTemporalThreads)
 #pragma unroll
     for (int span = 0; span < SPANS; ++span) {
       float c[4][4] = {};
-      add_weighted<T>(c, weights[0], v[span]);
+      add_weighted<T>(c, weights[0], v[span], {0, 0, a.slots}, lane);
       write_span<T>(c, 1, to, step, pack.rows, tile, span, lane, a.width);
     }
   } else {
@@ -280,23 +332,29 @@ __global__ void __launch_bounds__(kTemporalThreads)
       float c[4][4] = {};
 #pragma unroll
       for (int j = 0; j < KT; ++j) {
-        add_weighted<T>(c, weights[j], tiles[j].read(v_shift, span, lane, a.width));
+        add_weighted<T>(c, weights[j], tiles[j].read(v_shift, span, lane, a.width), {tile, j, a.slots}, lane);
       }
       write_span<T>(c, 1, to, step, pack.rows, tile, span, lane, a.width);
     }
   }
 }
 
-// Replaces dP by dS, with the sum over the keys of P * dP.
+// Replaces dP by dS, with the sum over the keys of P * dP; zero between sequences.
 template <int KT>
-__device__ __forceinline__ void softmax_backward(const float (&p)[KT][2][4], float (&ds)[KT][2][4]) {
+__device__ __forceinline__ void softmax_backward(const float (&p)[KT][2][4], float (&ds)[KT][2][4], int tile,
+                                                 int slots, Lane lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    const OwnKeys own(tile, slots, half, lane);
     float delta = 0;
 #pragma unroll
     for (int j = 0; j < KT; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) delta += p[j][i / 2][2 * half + i % 2] * ds[j][i / 2][2 * half + i % 2];
+      for (int i = 0; i < 4; ++i) {
+        float& x = ds[j][i / 2][2 * half + i % 2];
+        if (!own.has(j, i)) x = 0;
+        delta += p[j][i / 2][2 * half + i % 2] * x;
+      }
     }
     delta = row_sum(delta);
 #pragma unroll
@@ -304,7 +362,7 @@ __device__ __forceinline__ void softmax_backward(const float (&p)[KT][2][4], flo
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = ds[j][i / 2][2 * half + i % 2];
-        x = p[j][i / 2][2 * half + i % 2] * (x - delta);
+        x = own.has(j, i) ? p[j][i / 2][2 * half + i % 2] * (x - delta) : 0;
       }
     }
   }
@@ -343,14 +401,14 @@ __global__ void __launch_bounds__(kTemporalThreads)
 #pragma unroll
     for (int span = 0; span < SPANS; ++span) add_products<T>(ds[0], grad[span], v[span]);
     softmax<KT>(p, tile, a.slots, a.scale, lane);
-    softmax_backward<KT>(p, ds);
+    softmax_backward<KT>(p, ds, tile, a.slots, lane);
     uint32_t weights[4], slopes[4];
     as_factor<T>(p[0], weights);
     as_factor<T>(ds[0], slopes);
 #pragma unroll
     for (int span = 0; span < SPANS; ++span) {
       float c[4][4] = {};
-      add_weighted<T>(c, slopes, k[span]);
+      add_weighted<T>(c, slopes, k[span], {0, 0, a.slots}, lane);
       write_span<T>(c, a.scale, to, step, pack.rows, tile, span, lane, a.width);
     }
     transpose_factor(weights);
@@ -358,9 +416,9 @@ __global__ void __launch_bounds__(kTemporalThreads)
 #pragma unroll
     for (int span = 0; span < SPANS; ++span) {
       float c[4][4] = {}, dv[4][4] = {};
-      add_weighted<T>(c, slopes, q[span]);
+      add_weighted<T>(c, slopes, q[span], {0, 0, a.slots}, lane);
       write_span<T>(c, a.scale, to + part, step, pack.rows, tile, span, lane, a.width);
-      add_weighted<T>(dv, weights, grad[span]);
+      add_weighted<T>(dv, weights, grad[span], {0, 0, a.slots}, lane);
       write_span<T>(dv, 1, to + 2 * part, step, pack.rows, tile, span, lane, a.width);
     }
   } else {
@@ -369,17 +427,21 @@ __global__ void __launch_bounds__(kTemporalThreads)
     const int warp = threadIdx.x / 32, number = threadIdx.x % 32, group = warp - tile;
     TilePointers<T> tiles[KT], grads[KT];
     all_tiles<T, KT>(pack, a.qkv, lane, a.qkv_batch, a.qkv_row, tiles);
+    // Scores first, then the gradients of the probabilities: both at once would take too many registers.
 #pragma unroll 1
     for (int span = 0; span * kSpan < a.width; ++span) {
-      const Span q = own.read(shift, span, lane, a.width), grad = own_grad.read(grad_shift, span, lane, a.width);
+      const Span q = own.read(shift, span, lane, a.width);
 #pragma unroll
-      for (int j = 0; j < KT; ++j) {
-        add_products<T>(p[j], q, tiles[j].read(k_shift, span, lane, a.width));
-        add_products<T>(ds[j], grad, tiles[j].read(v_shift, span, lane, a.width));
-      }
+      for (int j = 0; j < KT; ++j) add_products<T>(p[j], q, tiles[j].read(k_shift, span, lane, a.width));
     }
     softmax<KT>(p, tile, a.slots, a.scale, lane);
-    softmax_backward<KT>(p, ds);
+#pragma unroll 1
+    for (int span = 0; span * kSpan < a.width; ++span) {
+      const Span grad = own_grad.read(grad_shift, span, lane, a.width);
+#pragma unroll
+      for (int j = 0; j < KT; ++j) add_products<T>(ds[j], grad, tiles[j].read(v_shift, span, lane, a.width));
+    }
+    softmax_backward<KT>(p, ds, tile, a.slots, lane);
     uint32_t slopes[KT][4];
 #pragma unroll
     for (int j = 0; j < KT; ++j) {
@@ -398,25 +460,28 @@ __global__ void __launch_bounds__(kTemporalThreads)
       float c[4][4] = {};
 #pragma unroll
       for (int j = 0; j < KT; ++j) {
-        add_weighted<T>(c, slopes[j], tiles[j].read(k_shift, span, lane, a.width));
+        add_weighted<T>(c, slopes[j], tiles[j].read(k_shift, span, lane, a.width), {tile, j, a.slots}, lane);
       }
       write_span<T>(c, a.scale, to, step, pack.rows, tile, span, lane, a.width);
     }
     __syncthreads();
-    all_tiles<T, KT>(pack, a.grad, lane, a.grad_batch, a.grad_row, grads);
+    // The warp's keys, one gradient after the other: both at once would take too many registers.
+    const auto write_keys = [&](const auto& factors, const TilePointers<T>(&rows)[KT], int64_t from, float scale,
+                                T* at) {
 #pragma unroll 1
-    for (int span = 0; span * kSpan < a.width; ++span) {
-      float dk[4][4] = {}, dv[4][4] = {};
+      for (int span = 0; span * kSpan < a.width; ++span) {
+        float c[4][4] = {};
 #pragma unroll
-      for (int i = 0; i < KT; ++i) {
-        const uint4 w = weights_of[group + i][tile][number], s = slopes_of[group + i][tile][number];
-        const uint32_t weight[4] = {w.x, w.y, w.z, w.w}, slope[4] = {s.x, s.y, s.z, s.w};
-        add_weighted<T>(dk, slope, tiles[i].read(shift, span, lane, a.width));
-        add_weighted<T>(dv, weight, grads[i].read(grad_shift, span, lane, a.width));
+        for (int i = 0; i < KT; ++i) {
+          const uint4 f = factors[group + i][tile][number];
+          add_weighted<T>(c, {f.x, f.y, f.z, f.w}, rows[i].read(from, span, lane, a.width), {tile, i, a.slots}, lane);
+        }
+        write_span<T>(c, scale, at, step, pack.rows, tile, span, lane, a.width);
       }
-      write_span<T>(dk, a.scale, to + part, step, pack.rows, tile, span, lane, a.width);
-      write_span<T>(dv, 1, to + 2 * part, step, pack.rows, tile, span, lane, a.width);
-    }
+    };
+    write_keys(slopes_of, tiles, shift, a.scale, to + part);
+    all_tiles<T, KT>(pack, a.grad, lane, a.grad_batch, a.grad_row, grads);
+    write_keys(weights_of, grads, grad_shift, 1, to + 2 * part);
   }
 }
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bt_kernels import VisibleTokens
-from bt_kernels._dispatch import forced_backend
-from bt_kernels._library import visible_arguments
+from bt_kernels import VisibleTokens, passes
 
 
 def merge(tokens: Tensor, z: Tensor, parameter: Tensor | None, slope: float | None, visible: VisibleTokens) -> Tensor:
@@ -28,14 +26,14 @@ def merge(tokens: Tensor, z: Tensor, parameter: Tensor | None, slope: float | No
         m, ``[B, 1+N, D]``.
     """
     if parameter is None or slope is None:
-        return _PlainMerge.apply(tokens, z, forced_backend(None), *visible_arguments(visible))
-    return _GatedMerge.apply(tokens, z, parameter, slope, forced_backend(None), *visible_arguments(visible))
+        return _PlainMerge.apply(tokens, z, passes.forced_backend(), *visible.as_arguments())
+    return _GatedMerge.apply(tokens, z, parameter, slope, passes.forced_backend(), *visible.as_arguments())
 
 
 class _PlainMerge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, z, backend, *visible):
-        return torch.ops.bt_kernels.gather_merge(tokens, z, None, *visible, backend)
+        return passes.gather_merge(tokens, z, None, visible, backend)
 
     @staticmethod
     def backward(ctx, grad):
@@ -46,7 +44,7 @@ class _GatedMerge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, z, parameter, slope, backend, *visible):
         gate = torch.sigmoid(slope * parameter).to(z.dtype)
-        merged = torch.ops.bt_kernels.gather_merge(tokens, z, gate, *visible, backend)
+        merged = passes.gather_merge(tokens, z, gate, visible, backend)
         ctx.slope, ctx.backend = slope, backend
         ctx.save_for_backward(z, merged, parameter)
         return merged
@@ -59,8 +57,8 @@ class _GatedMerge(torch.autograd.Function):
         # passed as a tower state of one frame whose patches are all visible
         tokens = z.shape[1] - 1
         index = torch.arange(tokens, device=z.device).expand(z.shape[0], -1)
-        _, grad_z, grad_gate = torch.ops.bt_kernels.gather_merge_backward(
-            grad, merged[:, None], z, gate.to(z.dtype), index, None, tokens, 1, 1, [False, True, True], ctx.backend
+        _, grad_z, grad_gate = passes.gather_merge_backward(
+            grad, merged[:, None], z, gate.to(z.dtype), (index, None, tokens, 1, 1), (False, True, True), ctx.backend
         )
         grad_parameter = ctx.slope * (1 - gate) * grad_gate.to(parameter.dtype)
         return None, grad_z, grad_parameter, *[None] * 7

@@ -23,9 +23,7 @@ from torch import Tensor
 from bt_adapter.model.fused import spatial, temporal
 from bt_adapter.towers import mlp
 from bt_adapter.towers.rows import Norm, add_rows, normalize, normalize_backward
-from bt_kernels import VisibleTokens
-from bt_kernels._dispatch import forced_backend
-from bt_kernels._library import visible_arguments
+from bt_kernels import VisibleTokens, passes
 from bt_kernels.nn.stochastic_depth import frame_weight_and_row_scale, sequence_row_scale
 
 
@@ -98,12 +96,12 @@ def run_layer(
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype
     if z.dtype == torch.float64:
         product = z.dtype
-    index, frame_counts, *sizes = visible_arguments(visible)
+    index, frame_counts, *sizes = visible.as_arguments()
     if not torch.is_grad_enabled():
         recompute = "layer"  # nothing is stored, and each part's tensors are freed before the next part runs
     layer = Layer(
         temporal_layer.attention.heads, temporal_layer.norm.eps, spatial_layer.norm1.eps, spatial_layer.act,
-        recompute, forced_backend(None), product, tuple(sizes),
+        recompute, passes.forced_backend(), product, tuple(sizes),
     )  # fmt: skip
     norms = (temporal_layer.norm, spatial_layer.norm1, spatial_layer.norm2)
     weights = [

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from bt_adapter.towers.products import input_grad, linear, weight_grad
 from bt_adapter.towers.rows import bias_grad
+from bt_kernels import passes
 
 
 class Weights(NamedTuple):
@@ -39,7 +39,7 @@ def forward(
     """
     qkv = linear(n, w.qkv_weight, w.qkv_bias)
     split = qkv.unflatten(2, (3, heads, -1))
-    attended, lse, cls_out = torch.ops.bt_kernels.spatial_attention(split, frame_weight, *visible, backend)
+    attended, lse, cls_out = passes.spatial_attention(split, frame_weight, visible, backend)
     update = linear(attended.flatten(2), w.out_weight, w.out_bias)
     return update if scale is None else update.mul_(scale), (qkv, attended, lse, cls_out)
 
@@ -53,8 +53,8 @@ def backward(
     if scale is not None:
         grad = (grad * scale).to(grad.dtype)  # draws are float32 under autocast too
     grad_attended = input_grad(grad, w.out_weight).view(attended.shape)
-    grad_qkv = torch.ops.bt_kernels.spatial_attention_backward(
-        grad_attended, qkv.unflatten(2, (3, heads, -1)), frame_weight, *visible, attended, lse, cls_out, [True], backend
+    grad_qkv = passes.spatial_attention_backward(
+        grad_attended, qkv.unflatten(2, (3, heads, -1)), frame_weight, visible, (attended, lse, cls_out), backend
     ).flatten(2)
     out_grads = (weight_grad(grad, attended.flatten(2)), bias_grad(grad))
     return input_grad(grad_qkv, w.qkv_weight), (weight_grad(grad_qkv, n), bias_grad(grad_qkv), *out_grads)

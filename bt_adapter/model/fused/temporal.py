@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from bt_adapter.towers.products import input_grad, linear, weight_grad
 from bt_adapter.towers.rows import bias_grad
+from bt_kernels import passes
 
 
 class Weights(NamedTuple):
@@ -70,8 +70,8 @@ def backward(
         grad_mixed = input_grad(scaled, w.fc_weight)
         out_grads = (weight_grad(grad_mixed, attended), bias_grad(grad_mixed))
         grad_attended = input_grad(grad_mixed, w.out_weight)
-    grad_qkv = torch.ops.bt_kernels.temporal_attention_backward(
-        _split_heads(grad_attended, 1, heads)[:, :, 0], _split_heads(qkv, 3, heads), *visible, [True], backend
+    grad_qkv = passes.temporal_attention_backward(
+        _split_heads(grad_attended, 1, heads)[:, :, 0], _split_heads(qkv, 3, heads), visible, backend
     ).flatten(2)
     grads = (weight_grad(grad_qkv, n), bias_grad(grad_qkv), *out_grads, fc_weight_grad, bias_grad(grad))
     return input_grad(grad_qkv, w.qkv_weight), grads
@@ -83,7 +83,7 @@ def is_joint_cheaper(n: Tensor) -> bool:
 
 
 def _attend(qkv: Tensor, heads: int, visible: tuple, backend: str | None) -> Tensor:
-    return torch.ops.bt_kernels.temporal_attention(_split_heads(qkv, 3, heads), *visible, backend).flatten(2)
+    return passes.temporal_attention(_split_heads(qkv, 3, heads), visible, backend).flatten(2)
 
 
 def _split_heads(x: Tensor, parts: int, heads: int) -> Tensor:

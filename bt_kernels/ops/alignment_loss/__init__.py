@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_tensor, check_visible
 from bt_kernels._dispatch import Kernel, slower_than_compiled
-from bt_kernels._library import define_op, visible_arguments
+from bt_kernels._library import define_op
 from bt_kernels._native import why_not_cpu_kernel
 from bt_kernels._triton import triton_kernel, why_not_without_float64
 from bt_kernels.ops.alignment_loss import gradients, native, reference
@@ -113,6 +113,6 @@ def alignment_loss(
     return _OP(
         branch, target.detach(), head_weight, head_bias, head_norm_weight, head_norm_bias,
         target_norm_weight.detach(), target_norm_bias.detach(), target_projection.detach(), target_projection_bias,
-        *visible_arguments(visible, visible.target_index), head_norm_eps, target_norm_eps,
+        *visible.as_arguments(visible.target_index), head_norm_eps, target_norm_eps,
         wanted, backend,
     )[0]  # fmt: skip

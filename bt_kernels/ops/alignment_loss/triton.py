@@ -8,15 +8,15 @@ import triton
 import triton.language as tl
 
 from bt_kernels._triton import launch
-from bt_kernels._triton_rows import adjacent, row_options
+from bt_kernels._triton_rows import LENGTHS, adjacent, layer_norm, layer_norm_grad, row_options
 from bt_kernels.ops.alignment_loss import chunks, gradients
 
 _ROWS = 8  # rows of one program of _cosine
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _gather_norm(
-    target, places, weight, bias, out, stride_b, stride_t, stride_p, first, rows, T, D, eps,
+    target, places, weight, bias, out, stride_b, stride_t, stride_p, first, rows_of_video, T, D, eps,
     W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Normalise one token of the tower by LayerNorm."""
@@ -25,52 +25,49 @@ def _gather_norm(
     inside = d < D
     place = tl.load(places + first + i)
     real = place >= 0
-    b = (first + i) // rows
+    b = (first + i) // rows_of_video
     at = target + b * stride_b + (place % T) * stride_t + (1 + place // T) * stride_p
     x = tl.load(at + d, mask=inside & real, other=0.0).to(ACC)
-    centred = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
-    scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
-    gain = tl.load(weight + d, mask=inside, other=0.0)
-    row = centred * scale * gain + tl.load(bias + d, mask=inside, other=0.0)
-    tl.store(out + i * D + d, tl.where(real, row, 0.0).to(out.dtype.element_ty), mask=inside)
+    normed, _, _ = layer_norm(x[None, :], inside, D, eps)
+    gain = tl.load(weight + d, mask=inside, other=0.0)[None, :]
+    row = normed * gain + tl.load(bias + d, mask=inside, other=0.0)[None, :]
+    row = tl.where(real, row, 0.0).to(out.dtype.element_ty)
+    tl.store(out + i * D + d[None, :], row, mask=inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _cosine(
-    y, b, places, gain, shift, losses, grad_y, partials, C, F, R, eps,
-    GRADS: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
+    y, b, places, gain, shift, losses, grad_y, partials, row_count, F, rows_each, eps,
+    W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Compute the loss 2 - 2·â·b̂ of R rows, a = LayerNorm(y), and its gradient in y from d/da = -2·(b̂ - cos·â)/|a|."""
+    """Compute the loss 2 - 2·â·b̂ of rows, a = LayerNorm(y), and its gradient in y from d/da = -2·(b̂ - cos·â)/|a|."""
     pid = tl.program_id(0).to(tl.int64)
     f = tl.arange(0, W)
     inside = f < F
     weight = tl.load(gain + f, mask=inside, other=0.0)
     bias = tl.load(shift + f, mask=inside, other=0.0)
     bias_sum, weight_sum, shift_sum = tl.zeros([W], ACC), tl.zeros([W], ACC), tl.zeros([W], ACC)
-    for i in range(pid * R, tl.minimum(pid * R + R, C)):
+    for i in range(pid * rows_each, tl.minimum((pid + 1) * rows_each, row_count)):
         real = tl.load(places + i) >= 0
         used = inside & real
-        x = tl.load(y + i * F + f, mask=used, other=0.0)
-        other = tl.load(b + i * F + f, mask=used, other=0.0)
-        centred = tl.where(inside, x - tl.sum(x, 0) / F, 0.0)
-        scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / F + eps)
-        normed = centred * scale
-        a = normed * weight + bias
-        length = tl.maximum(tl.sqrt(tl.sum(a * a, 0)), 1e-12)
+        x = tl.load(y + i * F + f, mask=used, other=0.0)[None, :]
+        other = tl.load(b + i * F + f, mask=used, other=0.0)[None, :]
+        normed, mean, rstd = layer_norm(x, inside, F, eps)
+        a = normed * weight[None, :] + bias[None, :]
+        length = tl.maximum(tl.sqrt(tl.sum(a * a, 1)), 1e-12)[:, None]
         unit = a / length
-        other = other / tl.maximum(tl.sqrt(tl.sum(other * other, 0)), 1e-12)
-        cosine = tl.sum(unit * other, 0)
-        tl.store(losses + i, tl.where(real, 2 - 2 * cosine, 0.0))
-        if GRADS:
-            grad = tl.where(used, (cosine * unit - other) * (2 / length), 0.0)
-            scaled = grad * weight
-            back = scale * (scaled - tl.sum(scaled, 0) / F - normed * (tl.sum(scaled * normed, 0) / F))
-            back = tl.where(used, back, 0.0)
-            tl.store(grad_y + i * F + f, back.to(grad_y.dtype.element_ty), mask=inside)
-            bias_sum += back
-            weight_sum += grad * normed
-            shift_sum += grad
-    if GRADS:
+        other = other / tl.maximum(tl.sqrt(tl.sum(other * other, 1)), 1e-12)[:, None]
+        cosine = tl.sum(unit * other, 1)[:, None]
+        tl.store(losses + i, tl.where(real, 2 - 2 * tl.sum(tl.sum(cosine, 1), 0), 0.0))
+        if grad_y is not None:
+            grad = tl.where(used[None, :], (cosine * unit - other) * (2 / length), 0.0)
+            back, _ = layer_norm_grad(grad, x, mean, rstd, weight, inside, F, ACC)
+            back = tl.where(used[None, :], back, 0.0)
+            tl.store(grad_y + i * F + f[None, :], back.to(grad_y.dtype.element_ty), mask=inside[None, :])
+            bias_sum += tl.sum(back, 0)
+            weight_sum += tl.sum(grad * normed, 0)
+            shift_sum += tl.sum(grad, 0)
+    if grad_y is not None:
         programs = tl.num_programs(0)
         to = partials + pid * F + f
         tl.store(to, bias_sum, mask=inside)
@@ -106,7 +103,7 @@ class _Rows:
         partials = y.new_empty(3, programs, shared) if grads else None
         launch(
             _cosine, programs, y, b, places, gain, shift, losses, grad_y, partials, count, shared, _ROWS, eps,
-            GRADS=grads, **row_options(shared, y.dtype),
+            **row_options(shared, y.dtype),
         )  # fmt: skip
         return losses, grad_y, partials.sum(1) if grads else None
 

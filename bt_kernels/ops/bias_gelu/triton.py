@@ -78,7 +78,7 @@ def _backward(
 
 
 def _options(act: str, dtype: torch.dtype, rows: int) -> dict:
-    return {"ACT": act, "ACC": accumulator(dtype), "C": _COLUMNS, "N": rows, "warps": 4, "resident": 5}
+    return {"ACT": act, "ACC": accumulator(dtype), "C": _COLUMNS, "N": rows, "warps": 4, "warps_per_sm": 20}
 
 
 def forward(x, bias, act) -> Tensor:

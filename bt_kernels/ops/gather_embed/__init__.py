@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_norm, check_tensor, check_visible
 from bt_kernels._dispatch import Kernel, unmeasured
-from bt_kernels._library import define_op, visible_arguments
+from bt_kernels._library import define_op
 from bt_kernels._native import why_not_cpu_kernel, why_not_cuda_kernel
 from bt_kernels._row_norm import fake_norm
 from bt_kernels._triton import triton_kernel
@@ -117,6 +117,6 @@ def gather_embed(
     if time.shape[0] < visible.frames:
         raise ValueError(f"time must have a row for each of {visible.frames} frames, but has {time.shape[0]}")
     if norm is None:
-        return _OP(backbone, cls_token, pos, time, *visible_arguments(visible), backend)
+        return _OP(backbone, cls_token, pos, time, *visible.as_arguments(), backend)
     weight, bias, eps = check_norm(norm, width, like)
-    return _NORM_OP(backbone, cls_token, pos, time, weight, bias, *visible_arguments(visible), eps, backend)[:2]
+    return _NORM_OP(backbone, cls_token, pos, time, weight, bias, *visible.as_arguments(), eps, backend)[:2]

@@ -1,14 +1,61 @@
-"""gather_embed in Triton; the kernels, shared with gather_merge, are in ``bt_kernels/_triton_gather*.py``."""
+"""gather_embed in Triton. ``bt_kernels/_triton_gather.py`` has the legend and what it shares with gather_merge."""
 
 import torch
+import triton
+import triton.language as tl
 
-from bt_kernels._triton_gather import run_forward
+from bt_kernels._triton import launch
+from bt_kernels._triton_gather import RowResults, row_places, write_rows
 from bt_kernels._triton_gather_backward import RowGrads, spread, sum_by_list
-from bt_kernels._triton_rows import RowLists, sum_dtype
+from bt_kernels._triton_rows import LENGTHS, RowLists, adjacent, mean_over_frames, real_frames, sum_dtype
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _forward(
+    tower, cls_token, pos, time, index, frame_counts, out, norm_weight, norm_bias, normed, mean, rstd,
+    tower_b, tower_t, tower_p, index_b, N, T, D, eps,
+    W: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Write ½(mean of the tower's CLS + cls_token + pos[0]), or tower + pos[1+p] + time[t] of R patch rows."""
+    pid = tl.program_id(0).to(tl.int64)
+    parts = 1 + tl.cdiv(N, R)
+    b, part = pid // parts, pid % parts
+    d = tl.arange(0, W)
+    inside = d < D
+    video = tower + b * tower_b
+    if part == 0:
+        cls = mean_over_frames(video, tower_t, real_frames(frame_counts, b, T), d, inside, ACC)
+        cls += tl.load(pos + d, mask=inside, other=0.0).to(ACC)
+        cls = 0.5 * (cls + tl.load(cls_token + d, mask=inside, other=0.0).to(ACC))
+        tl.store(out + b * (1 + N) * D + d, cls.to(out.dtype.element_ty), mask=inside)
+    else:
+        columns = d[None, :]
+        n = (part - 1) * R + tl.arange(0, R)
+        token, t, visible = row_places(index, index_b, b, n, N, T)
+        used = visible[:, None] & inside[None, :]
+        at = t.to(tl.int64) * tower_t + token.to(tl.int64) * tower_p
+        value = tl.load(video + at[:, None] + columns, mask=used, other=0.0).to(ACC)
+        value += tl.load(pos + (token * D)[:, None] + columns, mask=used, other=0.0).to(ACC)
+        value += tl.load(time + (t * D)[:, None] + columns, mask=used, other=0.0).to(ACC)
+        write_rows(
+            value, out, norm_weight, norm_bias, normed, mean, rstd, b, n, visible, N, d, inside, D, eps, ACC
+        )  # fmt: skip
+
+
+def _run_forward(backbone, cls_token, pos, time, index, frame_counts, norm=None):
+    tower, index = adjacent(backbone), adjacent(index)
+    # More spill a few registers.
+    results = RowResults(tower, index, norm, {80: 24, 90: 32, 100: 24} if norm is None else 32)
+    launch(
+        _forward, results.programs, tower, cls_token.contiguous(), pos.contiguous(), time.contiguous(), index,
+        frame_counts, *results.arguments(), *tower.stride()[:3], index.stride(0), index.shape[1], tower.shape[1],
+        tower.shape[3], results.eps, **results.options,
+    )  # fmt: skip
+    return results.returned()
 
 
 def forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots):
-    return run_forward(backbone, index, frame_counts, tables=(cls_token, pos, time))[0]
+    return _run_forward(backbone, cls_token, pos, time, index, frame_counts)[0]
 
 
 def backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs):
@@ -19,7 +66,7 @@ def forward_norm(
     backbone, cls_token, pos, time, norm_weight, norm_bias, index, frame_counts, patches, frames, slots, norm_eps
 ):  # fmt: skip
     norm = (norm_weight, norm_bias, norm_eps)
-    return run_forward(backbone, index, frame_counts, tables=(cls_token, pos, time), norm=norm)
+    return _run_forward(backbone, cls_token, pos, time, index, frame_counts, norm)
 
 
 def backward_norm(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_norm, check_tensor, check_visible
 from bt_kernels._dispatch import Kernel, slower_than_compiled, unmeasured
-from bt_kernels._library import define_op, visible_arguments
+from bt_kernels._library import define_op
 from bt_kernels._native import why_not_cpu_kernel, why_not_cuda_kernel
 from bt_kernels._row_norm import fake_norm
 from bt_kernels._triton import triton_kernel
@@ -105,6 +105,6 @@ def gather_merge(
     if gate is not None:
         check_tensor("gate", gate, "[D]", (width,), like)
     if norm is None:
-        return _OP(backbone, branch, gate, *visible_arguments(visible), backend)
+        return _OP(backbone, branch, gate, *visible.as_arguments(), backend)
     weight, bias, eps = check_norm(norm, width, like)
-    return _NORM_OP(backbone, branch, gate, weight, bias, *visible_arguments(visible), eps, backend)[:2]
+    return _NORM_OP(backbone, branch, gate, weight, bias, *visible.as_arguments(), eps, backend)[:2]

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_tensor, check_visible
 from bt_kernels._dispatch import Kernel, unmeasured
-from bt_kernels._library import define_op, visible_arguments
+from bt_kernels._library import define_op
 from bt_kernels._native import why_not_cpu_kernel, why_not_cuda_kernel
 from bt_kernels._triton import triton_kernel
 from bt_kernels.ops.pool_video_tokens import native, reference
@@ -60,4 +60,4 @@ def pool_video_tokens(backbone: Tensor, branch: Tensor, visible: VisibleTokens, 
     check_visible(visible, "backbone", backbone)
     size = (visible.batch, 1 + visible.tokens, backbone.shape[3])
     check_tensor("branch", branch, "[B, 1+N, D]", size, ("backbone", backbone))
-    return _OP(backbone, branch, *visible_arguments(visible), backend)
+    return _OP(backbone, branch, *visible.as_arguments(), backend)

@@ -11,6 +11,7 @@ import triton.language as tl
 from bt_kernels._triton import launch
 from bt_kernels._triton_rows import (
     FRAMES_AT_ONCE,
+    LENGTHS,
     adjacent,
     mean_over_frames,
     real_frames,
@@ -19,25 +20,25 @@ from bt_kernels._triton_rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward(
     tower, branch, rows, frame_counts, out, tower_b, tower_t, tower_p, branch_b, branch_n, T, S, P, D,
-    COUNTED: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr, AT_ONCE: tl.constexpr,
+    W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Compute ½(mean over the tower's frames + mean over the branch's rows of the patch); CLS is written last."""
     pid = tl.program_id(0).to(tl.int64)
     b, token = pid // (1 + P), pid % (1 + P)  # token 0 is CLS
     d = tl.arange(0, W)
     inside = d < D
-    count = real_frames(frame_counts, b, T, COUNTED)
-    value = mean_over_frames(tower + b * tower_b + token * tower_p, tower_t, count, d, inside, ACC, AT_ONCE)
+    count = real_frames(frame_counts, b, T)
+    value = mean_over_frames(tower + b * tower_b + token * tower_p, tower_t, count, d, inside, ACC)
     if token == 0:
         value += tl.load(branch + b * branch_b + d, mask=inside, other=0.0).to(ACC)
     else:
-        t = tl.arange(0, AT_ONCE)
+        t = tl.arange(0, FRAMES_AT_ONCE)
         total = tl.zeros([W], ACC)
         number = tl.zeros([], tl.int32)
-        for first in range(0, S, AT_ONCE):
+        for first in range(0, S, FRAMES_AT_ONCE):
             inside_list = first + t < S
             n = tl.load(rows + b * (P * S + 1) + (token - 1) * S + first + t, mask=inside_list, other=-1)
             visible = inside_list & (n >= 0)
@@ -50,9 +51,9 @@ def _forward(
     tl.store(out + (b * (1 + P) + place) * D + d, (0.5 * value).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_branch(
-    grad, index, counts, grad_branch, grad_b, grad_p, index_b, index_n, N, S, P, D,
+    grad, index, counts, grad_branch, grad_b, grad_p, index_b, N, S, P, D,
     W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Divide half the patch's gradient equally among its rows; CLS gets half of its gradient."""
@@ -60,7 +61,7 @@ def _backward_branch(
     b, r = pid // (1 + N), pid % (1 + N)
     d = tl.arange(0, W)
     inside = d < D
-    place = tl.load(index + b * index_b + (r - 1) * index_n, mask=r > 0, other=0)
+    place = tl.load(index + b * index_b + r - 1, mask=r > 0, other=0)
     patch = tl.where(r > 0, place // S, P)
     share = tl.load(counts + b * P + patch, mask=(r > 0) & (place >= 0), other=1)
     at = grad + b * grad_b + patch * grad_p + d
@@ -68,10 +69,10 @@ def _backward_branch(
     tl.store(grad_branch + pid * D + d, value.to(grad_branch.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _backward_tower(
     grad, frame_counts, grad_tower, grad_b, grad_p, T, P, D,
-    COUNTED: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
+    W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Divide half the token's gradient equally among the real frames; padding frames get zeros."""
     pid = tl.program_id(0).to(tl.int64)
@@ -79,7 +80,7 @@ def _backward_tower(
     b, t = frame // T, frame % T
     d = tl.arange(0, W)
     inside = d < D
-    count = real_frames(frame_counts, b, T, COUNTED)
+    count = real_frames(frame_counts, b, T)
     place = tl.where(token == 0, P, token - 1)
     value = tl.load(grad + b * grad_b + place * grad_p + d, mask=inside & (t < count), other=0.0).to(ACC)
     value = value * 0.5 / tl.maximum(count, 1).to(ACC)
@@ -93,7 +94,7 @@ def forward(backbone, branch, index, frame_counts, patches, frames, slots):
     launch(
         _forward, batch * (1 + patches), backbone, branch, rows_by_place(index, patches * frames), frame_counts, out,
         *backbone.stride()[:3], *branch.stride()[:2], backbone.shape[1], frames, patches, width,
-        COUNTED=frame_counts is not None, AT_ONCE=FRAMES_AT_ONCE, **row_options(width, branch.dtype, FRAMES_AT_ONCE),
+        **row_options(width, branch.dtype, FRAMES_AT_ONCE.value),
     )  # fmt: skip
     return out
 
@@ -106,16 +107,17 @@ def backward(grad, backbone, branch, index, frame_counts, patches, frames, slots
         grad_backbone = torch.empty(backbone.shape, dtype=backbone.dtype, device=backbone.device)
         launch(
             _backward_tower, batch * backbone.shape[1] * (1 + patches), grad, frame_counts, grad_backbone,
-            *grad.stride()[:2], backbone.shape[1], patches, width, COUNTED=frame_counts is not None,
+            *grad.stride()[:2], backbone.shape[1], patches, width,
             **row_options(width, branch.dtype),
         )  # fmt: skip
     if needs[1]:
+        index = adjacent(index)
         patch = torch.where(index < 0, patches, index // frames)
         counts = torch.zeros(batch, patches + 1, dtype=torch.int32, device=index.device)
         counts.scatter_add_(1, patch, torch.ones_like(patch, dtype=torch.int32))
         grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
         launch(
             _backward_branch, batch * rows, grad, index, counts[:, :patches].contiguous(), grad_branch,
-            *grad.stride()[:2], *index.stride(), rows - 1, frames, patches, width, **row_options(width, branch.dtype),
+            *grad.stride()[:2], index.stride(0), rows - 1, frames, patches, width, **row_options(width, branch.dtype),
         )  # fmt: skip
     return grad_backbone, grad_branch

@@ -102,12 +102,11 @@ def _backward(
         tl.store(sums + (pid.to(tl.int64) + sums_apart) * D + d, tl.sum(bias_sum, 0), mask=inside)
 
 
-def _row_options(width: int, dtype: torch.dtype, per_thread: int, resident_warps: int) -> dict:
+def _row_options(width: int, dtype: torch.dtype, per_thread: int, warps_per_sm: int) -> dict:
     """Choose block width and warps for N whole rows at a time, so that a thread has ``per_thread`` elements of each."""
     block = triton.next_power_of_2(max(width, 16))
     warps = max(1, min(16, block * _ROWS // (32 * per_thread)))
-    resident = max(1, resident_warps // warps)
-    return {"W": block, "ACC": accumulator(dtype), "N": _ROWS, "warps": warps, "resident": resident}
+    return {"W": block, "ACC": accumulator(dtype), "N": _ROWS, "warps": warps, "warps_per_sm": warps_per_sm}
 
 
 def _joins(tensor: Tensor | None) -> bool:

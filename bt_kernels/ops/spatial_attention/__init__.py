@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_tensor, check_visible
 from bt_kernels._dispatch import Kernel
-from bt_kernels._library import define_op, visible_arguments
+from bt_kernels._library import define_op
 from bt_kernels._native import why_not_cpu_kernel
 from bt_kernels._triton import triton_kernel, why_not_without_float64
 from bt_kernels.ops.spatial_attention import native, reference
@@ -86,4 +86,4 @@ def spatial_attention(
         if frame_weight.device != qkv.device:
             raise ValueError(f"frame_weight must be on {qkv.device}, but is on {frame_weight.device}")
         frame_weight = frame_weight.detach()
-    return _OP(qkv, frame_weight, *visible_arguments(visible), backend)[0]
+    return _OP(qkv, frame_weight, *visible.as_arguments(), backend)[0]

@@ -27,11 +27,11 @@ def forward(qkv, frame_weight, index, frame_counts, patches, frames, slots):
     blocks = triton.cdiv(1 + groups, tiles["M"])
     columns = cut_columns((qkv,))
     launch(
-        triton_forward._forward, batch * steps * heads * blocks, qkv, *lists, out, lse, cls_out,
+        triton_forward.forward, batch * steps * heads * blocks, qkv, *lists, out, lse, cls_out,
         *cut_strides(qkv, columns), blocks, heads, steps, groups, rows - 1, 1 + groups, width**-0.5,
-        RAGGED=slots is None, resident=_RESIDENT_WARPS // tiles["warps"], **columns, **tiles,
+        RAGGED=slots is None, **columns, **tiles,
     )  # fmt: skip
-    _sum_frames(cls_out, out, frame_weight, frame_counts, weighted=True)
+    _sum_frames(cls_out, out, frame_weight, frame_counts, mean=True)
     if slots is None:
         _clear_padding(out, index)
     return out, lse, cls_out
@@ -45,22 +45,23 @@ def backward(grad, qkv, frame_weight, index, frame_counts, patches, frames, slot
     cls_grad = qkv.new_empty(batch, steps, 3, heads, width, dtype=torch.float32)
     lists = _frame_lists(index, patches, frames, slots)
     columns = cut_columns((qkv, grad))
-    strides = (*cut_strides(qkv, columns), *cut_strides(grad, columns), *_weight_strides(frame_weight))
-    sizes = (heads, steps, groups, rows - 1, 1 + groups, width**-0.5)
-    weights, results = (frame_weight, frame_counts), (grad_qkv, cls_grad)
     lse = lse.contiguous()
+    weights, weight_strides = _frame_weights(frame_weight, frame_counts, lse)
+    strides = (*cut_strides(qkv, columns), *cut_strides(grad, columns), *weight_strides)
+    sizes = (heads, steps, groups, rows - 1, 1 + groups, width**-0.5)
+    results = (grad_qkv, cls_grad)
     if tiles := _whole_tiles(qkv, groups):
         launch(
-            triton_backward._backward_whole, batch * steps * heads, grad, qkv, *lists, lse, *weights, *results,
-            *strides, *sizes, RAGGED=slots is None, resident=_RESIDENT_WARPS // tiles["warps"], **columns, **tiles,
+            triton_backward.backward_whole, batch * steps * heads, grad, qkv, *lists, lse, *weights, *results,
+            *strides, *sizes, RAGGED=slots is None, **columns, **tiles,
         )  # fmt: skip
     else:
         tiles = _backward_tiles(qkv)
         blocks = triton.cdiv(1 + groups, tiles["M"])
         launch(
-            triton_backward._backward_blocks, 2 * batch * steps * heads * blocks, grad, qkv, *lists, out.contiguous(),
+            triton_backward.backward_blocks, 2 * batch * steps * heads * blocks, grad, qkv, *lists, out.contiguous(),
             lse, cls_out.contiguous(), *weights, *results, *strides, blocks, *sizes,
-            RAGGED=slots is None, resident=_RESIDENT_WARPS // tiles["warps"], **columns, **tiles,
+            RAGGED=slots is None, **columns, **tiles,
         )  # fmt: skip
     _sum_frames(cls_grad, grad_qkv)
     if slots is None:
@@ -76,21 +77,23 @@ def _frame_lists(index, patches: int, frames: int, slots: int | None) -> tuple:
     return lists.order, lists.patches, lists.counts
 
 
-def _sum_frames(partial, out, frame_weight=None, frame_counts=None, weighted: bool = False) -> None:
-    """Sum ``partial`` [B, S, ...] over the frames into the first row of ``out`` [B, 1+N, ...]."""
+def _sum_frames(partial, out, frame_weight=None, frame_counts=None, mean: bool = False) -> None:
+    """Sum or average ``partial`` [B, S, ...] over the frames into the first row of ``out`` [B, 1+N, ...]."""
     batch, steps = partial.shape[:2]
     width = partial[0, 0].numel() if batch else 1
+    weights, weight_strides = _frame_weights(frame_weight, frame_counts, partial)
     launch(
-        triton_forward.sum_frames, batch * triton.cdiv(width, 256), partial, frame_weight, frame_counts, out,
-        *_weight_strides(frame_weight), out.stride(0), steps, width, WEIGHTED=weighted, C=256, warps=2, stages=1,
+        triton_forward.sum_frames, batch * triton.cdiv(width, 256), partial, *weights, out, *weight_strides,
+        out.stride(0), steps, width, MEAN=mean, C=256, warps=2, stages=1,
     )  # fmt: skip
 
 
 def _clear_padding(out, index) -> None:
+    index = adjacent(index)
     batch, tokens = index.shape
     width = out[0, 0].numel() if batch else 1
     launch(
-        triton_forward.clear_padding, batch * triton.cdiv(tokens, 16), index, out, *index.stride(), tokens, width,
+        triton_forward.clear_padding, batch * triton.cdiv(tokens, 16), index, out, index.stride(0), tokens, width,
         R=16, C=256, stages=1,
     )  # fmt: skip
 
@@ -98,7 +101,6 @@ def _clear_padding(out, index) -> None:
 # Tiles: M tokens of a program, J tokens of the other side at a time, TAIL tokens of a small last block. Chosen so that
 # bench/resources.py finds no spills on any target, with H = 16 and E = 64 or 88. Wide heads take few queries at a time,
 # because every warp holds all of them.
-_RESIDENT_WARPS = 8  # planned per multiprocessor: 255 registers for each thread
 
 
 def _forward_tiles(qkv, groups: int, slots) -> dict:
@@ -115,7 +117,9 @@ def _whole_tiles(qkv, groups: int) -> dict | None:
     split = qkv.shape[4] > 64
     if qkv.dtype == torch.float32 or tile > (64 if split else 128):
         return None
-    return dict(M=tile, J=16, warps=8 if split and tile == 64 else max(4, tile // 16))
+    if tile == 128:
+        return dict(M=tile, J=16, warps={80: 8, 90: 16, 100: 8}, warps_per_sm={80: 8, 90: 16, 100: 8})
+    return dict(M=tile, J=16, warps=8 if split and tile == 64 else 4)
 
 
 def _backward_tiles(qkv) -> dict:
@@ -124,7 +128,7 @@ def _backward_tiles(qkv) -> dict:
         return dict(M=16, J=32, TAIL=0, warps=4) if split else dict(M=32, J=32, TAIL=0, warps=8)
     if split:
         return dict(M=64, J=16, TAIL=0, warps=8, stages=1)  # a second body for tails spills on sm_100
-    return dict(M=64, J=32, TAIL=16, warps=8)
+    return dict(M=64, J=32, TAIL=16, warps=8, warps_per_sm={80: 8, 90: 16})
 
 
 def _grid(rows: int, patches: int, frames: int, slots: int | None) -> tuple[int, int]:
@@ -132,5 +136,11 @@ def _grid(rows: int, patches: int, frames: int, slots: int | None) -> tuple[int,
     return (frames, patches) if slots is None else (slots, (rows - 1) // slots)
 
 
-def _weight_strides(frame_weight) -> tuple[int, int]:
-    return (0, 0) if frame_weight is None else frame_weight.stride()
+def _frame_weights(frame_weight, frame_counts, stand_in) -> tuple[tuple, tuple[int, int]]:
+    """Return the arguments weight, weighted and frame_counts of the kernels, and the strides of weight.
+
+    ``stand_in``, any float32 tensor, takes the place of a weight that is not given; it is not read.
+    """
+    if frame_weight is None:
+        return (stand_in, 0, frame_counts), (0, 0)
+    return (frame_weight, 1, frame_counts), frame_weight.stride()

@@ -8,20 +8,30 @@ With w the frame's weight for the CLS query and 1 for all other queries, in each
 import triton
 import triton.language as tl
 
-from bt_kernels._triton_heads import LOG2_E, product, product_with_one, read, read_one, write
+from bt_kernels._triton_heads import (
+    HEAD_LENGTHS,
+    LOG2_E,
+    add_product,
+    product,
+    product_by_rows,
+    read,
+    read_one,
+    scaled,
+    write,
+    zeros,
+)
 from bt_kernels.ops.spatial_attention.triton_forward import frame_length, frame_share, patch_rows, token_rows
 
 
-@triton.jit
-def _backward_whole(
-    grad, qkv, order, patch, counts, lse, weight, frame_counts, grad_qkv, cls_grad, stride_b, stride_n, stride_c,
-    stride_h, grad_b, grad_n, grad_h, weight_b, weight_s, H, S, K, N, entries, scale,
+@triton.jit(do_not_specialize=HEAD_LENGTHS)
+def backward_whole(
+    grad, qkv, order, patch, counts, lse, weight, weighted, frame_counts, grad_qkv, cls_grad, stride_b, stride_n,
+    stride_c, stride_h, grad_b, grad_n, grad_h, weight_b, weight_s, H, S, K, N, entries, scale,
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, J: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Process a frame of at most M tokens in one program. The tile holds all keys and takes J queries at a time, so one
     product completes dQ, and δ is computed from P."""
-    SPLIT: tl.constexpr = E > E0
     pid = tl.program_id(0).to(tl.int64)
     h, frame = pid % H, pid // H
     b, s = frame // S, frame % S
@@ -34,41 +44,34 @@ def _backward_whole(
     to = grad_qkv + (b * (1 + N) * 3 * H + h) * E
     to_cls = cls_grad + (frame * 3 * H + h) * E
     key, _ = token_rows(order, patch, frame, s, m, length, S, K, RAGGED)
-    k0, k1 = read(base + part + key.to(tl.int64) * step, valid_r, E, E0, E1)
-    v0, v1 = read(base + 2 * part + key.to(tl.int64) * step, valid_r, E, E0, E1)
-    share = frame_share(weight, frame_counts, b, s, S, weight_b, weight_s)
-    dk0, dk1 = tl.zeros([M, E0], tl.float32), tl.zeros([M, E1], tl.float32)
-    dv0, dv1 = tl.zeros([M, E0], tl.float32), tl.zeros([M, E1], tl.float32)
+    k = read(base + part + key.to(tl.int64) * step, valid_r, E, E0, E1)
+    v = read(base + 2 * part + key.to(tl.int64) * step, valid_r, E, E0, E1)
+    share = frame_share(weight, weighted, frame_counts, b, s, S, weight_b, weight_s)
+    dk, dv = zeros(M, E, E0, E1), zeros(M, E, E0, E1)
     for j0 in range(0, length, J):
         j = j0 + tl.arange(0, J)
         valid_j = j < length
         row, entry = token_rows(order, patch, frame, s, j, length, S, K, RAGGED)
-        q0, q1 = read(base + row.to(tl.int64) * step, valid_j, E, E0, E1)
-        g0, g1 = read(grad + (b * grad_b + h * grad_h + row.to(tl.int64) * grad_n) * UNIT, valid_j, E, E0, E1)
+        q = read(base + row.to(tl.int64) * step, valid_j, E, E0, E1)
+        g = read(grad + (b * grad_b + h * grad_h + row.to(tl.int64) * grad_n) * UNIT, valid_j, E, E0, E1)
         logs = tl.load(lse + (frame * H + h) * entries + entry, mask=valid_j, other=0.0) * LOG2_E
-        scores = product(k0, k1, q0, q1, SPLIT, PRECISION) * (scale * LOG2_E) - logs[None, :]  # [M keys, J queries]
+        scores = product(k, q, PRECISION) * (scale * LOG2_E) - logs[None, :]  # [M keys, J queries]
         p = tl.exp2(tl.where(valid_r[:, None] & valid_j[None, :], scores, float("-inf")))
-        dp = product(v0, v1, g0, g1, SPLIT, PRECISION)
+        dp = product(v, g, PRECISION)
         delta = tl.sum(p * dp, 0)
         p = p * tl.where(j == 0, share, 1.0)[None, :]
-        ds = (p * (dp - delta[None, :]) * scale).to(q0.dtype)
-        p = p.to(q0.dtype)
-        dv0 = tl.dot(p, g0, dv0, input_precision=PRECISION)
-        dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
-        dq0 = tl.dot(tl.trans(ds), k0, input_precision=PRECISION)
-        dq1 = dq0
-        if SPLIT:
-            dv1 = tl.dot(p, g1, dv1, input_precision=PRECISION)
-            dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
-            dq1 = tl.dot(tl.trans(ds), k1, input_precision=PRECISION)
-        write(to + row.to(tl.int64) * 3 * D, valid_j & (j > 0), dq0, dq1, E, E0, E1)
-        write(to_cls + row * 0, j == 0, dq0, dq1, E, E0, E1)
+        ds = (p * (dp - delta[None, :]) * scale).to(q[0].dtype)
+        dv = add_product(dv, p.to(q[0].dtype), g, PRECISION)
+        dk = add_product(dk, ds, q, PRECISION)
+        dq = add_product(zeros(J, E, E0, E1), tl.trans(ds), k, PRECISION)
+        write(to + row.to(tl.int64) * 3 * D, valid_j & (j > 0), dq, E, E0, E1)
+        write(to_cls + row * 0, j == 0, dq, E, E0, E1)
     to += key.to(tl.int64) * 3 * D
-    write(to + D, valid_r & (m > 0), dk0, dk1, E, E0, E1)
-    write(to + 2 * D, valid_r & (m > 0), dv0, dv1, E, E0, E1)
+    write(to + D, valid_r & (m > 0), dk, E, E0, E1)
+    write(to + 2 * D, valid_r & (m > 0), dv, E, E0, E1)
     to_cls += key * 0
-    write(to_cls + D, m == 0, dk0, dk1, E, E0, E1)
-    write(to_cls + 2 * D, m == 0, dv0, dv1, E, E0, E1)
+    write(to_cls + D, m == 0, dk, E, E0, E1)
+    write(to_cls + 2 * D, m == 0, dv, E, E0, E1)
 
 
 @triton.jit
@@ -79,46 +82,36 @@ def _key_gradients(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute dK and dV of tokens r, [M]: from the CLS query, then from the queries of J patches at a time."""
-    SPLIT: tl.constexpr = E > E0
     valid_r = r < length
     row, _ = token_rows(order, patch, frame, s, r, length, S, K, RAGGED)
-    k0, k1 = read(base + part + row.to(tl.int64) * step, valid_r, E, E0, E1)
-    v0, v1 = read(base + 2 * part + row.to(tl.int64) * step, valid_r, E, E0, E1)
-    x0, x1 = read_one(base, E, E0, E1)
-    y0, y1 = read_one(grad_base, E, E0, E1)
-    c0, c1 = read_one(cls_at, E, E0, E1)
-    x = product_with_one(k0, k1, x0, x1, SPLIT) * (scale * LOG2_E) - tl.load(sums) * LOG2_E
+    k = read(base + part + row.to(tl.int64) * step, valid_r, E, E0, E1)
+    v = read(base + 2 * part + row.to(tl.int64) * step, valid_r, E, E0, E1)
+    q_cls, g_cls, o_cls = read_one(base, E, E0, E1), read_one(grad_base, E, E0, E1), read_one(cls_at, E, E0, E1)
+    x = product_by_rows(k, q_cls) * (scale * LOG2_E) - tl.load(sums) * LOG2_E
     w = tl.exp2(tl.where(valid_r, x, float("-inf"))) * share
-    dv0, dv1 = w[:, None] * y0, w[:, None] * y1
-    w *= (product_with_one(v0, v1, y0, y1, SPLIT) - product_with_one(y0, y1, c0, c1, SPLIT)) * scale
-    dk0, dk1 = w[:, None] * x0, w[:, None] * x1
+    dv = scaled(g_cls, w)
+    w *= (product_by_rows(v, g_cls) - product_by_rows(g_cls, o_cls)) * scale
+    dk = scaled(q_cls, w)
     for j0 in range(0, length - 1, J):
         j = j0 + tl.arange(0, J)
         valid_j = j < length - 1
         query, entry = patch_rows(order, patch, frame, s, j, valid_j, S, K, RAGGED)
-        q0, q1 = read(base + query.to(tl.int64) * step, valid_j, E, E0, E1)
-        g0, g1 = read(grad_base + query.to(tl.int64) * grad_step, valid_j, E, E0, E1)
-        o0, o1 = read(out_base + query.to(tl.int64) * out_step, valid_j, E, E0, E1)
-        delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
-        if SPLIT:
-            delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
+        q = read(base + query.to(tl.int64) * step, valid_j, E, E0, E1)
+        g = read(grad_base + query.to(tl.int64) * grad_step, valid_j, E, E0, E1)
+        delta = product_by_rows(g, read(out_base + query.to(tl.int64) * out_step, valid_j, E, E0, E1))
         logs = tl.load(sums + entry, mask=valid_j, other=0.0) * LOG2_E
-        scores = product(k0, k1, q0, q1, SPLIT, PRECISION) * (scale * LOG2_E) - logs[None, :]  # [M keys, J queries]
+        scores = product(k, q, PRECISION) * (scale * LOG2_E) - logs[None, :]  # [M keys, J queries]
         p = tl.exp2(tl.where(valid_r[:, None] & valid_j[None, :], scores, float("-inf")))
-        dp = product(v0, v1, g0, g1, SPLIT, PRECISION)
-        ds = (p * (dp - delta[None, :]) * scale).to(q0.dtype)
-        p = p.to(q0.dtype)
-        dv0 = tl.dot(p, g0, dv0, input_precision=PRECISION)
-        dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
-        if SPLIT:
-            dv1 = tl.dot(p, g1, dv1, input_precision=PRECISION)
-            dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+        dp = product(v, g, PRECISION)
+        ds = (p * (dp - delta[None, :]) * scale).to(q[0].dtype)
+        dv = add_product(dv, p.to(q[0].dtype), g, PRECISION)
+        dk = add_product(dk, ds, q, PRECISION)
     to += row.to(tl.int64) * 3 * D
-    write(to + D, valid_r & (r > 0), dk0, dk1, E, E0, E1)
-    write(to + 2 * D, valid_r & (r > 0), dv0, dv1, E, E0, E1)
+    write(to + D, valid_r & (r > 0), dk, E, E0, E1)
+    write(to + 2 * D, valid_r & (r > 0), dv, E, E0, E1)
     to_cls += row * 0
-    write(to_cls + D, r == 0, dk0, dk1, E, E0, E1)
-    write(to_cls + 2 * D, r == 0, dv0, dv1, E, E0, E1)
+    write(to_cls + D, r == 0, dk, E, E0, E1)
+    write(to_cls + 2 * D, r == 0, dv, E, E0, E1)
 
 
 @triton.jit
@@ -129,45 +122,37 @@ def _query_gradients(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute dQ of tokens r, [M]: from the CLS key, then from the keys of J patches at a time."""
-    SPLIT: tl.constexpr = E > E0
     valid_r = r < length
     row, entry = token_rows(order, patch, frame, s, r, length, S, K, RAGGED)
-    q0, q1 = read(base + row.to(tl.int64) * step, valid_r, E, E0, E1)
-    g0, g1 = read(grad_base + row.to(tl.int64) * grad_step, valid_r, E, E0, E1)
-    o0, o1 = read(out_base + row.to(tl.int64) * out_step, valid_r & (r > 0), E, E0, E1)
-    delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
-    if SPLIT:
-        delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
-    c0, c1 = read_one(cls_at, E, E0, E1)
-    delta = tl.where(r == 0, product_with_one(g0, g1, c0, c1, SPLIT), delta)
+    q = read(base + row.to(tl.int64) * step, valid_r, E, E0, E1)
+    g = read(grad_base + row.to(tl.int64) * grad_step, valid_r, E, E0, E1)
+    delta = product_by_rows(g, read(out_base + row.to(tl.int64) * out_step, valid_r & (r > 0), E, E0, E1))
+    delta = tl.where(r == 0, product_by_rows(g, read_one(cls_at, E, E0, E1)), delta)
     weights = tl.where(r == 0, share, 1.0) * scale
     logs = tl.load(sums + entry, mask=valid_r, other=0.0) * LOG2_E
-    c0, c1 = read_one(base + part, E, E0, E1)
-    w = tl.exp2(tl.where(valid_r, product_with_one(q0, q1, c0, c1, SPLIT) * (scale * LOG2_E) - logs, float("-inf")))
-    x0, x1 = read_one(base + 2 * part, E, E0, E1)
-    w *= (product_with_one(g0, g1, x0, x1, SPLIT) - delta) * weights
-    dq0, dq1 = w[:, None] * c0, w[:, None] * c1
+    k_cls = read_one(base + part, E, E0, E1)
+    w = tl.exp2(tl.where(valid_r, product_by_rows(q, k_cls) * (scale * LOG2_E) - logs, float("-inf")))
+    w *= (product_by_rows(g, read_one(base + 2 * part, E, E0, E1)) - delta) * weights
+    dq = scaled(k_cls, w)
     for j0 in range(0, length - 1, J):
         j = j0 + tl.arange(0, J)
         valid_j = j < length - 1
         key, _ = patch_rows(order, patch, frame, s, j, valid_j, S, K, RAGGED)
-        k0, k1 = read(base + part + key.to(tl.int64) * step, valid_j, E, E0, E1)
-        v0, v1 = read(base + 2 * part + key.to(tl.int64) * step, valid_j, E, E0, E1)
-        scores = product(q0, q1, k0, k1, SPLIT, PRECISION) * (scale * LOG2_E) - logs[:, None]
+        k = read(base + part + key.to(tl.int64) * step, valid_j, E, E0, E1)
+        v = read(base + 2 * part + key.to(tl.int64) * step, valid_j, E, E0, E1)
+        scores = product(q, k, PRECISION) * (scale * LOG2_E) - logs[:, None]
         p = tl.exp2(tl.where(valid_r[:, None] & valid_j[None, :], scores, float("-inf")))
-        dp = product(g0, g1, v0, v1, SPLIT, PRECISION)
-        ds = (p * (dp - delta[:, None]) * weights[:, None]).to(q0.dtype)
-        dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
-        if SPLIT:
-            dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-    write(to + row.to(tl.int64) * 3 * D, valid_r & (r > 0), dq0, dq1, E, E0, E1)
-    write(to_cls + row * 0, r == 0, dq0, dq1, E, E0, E1)
+        dp = product(g, v, PRECISION)
+        ds = (p * (dp - delta[:, None]) * weights[:, None]).to(q[0].dtype)
+        dq = add_product(dq, ds, k, PRECISION)
+    write(to + row.to(tl.int64) * 3 * D, valid_r & (r > 0), dq, E, E0, E1)
+    write(to_cls + row * 0, r == 0, dq, E, E0, E1)
 
 
-@triton.jit
-def _backward_blocks(
-    grad, qkv, order, patch, counts, out, lse, cls_out, weight, frame_counts, grad_qkv, cls_grad, stride_b, stride_n,
-    stride_c, stride_h, grad_b, grad_n, grad_h, weight_b, weight_s, blocks, H, S, K, N, entries, scale,
+@triton.jit(do_not_specialize=HEAD_LENGTHS)
+def backward_blocks(
+    grad, qkv, order, patch, counts, out, lse, cls_out, weight, weighted, frame_counts, grad_qkv, cls_grad, stride_b,
+    stride_n, stride_c, stride_h, grad_b, grad_n, grad_h, weight_b, weight_s, blocks, H, S, K, N, entries, scale,
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, TAIL: tl.constexpr, J: tl.constexpr,
     RAGGED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +175,7 @@ def _backward_blocks(
         cls_at = cls_out + frame_head * E
         to = grad_qkv + (b * (1 + N) * 3 * H + h) * E
         to_cls = cls_grad + (frame * 3 * H + h) * E
-        share = frame_share(weight, frame_counts, b, s, S, weight_b, weight_s)
+        share = frame_share(weight, weighted, frame_counts, b, s, S, weight_b, weight_s)
         if for_keys:
             if length - r0 > TAIL:
                 _key_gradients(

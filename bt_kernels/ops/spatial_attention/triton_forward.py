@@ -1,26 +1,37 @@
 """Triton kernels of spatial_attention's forward, and helpers of both passes.
 
 Legend: B videos, S steps (slots, or frames when ragged), L tokens of a frame with CLS, K largest number of patches,
-N patch rows of a video, H heads, E head width (E0 + E1 columns), D = H·E, M rows of a program, J patches at a time.
+N patch rows of a video, H heads, E head width, D = H·E, M rows of a program, J patches at a time.
 Token 0 of a frame is the video's only CLS, token r > 0 its r-th patch. Strides are in units of UNIT elements.
 """
 
 import triton
 import triton.language as tl
 
-from bt_kernels._triton_heads import LOG2_E, product, product_with_one, read, read_one, write
+from bt_kernels._triton_heads import (
+    HEAD_LENGTHS,
+    LOG2_E,
+    add_product,
+    product,
+    product_by_rows,
+    read,
+    read_one,
+    scaled,
+    write,
+)
+from bt_kernels._triton_rows import LENGTHS, real_frames
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
-def clear_padding(index, out, index_b, index_n, N, W, R: tl.constexpr, C: tl.constexpr):
+@triton.jit(do_not_specialize=LENGTHS)
+def clear_padding(index, out, index_b, N, W, R: tl.constexpr, C: tl.constexpr):
     """Set the rows of ``out`` [B, 1+N, W] whose index is -1 to zero; other rows are neither read nor written."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(N, R)
     b = pid // blocks
     n = (pid % blocks) * R + tl.arange(0, R)
-    empty = tl.load(index + b * index_b + n * index_n, mask=n < N, other=0) < 0
+    empty = tl.load(index + b * index_b + n, mask=n < N, other=0) < 0
     if tl.sum(empty.to(tl.int32), 0) > 0:
         to = out + (b * (1 + N) + 1 + n[:, None]) * W
         for c0 in range(0, W, C):
@@ -29,23 +40,20 @@ def clear_padding(index, out, index_b, index_n, N, W, R: tl.constexpr, C: tl.con
 
 
 @triton.jit
-def frame_share(weight, frame_counts, b, s, S, weight_b, weight_s):
-    """Return the weight of a frame in the CLS row: ``weight`` if given, else that of a mean over the real frames."""
-    if weight is not None:
-        share = tl.load(weight + b * weight_b + s * weight_s).to(tl.float32)
-    elif frame_counts is not None:
-        count = tl.load(frame_counts + b)
-        share = tl.where(s < count, 1.0 / tl.maximum(count, 1).to(tl.float32), 0.0)
-    else:
-        share = 1.0 / S
-    return share
+def frame_share(weight, weighted, frame_counts, b, s, S, weight_b, weight_s):
+    """Return the weight of a frame in the CLS row: ``weight`` if ``weighted`` (an int, so that both cases are one
+    kernel), else that of a mean over the real frames."""
+    count = real_frames(frame_counts, b, S)
+    share = tl.where(s < count, 1.0 / tl.maximum(count, 1).to(tl.float32), 0.0)
+    given = tl.load(weight + b * weight_b + s * weight_s, mask=weighted > 0, other=0.0).to(tl.float32)
+    return tl.where(weighted > 0, given, share)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def sum_frames(
-    partial, weight, frame_counts, out, weight_b, weight_s, out_b, S, W, WEIGHTED: tl.constexpr, C: tl.constexpr
+    partial, weight, weighted, frame_counts, out, weight_b, weight_s, out_b, S, W, MEAN: tl.constexpr, C: tl.constexpr
 ):
-    """Compute out[b, 0] = Σ_s weight[b, s]·partial[b, s] (or without weights) of rows of W, in a fixed order."""
+    """Compute out[b, 0] = Σ_s partial[b, s] of rows of W, in a fixed order; with MEAN, weighted by frame_share."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(W, C)
     b = pid // blocks
@@ -53,8 +61,8 @@ def sum_frames(
     total = tl.zeros([C], tl.float32)
     for s in range(S):
         x = tl.load(partial + (b * S + s) * W + c, mask=c < W, other=0.0)
-        if WEIGHTED:
-            x *= frame_share(weight, frame_counts, b, s, S, weight_b, weight_s)
+        if MEAN:
+            x *= frame_share(weight, weighted, frame_counts, b, s, S, weight_b, weight_s)
         total += x
     tl.store(out + b * out_b + c, total.to(out.dtype.element_ty), mask=c < W)
 
@@ -95,42 +103,36 @@ def _attend(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute attention of tokens r, [M], of a frame. The online softmax starts with CLS; the loop is over patches."""
-    SPLIT: tl.constexpr = E > E0
     valid_r = r < length
     row, entry = token_rows(order, patch, frame, s, r, length, S, K, RAGGED)
-    q0, q1 = read(base + row.to(tl.int64) * step, valid_r, E, E0, E1)
+    q = read(base + row.to(tl.int64) * step, valid_r, E, E0, E1)
     keys = base + part
-    c0, c1 = read_one(keys, E, E0, E1)
-    top = product_with_one(q0, q1, c0, c1, SPLIT) * (scale * LOG2_E)
+    top = product_by_rows(q, read_one(keys, E, E0, E1)) * (scale * LOG2_E)
     total = tl.full([M], 1.0, tl.float32)
-    c0, c1 = read_one(keys + part, E, E0, E1)
-    acc0, acc1 = tl.zeros([M, E0], tl.float32) + c0, tl.zeros([M, E1], tl.float32) + c1
+    acc = scaled(read_one(keys + part, E, E0, E1), total)
     for j0 in range(0, length - 1, J):
         j = j0 + tl.arange(0, J)
         valid_j = j < length - 1
         at, _ = patch_rows(order, patch, frame, s, j, valid_j, S, K, RAGGED)
         at = keys + at.to(tl.int64) * step
-        k0, k1 = read(at, valid_j, E, E0, E1)
-        scores = product(q0, q1, k0, k1, SPLIT, PRECISION) * (scale * LOG2_E)
+        k = read(at, valid_j, E, E0, E1)
+        scores = product(q, k, PRECISION) * (scale * LOG2_E)
         scores = tl.where(valid_j[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - new_top[:, None])
         rescale = tl.exp2(top - new_top)
         total = total * rescale + tl.sum(p, 1)
-        v0, v1 = read(at + part, valid_j, E, E0, E1)
-        p = p.to(v0.dtype)
-        acc0 = tl.dot(p, v0, acc0 * rescale[:, None], input_precision=PRECISION)
-        if SPLIT:
-            acc1 = tl.dot(p, v1, acc1 * rescale[:, None], input_precision=PRECISION)
+        v = read(at + part, valid_j, E, E0, E1)
+        acc = add_product(scaled(acc, rescale), p.to(v[0].dtype), v, PRECISION)
         top = new_top
-    acc0, acc1 = acc0 / total[:, None], acc1 / total[:, None]
+    acc = scaled(acc, 1 / total)
     tl.store(lse + (frame * H + h) * entries + entry, (top + tl.log2(total)) * _LN_2, mask=valid_r)
-    write(out + ((b * (1 + N) + row.to(tl.int64)) * H + h) * E, valid_r & (r > 0), acc0, acc1, E, E0, E1)
-    write(cls_out + (frame * H + h) * E + row * 0, r == 0, acc0, acc1, E, E0, E1)
+    write(out + ((b * (1 + N) + row.to(tl.int64)) * H + h) * E, valid_r & (r > 0), acc, E, E0, E1)
+    write(cls_out + (frame * H + h) * E + row * 0, r == 0, acc, E, E0, E1)
 
 
-@triton.jit
-def _forward(
+@triton.jit(do_not_specialize=HEAD_LENGTHS)
+def forward(
     qkv, order, patch, counts, out, lse, cls_out, stride_b, stride_n, stride_c, stride_h, blocks, H, S, K, N, entries,
     scale,
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, M: tl.constexpr, TAIL: tl.constexpr, J: tl.constexpr,

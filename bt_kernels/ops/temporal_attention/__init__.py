@@ -4,7 +4,7 @@ from torch import Tensor
 
 from bt_kernels._checks import check_is_visible, check_tensor, check_visible
 from bt_kernels._dispatch import Kernel, unmeasured
-from bt_kernels._library import define_op, visible_arguments
+from bt_kernels._library import define_op
 from bt_kernels._native import why_not_cpu_kernel
 from bt_kernels._triton import triton_kernel
 from bt_kernels.ops.temporal_attention import limits, native, reference
@@ -51,4 +51,4 @@ def temporal_attention(qkv: Tensor, visible: VisibleTokens, backend: str | None 
     check_is_visible(visible)
     check_tensor("qkv", qkv, "[B, N, 3, H, E]", (None, visible.tokens, 3, None, None))
     check_visible(visible, "qkv", qkv)
-    return _OP(qkv, *visible_arguments(visible), backend)
+    return _OP(qkv, *visible.as_arguments(), backend)

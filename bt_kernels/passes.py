@@ -1,0 +1,105 @@
+"""Forward and backward passes of the ops as plain functions, for an autograd function that contains them.
+
+An autograd function that fuses several steps (a whole layer, for example) calls these instead of the public ops, which
+are differentiable themselves. Nothing here is recorded by autograd, cast by autocast or checked for shapes: call it in
+the forward or backward of a ``torch.autograd.Function``, with tensors of one dtype. ``torch.compile`` and dispatch
+modes see each call as one registered op.
+
+``visible`` is a :class:`bt_kernels.VisibleTokens` as a tuple (:meth:`~bt_kernels.VisibleTokens.as_arguments`), whose
+tensors an autograd function can save. ``backend`` is the name of a backend or None, as everywhere; a function that
+wants its backward to run where its forward ran keeps :func:`forced_backend` of its forward.
+
+Legend: B videos, T frames, P patches, N visible rows, S slots (or frames when ragged), H heads, E head width, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from bt_kernels._dispatch import forced_backend as _forced_backend
+from bt_kernels._layout import patch_rows
+from bt_kernels._library import OPS
+
+__all__ = [
+    "forced_backend",
+    "gather_merge",
+    "gather_merge_backward",
+    "patch_rows",
+    "spatial_attention",
+    "spatial_attention_backward",
+    "temporal_attention",
+    "temporal_attention_backward",
+]
+
+Visible = tuple[Tensor, Tensor | None, int, int, int | None]
+
+
+def forced_backend(requested: str | None = None) -> str | None:
+    """Return the backend that applies now: ``requested``, else that of the innermost block or the environment, or None.
+
+    Raises:
+        ValueError: the name is not that of a backend.
+    """
+    return _forced_backend(requested)
+
+
+def gather_merge(
+    backbone: Tensor, branch: Tensor, gate: Tensor | None, visible: Visible, backend: str | None
+) -> Tensor:
+    """Compute :func:`bt_kernels.gather_merge` of ``backbone`` [B, T, 1+P, D] and ``branch`` [B, 1+N, D]."""
+    return OPS["gather_merge"].forward(backbone, branch, gate, *visible, backend)
+
+
+def gather_merge_backward(
+    grad: Tensor,
+    backbone: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    visible: Visible,
+    needs: Sequence[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of backbone, branch and gate; one that ``needs`` does not ask for is an empty tensor.
+
+    ``grad`` is the gradient of the result, ``[B, 1+N, D]``.
+    """
+    return OPS["gather_merge"].backward(grad, backbone, branch, gate, *visible, list(needs), backend)
+
+
+def temporal_attention(qkv: Tensor, visible: Visible, backend: str | None) -> Tensor:
+    """Compute :func:`bt_kernels.temporal_attention` of ``qkv`` [B, N, 3, H, E]: ``[B, N, H, E]``."""
+    return OPS["temporal_attention"].forward(qkv, *visible, backend)
+
+
+def temporal_attention_backward(grad: Tensor, qkv: Tensor, visible: Visible, backend: str | None) -> Tensor:
+    """Return the gradient of ``qkv`` [B, N, 3, H, E] from that of the result, ``grad`` [B, N, H, E]."""
+    return OPS["temporal_attention"].backward(grad, qkv, *visible, [True], backend)
+
+
+def spatial_attention(
+    qkv: Tensor, frame_weight: Tensor | None, visible: Visible, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute :func:`bt_kernels.spatial_attention` of ``qkv`` [B, 1+N, 3, H, E].
+
+    Returns:
+        The result ``[B, 1+N, H, E]``, and what the backward reads: the log-sum-exp of the scores of each frame's
+        queries, and each frame's result of the CLS query ``[B, S, H, E]``, in float32 or wider.
+    """
+    return OPS["spatial_attention"].forward(qkv, frame_weight, *visible, backend)
+
+
+def spatial_attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    frame_weight: Tensor | None,
+    visible: Visible,
+    results: tuple[Tensor, Tensor, Tensor],
+    backend: str | None,
+) -> Tensor:
+    """Return the gradient of ``qkv`` from that of the result, ``grad`` [B, 1+N, H, E].
+
+    ``results`` are the three tensors that :func:`spatial_attention` returned.
+    """
+    return OPS["spatial_attention"].backward(grad, qkv, frame_weight, *visible, *results, [True], backend)
