@@ -121,11 +121,11 @@ class WholeWindow:
 
     ``b`` = the smallest power of two with ``2·T·b ≥ N``, and ``m = ceil(N / b)`` blocks, T < m ≤ 2·T once N > T.
 
-    The branch's time steps are planned over the blocks as ``video_tokens`` plans them over frames, and step s is the
-    mean over all frames of its blocks: frames ``[b · ceil(s·m / S), min(N, b · ceil((s+1)·m / S)))``. These are the
-    steps of ``video_tokens`` with each boundary rounded to a block. They are equal to them for N ≤ 2·T, and whenever N
-    is a multiple of b·S. No scheme of constant memory has them for every N: step 1 begins at frame ceil(N / S), so that
-    each frame is at some time the first of a step. The mean over time always includes all N frames equally.
+    Step s of the branch's S time steps begins at frame ``min(N, b · ceil(s·N / (S·b)))``: where it begins for
+    ``video_tokens`` of all N frames, ceil(s·N / S), rounded up to a block, which is less than N / T frames later. The
+    steps are equal for N ≤ 2·T, and whenever N is a multiple of b·S. No scheme of constant memory has them equal for
+    every N: step 1 begins at frame ceil(N / S), so that each frame is at some time the first of a step. A step is the
+    mean of its frames, and the mean over time always includes all N frames equally.
 
     Args:
         frames: T. A larger T rounds the boundaries less.
@@ -170,22 +170,26 @@ class WholeWindow:
         return sum(part.nbytes for part in (self._blocks, self._open) if part is not None)
 
     def plan(self, config: BTAdapterConfig, long: Long) -> TimeSteps:
-        """See `Window`; the plan's frames are blocks."""
+        """See `Window`; there are at most as many steps as blocks."""
         return plan_steps(config, -(-self.pushed // self.block), long)
 
     def edges(self, plan: TimeSteps) -> list[int]:
         """See `Window`."""
-        return [min(self.pushed, self.block * edge) for edge in plan.edges]
+        return [min(self.pushed, self.block * edge) for edge in self._block_edges(plan.steps)]
 
     def inputs(self, plan: TimeSteps) -> Iterator[Tensor]:
         """See `Window`."""
         assert self._blocks is not None
         for layer in range(len(self._blocks)):
-            yield self._means(layer, plan.edges)
+            yield self._means(layer, self._block_edges(plan.steps))
 
     def rows(self) -> Tensor:
         """See `Window`."""
-        return self._means(-1, [0, -(-self.pushed // self.block)])
+        return self._means(-1, self._block_edges(1))
+
+    def _block_edges(self, steps: int) -> list[int]:
+        """Return the first block of each step, and the number of blocks."""
+        return [-(-step * self.pushed // (steps * self.block)) for step in range(steps + 1)]
 
     def _merge(self, blocks: Tensor) -> None:
         """Average neighbouring full blocks in pairs, one layer at a time."""
