@@ -27,6 +27,7 @@ ROOMS = (
     "tune",
     "qa",
     "live",
+    "serve",
     "commands",
 )
 """Folders of ``bt_adapter``; "" holds its top-level files. A folder imports only from folders before it."""

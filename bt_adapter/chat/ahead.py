@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -25,6 +26,30 @@ _POLL = 0.05  # seconds between two checks for cancellation by a thread that wai
 
 class _Cancelled(CommandError):
     """Signals that the consumer closed the video before all frames were read."""
+
+
+@dataclass(frozen=True)
+class PreparedVideo:
+    """A video whose chosen frames are all decoded and prepared for the model.
+
+    It replaces a :class:`DecodedVideo` where decoding and encoding are to be apart.
+
+    chunks: float ``[t, 3, h, w]`` each. numbers: index of each frame among all frames of the file. total: frames in the
+    file. truncated: part of the file is missing or damaged. decode: seconds that decoding took.
+    """
+
+    chunks: tuple[Tensor, ...]
+    numbers: tuple[int, ...]
+    total: int
+    truncated: bool = False
+    decode: float = 0.0
+    path: str = "<bytes>"
+
+    def __len__(self) -> int:
+        return sum(map(len, self.chunks))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.chunks)
 
 
 class DecodedVideo:

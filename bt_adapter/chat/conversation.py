@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -129,7 +129,7 @@ class Conversation:
         check_context(self._limit, len(ids), sum(lengths), max_new_tokens, self._whole)
         kept = self._keep(ids)
         embeds = embed(self.model, ids, visuals)[None]
-        streamer = _Stream(self.processor.tokenizer, on_text or (lambda text: None))
+        streamer = WordStreamer(self.processor.tokenizer, on_text or (lambda text: None))
         try:
             new = generate(
                 self.model,
@@ -210,6 +210,7 @@ def generate(
     streamer: Any = None,
     cache: Any = None,
     tokenizer: Any = None,
+    further: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Generate greedy tokens after embeddings ``[B, S, E]``; rows that end early are padded. The prompt is left out.
 
@@ -217,7 +218,7 @@ def generate(
     ``stop_strings``, penalties, forbidden words). Settings for another search than a greedy one, or another kind of
     result, are overridden.
 
-    tokenizer: required if the model has ``stop_strings``.
+    tokenizer: required if the model has ``stop_strings``. further: more arguments of the model's ``generate``.
     """
     generator = family_of(model).generator
     settings = generator.generation_config
@@ -233,6 +234,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         streamer=streamer,
         **options,
+        **(further or {}),
     )
 
 
@@ -246,6 +248,17 @@ def answer_batch(
     (the identical tensor), the prefix is run once per video and its KV cache is used for all of its questions. Shorter
     prompts are padded after the prefix, or on the left if there is none.
     """
+    embeds, mask, cache = batch_prompts(model, prompts)
+    new = generate(model, embeds, mask, max_new_tokens, cache=cache, tokenizer=tokenizer)
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def batch_prompts(model: Any, prompts: Sequence[tuple[list[int], Sequence[Visual]]]) -> tuple[Tensor, Tensor, Any]:
+    """Prepare several prompts for one call of `generate`, as `answer_batch` describes.
+
+    Returns:
+        Embeddings ``[B, S, E]``, attention mask ``[B, S]``, and the KV cache of the shared prefix or None.
+    """
     rows = [embed(model, ids, visuals) for ids, visuals in prompts]
     prefix, cache = _run_prefixes(model, prompts, rows)
     length = max(len(row) for row in rows)
@@ -255,8 +268,7 @@ def answer_batch(
         rest = prefix + length - len(row)
         embeds[i, :prefix], mask[i, :prefix] = row[:prefix], 1
         embeds[i, rest:], mask[i, rest:] = row[prefix:], 1
-    new = generate(model, embeds, mask, max_new_tokens, cache=cache, tokenizer=tokenizer)
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return embeds, mask, cache
 
 
 def _run_prefixes(
@@ -292,7 +304,7 @@ def _run_prefixes(
     return prefix, cache
 
 
-class _Stream(TextStreamer):
+class WordStreamer(TextStreamer):
     """A streamer that counts tokens, records the time of the first, and passes text on at word ends."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:

@@ -31,31 +31,40 @@ class Turn:
     answer: str | None = None
 
 
-def conversation_ids(processor: Any, turns: Sequence[Turn], lengths: Sequence[int]) -> list[int]:
+def conversation_ids(
+    processor: Any, turns: Sequence[Turn], lengths: Sequence[int], system: str | None = None
+) -> list[int]:
     """Tokenize a conversation up to the start of the last turn's answer.
 
     Args:
         processor: of a video chat model. turns: the last one has no answer yet.
         lengths: number of tokens of each video and still, in order. All of them become image tokens, which the language
             model knows.
+        system: text of a system message before the first turn; None: no such message.
 
     Raises:
         PromptError: see :func:`conversation_text`.
     """
     token = str(processor.image_token)
-    pieces = conversation_text(processor, turns).split(token)
+    pieces = conversation_text(processor, turns, system).split(token)
     text = pieces[0] + "".join(token * n + piece for n, piece in zip(lengths, pieces[1:], strict=True))
     return text_ids(processor.tokenizer, text)
 
 
-def conversation_text(processor: Any, turns: Sequence[Turn]) -> str:
+def conversation_text(processor: Any, turns: Sequence[Turn], system: str | None = None) -> str:
     """Write the text up to the start of the last turn's answer, with one image token for every video and still.
 
     Raises:
         PromptError: a question is empty, contains the image token, or has the wrong number of places for visuals; an
-            answer contains a visual's token; or the chat template omits a visual or refuses the conversation.
+            answer or the system message contains a visual's token; or the chat template omits a visual or refuses the
+            conversation.
     """
     messages: list[dict[str, Any]] = []
+    if system is not None:
+        for token in (str(processor.image_token), processor.video_token):
+            if token in system:
+                raise PromptError(f"the system message holds {token!r}, which stands for a video or still")
+        messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
     for turn in turns:
         messages.append({"role": "user", "content": _parts(turn, str(processor.image_token))})
         if turn.answer is not None:

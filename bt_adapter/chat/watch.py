@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bt_adapter.chat.ahead import DecodedVideo
+from bt_adapter.chat.ahead import DecodedVideo, PreparedVideo
 from bt_adapter.chat.attach import video_tokens
 from bt_adapter.chat.conversation import Visual, context, video_room
 from bt_adapter.data import VideoError, read_image
@@ -73,20 +73,21 @@ class EncodedVisual(Visual):
 @torch.no_grad()
 def watch(
     chat: VideoChat,
-    video: str | Path | FrameStream | DecodedVideo,
+    video: str | Path | FrameStream | DecodedVideo | PreparedVideo,
     sampling: Sampling,
     progress: Progress | None = None,
     room: int | None = None,
 ) -> EncodedVisual:
-    """Encode a video file, an open stream or a decoded video as tokens, one chunk of frames at a time.
+    """Encode a video file, an open stream or decoded frames as tokens, one chunk of frames at a time.
 
     ``progress`` is called with the frames done and in total. room: maximum number of tokens where ``windows`` is None
     (at least one set); None: what fits into the model's context. Raises VideoError; ValueError for values out of range.
     """
     begin = time.perf_counter()
     model = chat.branch
-    stream = video if isinstance(video, (FrameStream, DecodedVideo)) else sampling.open(video)
-    stream.progress = progress
+    stream = video if isinstance(video, (FrameStream, DecodedVideo, PreparedVideo)) else sampling.open(video)
+    if not isinstance(stream, PreparedVideo):
+        stream.progress = progress
     if isinstance(stream, FrameStream) and stream.side is None:
         stream.side = chat.images.largest_side
     decode = time.perf_counter() - begin
@@ -102,7 +103,7 @@ def watch(
             if chunk is None:
                 return
             frames += len(chunk)
-            yield chunk if isinstance(stream, DecodedVideo) else chat.prepare(chunk)[0]
+            yield chat.prepare(chunk)[0] if isinstance(stream, FrameStream) else chunk
 
     length = chat.family.video_length
     if len(chat.family.feature_layers) > 1:
@@ -138,7 +139,12 @@ def encode_image(chat: VideoChat, path: str | Path) -> EncodedVisual:
     )
 
 
-def _whole(chat: VideoChat, pieces: Iterator[Tensor], stream: FrameStream | DecodedVideo, sampling: Sampling) -> Tensor:
+def _whole(
+    chat: VideoChat,
+    pieces: Iterator[Tensor],
+    stream: FrameStream | DecodedVideo | PreparedVideo,
+    sampling: Sampling,
+) -> Tensor:
     """Encode all frames at once, for a model that reads several tower layers: tokens ``[1, P+1, …]``."""
     limit = WINDOW_ROWS * chat.branch.config.max_frames
     if len(stream) > limit or sampling.windows not in (None, 1):

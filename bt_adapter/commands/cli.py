@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import subcommand
 
 from bt_adapter.chat.settings import Answer, Chat
-from bt_adapter.commands import answer, chat, convert, demo, eval, export, live, pretrain, qa, shards, tune
+from bt_adapter.commands import answer, chat, convert, demo, eval, export, live, pretrain, qa, serve, shards, tune
 from bt_adapter.commands.groups import check_names, grouped, ungrouped
 from bt_adapter.errors import CommandError
 from bt_adapter.eval.settings import Recognition, Retrieval
@@ -21,17 +21,18 @@ from bt_adapter.live.settings import LiveChat
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.progress import prepare_output
 from bt_adapter.qa.settings import Qa
+from bt_adapter.serve.settings import Serve
 from bt_adapter.tune.recipe import TuneRecipe
 
 DESCRIPTION = (
-    "Video for image chat models: chat, pretraining of the branch, zero-shot evaluation, and the demo. "
+    "Video for image chat models: chat, a server, pretraining of the branch, zero-shot evaluation, and the demo. "
     "bt-adapter --version prints the version."
 )
 
 
 # the module that runs each command, by the class of its options
 RUN = {
-    Answer: answer, Qa: qa,
+    Answer: answer, Qa: qa, Serve: serve,
     Chat: chat, LiveChat: live, convert.Convert: convert, demo.Demo: demo, export.Export: export,
     Recipe: pretrain, TuneRecipe: tune,
     Retrieval: eval, Recognition: eval, shards.Shards: shards,
@@ -60,6 +61,7 @@ def parse(argv: list[str]) -> Any:
         Annotated[grouped(Chat), subcommand("chat")]
         | Annotated[grouped(Answer), subcommand("answer")]
         | Annotated[grouped(LiveChat), subcommand("live")]
+        | Annotated[grouped(Serve), subcommand("serve")]
         | Annotated[convert.Convert, subcommand("convert")]
         | Annotated[export.Export, subcommand("export")]
         | Annotated[demo.Demo, subcommand("demo")]

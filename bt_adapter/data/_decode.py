@@ -177,6 +177,7 @@ def _decode(
     packets, number = container.demux(stream), -1
     while True:
         packet: av.Packet | None
+        source.check()
         try:
             packet = next(packets, None)
         except FFmpegError:  # the file is truncated here; the decoder still holds good frames

@@ -160,6 +160,7 @@ def scan(source: Source) -> Index:
         codecs = {stream.index: stream.codec.name for stream in streams}
         try:
             for packet in container.demux(*streams):
+                source.check()
                 table = tables[packet.stream_index]
                 if packet.size:
                     table.add(packet, codecs[packet.stream_index])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -56,6 +56,7 @@ class Source:
         max_pixels: frames with more pixels (width times height) raise VideoError.
         frame_threads: allow one frame per thread. False recovers all decodable frames of a damaged file: PyAV drops
             the frames that a frame-threaded decoder still holds when it reports an error.
+        check: called before each packet is read or decoded; what it raises ends the reading.
     """
 
     name: str
@@ -63,9 +64,16 @@ class Source:
     threads: int = 0
     max_pixels: int = MAX_PIXELS
     frame_threads: bool = True
+    check: Callable[[], object] = lambda: None
 
     @classmethod
-    def of(cls, path: PathLike, threads: int = 0, max_pixels: int | None = None) -> Source:
+    def of(
+        cls,
+        path: PathLike,
+        threads: int = 0,
+        max_pixels: int | None = None,
+        check: Callable[[], object] = lambda: None,
+    ) -> Source:
         """Make a source after the checks that need no open file. Raises TypeError, ValueError, VideoError.
 
         ``max_pixels`` None: the environment variable BT_ADAPTER_MAX_PIXELS, or 2**26 if it is not set.
@@ -75,21 +83,21 @@ class Source:
         if isinstance(path, bytes | bytearray | memoryview):
             if len(path) == 0:
                 raise VideoError("<bytes>: the file is empty (0 bytes)")
-            return cls("<bytes>", bytes(path), threads, max_pixels)
+            return cls("<bytes>", bytes(path), threads, max_pixels, check=check)
         if isinstance(path, str | os.PathLike):
             name = os.fsdecode(path)
             _check_regular(name)
             # absolute, so that FFmpeg takes no name such as "a:b.mp4" for a protocol
-            return cls(name, os.path.abspath(name), threads, max_pixels)
+            return cls(name, os.path.abspath(name), threads, max_pixels, check=check)
         if not callable(getattr(path, "read", None)):
             raise TypeError(f"path must be a file name, bytes or a binary file object, got {type(path).__name__}")
         name = str(getattr(path, "name", "<file>"))
         if isinstance(path, io.TextIOBase):
             raise TypeError(f"path must be opened in binary mode, got {type(path).__name__} ({name})")
         if callable(getattr(path, "seekable", None)) and path.seekable() and path.tell() == 0:
-            return cls(name, path, threads, max_pixels)
+            return cls(name, path, threads, max_pixels, check=check)
         # containers count offsets from their own first byte
-        return cls(name, path.read(), threads, max_pixels)
+        return cls(name, path.read(), threads, max_pixels, check=check)
 
     @contextmanager
     def open(self, **options: str) -> Iterator[av.container.InputContainer]:
@@ -98,7 +106,9 @@ class Source:
         Errors of PyAV inside the context are raised as VideoError, and so are a lack of memory and failing storage:
         FFmpeg alone takes a read error for the end of the file.
         """
-        options = {"format_whitelist": _CONTAINERS, **options}
+        # PyAV also gives them to the decoders that FFmpeg opens by itself to learn about the streams, which would
+        # allocate memory for a first frame of any size. (FLV lists its streams too late for that.)
+        options = {"format_whitelist": _CONTAINERS, "max_pixels": str(self.max_pixels), **options}
         with ExitStack() as stack:
             try:
                 file = stack.enter_context(self.raw())

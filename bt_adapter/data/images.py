@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from typing import BinaryIO
@@ -12,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from bt_adapter.data._source import VideoError
 from bt_adapter.data.patience import is_mistake
+from bt_adapter.data.sampling import check_count
 
 # Pillow's name of each format and its usual name. Other formats are not tried: some readers run external programs.
 FORMATS = {
@@ -37,27 +39,28 @@ _TURNS = {
 _SIXTEEN_BITS = 65535
 
 
-def read_image(path: str | os.PathLike[str]) -> torch.Tensor:
-    """Read a picture file as uint8 ``[3, H, W]``, RGB, rotated upright by its EXIF orientation.
+def read_image(path: str | os.PathLike[str] | bytes, max_pixels: int | None = None) -> torch.Tensor:
+    """Read a picture file, or its bytes, as uint8 ``[3, H, W]``, RGB, rotated upright by its EXIF orientation.
 
     JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF and PPM are detected by content, not by name. An animation or a
     file of several pages gives its first picture. Gray, palettes and CMYK become RGB, and 16 bits per colour become 8;
     transparency is dropped, as in CLIP's own preprocessing, and colour profiles are not applied.
 
-    Pillow's settings apply: ``PIL.Image.MAX_IMAGE_PIXELS`` (twice as many pixels are an error) and
+    max_pixels: limit on the picture's pixels, checked against its header before any memory is allocated for them; None:
+    Pillow's own limit. Pillow's settings apply: ``PIL.Image.MAX_IMAGE_PIXELS`` (twice as many pixels are an error) and
     ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` (if it is unset, a truncated file is an error).
 
     Raises:
+        ValueError: ``max_pixels`` is below 1.
         VideoError: the file is missing, no regular file, of another format, truncated, damaged or too large; the
             message names it.
     """
-    name = os.fspath(path)
+    if max_pixels is not None:
+        check_count("max_pixels", max_pixels)
+    name = "<bytes>" if isinstance(path, bytes) else os.fspath(path)
     try:
-        mode = os.stat(name).st_mode
-        if not stat.S_ISREG(mode):
-            raise VideoError(f"{name}: is {'a directory' if stat.S_ISDIR(mode) else 'no regular file'}, not a picture")
-        with open(name, "rb") as file:
-            pixels = _pixels(file)
+        with _opened(path) as file:
+            pixels = _pixels(file, name, max_pixels)
     except VideoError:
         raise
     except FileNotFoundError as error:
@@ -94,10 +97,25 @@ def is_animation(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _pixels(file: BinaryIO) -> np.ndarray:
-    """Decode a picture to a new array, uint8 ``[H, W, 3]``."""
+def _opened(path: str | os.PathLike[str] | bytes) -> BinaryIO:
+    """Open a picture. Raises VideoError for a name that is no regular file, OSError if it cannot be opened."""
+    if isinstance(path, bytes):
+        return io.BytesIO(path)
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        found = "a directory" if stat.S_ISDIR(mode) else "no regular file"
+        raise VideoError(f"{os.fspath(path)}: is {found}, not a picture")
+    return open(path, "rb")
+
+
+def _pixels(file: BinaryIO, name: str, max_pixels: int | None) -> np.ndarray:
+    """Decode a picture to a new array, uint8 ``[H, W, 3]``. Raises VideoError if it has too many pixels."""
     Image.init()  # registers the less common formats too
     with Image.open(file, formats=tuple(FORMATS)) as image:
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise VideoError(
+                f"{name}: its {image.width} x {image.height} pixels are more than the limit of {max_pixels:,}"
+            )
         image.load()
         try:
             turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import av
@@ -39,6 +39,9 @@ class FrameStream:
         repeat: if the video has fewer than ``frames`` frames, repeat frames instead of raising.
         chunk: most frames per chunk; fewer if ``chunk`` frames exceed 256 MiB.
         side, max_pixels: as for :func:`read_video`.
+        threads: decoder threads; 0: one per core.
+        check: called before each packet is read or decoded. What it raises ends the reading; a VideoError is raised
+            unchanged, another ValueError becomes one.
 
     Attributes:
         numbers: index of each frame among all frames of the file, ascending; ``len(stream)`` is T.
@@ -61,6 +64,8 @@ class FrameStream:
         chunk: int = 32,
         side: int | None = None,
         max_pixels: int | None = None,
+        threads: int = 0,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
         if frames is not None and fps is not None:
             raise ValueError(f"only one of frames and fps may be given, but frames is {frames} and fps is {fps}")
@@ -68,7 +73,7 @@ class FrameStream:
         for label, value in (("side", side), ("max_pixels", max_pixels)):
             if value is not None:
                 check_count(label, value)
-        self._source, self._most = Source.of(path, max_pixels=max_pixels), chunk
+        self._source, self._most = Source.of(path, threads, max_pixels, check), chunk
         self.side = side
         self.progress: Progress | None = None
         if frames is not None:

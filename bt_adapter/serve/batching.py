@@ -1,0 +1,180 @@
+"""The thread that runs the model: it encodes visuals and answers the prompts that wait at one moment in one batch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from bt_adapter.chat.conversation import Visual
+from bt_adapter.serve.errors import ApiError
+from bt_adapter.serve.metrics import Metrics
+from bt_adapter.serve.rows import Decoding, Finish, Row, end_tokens, generate_rows
+
+T = TypeVar("T")
+_LOG = logging.getLogger("bt_adapter.serve")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of an answer: why, the number of its tokens, and seconds to the first token and in total."""
+
+    finish: Finish
+    tokens: int
+    first: float
+    seconds: float
+
+
+@dataclass
+class Answering:
+    """A prompt that waits for its answer or is being answered.
+
+    Iterate over it for the pieces of text and, last, `Ended`. ids, visuals: as for ``answer_batch``.
+    """
+
+    ids: list[int]
+    visuals: Sequence[Visual]
+    decoding: Decoding
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    begin: float = field(default_factory=time.perf_counter)
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _pieces: asyncio.Queue[str | Ended | ApiError] = field(default_factory=asyncio.Queue)
+
+    def tell(self, piece: str | Ended | ApiError) -> None:
+        """Pass a piece of text, the end or an error on; called in the model's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+        except RuntimeError:  # the server has stopped
+            self.cancelled.set()
+
+    def end(self, row: Row) -> None:
+        """Pass the end on."""
+        now = time.perf_counter()
+        assert row.finish is not None
+        self.tell(Ended(row.finish, row.tokens, (row.first or now) - self.begin, now - self.begin))
+
+    async def __aiter__(self) -> AsyncIterator[str | Ended]:
+        """Yield the pieces and the end; leaving early cancels the answer. Raises ApiError if the model fails."""
+        try:
+            while True:
+                piece = await self._pieces.get()
+                if isinstance(piece, ApiError):
+                    raise piece
+                yield piece
+                if isinstance(piece, Ended):
+                    return
+        finally:
+            self.cancelled.set()
+
+
+class ModelThread:
+    """Runs all of a model's work in one thread, in batches.
+
+    Work that encodes is done first, so that the answers it leads to are in the same batch.
+
+    Args:
+        model: a video chat model. tokenizer: its tokenizer. batch_size: most prompts answered at once.
+        metrics: counts batches and tokens.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, metrics: Metrics) -> None:
+        self.model, self.tokenizer, self.batch_size, self.metrics = model, tokenizer, batch_size, metrics
+        self._ends = end_tokens(model)
+        self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._waiting: deque[Answering] = deque()
+        self._changed, self._stopped = threading.Condition(), False
+        self.seconds = 1.0  # of a batch, a running mean
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Callable[[], T]) -> Future[T]:
+        """Run a function in the model's thread, before the next batch of answers."""
+        future: Future[T] = Future()
+        with self._changed:
+            self._work.append((work, future))
+            self._changed.notify()
+        return future
+
+    def answer(self, answering: Answering) -> None:
+        """Add a prompt to those that wait."""
+        with self._changed:
+            self._waiting.append(answering)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Stop after the current batch, whose answers are cancelled; wait for the thread a few seconds."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join(5.0)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Number of prompts that wait for a batch."""
+        return len(self._waiting)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or self._work or self._waiting)
+                if self._stopped:
+                    break
+                work, self._work = self._work, deque()
+            for task, future in work:
+                _do(task, future)
+            with self._changed:
+                if self._work:
+                    continue
+                batch = [self._waiting.popleft() for _ in range(min(self.batch_size, len(self._waiting)))]
+            if batch := [answering for answering in batch if not answering.cancelled.is_set()]:
+                self._answer(batch)
+        for answering in self._waiting:
+            answering.tell(ApiError(503, "the server is stopping"))
+        for _, future in self._work:
+            future.cancel()
+
+    def _answer(self, batch: list[Answering]) -> None:
+        begin = time.perf_counter()
+        rows = [
+            Row(self.tokenizer, self._ends, one.decoding, self._text_teller(one), one.end, one.cancelled)
+            for one in batch
+        ]
+        try:
+            generate_rows(self.model, self.tokenizer, [(one.ids, one.visuals) for one in batch], rows)
+        except Exception:
+            _LOG.exception("a batch of %d answers failed", len(batch))
+            for one, row in zip(batch, rows, strict=True):
+                if row.finish is None:
+                    one.tell(ApiError(500, "the model failed to answer"))
+            return
+        self.seconds = 0.8 * self.seconds + 0.2 * (time.perf_counter() - begin)
+        self.metrics.count_batch([len(one.ids) for one in batch], [row.tokens for row in rows])
+
+    def _text_teller(self, answering: Answering) -> Callable[[str], None]:
+        def tell(text: str) -> None:
+            if self._stopped:
+                answering.cancelled.set()
+            answering.tell(text)
+
+        return tell
+
+
+def _do(task: Callable[[], Any], future: Future[Any]) -> None:
+    """Run a task and give its result or error to the future."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(task())
+    except BaseException as error:
+        future.set_exception(error)

@@ -1,0 +1,104 @@
+"""Decoding of stills and videos from bytes, within limits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bt_adapter.chat.ahead import PreparedVideo
+from bt_adapter.data import VideoError, read_image
+from bt_adapter.data.stream import FrameStream
+from bt_adapter.serve.limits import DecodingTime, Limits
+from bt_adapter.serve.media import Media, MediaError
+from bt_adapter.serve.requests import FrameChoice
+
+_CHUNK = 16  # decoded frames held before they are resized
+
+
+@dataclass(frozen=True)
+class DecodedStill:
+    """A still, uint8 ``[3, H, W]``, and the seconds that decoding took."""
+
+    pixels: Tensor
+    decode: float
+
+
+class MediaDecoder:
+    """Decodes stills and videos and prepares the frames of videos for the tower.
+
+    prepare: converts frames uint8 ``[t, 3, H, W]``, see ``VideoChat.prepare``. side: target side of its resize.
+    """
+
+    def __init__(self, prepare: Callable[[Tensor], Tensor], side: int | None, limits: Limits) -> None:
+        self.prepare, self.side, self.limits = prepare, side, limits
+
+    def still(self, media: Media) -> DecodedStill:
+        """Decode a still. Raises VideoError."""
+        begin = time.perf_counter()
+        pixels = read_image(media.pieces[0], self.limits.pixels)
+        return DecodedStill(pixels, time.perf_counter() - begin)
+
+    def video(self, media: Media, choice: FrameChoice, repeat: bool, timer: DecodingTime) -> PreparedVideo:
+        """Decode the chosen frames of a video.
+
+        choice: with ``frames`` or ``fps``. repeat: repeat frames of a video that has fewer than ``frames``.
+
+        Raises:
+            VideoError: the video cannot be decoded within the limits, or has too few frames.
+        """
+        timer.check()
+        begin = time.perf_counter()
+        if media.frames:
+            chunks, numbers, total, cut = *self._pictures(media, choice, timer), False
+        else:
+            stream = self._open(media.pieces[0], choice, repeat, timer)
+            chunks = []
+            for chunk in stream:
+                chunks.append(self.prepare(chunk))
+                timer.check()
+            seen = sum(map(len, chunks))
+            numbers, total, cut = tuple(stream.numbers[:seen]), stream.total, stream.truncated
+        return PreparedVideo(tuple(chunks), numbers, total, cut, time.perf_counter() - begin)
+
+    def _open(self, content: bytes, choice: FrameChoice, repeat: bool, timer: DecodingTime) -> FrameStream:
+        most = self.limits.frames if choice.most is None else min(choice.most, self.limits.frames)
+        frames = choice.frames
+        if frames is not None:
+            self._check_frames(frames, "num_frames")
+        stream = self._stream(content, frames, choice.fps, timer)
+        if frames is None and len(stream) > most:
+            if choice.most is None:  # a limit of the server's is no wish of the client's
+                self._check_frames(len(stream), f"fps {choice.fps:g} gives {len(stream)} frames; max_frames")
+            stream = self._stream(content, most, None, timer)
+        if frames is not None and not repeat and stream.total < frames:
+            raise VideoError(f"{frames} frames were asked for, but the video has {stream.total}")
+        return stream
+
+    def _stream(self, content: bytes, frames: int | None, fps: float | None, timer: DecodingTime) -> FrameStream:
+        return FrameStream(
+            content, frames, fps, True, _CHUNK, self.side, self.limits.pixels, threads=1, check=timer.check
+        )
+
+    def _check_frames(self, frames: int, name: str) -> None:
+        if frames > self.limits.frames:
+            raise MediaError(f"{name} must be at most {self.limits.frames} on this server")
+
+    def _pictures(
+        self, media: Media, choice: FrameChoice, timer: DecodingTime
+    ) -> tuple[list[Tensor], tuple[int, ...], int]:
+        """Decode frames that came as pictures: all, unless the request itself asks for fewer."""
+        total = len(media.pieces)
+        if choice.fps is not None:
+            raise MediaError("fps must not be given with frames that came as pictures, whose times are not known")
+        count = min(total if choice.frames is None else choice.frames, choice.most or total)
+        self._check_frames(count, "the number of pictures (or num_frames)")
+        numbers = tuple(((torch.arange(count) + 0.5) * total / count).long().tolist())
+        frames = []
+        for number in numbers:
+            timer.check()
+            frames.append(self.prepare(read_image(media.pieces[number], self.limits.pixels)[None]))
+        return list(torch.cat(frames).split(_CHUNK)), numbers, total

@@ -1,0 +1,45 @@
+"""Errors of requests, in the shape of OpenAI's API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """A request that is refused or fails.
+
+    Args:
+        status: HTTP status code. message: what is wrong and what to do; without paths and addresses of the server.
+        param: the field of the request, such as ``messages[0].content[1].video_url``. code: machine-readable reason.
+        retry_after: seconds after which to try again, sent as the header ``Retry-After``.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The body of the answer, ``{"error": {"message", "type", "param", "code"}}``."""
+        kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """Make the error of a request that asks for something impossible or unsupported (400)."""
+    return ApiError(400, message, param, code)

@@ -1,0 +1,84 @@
+"""Run the server of ``bt-adapter serve``."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+
+import torch
+import uvicorn
+
+from bt_adapter.chat.session import load, sampling_of, say_choices
+from bt_adapter.errors import CommandError
+from bt_adapter.progress import make_console, say
+from bt_adapter.serve.app import make_app
+from bt_adapter.serve.limits import MEBIBYTE, Limits
+from bt_adapter.serve.service import Service, ServiceOptions
+from bt_adapter.serve.settings import Serve
+
+API_KEY_VARIABLE = "BT_ADAPTER_API_KEY"
+_SHUTDOWN_SECONDS = 5
+
+
+def run_serve(command: Serve) -> int:
+    """Load the model and serve it until the process gets SIGINT or SIGTERM. Returns the exit code."""
+    notes = make_console(stderr=True)
+    listener = bind(command.host, command.port)  # before the model is loaded, so that a port in use is told early
+    torch.set_num_threads(command.threads or default_threads(os.cpu_count() or 1))
+    say_choices(notes, command.chat_model())
+    with notes.status("loading the model"):
+        chat = load(command.chat_model())
+    service = Service(chat, service_options(command))
+    app = make_app(service, command.api_key or os.environ.get(API_KEY_VARIABLE) or None)
+    config = uvicorn.Config(
+        app, log_level="info" if command.access_log else "warning", access_log=command.access_log,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS, server_header=False,
+    )  # fmt: skip
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    say(notes, f"serving {command.name} at http://{shown}:{port}/v1")
+    uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+def service_options(command: Serve) -> ServiceOptions:
+    """Return the settings of the service of a command line."""
+    limits = Limits(
+        body=command.max_body_mb * MEBIBYTE,
+        bodies=8 * command.max_body_mb * MEBIBYTE,
+        media=command.max_media_mb * MEBIBYTE,
+        pixels=command.max_pixels,
+        frames=command.max_frames,
+        visuals=command.max_visuals,
+        seconds=command.decode_seconds,
+        waiting=command.max_waiting,
+    )
+    return ServiceOptions(
+        command.name,
+        replace(sampling_of(command.chat_model()), repeat=not command.no_repeat),
+        command.max_new_tokens,
+        command.batch_size,
+        command.decoders,
+        command.cache_mb * MEBIBYTE,
+        limits,
+        command.allowed_media_path,
+        command.allowed_media_domain,
+    )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Reserve an address to listen on. Raises CommandError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise CommandError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from error
+    return listener
+
+
+def default_threads(cores: int) -> int:
+    """Return the number of the model's threads on a machine of so many cores."""
+    return max(1, min(4, cores // 2))

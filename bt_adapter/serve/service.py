@@ -1,0 +1,265 @@
+"""Answers to requests: media to tokens, messages to a prompt, a prompt to an answer in the model's batches."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from bt_adapter.chat.conversation import Visual, context, video_room
+from bt_adapter.chat.prompts import PromptError, conversation_ids
+from bt_adapter.chat.watch import EncodedVisual, Sampling, watch
+from bt_adapter.data import VideoError
+from bt_adapter.files import digest
+from bt_adapter.model.video_tokens import plan_windows
+from bt_adapter.serve.batching import Answering, ModelThread
+from bt_adapter.serve.decoding import MediaDecoder
+from bt_adapter.serve.errors import ApiError, bad_request
+from bt_adapter.serve.fetch import Downloader
+from bt_adapter.serve.limits import DecodingTime, Limits
+from bt_adapter.serve.media import Media, MediaError, read_allowed_file, read_data_url
+from bt_adapter.serve.messages import Address, read_messages
+from bt_adapter.serve.metrics import Metrics
+from bt_adapter.serve.requests import ChatRequest, FrameChoice
+from bt_adapter.serve.rows import Decoding
+from bt_adapter.serve.sharing import SharedWork
+from bt_adapter.serve.tokens import Seen, TokenCache
+
+if TYPE_CHECKING:
+    from bt_adapter.chat.engine import VideoChat
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """Settings of a service.
+
+    name: the model's name in the API. sampling: default frames, and the treatment of long videos. most_tokens: default
+    length of an answer. batch_size: most prompts answered at once. decoders: stills and videos decoded at a time.
+    cache: bytes of the cache of visual tokens. media_path: folder of ``file://`` URLs; None: none. media_domains: hosts
+    of ``https://`` URLs.
+    """
+
+    name: str = "mini"
+    sampling: Sampling = Sampling(repeat=True)
+    most_tokens: int = 64
+    batch_size: int = 8
+    decoders: int = 2
+    cache: int = 256 << 20
+    limits: Limits = Limits()
+    media_path: Path | None = None
+    media_domains: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose media are encoded: its prompt waits for :meth:`Service.answer`.
+
+    seen: the stills and videos, in order, and whether each came from the cache.
+    """
+
+    answering: Answering
+    seen: tuple[tuple[Seen, bool], ...]
+
+    @property
+    def frames(self) -> list[int]:
+        """Number of frames seen of each video."""
+        return [seen.visual.frames for seen, _ in self.seen if seen.visual.kind == "video"]
+
+
+class Service:
+    """A video chat model that answers many requests. It is made and used within a running event loop.
+
+    Args:
+        chat: the model. options: see `ServiceOptions`.
+    """
+
+    def __init__(self, chat: VideoChat, options: ServiceOptions) -> None:
+        self.chat, self.options, self.metrics = chat, options, Metrics()
+        self.model = ModelThread(chat.model, chat.tokenizer, options.batch_size, self.metrics)
+        self.cache = TokenCache(options.cache)
+        self.decoder = MediaDecoder(lambda frames: chat.prepare(frames)[0], chat.images.largest_side, options.limits)
+        self.downloader = Downloader(options.media_domains, options.limits.media, options.limits.seconds)
+        self._pool = ThreadPoolExecutor(options.decoders, "decoding")
+        self._encoding: SharedWork[Seen] = SharedWork()
+        self.admitted = 0
+        self.metrics.watch("running", "Requests that are being answered or wait.", lambda: self.admitted)
+        self.metrics.watch("waiting", "Prompts that wait for a batch.", lambda: self.model.waiting)
+        self.metrics.watch("cache_bytes", "Bytes of cached visual tokens.", lambda: self.cache.size)
+
+    def close(self) -> None:
+        """Stop the threads; answers that are being generated are cut short."""
+        self.model.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Count a request while it is being answered. Raises ApiError (429) if too many are."""
+        if self.admitted >= self.options.limits.waiting:
+            raise self.busy("too many requests are waiting")
+        self.admitted += 1
+        try:
+            yield
+        finally:
+            self.admitted -= 1
+
+    def busy(self, message: str) -> ApiError:
+        """Make the error of a request that comes when there is no room, with a guess of when there will be."""
+        seconds = self.model.seconds * (1 + self.model.waiting / self.options.batch_size)
+        return ApiError(429, f"{message}; try again later", code="busy", retry_after=max(1, min(60, round(seconds))))
+
+    async def prepare(self, request: ChatRequest) -> Prepared:
+        """Encode a request's media and build its prompt. Raises ApiError."""
+        if request.model != self.options.name:
+            raise ApiError(404, f"there is no model {request.model[:200]!r}", "model", "model_not_found")
+        turns, system, addresses = read_messages(request.messages)
+        if len(addresses) > self.options.limits.visuals:
+            raise bad_request(f"a request may have {self.options.limits.visuals} stills and videos", "messages")
+        most = self.options.most_tokens if request.most_tokens is None else request.most_tokens
+        room = video_room(context(self.chat.model), 0, most) // max(1, len(addresses))
+        sampling, choice = self._sampling(request)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._see(address, sampling, choice, room)) for address in addresses]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+        seen = [task.result() for task in tasks]
+        visuals: list[Visual] = [one.visual for one, _ in seen]
+        try:
+            ids = conversation_ids(self.chat.processor, turns, [len(visual.tokens) for visual in visuals], system)
+        except PromptError as error:
+            raise bad_request(str(error), "messages") from error
+        if len(ids) + most > (limit := context(self.chat.model)):
+            raise bad_request(
+                f"the prompt takes {len(ids)} tokens and {most} are asked for the answer, but the model's context is "
+                f"{limit}",
+                "messages",
+                "context_length_exceeded",
+            )
+        if self.chat.family.needs_question:
+            question = turns[-1].question
+            visuals = await self._in_model(lambda: [visual.for_question(question) for visual in visuals])
+        decoding = Decoding(
+            most,
+            request.temperature or 0.0,
+            1.0 if request.top_p is None else request.top_p,
+            None if request.seed is None else request.seed % 2**63,
+            request.stops,
+        )
+        return Prepared(Answering(ids, visuals, decoding), tuple(seen))
+
+    def answer(self, prepared: Prepared) -> Answering:
+        """Let the model answer; iterate over the result."""
+        self.model.answer(prepared.answering)
+        return prepared.answering
+
+    def _sampling(self, request: ChatRequest) -> tuple[Sampling, FrameChoice]:
+        """Return the treatment of a request's videos, and its frames with the server's defaults put in."""
+        sampling, choice = self.options.sampling, request.frame_choice()
+        if request.branch and not sampling.branch:
+            raise bad_request("this server runs its model without the branch", "branch")
+        if request.branch is not None:
+            sampling = replace(sampling, branch=request.branch)
+        return sampling, choice
+
+    async def _see(self, address: Address, sampling: Sampling, choice: FrameChoice, room: int) -> tuple[Seen, bool]:
+        """Return the tokens of a still or video, and whether they were in the cache. Raises ApiError."""
+        try:
+            media = await self._load(address)
+            digest = await self._in_pool(_digest, media)
+            if address.kind == "image":
+                return await self._cached((digest, "image"), partial(self._encode_image, media))
+            choice = self._with_defaults(choice, media.frames)
+            # no more sets than the longest video has, so that answers of other lengths find the same tokens
+            longest = len(plan_windows(self.options.limits.frames, self.chat.branch.config.max_frames))
+            sets = min(longest, max(1, room // self.chat.family.video_length))
+            key = (digest, "video", media.frames, choice, sampling, sets)
+            return await self._cached(key, partial(self._encode_video, media, choice, sampling, sets))
+        except (VideoError, ValueError) as error:
+            text = str(error).removeprefix("<bytes>: ")
+            text = text.partition("; to read it, raise")[0]  # advice for those who run the server
+            raise bad_request(f"the {address.kind} cannot be used: {text}", address.param, "invalid_media") from error
+        except MemoryError as error:
+            raise bad_request(f"the {address.kind} takes too much memory", address.param, "invalid_media") from error
+
+    def _with_defaults(self, choice: FrameChoice, pictures: bool) -> FrameChoice:
+        """Return a choice with the server's default frames, except for frames that came as pictures."""
+        default = self.options.sampling
+        if pictures or choice.frames is not None or choice.fps is not None:
+            return choice
+        if default.fps is not None:
+            return FrameChoice(fps=default.fps, most=choice.most or self.options.limits.frames)
+        return FrameChoice(min(default.frames, choice.most or default.frames))
+
+    async def _load(self, address: Address) -> Media:
+        """Get the bytes of a still or video. Raises MediaError."""
+        most, scheme = self.options.limits.media, address.url[:8].lower()
+        if scheme.startswith("data:"):
+            return await self._in_pool(read_data_url, address.url, most)
+        if scheme.startswith("file:"):
+            return await self._in_pool(read_allowed_file, address.url, self.options.media_path, most)
+        if scheme == "https://":
+            return Media((await self.downloader.get(address.url),))
+        raise MediaError("its URL must begin with data:, https:// or file://")
+
+    async def _cached(
+        self, key: Hashable, encode: Callable[[threading.Event], Coroutine[Any, Any, Seen]]
+    ) -> tuple[Seen, bool]:
+        """Return cached tokens, or those that another request is computing, or compute them."""
+        if (seen := self.cache.get(key)) is not None:
+            self.metrics.cache.labels("hit").inc()
+            return seen, True
+        self.metrics.cache.labels("shared" if key in self._encoding else "miss").inc()
+        seen = await self._encoding.get(key, encode)
+        self.cache.put(key, seen)
+        return seen, False
+
+    async def _encode_image(self, media: Media, cancelled: threading.Event) -> Seen:
+        still = await self._in_pool(self.decoder.still, media)
+        begin = time.perf_counter()
+        visual = await self._in_model(lambda: self.chat.encode_image(still.pixels))
+        encoded = EncodedVisual(
+            "image", visual.tokens, "", visual.reads, decode=still.decode, encode=time.perf_counter() - begin
+        )
+        return self._noted(encoded, ())
+
+    async def _encode_video(
+        self, media: Media, choice: FrameChoice, sampling: Sampling, sets: int, cancelled: threading.Event
+    ) -> Seen:
+        timer = DecodingTime(self.options.limits.seconds, cancelled)
+        video = await self._in_pool(self.decoder.video, media, choice, sampling.repeat, timer)
+        room = sets * self.chat.family.video_length
+        encoded = await self._in_model(lambda: watch(self.chat, video, sampling, room=room))
+        self.metrics.frames.inc(encoded.frames)
+        return self._noted(replace(encoded, decode=video.decode), video.numbers)
+
+    def _noted(self, visual: EncodedVisual, numbers: tuple[int, ...]) -> Seen:
+        """Record the times and the size of an encoded visual."""
+        self.metrics.decode_seconds.observe(visual.decode)
+        self.metrics.encode_seconds.observe(visual.encode)
+        size = visual.tokens.nbytes
+        if visual.reads is not None:  # the tokens of the tower and branch are kept, for any question
+            config = self.chat.branch.vision_config
+            size = visual.sets * (config.patches + 1) * config.hidden_size * self.chat.branch.tower.dtype.itemsize
+        return Seen(visual, numbers, size)
+
+    async def _in_pool(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+
+    async def _in_model(self, work: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(self.model.run(work))
+
+
+def _digest(media: Media) -> str:
+    """Return a digest of a still's or video's content."""
+    if not media.frames:
+        return digest(media.pieces, 64, "sha256")
+    return digest([digest([piece], 64, "sha256").encode() for piece in media.pieces], 64, "sha256")

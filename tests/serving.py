@@ -1,0 +1,59 @@
+"""A server in a thread of the test process, on a free port of the loopback interface, with the small stack."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from bt_adapter.chat.engine import VideoChat
+from bt_adapter.mini import data_folder
+from bt_adapter.serve.app import make_app
+from bt_adapter.serve.service import Service, ServiceOptions
+
+QUESTION = "How is it moving?"
+
+
+@functools.cache
+def mini() -> VideoChat:
+    return VideoChat.mini()
+
+
+@contextmanager
+def serving(chat: VideoChat, api_key: str | None = None, **options: Any) -> Iterator[tuple[str, Service]]:
+    """Serve within the context; yields the address without a path, and the service."""
+    service = Service(chat, ServiceOptions(**options))
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(make_app(service, api_key), log_level="critical", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", service
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+        assert not thread.is_alive() and not service.model.alive
+
+
+def clip(number: int) -> Path:
+    return sorted((data_folder() / "clips").glob("*.mp4"))[number]
+
+
+def data_url(content: bytes | Path, kind: str = "video/mp4") -> str:
+    content = content.read_bytes() if isinstance(content, Path) else content
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def about(url: str, text: str = QUESTION, kind: str = "video") -> list[dict[str, Any]]:
+    """Messages that ask a question about one video or still."""
+    part = {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
+    return [{"role": "user", "content": [part, {"type": "text", "text": text}]}]
