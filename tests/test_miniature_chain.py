@@ -1,12 +1,14 @@
 """The chain of the small world: its commands, their order, what is checked before them, and what answers mean."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from miniature import chain, probes, scores
+from miniature import chain, probes, scores, stored
 from miniature.chain import ChainError, Plan, Runner, check_stills_only
 from miniature.world import of_kind
 from safetensors.torch import load_file, save_file
@@ -15,61 +17,50 @@ from bt_adapter.commands import cli
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.tune.recipe import TuneRecipe
 
+TRAINING = ("pretrain", "tune")
+
 
 class Machine:
-    """Starts stages that write their output at once and are found ended at the second look."""
+    """Starts processes that copy a stage's output to its place."""
 
     def __init__(self, plan, failing=""):
-        self.plan, self.failing, self.order, self.at_once = plan, failing, [], []
-        self.running = set()
+        self.plan, self.failing, self.order, self.threads = plan, failing, [], {}
+        self.runner = Runner(plan, 2, 2, self.start)
 
-    def __call__(self, words, log, threads):
-        machine = self
+    def start(self, words, log, threads):
         (stage,) = [one for one in self.plan.stages.values() if one.words(self.plan.work) == words]
         assert all(self.plan.stages[need].done.exists() for need in stage.needs)
+        assert len(self.runner.running) < 2 and not (stage.name == "clip" and self.runner.running)
         self.order.append(stage.name)
-        self.running.add(stage.name)
-        self.at_once.append((set(self.running), threads))
+        self.threads[stage.name] = threads
+        if stage.name == self.failing:
+            return subprocess.Popen(["false"])
+        aside = self.plan.work.with_name(stage.name.replace("/", "-"))
+        write_output(self.plan, stage, aside / stage.name)
+        return subprocess.Popen(["cp", "-r", f"{aside}/.", self.plan.work])
 
-        class Child:
-            looks, code = 0, int(stage.name == self.failing)
 
-            def poll(self):
-                self.looks += 1
-                if self.looks < 2:
-                    return None
-                machine.running.discard(stage.name)
-                if not self.code and not stage.done.exists():
-                    machine.write(stage)
-                return self.code
-
-            def terminate(self):
-                machine.running.discard(stage.name)
-
-            def wait(self):
-                return 143
-
-        return Child()
-
-    def write(self, stage):
-        stage.done.parent.mkdir(parents=True, exist_ok=True)
-        about = {"files": 4, "frames": {"1": 4}}
-        if stage.done.name == "tuned.json":
-            words = stage.words(self.plan.work)
-            value = {option: words[words.index(option) + 1] for option in ("--model", "--data")}
-            about = {"model": value["--model"], "recipe": {"data": value["--data"]}, "parts": ["projector", "lora"]}
-        if stage.name.startswith("data/stills"):
-            record = {"image": "0.png", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}]}
-            (stage.done.parent / "stills.jsonl").write_text(json.dumps(record) + "\n")
-        stage.done.write_text(json.dumps(about))
+def write_output(plan, stage, folder):
+    """Write the files of a stage that the chain itself reads."""
+    done = folder / stage.done.relative_to(plan.work / stage.name)
+    done.parent.mkdir(parents=True, exist_ok=True)
+    about = {"files": 4, "frames": {"1": 4}}
+    if done.name == "tuned.json":
+        words = stage.words(plan.work)
+        value = {option: words[words.index(option) + 1] for option in ("--model", "--data")}
+        about = {"model": value["--model"], "recipe": {"data": value["--data"]}, "parts": ["projector", "lora"]}
+    if stage.name.startswith("data/stills"):
+        record = {"image": "0.png", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}]}
+        (folder / "stills.jsonl").write_text(json.dumps(record) + "\n")
+    done.write_text(json.dumps(about))
 
 
 @pytest.fixture
 def made(tmp_path):
     plan = Plan(tmp_path / "work", [0, 1])
-    machine = Machine(plan)
-    Runner(plan, 2, 2, machine).run(plan.chosen([]))
-    return plan, machine
+    for stage in plan.stages.values():
+        write_output(plan, stage, plan.work / stage.name)
+    return plan
 
 
 def test_every_command_line_is_one_that_the_product_takes(tmp_path):
@@ -83,38 +74,62 @@ def test_every_command_line_is_one_that_the_product_takes(tmp_path):
             parsed.check(1)
 
 
-def test_stages_run_in_order_two_at_a_time_and_once(made, capsys):
-    plan, machine = made
-    assert sorted(machine.order) == sorted(plan.stages)
-    assert max(len(running) for running, _ in machine.at_once) == 2
-    assert all(threads == (2 if running == {"clip"} else 1) for running, threads in machine.at_once)
-    assert not any("clip" in running and len(running) > 1 for running, _ in machine.at_once)
-    again = Machine(plan)
-    Runner(plan, 2, 2, again).run(plan.chosen([]))
-    assert again.order == []
-    lines = Runner(plan, 2, 2).records()
-    assert len(lines) == len(plan.stages) and all(
-        line["finished"] and str(plan.work) not in line["command"] for line in lines
-    )
+def test_stages_run_in_order_two_at_a_time_and_once(tmp_path):
+    plan = Plan(tmp_path / "work", [0])
+    first, again = Machine(plan), Machine(plan)
+    first.runner.run(plan.chosen([]))
+    assert sorted(first.order) == sorted(plan.stages) == sorted(first.threads)
+    assert {name for name, threads in first.threads.items() if threads == 2} == {"clip"}
+    again.runner.run(plan.chosen([]))
+    lines = again.runner.records()
+    assert again.order == [] and len(lines) == len(plan.stages)
+    assert all(line["finished"] and str(plan.work) not in line["command"] for line in lines)
 
 
 def test_a_stage_that_fails_ends_the_chain_and_is_run_again(tmp_path):
-    plan = Plan(tmp_path, [0])
+    plan = Plan(tmp_path / "work", [0])
     with pytest.raises(ChainError, match="seed0/branch ended with 1; see .*seed0-branch.log"):
-        Runner(plan, 2, 2, Machine(plan, failing="seed0/branch")).run(plan.chosen([]))
+        Machine(plan, failing="seed0/branch").runner.run(plan.chosen([]))
     again = Machine(plan)
-    Runner(plan, 2, 1, again).run(plan.chosen([]))
+    again.runner.run(plan.chosen([]))
     assert "seed0/branch" in again.order and "clip" not in again.order
 
 
-def test_what_another_command_made_is_not_taken_for_this_one(made, tmp_path):
-    plan, _ = made
-    quick = Plan(plan.work, [0, 1], quick=True)
-    with pytest.raises(ChainError, match="was made by another command or recipe.*data/pretrain|data/pretrain was made"):
-        Runner(quick, 2, 2, Machine(quick)).run(quick.chosen([]))
-    plan.stages["seed1/image"].done.touch()
+def test_a_killed_chain_leaves_no_stage_running(tmp_path, monkeypatch):
+    plan, children = Plan(tmp_path, [0]), []
+    runner = Runner(plan, 2, 2, lambda *_: children.append(subprocess.Popen(["sleep", "60"])) or children[-1])
+    before = signal.signal(signal.SIGALRM, lambda *_: sys.exit(143))
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    with pytest.raises(SystemExit):
+        runner.run(plan.chosen([]))
+    signal.signal(signal.SIGALRM, before)
+    assert [child.returncode for child in children] == [-signal.SIGTERM] * 2
+    assert [line["finished"] for line in runner.records()] == [False] * 2
+
+
+def test_what_another_command_made_is_not_taken_for_this_one(tmp_path):
+    plan = Plan(tmp_path / "work", [0])
+    Machine(plan).runner.run(plan.chosen(["data", "clip"]))
+    quick = Machine(Plan(plan.work, [0], quick=True))
+    with pytest.raises(ChainError, match="data/pretrain was made by another command or recipe.*--only pretrain'"):
+        quick.runner.run(quick.plan.chosen([]))
+    stored = Machine(Plan(plan.work, [0], use_stored=True))
+    with pytest.raises(ChainError, match="clip was made by another command"):
+        stored.runner.run(stored.plan.chosen(["clip"]))
+
+
+def test_an_output_that_is_older_than_its_input_is_refused(made):
+    made.stages["seed1/image"].done.touch()
     with pytest.raises(ChainError, match="is older than .*seed1/image"):
-        Runner(plan, 2, 2, Machine(plan)).run(plan.chosen([]))
+        Machine(made).runner.run(made.chosen([]))
+
+
+def test_nothing_is_trained_for_the_stored_weights(tmp_path):
+    plan = Plan(tmp_path, [0], use_stored=True)
+    assert not [one for one in plan.stages.values() if "clip.py" in one.command or one.command.split()[1] in TRAINING]
+    laid_out = [name for name, stage in plan.stages.items() if "stored.py" in stage.command]
+    assert laid_out == ["clip", "seed0/branch", "seed0/image", "seed0/tuned", "seed0/control"]
+    assert {"fresh", "data/stills"} <= plan.stages["seed0/image"].needs  # what it was fed is read from them
 
 
 def test_stages_are_chosen_by_name(tmp_path):
@@ -138,16 +153,14 @@ def test_stages_are_chosen_by_name(tmp_path):
     ],
 )
 def test_no_untuned_answer_after_anything_but_stills(made, file, old, new, message):
-    plan, _ = made
-    tuned = plan.work / "seed0/image/tuned"
-    assert check_stills_only(tuned)["image"]["frames"] == {"1": 4}
-    for path in (plan.work / file, plan.work / file.replace("clip/", "fresh/")):
+    assert check_stills_only(made.work / "seed0/image/tuned")["image"]["frames"] == {"1": 4}
+    for path in (made.work / file, made.work / file.replace("clip/", "fresh/")):
         path.write_text(path.read_text().replace(old, new, 1))
-    plan.stages["seed0/untuned"].done.unlink()
-    machine = Machine(plan)
+    made.stages["seed0/untuned"].done.unlink()
+    machine = Machine(made)
     with pytest.raises(ChainError, match=message):
-        Runner(plan, 2, 2, machine).run([plan.stages["seed0/untuned"]])
-    assert machine.order == [] or "older" in message
+        machine.runner.run([made.stages["seed0/untuned"]])
+    assert machine.order == []
 
 
 def test_figures_of_answers(tmp_path):
@@ -161,8 +174,8 @@ def test_figures_of_answers(tmp_path):
     rows = [{"id": f"motion/{k}", "type": "motion", "answer": f"It is {right[k]}.", "pred": told[k]} for k in told]
     (tmp_path / "predictions.json").write_text(json.dumps(rows))
     (tmp_path / "scores.json").write_text('{"answered": 4, "records": 4}')
-    answers = scores.read_answers(tmp_path)["motion"]
-    assert scores.figures("motion", answers) == {"n": 4, "right": 0.5, "pair": 0.6667, "pair_n": 3, "both": 0.0}
+    found = scores.figures(scores.read_answers(tmp_path))
+    assert found == {"motion": {"n": 4, "right": 0.5, "pair": 0.6667, "pair_n": 3, "both": 0.0}}
     (tmp_path / "scores.json").write_text('{"answered": 3, "records": 4}')
     with pytest.raises(ChainError, match="3 of 4 questions are answered"):
         scores.read_answers(tmp_path)
@@ -201,32 +214,37 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
         assert least <= found["right"] <= most
 
 
-def test_installed_weights_are_halves_without_paths(tmp_path, monkeypatch):
+def test_installed_weights_are_halves_without_paths_and_come_back_to_their_places(tmp_path, monkeypatch):
     work, weights = tmp_path / "work", tmp_path / "package" / "weights"
-    for part in ("clip", "seed0/branch/branch", "seed0/image/tuned", "seed0/tuned/tuned", "seed0/control/tuned"):
-        (work / part).mkdir(parents=True)
-        save_file({"w": torch.ones(2)}, work / part / "model.safetensors")
-        about = {
-            "model": str(work / "seed0/image/tuned"),
-            "clip": str(work / "clip"),
-            "data": str(work / "data/x.jsonl"),
-        }
-        (work / part / "tuned.json").write_text(json.dumps(about | {"branch": str(work / "seed0/branch/branch")}))
+    places = {"model": "seed0/image/tuned", "clip": "clip", "data": "data/x.jsonl"}
+    for place in stored.PLACES.values():
+        folder = work / place.format(0)
+        folder.mkdir(parents=True)
+        save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+        about = {key: str(work / place) for key, place in places.items()}
+        about["branch"] = {"source": str(work / "seed0/branch/branch")}
+        (folder / "tuned.json").write_text(json.dumps(about))
     (tmp_path / "bench/results").mkdir(parents=True)
     (tmp_path / "bench/results/miniature.json").write_text('{"headline": {"columns": []}, "more": 1}')
-    monkeypatch.setattr(chain, "ROOT", tmp_path)
-    chain.install(work, 0, weights)
+    monkeypatch.setattr(stored, "ROOT", tmp_path)
+    stored.install(work, 0, weights)
     assert sorted(path.name for path in weights.iterdir()) == ["branch", "clip", "control", "image", "tuned"]
     assert load_file(weights / "tuned/model.safetensors")["w"].dtype == torch.float16
-    about = json.loads((weights / "control/tuned.json").read_text())
-    assert about == {"model": "mini:image", "clip": "mini", "data": "data/x.jsonl", "branch": None}
+    short = json.loads((weights / "tuned/tuned.json").read_text())
+    assert short == {"model": "mini:image", "clip": "mini", "data": "data/x.jsonl", "branch": {"source": None}}
     assert json.loads((tmp_path / "package/results.json").read_text()) == {"headline": {"columns": []}}
+    before = (work / "seed0/tuned/tuned/tuned.json").read_text()
+    shutil.rmtree(work)
+    monkeypatch.setattr(stored, "weights_folder", lambda part: weights / part)
+    stored.lay_out(work, "seed0/tuned")
+    assert json.loads((work / "seed0/tuned/tuned/tuned.json").read_text()) == json.loads(before)
 
 
 @pytest.mark.full
-def test_a_quick_run_of_everything(tmp_path):
-    command = [sys.executable, chain.ROOT / chain.HERE / "chain.py", tmp_path, "--quick", "--seeds", "0"]
-    subprocess.run(command, check=True)
+@pytest.mark.parametrize(("options", "ablations"), [(["--seeds", "0"], 5), (["--stored"], 0)], ids=["all", "stored"])
+def test_a_quick_run_of_everything(tmp_path, options, ablations):
+    subprocess.run([sys.executable, chain.ROOT / chain.HERE / "chain.py", tmp_path, "--quick", *options], check=True)
     found = json.loads((tmp_path / "miniature.json").read_text())
-    assert set(found["fed"]["clip"]["frames"]) == {"1"} and len(found["ablations"]) == 5
+    assert set(found["fed"]["clip"]["frames"]) == {"1"} and len(found["ablations"]) == ablations
+    assert ablations or found["answers"]["untuned"][0]["motion"]["pair"] > 0.6
     assert [len(row) for row in found["headline"]["rows"]] == [len(found["headline"]["columns"])] * 5

@@ -12,20 +12,21 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
-from miniature.chain import BRANCH_ABLATIONS, IMAGE_ABLATIONS, ROOT, ChainError, Plan, check_stills_only  # noqa: E402
+from miniature.chain import BRANCH_ABLATIONS, IMAGE_ABLATIONS, ROOT, ChainError, check_stills_only, read_lines  # noqa: E402
 from miniature.questions import parse  # noqa: E402
 from miniature.tables import small, spread  # noqa: E402
-from miniature.world import KINDS, SINGLE, of_kind  # noqa: E402
+from miniature.world import EVENTS, KINDS, SINGLE  # noqa: E402
 
 from bt_adapter.eval.ranking import retrieval  # noqa: E402
 from bt_adapter.eval.report import versions  # noqa: E402
@@ -41,19 +42,21 @@ SYSTEMS = {
     "stills": "image chat model asked about stills, in which motion shows",
 }
 COMPARED = (("untuned", "untuned-off"), ("tuned-answers", "control-answers"), ("tuned-answers", "untuned"))
-HEADLINE = {"motion": "motion, of 6", "order": "order, of 8", "speed": "speed, of 2", "item": "item, of 8",
-            "colour": "colour, of 6"}  # fmt: skip
+HEADLINE = {
+    "motion, of 6": ("motion", "right"), "within the pair": ("motion", "pair"), "order, of 8": ("order", "right"),
+    "speed, of 2": ("speed", "right"), "item, of 8": ("item", "right"), "colour, of 6": ("colour", "right"),
+}  # fmt: skip
 
 Answers = dict[str, dict[str, tuple[Any, Any]]]  # kind -> id -> (what is right, what was said)
 
 
 def read_answers(folder: Path) -> Answers:
     """The answers in the output folder of ``bt-adapter eval qa``. Raises ChainError where some are missing."""
-    about = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    about = _read_json(folder / "scores.json")
     if about["answered"] != about["records"]:
         raise ChainError(f"{folder}: {about['answered']} of {about['records']} questions are answered")
     found: Answers = {}
-    for row in json.loads((folder / "predictions.json").read_text(encoding="utf-8")):
+    for row in _read_json(folder / "predictions.json"):
         kind = row["type"]
         found.setdefault(kind, {})[row["id"]] = (parse(kind, row["answer"]), parse(kind, row["pred"]))
     return found
@@ -64,18 +67,20 @@ def hits(answers: Mapping[str, tuple[Any, Any]]) -> dict[str, bool]:
     return {key: right == said for key, (right, said) in answers.items()}
 
 
-def figures(kind: str, answers: Mapping[str, tuple[Any, Any]]) -> dict[str, float | int | None]:
-    """n and the share right; of events also "pair" with its own n, and "both"."""
-    right = hits(answers)
-    found: dict[str, float | int | None] = {"n": len(right), "right": _share(list(right.values()))}
-    if kind in KINDS:
-        named = [right == said for right, said in answers.values() if said in (right, right ^ 1)]
-        pairs = [right[key] and right[f"{key[:-1]}b"] for key in right if key[-1] == "a"]
-        found |= {"pair": _share(named), "pair_n": len(named), "both": _share(pairs)}
+def figures(answers: Answers) -> dict[str, dict[str, float | int | None]]:
+    """Of each kind n and the share right; of events also "pair" with its own n, and "both"."""
+    found: dict[str, dict[str, float | int | None]] = {}
+    for kind, told in answers.items():
+        right = hits(told)
+        found[kind] = {"n": len(right), "right": _share(right.values())}
+        if kind in KINDS:
+            named = [right == said for right, said in told.values() if said in (right, right ^ 1)]
+            both = [right[key] and right[f"{key[:-1]}b"] for key in right if key[-1] == "a"]
+            found[kind] |= {"pair": _share(named), "pair_n": len(named), "both": _share(both)}
     return found
 
 
-def _share(values: Sequence[bool]) -> float | None:
+def _share(values: Collection[bool]) -> float | None:
     return round(sum(values) / len(values), 4) if values else None
 
 
@@ -105,26 +110,25 @@ def caption_hits(path: Path) -> dict[str, dict[str, bool]]:
     Returns {kind: {key of a clip: right}}; where few captions are there, the choice is among those.
     """
     scores, labels, clips = _read_scores(path)
-    rows = {label: number for number, label in enumerate(labels)}
+    same, other = labels[:, None] == labels, labels[:, None] != labels
+    rivals = {
+        "event": same[..., :2].all(-1) & (labels[:, None, 2] == labels[:, 2] ^ 1),
+        "item": same[..., 1:].all(-1) & other[..., 0],
+        "colour": same[..., ::2].all(-1) & other[..., 1],
+    }
+    right = {name: ~(nearer & (scores >= scores.diagonal())).any(0) for name, nearer in rivals.items()}
     found: dict[str, dict[str, bool]] = {}
-    kinds = {event: kind for kind in KINDS for event in of_kind(kind)}
-    for column, (item, colour, event) in enumerate(labels):
-        others = {
-            kinds[event]: [(item, colour, event ^ 1)],
-            "item": [one for one in rows if one[1:] == (colour, event)],
-            "colour": [one for one in rows if (one[0], one[2]) == (item, event)],
-        }
-        own = scores[column, column]
-        for kind, labels_of in others.items():
-            against = [scores[rows[one], column] for one in labels_of if one in rows and rows[one] != column]
-            found.setdefault(kind, {})[clips[column]] = bool(all(own > one for one in against))
+    for column, clip in enumerate(clips):
+        for name, hit in right.items():
+            kind = EVENTS[labels[column, 2]].kind if name == "event" else name
+            found.setdefault(kind, {})[clip] = bool(hit[column])
     return found
 
 
 def recall(path: Path) -> dict[str, dict[str, float]]:
     """R@1 and R@5 both ways: of captions of single events among one another, and of all captions."""
     scores, labels, _ = _read_scores(path)
-    single = torch.tensor([label[2] in SINGLE for label in labels])
+    single = torch.isin(labels[:, 2], torch.tensor(SINGLE))
     found = {}
     for name, chosen in (("single events", single), ("all events", torch.ones_like(single))):
         matrix = scores[chosen][:, chosen]
@@ -135,21 +139,29 @@ def recall(path: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def _read_scores(path: Path) -> tuple[Tensor, list[tuple[int, int, int]], list[str]]:
-    """Scores [Q, Q] with the right clip of each caption in its own column; the captions' labels; the clips' keys."""
+def _read_scores(path: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """Scores [Q, Q] with each caption's clip in its own column; the captions' labels [Q, 3]; the clips' keys."""
     with safe_open(path, "pt") as file:
         scores, right, texts = file.get_tensor("scores"), file.get_tensor("clip_of_caption"), file.metadata()
     clips = json.loads(texts["clips"])
     labels = [parse("caption", caption) for caption in json.loads(texts["captions"])]
     if len(clips) != len(labels) or None in labels:
         raise ChainError(f"{path}: expected one clip for each of {len(labels)} captions of the small world")
-    return scores[:, right], labels, [clips[number] for number in right.tolist()]
+    return scores[:, right], torch.tensor(labels), [clips[number] for number in right.tolist()]
 
 
-def count_parameters(path: Path) -> int:
-    """Count the values of the tensors in a .safetensors file."""
-    with safe_open(path, "pt") as file:
-        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+def score_captions(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Choices among captions and retrieval of the mean of the frames, of each seed's branch, and of one for speed."""
+    places = ["mean", *(f"seed{seed}/retrieval" for seed in seeds), "speed/retrieval"]
+    files = [work / place / "scores.safetensors" for place in places]
+    *found, speed = [caption_hits(file) if file.exists() else {} for file in files]
+    shares = [{kind: _share(one.values()) for kind, one in chosen.items()} for chosen in (*found, speed)]
+    captions = {"mean": shares[0], "branch": shares[1:-1], "n": {kind: len(one) for kind, one in found[0].items()}}
+    captions["p"] = {kind: max(mcnemar(one[kind], plain)["p"] for one in found[1:]) for kind, plain in found[0].items()}
+    if speed:
+        captions["mostly speed"] = shares[-1]
+    mean, *branch = map(recall, files[:-1])
+    return {"captions": captions, "retrieval": {"mean": mean, "branch": branch}}
 
 
 def score(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -159,45 +171,38 @@ def score(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
     tests = {f"{a} against {b}": compare(answers[a], answers[b]) for a, b in COMPARED}
     ablations = {}
     for name in (*BRANCH_ABLATIONS, *IMAGE_ABLATIONS):
-        folder = work / "ablations" / name / "untuned"
-        if (folder / "scores.json").exists():
-            found = read_answers(folder)
-            ablations[name] = {kind: figures(kind, one) for kind, one in found.items()}
+        if (work / "ablations" / name / "untuned" / "scores.json").exists():
+            found = read_answers(work / "ablations" / name / "untuned")
+            ablations[name] = figures(found)
             tests[f"{name} against untuned"] = compare([found], answers["untuned"][:1])
-    mean = work / "mean" / "scores.safetensors"
-    files = [folder / "retrieval" / "scores.safetensors" for folder in own]
-    plain, branch = caption_hits(mean), [caption_hits(file) for file in files]
-    shares = [{kind: _share(list(one.values())) for kind, one in found.items()} for found in (plain, *branch)]
-    captions = {"mean": shares[0], "branch": shares[1:], "n": {kind: len(one) for kind, one in plain.items()}}
-    captions["p"] = {kind: max(mcnemar(one[kind], plain[kind])["p"] for one in branch) for kind in plain}
-    if (speed := work / "speed" / "retrieval" / "scores.safetensors").exists():
-        captions["mostly speed"] = {kind: _share(list(one.values())) for kind, one in caption_hits(speed).items()}
-    probes = [json.loads((folder / "probes" / "probes.json").read_text(encoding="utf-8")) for folder in own]
-    plan, times = Plan(work, seeds), [json.loads(line) for line in (work / "times.jsonl").read_text().splitlines()]
-    seconds = {name: round(sum(t["seconds"] for t in times if t["stage"] == name), 1) for name in plan.stages}
+    times = read_lines(work / "times.jsonl")
+    stages = {t["stage"]: {"command": t["command"], "seconds": 0.0} for t in times}
+    for t in times:
+        stages[t["stage"]]["seconds"] = round(stages[t["stage"]]["seconds"] + t["seconds"], 1)
+    parameters = sum(value.numel() for value in load_file(work / "clip" / "model.safetensors").values())
     result = {
         "seeds": list(seeds), "made": versions(), "fed": check_stills_only(own[0] / "image" / "tuned"),
-        "clip": json.loads((work / "clip" / "about.json").read_text(encoding="utf-8"))
-        | {"parameters": count_parameters(work / "clip" / "model.safetensors")},
-        "answers": {name: [{kind: figures(kind, one) for kind, one in found.items()} for found in seed_answers]
-                    for name, seed_answers in answers.items()},
-        "tests": tests, "ablations": ablations, "captions": captions,
-        "retrieval": {"mean": recall(mean), "branch": [recall(file) for file in files]}, "probes": probes,
-        "stages": {name: {"command": stage.command, "seconds": seconds[name]} for name, stage in plan.stages.items()},
+        "clip": _read_json(work / "clip" / "about.json") | {"parameters": parameters},
+        "answers": {name: [*map(figures, told)] for name, told in answers.items()},
+        "tests": tests, "ablations": ablations, **score_captions(work, seeds),
+        "probes": [_read_json(folder / "probes" / "probes.json") for folder in own], "stages": stages,
         "core_minutes": round(sum(t.get("cpu_seconds") or 0 for t in times) / 60, 1),
     }  # fmt: skip
     return {"headline": headline(result), **result}
 
 
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def headline(result: Mapping[str, Any]) -> dict[str, list]:
     """The table that the demo and README show, in plain text: {"columns", "rows", "notes"}."""
-    rows = []
-    for name, label in SYSTEMS.items():
-        found = result["answers"][name]
-        cells = [_cell(found, kind, "right") for kind in HEADLINE]
-        rows.append([label, cells[0], _cell(found, "motion", "pair"), *cells[1:]])
+    rows = [
+        [label, *(_cell(result["answers"][name], *shown) for shown in HEADLINE.values())]
+        for name, label in SYSTEMS.items()
+    ]
     seen = result["answers"]["untuned"][0]
-    counts = ", ".join(f"{kind} {seen[kind]['n']}" for kind in HEADLINE if kind in seen)
+    counts = ", ".join(f"{kind} {seen[kind]['n']}" for kind, figure in HEADLINE.values() if figure == "right")
     p = [small(result["tests"][f"{a} against {b}"]["motion"]["p"]) for a, b in COMPARED[:2]]
     seeds = ", ".join(map(str, result["seeds"]))
     notes = [
@@ -207,8 +212,7 @@ def headline(result: Mapping[str, Any]) -> dict[str, list]:
         f"Exact two-sided McNemar tests of the motion answers, the largest p of the seeds: branch attached against the "
         f"mean of the frames {p[0]}, tuned against its control {p[1]}.",
     ]
-    columns = ["", "motion, of 6", "within the pair", *[name for kind, name in HEADLINE.items() if kind != "motion"]]
-    return {"columns": columns, "rows": rows, "notes": notes}
+    return {"columns": ["", *HEADLINE], "rows": rows, "notes": notes}
 
 
 def _cell(seeds: Sequence[Mapping[str, Any]], kind: str, figure: str) -> str:
