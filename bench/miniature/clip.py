@@ -30,29 +30,22 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
+from miniature import world  # noqa: E402
 from miniature.items import ITEMS, Items, load_items  # noqa: E402
-from miniature.world import (  # noqa: E402
-    COLOURS,
-    EVENTS,
-    EXPOSURES,
-    SINGLE,
-    SIZE,
-    TEMPLATES,
-    caption,
-    exposures,
-    plain_stills,
-    random_labels,
-)
+from miniature.world import COLOURS, EVENTS, SINGLE, SIZE, TEMPLATES, caption, random_labels  # noqa: E402
 
 from bt_adapter.data.image_settings import ImageSettings  # noqa: E402
-from bt_adapter.files import writing  # noqa: E402
+from bt_adapter.files import remove_unfinished, write_json, writing  # noqa: E402
 
 CONTEXT = 16
 PATCHES, KEPT = 36, 18  # patches of an image, and how many are seen while half of them are dropped
 PLAIN = 0.35  # share of plain stills
 HINGE = 0.8  # cosine above which two different captions are pushed apart
+UNMASKED_FROM = 0.8  # share of the run after which all patches are seen
+PATCH_WEIGHT = 0.5  # of the patch tokens' loss beside that of CLS
+RATE = 1.5e-3  # learning rate
 UNNAMED = -2  # in a caption's label: any item, colour or event
 # Of captions of exposures and of plain stills: which of item, colour and event they name, and how often.
 NAMED = {
@@ -98,28 +91,20 @@ def make_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
     return CLIPModel(config)
 
 
-class ImageEmbeddings(nn.Module):
-    """The image embedding of CLS, and that of the mean patch token of the last layer but one."""
+def image_embeddings(model: CLIPModel, pixels: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The image embedding of CLS, and that of the mean patch token of the last layer but one: both [n, 128].
 
-    def __init__(self, model: CLIPModel) -> None:
-        super().__init__()
-        self.vision, self.projection = model.vision_model, model.visual_projection
-
-    def forward(self, pixels: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``pixels`` [n, 3, 48, 48], ``kept`` int64 [n, 1+K] (CLS first) or None: two embeddings [n, 128]."""
-        hidden = self.vision.embeddings(pixels)
-        if kept is not None:
-            hidden = hidden.gather(1, kept[:, :, None].expand(-1, -1, hidden.shape[-1]))
-        hidden = self.vision.pre_layrnorm(hidden)
-        for number, layer in enumerate(self.vision.encoder.layers):
-            if number == len(self.vision.encoder.layers) - 1:
-                patches = hidden[:, 1:].mean(1)
-            found = layer(hidden, attention_mask=None)
-            hidden = found[0] if isinstance(found, tuple) else found
-        return self._project(hidden[:, 0]), self._project(patches)
-
-    def _project(self, tokens: Tensor) -> Tensor:
-        return self.projection(self.vision.post_layernorm(tokens))
+    ``pixels`` [n, 3, 48, 48]; ``kept`` int64 [n, 1+K]: the tokens that are seen, CLS first; None: all.
+    """
+    vision = model.vision_model
+    hidden = vision.embeddings(pixels)
+    if kept is not None:
+        hidden = hidden.gather(1, kept[:, :, None].expand(-1, -1, hidden.shape[-1]))
+    hidden = vision.pre_layrnorm(hidden)
+    for layer in vision.encoder.layers:
+        before, hidden = hidden, layer(hidden, attention_mask=None)
+    whole, patches = hidden[:, 0], before[:, 1:].mean(1)
+    return tuple(model.visual_projection(vision.post_layernorm(tokens)) for tokens in (whole, patches))
 
 
 def text_embeddings(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, captions: Sequence[str]) -> Tensor:
@@ -129,14 +114,12 @@ def text_embeddings(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, captio
     return model.text_projection(found.pooler_output)
 
 
-def draw_stills(
-    items: Items, n: int, generator: torch.Generator, kinds: Sequence[str] = EXPOSURES
-) -> tuple[Tensor, Tensor]:
+def draw_stills(items: Items, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """n stills, uint8 [n, 3, 48, 48], the plain ones first, and their labels [n, 3]."""
     plain = random_labels(round(n * PLAIN), (-1,), generator)
     shown = random_labels(n - len(plain), DIET, generator)
-    images = torch.cat([plain_stills(items, plain, generator), exposures(items, shown, generator, kinds)])
-    return images, torch.cat([plain, shown])
+    images = [world.plain_stills(items, plain, generator), world.exposures(items, shown, generator)]
+    return torch.cat(images), torch.cat([plain, shown])
 
 
 def caption_labels(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -181,100 +164,85 @@ def rate(progress: float, warmup: float = 0.04, floor: float = 0.02) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     """AdamW; vectors and embedding tables are not decayed."""
-    decayed = {name for name, p in model.named_parameters() if p.ndim >= 2 and "embed" not in name}
-    groups = [
-        {"params": [p for name, p in model.named_parameters() if (name in decayed) == decays], "weight_decay": decay}
-        for decays, decay in ((True, 0.1), (False, 0.0))
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        decayed[parameter.ndim >= 2 and "embed" not in name].append(parameter)
+    groups = [{"params": decayed[True], "weight_decay": 0.1}, {"params": decayed[False], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def train(options: argparse.Namespace) -> None:
+def losses(
+    model: CLIPModel,
+    tokenizer: PreTrainedTokenizerFast,
+    items: Items,
+    batch: int,
+    masked: bool,
+    generator: torch.Generator,
+) -> Tensor:
+    """Draw a batch of stills and captions and compute its three losses: of CLS, of the patch tokens, and the hinge."""
+    stills, labels = draw_stills(items, batch, generator)
+    told = caption_labels(labels, generator)
+    true = ((told == UNNAMED) | (told == labels[:, None])).all(-1)
+    template = torch.randint(len(TEMPLATES), (len(told),), generator=generator).tolist()
+    words = [caption(*label, t) for label, t in zip(told.tolist(), template, strict=True)]
+    kept = None
+    if masked:
+        order = torch.rand(batch, PATCHES, generator=generator).argsort(1)[:, :KEPT] + 1
+        kept = torch.cat([torch.zeros_like(order[:, :1]), order], 1)
+    texts = text_embeddings(model, tokenizer, words)
+    whole, patches = image_embeddings(model, ImageSettings(SIZE).normalise(stills, torch.float32), kept)
+    scale = model.logit_scale.exp().clamp(max=100)
+    of_cls, of_patches = (contrastive(images, texts, true, scale) for images in (whole, patches))
+    return torch.stack([of_cls, PATCH_WEIGHT * of_patches, apart(texts)])
+
+
+def train(out: Path, steps: int, batch: int) -> None:
     """Train, score and save; resumes from OUT.ckpt where a run was killed."""
-    torch.manual_seed(options.seed)
-    items, tokenizer, images = load_items("train"), make_tokenizer(), ImageSettings(SIZE)
+    torch.manual_seed(0)
+    items, tokenizer = load_items("train"), make_tokenizer()
     model = make_clip(tokenizer).train()
-    optimizer = make_optimizer(model, options.lr)
-    embed = ImageEmbeddings(model)
-    fast = torch.compile(embed, dynamic=False) if options.compile else embed
-    checkpoint = Path(f"{options.out}.ckpt")
-    done, spent = _resume(checkpoint, model, optimizer)
+    optimizer = make_optimizer(model)
+    checkpoint = out.with_name(f"{out.name}.ckpt")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done, spent = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done, spent = state["step"], state["seconds"]
     began = saved = time.monotonic()
-    for step in range(done, options.steps):
-        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-        progress = step / options.steps
-        stills, labels = draw_stills(items, options.batch_size, generator, options.kinds)
-        told = caption_labels(labels, generator)
-        true = ((told == UNNAMED) | (told == labels[:, None])).all(-1)
-        template = torch.randint(len(TEMPLATES), (len(told),), generator=generator).tolist()
-        words = [caption(*label, t) for label, t in zip(told.tolist(), template, strict=True)]
-        kept = None
-        if progress < options.unmasked_from:
-            order = torch.rand(len(stills), PATCHES, generator=generator).argsort(1)[:, :KEPT] + 1
-            kept = torch.cat([torch.zeros_like(order[:, :1]), order], 1)
-        texts = text_embeddings(model, tokenizer, words)
-        whole, patches = fast(images.normalise(stills, torch.float32), kept)
-        scale = model.logit_scale.exp().clamp(max=100)
-        losses = torch.stack(
-            [
-                contrastive(whole, texts, true, scale),
-                options.patches * contrastive(patches, texts, true, scale),
-                apart(texts),
-            ]
-        )
+    for step in range(done, steps):
+        masked, generator = step / steps < UNMASKED_FROM, torch.Generator().manual_seed(step)
+        found = losses(model, tokenizer, items, batch, masked, generator)
         optimizer.zero_grad(set_to_none=True)
-        losses.sum().backward()
+        found.sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * rate(progress)
+            group["lr"] = RATE * rate(step / steps)
         optimizer.step()
         if (step + 1) % 50 == 0:
-            told_losses = ", ".join(f"{value:.3f}" for value in losses.tolist())
-            print(f"step {step + 1} of {options.steps}: CLS, patches, hinge {told_losses}", flush=True)
+            told = ", ".join(f"{value:.3f}" for value in found.tolist())
+            print(f"step {step + 1} of {steps}: CLS, patches, hinge {told}", flush=True)
         if time.monotonic() - saved > 60:
             saved = time.monotonic()
-            _save(checkpoint, model, optimizer, step + 1, spent + saved - began)
-    seconds = spent + time.monotonic() - began
-    scores = score(model.eval(), tokenizer, load_items("test"))
-    print(json.dumps(scores), flush=True)
-    drawn = options.steps * options.batch_size
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            with writing(checkpoint) as temporary:
+                torch.save(state | {"step": step + 1, "seconds": spent + saved - began}, temporary)
     about = {
-        "files": drawn, "frames": {"1": drawn}, "items": "train", "exposures": list(options.kinds),
-        "seed": options.seed, "steps": options.steps, "batch": options.batch_size, "seconds": round(seconds, 1),
-        "held_out": scores, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "files": steps * batch, "frames": {"1": steps * batch}, "items": "train", "exposures": list(world.EXPOSURES),
+        "seed": 0, "steps": steps, "batch": batch, "seconds": round(spent + time.monotonic() - began, 1),
+        "held_out": score(model.eval(), tokenizer, load_items("test")), "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
-    save(model, tokenizer, options.out, about)
+    print(json.dumps(about["held_out"]), flush=True)
+    remove_unfinished(out.parent, out.name)
+    with writing(out) as aside:
+        model.half().save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        write_json(aside / "about.json", about, indent=1)
     checkpoint.unlink(missing_ok=True)
-
-
-def _resume(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Steps done and seconds spent."""
-    if not checkpoint.exists():
-        return 0, 0.0
-    state = torch.load(checkpoint, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["seconds"]
-
-
-def _save(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    with writing(checkpoint) as temporary:
-        torch.save(state, temporary)
-
-
-def save(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, out: Path, about: dict) -> None:
-    """Write weights in float16, tokenizer and about.json; the folder appears when it is whole."""
-    from bt_adapter.files import replace_folder
-
-    aside = out.with_name(out.name + ".writing")
-    model.half().save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    (aside / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    replace_folder(aside, out)
 
 
 @torch.no_grad()
@@ -283,15 +251,15 @@ def score(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, items: Items, n:
 
     "plain": item and colour among 48 captions; "exposures" of single events: item, colour and event among 384.
     """
-    generator, embed, images = torch.Generator().manual_seed(1234), ImageEmbeddings(model), ImageSettings(SIZE)
+    generator = torch.Generator().manual_seed(1234)
     found = {}
-    for name, events, draw in (("plain", (-1,), plain_stills), ("exposures", SINGLE, exposures)):
+    for name, events, draw in (("plain", (-1,), world.plain_stills), ("exposures", SINGLE, world.exposures)):
         labels = random_labels(n, events, generator)
         every = torch.cartesian_prod(torch.arange(len(ITEMS)), torch.arange(len(COLOURS)), torch.tensor(events))
         every = every.view(-1, 3)
         texts = F.normalize(text_embeddings(model, tokenizer, [caption(*row) for row in every.tolist()]), dim=-1)
-        stills = images.normalise(draw(items, labels, generator), torch.float32)
-        both = zip(*(embed(part) for part in stills.split(240)), strict=True)
+        stills = ImageSettings(SIZE).normalise(draw(items, labels, generator), torch.float32)
+        both = zip(*(image_embeddings(model, part) for part in stills.split(240)), strict=True)
         for part, embeds in zip(("CLS", "patches"), both, strict=True):
             right = every[(torch.cat(embeds) @ texts.T).argmax(-1)] == labels
             kinds = ("item", "colour", "event")[: 2 + (events != (-1,))]
@@ -300,21 +268,10 @@ def score(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, items: Items, n:
     return found
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the trained CLIP")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=256, help="stills a step")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--patches", type=float, default=0.5, help="weight of the patch tokens' loss; 0: CLS alone")
-    parser.add_argument(
-        "--unmasked-from", type=float, default=0.8, help="share of the run after which all patches are seen"
-    )
-    parser.add_argument("--kinds", nargs="+", choices=EXPOSURES, default=list(EXPOSURES), help="kinds of exposure")
-    parser.add_argument("--compile", action="store_true", help="compile the vision tower (needs a C++ compiler)")
-    train(parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()
+    options = parser.parse_args()
+    train(options.out, options.steps, options.batch_size)

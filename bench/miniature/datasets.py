@@ -7,13 +7,14 @@
   plain stills alone.
 - ``heldout`` and ``heldout-stills`` (``questions.json``): for ``bt-adapter eval qa``. The clips ``motion/0012a`` and
   ``motion/0012b`` are a pair, asked in the same words.
-- ``retrieval``: for ``bt-adapter eval retrieval``; ``captions.jsonl`` has one clip for each caption of a single event,
-  ``pairs.jsonl`` one for each caption of any event.
+- ``retrieval`` (``pairs.jsonl``): for ``bt-adapter eval retrieval``, one clip for each caption.
 
 The last three are of the shipped items, the others of the training items. A data set appears when it is whole, and is
 left as it is where it is there already. Its ``about.json`` says how many files it has of how many frames each, counted
 from the files. Both clips of a pair hold the very same pixels when they are decoded, in another order: each frame is
 coded by itself with a fixed quantizer, whatever stands beside it.
+
+``--demo`` writes the clips that ``bt-adapter demo`` asks about instead, into OUT itself.
 """
 
 from __future__ import annotations
@@ -21,45 +22,29 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import shutil
 import sys
 import tarfile
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import torch
 from PIL import Image
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
+from miniature import world  # noqa: E402
 from miniature.items import ITEMS, Items, load_items  # noqa: E402
-from miniature.questions import answer, draw_question  # noqa: E402
-from miniature.world import (  # noqa: E402
-    COLOURS,
-    EVENTS,
-    EXPOSURES,
-    KINDS,
-    SINGLE,
-    TEMPLATES,
-    caption,
-    clips,
-    draw,
-    exposures,
-    of_kind,
-    plain_stills,
-    random_labels,
-    render,
-)
+from miniature.questions import QUESTIONS, answer, draw_question  # noqa: E402
+from miniature.world import COLOURS, EVENTS, EXPOSURES, KINDS, SINGLE, of_kind, random_labels  # noqa: E402
 
 from bt_adapter.data.video import write_video  # noqa: E402
-from bt_adapter.files import replace_folder, write_whole  # noqa: E402
+from bt_adapter.files import remove_unfinished, write_json, writing  # noqa: E402
 
 WEIGHTS = {"motion": 3, "size": 1, "order": 2, "speed": 1}  # how often a clip for training is of each kind
 MOSTLY_SPEED = {"motion": 1, "size": 1, "order": 1, "speed": 12}
@@ -87,46 +72,42 @@ def paired_labels(
         cell = torch.multinomial(cells, pairs, generator=generator)
         look, number = cell // len(weights), cell % len(weights)
         rows = torch.stack([look // len(COLOURS), look % len(COLOURS), 2 * number], 1)
-    return with_counterparts(rows)
+    return world.with_counterparts(rows)
 
 
-def with_counterparts(labels: Tensor) -> Tensor:
-    """Each label, followed by that of its counterpart."""
-    other = labels.clone()
-    other[:, 2] ^= 1
-    return torch.stack([labels, other], 1).flatten(0, 1)
-
-
-def paired_clips(items: Items, labels: Tensor, generator: torch.Generator) -> Iterator[tuple[list[int], Tensor]]:
-    """Each label with its clip; both of a pair hold the same frames."""
-    for part in labels.split(PART):
-        yield from zip(part.tolist(), render(draw(items, part[::2], generator).repeat(2), part[:, 2]), strict=True)
+def drawn(
+    draw: Callable[[Items, Tensor, torch.Generator], Tensor], items: Items, labels: Tensor, generator: torch.Generator
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Each label with its picture, by a function of ``world`` that draws stills or clips."""
+    for part in labels.split(PART) if len(labels) else ():
+        yield from zip(part.tolist(), draw(items, part, generator), strict=True)
 
 
 def write_clip(path: Path, frames: Tensor) -> None:
     """Write frames uint8 ``[T, 3, 48, 48]`` as an mp4 of 96 x 96 pixels, so that chroma keeps all of its pixels."""
-    double = frames.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    write_video(path, double, options={"qp": "18", "preset": "ultrafast", "g": "1", "threads": "1"})
+    write_video(path, enlarged(frames, 2), options={"qp": "18", "preset": "ultrafast", "g": "1", "threads": "1"})
+
+
+def enlarged(frames: Tensor, times: int) -> Tensor:
+    """Each pixel of ``[..., h, w]`` as a square of ``times`` x ``times``."""
+    return frames.repeat_interleave(times, -1).repeat_interleave(times, -2)
 
 
 def count_frames(folder: Path) -> dict[str, int]:
     """Count the files of a folder by their number of frames, {"8": files}; members of .tar files count too."""
     found: Counter[int] = Counter()
-    for file in _pictures(folder):
-        with av.open(file, "r") as container:
-            found[sum(packet.size > 0 for packet in container.demux(video=0))] += 1
+    for path in folder.iterdir():
+        if path.suffix == ".tar":
+            with tarfile.open(path) as tar:
+                found.update(_frames(tar.extractfile(member)) for member in tar if member.name.endswith(".mp4"))
+        elif path.suffix in (".mp4", ".png"):
+            found[_frames(str(path))] += 1
     return {str(frames): files for frames, files in sorted(found.items())}
 
 
-def _pictures(folder: Path) -> Iterator[BinaryIO]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".mp4", ".png"):
-            yield io.BytesIO(path.read_bytes())
-        elif path.suffix == ".tar":
-            with tarfile.open(path) as tar:
-                for member in tar:
-                    if member.name.endswith(".mp4") and (file := tar.extractfile(member)) is not None:
-                        yield io.BytesIO(file.read())
+def _frames(file: Any) -> int:
+    with av.open(file, "r") as container:
+        return sum(packet.size > 0 for packet in container.demux(video=0))
 
 
 def make_pretrain(
@@ -137,11 +118,11 @@ def make_pretrain(
         with tarfile.open(folder / f"{begin // SHARD:05d}.tar", "w") as tar:
             for run in range(begin, min(begin + SHARD, count), RUN):
                 labels = paired_labels(RUN // 2, run // RUN % 2 == 0, generator, kinds)[: count - run]
-                for number, (label, frames) in enumerate(paired_clips(items, labels, generator), run):
+                for number, (label, frames) in enumerate(drawn(world.paired_clips, items, labels, generator), run):
                     write_clip(aside, frames)
-                    template = int(torch.randint(len(TEMPLATES), (), generator=generator))
+                    template = int(torch.randint(len(world.TEMPLATES), (), generator=generator))
                     _add(tar, f"{number:06d}.mp4", aside.read_bytes())
-                    _add(tar, f"{number:06d}.txt", caption(*label, template=template).encode())
+                    _add(tar, f"{number:06d}.txt", world.caption(*label, template=template).encode())
     aside.unlink()
 
 
@@ -172,10 +153,8 @@ def _stills(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Each label with its still, those in which an event shows first."""
     showing = labels[:, 2] >= 0
-    for part in labels[showing].split(PART) if showing.any() else ():
-        yield from zip(part.tolist(), exposures(items, part, generator, kinds), strict=True)
-    for part in labels[~showing].split(PART) if not showing.all() else ():
-        yield from zip(part.tolist(), plain_stills(items, part, generator), strict=True)
+    yield from drawn(partial(world.exposures, kinds=kinds), items, labels[showing], generator)
+    yield from drawn(world.plain_stills, items, labels[~showing], generator)
 
 
 def make_clips(folder: Path, items: Items, count: int, generator: torch.Generator) -> None:
@@ -183,13 +162,12 @@ def make_clips(folder: Path, items: Items, count: int, generator: torch.Generato
     weights = torch.tensor([WEIGHTS[event.kind] / len(of_kind(event.kind)) for event in EVENTS])
     labels[:, 2] = torch.multinomial(weights, count, replacement=True, generator=generator)
     records: list[dict] = []
-    for part in labels.split(PART):
-        for label, frames in zip(part.tolist(), clips(items, part, generator), strict=True):
-            name = f"{len(records):06d}.mp4"
-            write_clip(folder / name, frames)
-            look = ("item", "colour", "caption")[int(torch.randint(3, (), generator=generator))]
-            asked = [EVENTS[label[2]].kind, look]
-            records.append({"id": name[:-4], "video": name, **_conversation("<video>", asked, label, generator)})
+    for label, frames in drawn(world.clips, items, labels, generator):
+        name = f"{len(records):06d}.mp4"
+        write_clip(folder / name, frames)
+        look = ("item", "colour", "caption")[int(torch.randint(3, (), generator=generator))]
+        asked = [EVENTS[label[2]].kind, look]
+        records.append({"id": name[:-4], "video": name, **_conversation("<video>", asked, label, generator)})
     _write_lines(folder / "clips.jsonl", records)
 
 
@@ -212,7 +190,8 @@ def make_heldout(folder: Path, items: Items, count: int, generator: torch.Genera
         rows = random_labels(len(events) * max(1, HELD_OUT[kind] * count // whole), (-1,), generator)
         rows[:, 2] = torch.tensor(events).repeat(len(rows) // len(events))
         about, asked = (kind, "item", "colour") if kind == "motion" else (kind,), {}
-        for number, (label, frames) in enumerate(paired_clips(items, with_counterparts(rows), generator)):
+        labels = world.with_counterparts(rows)
+        for number, (label, frames) in enumerate(drawn(world.paired_clips, items, labels, generator)):
             key = f"{number // 2:04d}{'ab'[number % 2]}"
             write_clip(folder / f"{kind}-{key}.mp4", frames)
             if number % 2 == 0:  # both of a pair are asked in the same words
@@ -220,7 +199,7 @@ def make_heldout(folder: Path, items: Items, count: int, generator: torch.Genera
             for one, question in asked.items():
                 named = {"id": f"{one}/{key}", "video_id": f"{kind}-{key}.mp4"}
                 records.append({**named, "question": question, "answer": answer(one, label), "type": one})
-    _write_json(folder / "questions.json", records)
+    write_json(folder / "questions.json", records, indent=1)
 
 
 def make_heldout_stills(folder: Path, items: Items, count: int, generator: torch.Generator) -> None:
@@ -235,20 +214,18 @@ def make_heldout_stills(folder: Path, items: Items, count: int, generator: torch
         for one in ("motion", "item", "colour") if label[2] >= 0 else ("item", "colour"):
             named = {"id": f"{one}/{number:04d}", "image": image, "question": draw_question(one, generator)}
             records.append({**named, "answer": answer(one, label), "type": one})
-    _write_json(folder / "questions.json", records)
+    write_json(folder / "questions.json", records, indent=1)
 
 
 def make_retrieval(folder: Path, items: Items, count: int, generator: torch.Generator) -> None:
     """count: at most so many clips; all captions are 864."""
     columns = (torch.arange(0, len(EVENTS), 2), torch.arange(len(ITEMS)), torch.arange(len(COLOURS)))
-    labels = with_counterparts(torch.cartesian_prod(*columns)[:, [1, 2, 0]])[:count]
+    labels = world.with_counterparts(torch.cartesian_prod(*columns)[:, [1, 2, 0]])[:count]
     records: list[dict] = []
-    for label, frames in paired_clips(items, labels, generator):
+    for label, frames in drawn(world.paired_clips, items, labels, generator):
         name = f"{len(records):04d}.mp4"
         write_clip(folder / name, frames)
-        records.append({"id": name[:-4], "video": name, "caption": caption(*label)})
-    single = torch.isin(labels[:, 2], torch.tensor(SINGLE)).tolist()
-    _write_lines(folder / "captions.jsonl", [one for one, listed in zip(records, single, strict=True) if listed])
+        records.append({"id": name[:-4], "video": name, "caption": world.caption(*label)})
     _write_lines(folder / "pairs.jsonl", records)
 
 
@@ -260,8 +237,21 @@ def _write_lines(path: Path, records: Sequence[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def _write_json(path: Path, records: Sequence[dict]) -> None:
-    path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+def write_demo(out: Path, seed: int = 7) -> None:
+    """Write an mp4 of each single event and of one in two steps, and clips.json: file, truth and question of each.
+
+    The frames have 192 pixels, a size that players show and codecs are made for.
+    """
+    generator, shown = torch.Generator().manual_seed(seed), (*SINGLE, of_kind("order")[0])
+    labels = random_labels(len(shown), shown, generator)
+    labels[:, 2] = torch.tensor(shown)
+    records: list[dict] = []
+    for label, frames in drawn(world.clips, load_items(), labels, generator):
+        event = EVENTS[label[2]]
+        file = f"{len(records)}-{event.phrase.removeprefix('moving ').replace(' ', '-')}.mp4"
+        write_video(out / file, enlarged(frames, 4), fps=4, options={"crf": "18", "preset": "veryslow"})
+        records.append({"file": file, "truth": world.caption(*label), "question": QUESTIONS[event.kind][0]})
+    write_json(out / "clips.json", records)
 
 
 class DataSet(NamedTuple):
@@ -294,22 +284,22 @@ def write(out: Path, name: str, count: int | None = None, seed: int = 0) -> bool
     made, folder = DATA_SETS[name], out / name
     count = made.number if count is None else count
     asked = {"name": name, "count": count, "seed": seed}
-    if made.make in (make_pretrain, make_heldout, make_retrieval) and count % 2:
-        raise ValueError(f"--count is {count}; {name} is made of pairs of clips: expected an even number")
+    if count < 1 or count % 2 and made.make in (make_pretrain, make_heldout, make_retrieval):
+        raise ValueError(f"--count is {count}; expected at least 1, and an even number where clips are made in pairs")
     if (folder / "about.json").is_file():
         there = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         if other := {key: there.get(key) for key in asked if there.get(key) != asked[key]}:
             raise ValueError(f"{folder} is there with {other}; expected {asked}: remove it, or name another folder")
         return False
-    aside = out / f"{name}.writing"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
-    made.make(aside, load_items(made.items), count, generator)
-    frames = count_frames(aside)
-    about = asked | {"items": made.items, "exposures": made.exposures, "files": sum(frames.values()), "frames": frames}
-    write_whole(aside / "about.json", json.dumps(about, indent=1) + "\n")
-    replace_folder(aside, folder)
+    out.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(out, name)
+    with writing(folder) as aside:
+        aside.mkdir()
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
+        made.make(aside, load_items(made.items), count, generator)
+        frames = count_frames(aside)
+        counted = {"files": sum(frames.values()), "frames": frames}
+        write_json(aside / "about.json", asked | {"items": made.items, "exposures": made.exposures} | counted, indent=1)
     return True
 
 
@@ -318,18 +308,16 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the data sets")
     parser.add_argument("--only", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), help="data sets to write")
     parser.add_argument("--count", type=int, help="clips or stills of each; default: its own number")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--demo", action="store_true", help="write the clips of the demo instead")
     options = parser.parse_args()
-    if options.count is not None and options.count < 1:
-        parser.error(f"--count is {options.count}; expected at least 1")
     torch.set_num_threads(1)
+    if options.demo:
+        return write_demo(options.out)
     for name in options.only:
-        began = time.monotonic()
         try:
-            fresh = write(options.out, name, options.count, options.seed)
+            print(f"{name}: {'written' if write(options.out, name, options.count) else 'there already'}", flush=True)
         except ValueError as error:
             parser.error(str(error))
-        print(f"{name}: {f'written in {time.monotonic() - began:.0f} s' if fresh else 'there already'}", flush=True)
 
 
 if __name__ == "__main__":

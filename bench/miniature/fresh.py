@@ -3,14 +3,13 @@
 The image chat stage begins with it. The projector starts where words lie, so that the language model's adapters learn
 to read it in minutes: a linear map, fitted in closed form, takes an image token into CLIP's shared space, and a point
 of that space to the word embeddings of the caption that lies there. No image is paired with its caption or label for
-this: the first half is fitted to unlabelled stills, the second to captions alone. ``--random`` leaves it out.
+this: the first half is fitted to unlabelled stills, the second to captions alone.
 
 ``about.json`` is the CLIP's, so that what it has seen can be read from it.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ from miniature.ridge import ridge  # noqa: E402
 from miniature.world import COLOURS, EVENTS, SINGLE, SIZE, caption  # noqa: E402
 
 from bt_adapter.data.image_settings import ImageSettings  # noqa: E402
-from bt_adapter.files import replace_folder  # noqa: E402
+from bt_adapter.files import remove_unfinished, writing  # noqa: E402
 from bt_adapter.mini.clip import load_clip  # noqa: E402
 from bt_adapter.mini.language import load_language_model  # noqa: E402
 from bt_adapter.mini.llava import IMAGE_TOKEN, make_llava  # noqa: E402
@@ -47,7 +46,8 @@ def start_projector(model: Any, clip: CLIPModel, clip_tokenizer: Any, tokenizer:
     projector, table = model.model.multi_modal_projector, model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(1)
     pixels = ImageSettings(SIZE).normalise(draw_stills(load_items("train"), STILLS, generator)[0])
-    tokens = torch.cat([_image_tokens(clip, part) for part in pixels.split(250)])
+    parts = (clip.vision_model(part, output_hidden_states=True) for part in pixels.split(250))
+    tokens = torch.cat([part.hidden_states[-2][:, 1:] for part in parts])
     mean = tokens.mean(1)
     shared = F.normalize(clip.visual_projection(clip.vision_model.post_layernorm(mean)), dim=-1)
     to_shared = _least_squares(mean, shared, (1e-3 * (mean - mean.mean(0)).var()).double())
@@ -70,11 +70,6 @@ def start_projector(model: Any, clip: CLIPModel, clip_tokenizer: Any, tokenizer:
         second.weight[:, units] = sign * out
 
 
-def _image_tokens(clip: CLIPModel, pixels: Tensor) -> Tensor:
-    """The patch tokens of the last layer but one, [n, P, D]."""
-    return clip.vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-
-
 def _word_embeddings(table: Tensor, tokenizer: PreTrainedTokenizerBase, label: tuple[int, int, int]) -> Tensor:
     """The sum over what a label names of the mean embedding of its words' tokens, [W]."""
     item, colour, event = label
@@ -89,32 +84,24 @@ def _least_squares(x: Tensor, y: Tensor, strength: float | Tensor) -> Tensor:
     return ridge(x, y, strength).float()
 
 
-def write(clip_folder: Path, out: Path, seed: int, random: bool = False) -> None:
+def write(clip_folder: Path, out: Path) -> None:
     """Write the folder, which appears when it is whole."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     clip, clip_tokenizer = load_clip(clip_folder)
     model, tokenizer = make_llava(clip, *load_language_model())
-    if not random:
-        start_projector(model, clip, clip_tokenizer, tokenizer)
+    start_projector(model, clip, clip_tokenizer, tokenizer)
     vision = model.config.vision_config
-    side = {"height": vision.image_size, "width": vision.image_size}
-    aside = out.with_name(f"{out.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": vision.image_size}, crop_size=side), tokenizer,
-        patch_size=vision.patch_size, vision_feature_select_strategy="default", image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
-    ).save_pretrained(aside)  # fmt: skip
-    shutil.copy(clip_folder / "about.json", aside / "about.json")
-    replace_folder(aside, out)
+    images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    processor = LlavaProcessor(
+        images, tokenizer, patch_size=vision.patch_size, vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN, num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    remove_unfinished(out.parent, out.name)
+    with writing(out) as aside:
+        model.save_pretrained(aside)
+        processor.save_pretrained(aside)
+        shutil.copy(clip_folder / "about.json", aside)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clip", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, default=0, help="of the projector's random weights")
-    parser.add_argument("--random", action="store_true", help="leave the projector random")
-    options = parser.parse_args()
-    write(options.clip, options.out, options.seed, options.random)
+    write(*map(Path, sys.argv[1:]))

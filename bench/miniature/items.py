@@ -14,9 +14,7 @@ and are left out. Three splits without a common image:
 
 from __future__ import annotations
 
-import argparse
 import gzip
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +30,9 @@ SHIPPED_PER_CLASS = 40
 
 @dataclass(frozen=True)
 class Items:
-    """images uint8 [N, 28, 28] sorted by class, labels int64 [N], starts and counts int64 [8] of each class."""
+    """images uint8 [N, 28, 28] sorted by class, starts and counts int64 [8] of each class."""
 
     images: torch.Tensor
-    labels: torch.Tensor
     starts: torch.Tensor
     counts: torch.Tensor
 
@@ -45,74 +42,47 @@ class Items:
         return self.images[self.starts[classes] + place.long()]
 
 
-def load_items(split: str = "shipped", folder: str | os.PathLike[str] | None = None) -> Items:
+def load_items(split: str = "shipped") -> Items:
     """Load a split ("train", "test" or "shipped").
 
-    folder: where the ``*-ubyte.gz`` files lie (default: where Debian's package puts them).
-    Raises ValueError for another split, FileNotFoundError naming the package when the files are not there.
+    Raises ValueError for another split, FileNotFoundError naming the package when its files are not there.
     """
     if split == "shipped":
         with np.load(ITEMS_FILE) as stored:
             return _items(stored["images"], stored["labels"])
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; expected 'train', 'test' or 'shipped'")
-    images, labels, shipped = _read(Path(folder or FOLDER), "train" if split == "train" else "t10k")
-    if split == "train":
-        return _items(images, labels)
-    return _items(images[~shipped], labels[~shipped])
-
-
-def write_shipped(path: str | os.PathLike[str] = ITEMS_FILE, folder: str | os.PathLike[str] | None = None) -> None:
-    """Write the shipped split to an .npz file."""
-    images, labels, shipped = _read(Path(folder or FOLDER), "t10k")
-    temporary = Path(path).with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, images=images[shipped], labels=labels[shipped].astype(np.uint8))
-    os.replace(temporary, path)
+    images, labels, shipped = _read("train" if split == "train" else "t10k")
+    kept = ~shipped | (split == "train")
+    return _items(images[kept], labels[kept])
 
 
 def _items(images: np.ndarray, labels: np.ndarray) -> Items:
-    order = np.argsort(labels, kind="stable")
     counts = torch.from_numpy(np.bincount(labels, minlength=len(ITEMS)))
-    return Items(
-        images=torch.from_numpy(images[order].copy()),
-        labels=torch.from_numpy(labels[order].astype(np.int64)),
-        starts=counts.cumsum(0) - counts,
-        counts=counts,
-    )
+    return Items(torch.from_numpy(images[np.argsort(labels, kind="stable")]), counts.cumsum(0) - counts, counts)
 
 
-def _read(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _read(prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images and own labels of the eight classes, and which of them are the first 40 of their class."""
-    images = _idx(folder / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
-    source = _idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 8)
-    own = np.full(10, -1)
-    own[list(SOURCE_CLASSES)] = np.arange(len(ITEMS))
-    kept = own[source] >= 0
-    images, labels = images[kept], own[source][kept]
-    first = np.zeros(len(labels), dtype=bool)
-    for item in range(len(ITEMS)):
-        first[np.flatnonzero(labels == item)[:SHIPPED_PER_CLASS]] = True
-    return images, labels, first
+    images, source = (
+        _idx(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28),
+        _idx(f"{prefix}-labels-idx1-ubyte.gz", 8),
+    )
+    is_kind = source[:, None] == np.array(SOURCE_CLASSES)
+    first = (is_kind & (is_kind.cumsum(0) <= SHIPPED_PER_CLASS)).any(1)
+    kept = is_kind.any(1)
+    return images[kept], is_kind.argmax(1)[kept], first[kept]
 
 
-def _idx(path: Path, header: int) -> np.ndarray:
-    if not path.exists():
+def _idx(name: str, header: int) -> np.ndarray:
+    try:
+        return np.frombuffer(gzip.decompress((FOLDER / name).read_bytes()), dtype=np.uint8, offset=header)
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{path} is not there: install Debian's package dataset-fashion-mnist, or pass the folder that holds "
-            "Fashion-MNIST's four *-ubyte.gz files"
-        )
-    with gzip.open(path) as stream:
-        return np.frombuffer(stream.read(), dtype=np.uint8, offset=header)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write items.npz, the shipped test items.")
-    parser.add_argument("--folder", default=None, help=f"Fashion-MNIST's files (default {FOLDER})")
-    parser.add_argument("--out", default=str(ITEMS_FILE))
-    arguments = parser.parse_args()
-    write_shipped(arguments.out, arguments.folder)
-    print(f"{arguments.out}: {os.path.getsize(arguments.out)} bytes")
+            f"{FOLDER / name} is not there: install Debian's package dataset-fashion-mnist"
+        ) from error
 
 
 if __name__ == "__main__":
-    main()
+    images, labels, shipped = _read("t10k")
+    np.savez_compressed(ITEMS_FILE, images=images[shipped], labels=labels[shipped].astype(np.uint8))

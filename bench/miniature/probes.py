@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
-from miniature.datasets import with_counterparts  # noqa: E402
+from miniature import world  # noqa: E402
 from miniature.items import ITEMS, Items, load_items  # noqa: E402
 from miniature.ridge import ridge  # noqa: E402
-from miniature.world import EVENTS, KINDS, draw, exposures, of_kind, random_labels, render  # noqa: E402
+from miniature.world import EVENTS, KINDS, of_kind  # noqa: E402
 
 from bt_adapter import BTAdapterVisionModel  # noqa: E402
 from bt_adapter.chat.attach import attached_branch  # noqa: E402
@@ -62,22 +62,15 @@ def features(model: BTAdapterVisionModel, projector: nn.Module, images: Tensor) 
     return {place: torch.cat(parts) for place, parts in found.items()}
 
 
-class Probe:
-    """A fitted probe: features [n, width] to scores [n, classes]."""
-
-    def __init__(self, x: Tensor, classes: Tensor, count: int) -> None:
-        self.mean, self.std = x.double().mean(0), x.double().std(0).clamp(min=1e-6)
-        x, y = self._standard(x), F.one_hot(classes, count).double() - 1 / count
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-        fit, held = order[: len(x) * 3 // 4], order[len(x) * 3 // 4 :]
-        right = [(x[held] @ ridge(x[fit], y[fit], s)).argmax(1).eq(classes[held]).sum().item() for s in STRENGTHS]
-        self.weight = ridge(x, y, STRENGTHS[max(range(len(right)), key=right.__getitem__)])
-
-    def _standard(self, x: Tensor) -> Tensor:
-        return (x.double() - self.mean) / self.std
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._standard(x) @ self.weight
+def probe(x: Tensor, classes: Tensor, count: int, test: Tensor) -> Tensor:
+    """Fit a probe to features [n, width] and classes [n]: the scores [m, count] of other features [m, width]."""
+    mean, std = x.double().mean(0), x.double().std(0).clamp(min=1e-6)
+    x, test = ((one.double() - mean) / std for one in (x, test))
+    y = F.one_hot(classes, count).double() - 1 / count
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    fit, held = order[: len(x) * 3 // 4], order[len(x) * 3 // 4 :]
+    right = [(x[held] @ ridge(x[fit], y[fit], s)).argmax(1).eq(classes[held]).sum().item() for s in STRENGTHS]
+    return test @ ridge(x, y, STRENGTHS[max(range(len(right)), key=right.__getitem__)])
 
 
 def read(kind: str, x: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
@@ -88,7 +81,7 @@ def read(kind: str, x: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor
     column, values = (0, range(len(ITEMS))) if kind == "item" else (2, of_kind(kind))
     rows, held = (torch.isin(one[:, column], torch.tensor(values)) for one in (labels, test_labels))
     classes, right = labels[rows, column] - values[0], test_labels[held, column] - values[0]
-    scores = Probe(x[rows], classes, len(values))(test[held])
+    scores = probe(x[rows], classes, len(values), test[held])
     found = {"right": scores.argmax(1).eq(right).double().mean().item()}
     if kind != "item":  # counterparts are neighbours
         own, other = (scores.gather(1, one[:, None]) for one in (right, right ^ 1))
@@ -105,34 +98,27 @@ def measure(
     """
     generator = torch.Generator().manual_seed(5)
 
-    def look(items: Items, events: Sequence[int], still: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Labels and features; the clips of a pair hold the same frames."""
-        rows = random_labels(count // 2 * (1 if items is held_out else 3), (-1,), generator)
-        rows[:, 2] = torch.tensor(events[::2]).repeat(len(rows))[: len(rows)]  # each equally often
-        labels = with_counterparts(rows)
-        shown = (
-            exposures(items, labels, generator)
-            if still
-            else render(draw(items, rows, generator).repeat(2), labels[:, 2])
-        )
-        return labels, features(model, projector, shown)
+    def look(items: Items, events: Sequence[int], draw: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Labels, of each event equally often, and features."""
+        rows = world.random_labels(count // 2 * (1 if items is held_out else 3), (-1,), generator)
+        rows[:, 2] = torch.tensor(events[::2]).repeat(len(rows))[: len(rows)]
+        labels = world.with_counterparts(rows)
+        return labels, features(model, projector, draw(items, labels, generator))
 
     every, motion = range(len(EVENTS)), of_kind("motion")
-    seen_clips, seen_stills = look(items, every, False), look(items, motion, True)
-    held_clips, held_stills = look(held_out, every, False), look(held_out, motion, True)
+    seen_clips, seen_stills = look(items, every, world.paired_clips), look(items, motion, world.exposures)
+    held_clips, held_stills = look(held_out, every, world.paired_clips), look(held_out, motion, world.exposures)
     pairs = {
-        "clips": (seen_clips, held_clips),
-        "stills": (seen_stills, held_clips),
-        "held-out stills": (seen_stills, held_stills),
+        "clips": (seen_clips, held_clips, (*KINDS, "item")),
+        "stills": (seen_stills, held_clips, ("motion", "item")),
+        "held-out stills": (seen_stills, held_stills, ("motion", "item")),
     }
-
-    def rows(seen: Any, held: Any, kinds: Sequence[str]) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
-        for place in seen[1]:
-            yield place, {kind: read(kind, seen[1][place], seen[0], held[1][place], held[0]) for kind in kinds}
-
     return {
-        name: dict(rows(*pair, (*KINDS, "item") if name == "clips" else ("motion", "item")))
-        for name, pair in pairs.items()
+        name: {
+            place: {kind: read(kind, x, labels, held[place], held_labels) for kind in kinds}
+            for place, x in seen.items()
+        }
+        for name, ((labels, seen), (held_labels, held), kinds) in pairs.items()
     }
 
 

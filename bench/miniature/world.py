@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -68,6 +67,9 @@ SINGLE = tuple(number for number, event in enumerate(EVENTS) if event.kind in ("
 EXPOSURES = ("ramp", "rear flash", "front flash", "ghosts", "late shutter")
 
 
+Draws = dict[str, Tensor]  # of :func:`draw`
+
+
 def of_kind(*kinds: str) -> tuple[int, ...]:
     """Numbers in EVENTS of the events of these kinds."""
     return tuple(number for number, event in enumerate(EVENTS) if event.kind in kinds)
@@ -89,32 +91,11 @@ def random_labels(n: int, events: Sequence[int], generator: torch.Generator) -> 
     return torch.stack([values[torch.randint(len(values), (n,), generator=generator)] for values in columns], 1)
 
 
-@dataclass(frozen=True)
-class Draws:
-    """All that is random in ``n`` scenes but item, colour and event: a row serves any event, and both of a pair."""
-
-    sprite: Tensor  # uint8 [n, 28, 28]
-    travel: Tensor  # [n], pixels of a motion
-    place: Tensor  # [n, 2], centre of the motion
-    rest: Tensor  # [n, 2], offset from that centre along an axis on which nothing moves
-    size: Tensor  # [n], of what keeps its size, in pixels
-    mean_size: Tensor  # [n], of what grows
-    growth: Tensor  # [n], ratio of its largest to its smallest size
-    opacity: Tensor  # [n], of what does not fade
-    faint: Tensor  # [n], least opacity of what fades
-    full: Tensor  # [n], greatest opacity of what fades
-    phase: Tensor  # [n], of a swing
-    vertical: Tensor  # bool [n], whether a swing is
-    tint: Tensor  # [n, 3]
-    background: Tensor  # [n, 3, 48, 48]
-
-    def repeat(self, times: int) -> Draws:
-        """Every row ``times`` times, one after the other."""
-        return Draws(**{name: value.repeat_interleave(times, 0) for name, value in vars(self).items()})
-
-
 def draw(items: Items, labels: Tensor, generator: torch.Generator) -> Draws:
-    """The draws of scenes with these items and colours."""
+    """All that is random in scenes with these items and colours, by name: a row serves any event, and both of a pair.
+
+    Sizes are in pixels, and so are places; opacities in 0..1.
+    """
     n = len(labels)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -122,35 +103,41 @@ def draw(items: Items, labels: Tensor, generator: torch.Generator) -> Draws:
 
     travel = uniform(12, 24)
     coarse = uniform(0, 1, 3, 6, 6) * uniform(0.05, 0.3, 1, 1, 1)
-    return Draws(
-        sprite=items.draw(labels[:, 0], generator),
-        travel=travel,
-        place=SIZE / 2 + uniform(-1, 1, 2) * (14 - travel[:, None] / 2),
-        rest=uniform(-0.5, 0.5, 2) * travel[:, None],
-        size=uniform(16, 32),
-        mean_size=uniform(18, 26),
-        growth=uniform(1.6, 2.2),
-        opacity=uniform(0.6, 1),
-        faint=uniform(0, 0.15),
-        full=uniform(0.8, 1),
-        phase=uniform(0, 2 * math.pi),
-        vertical=torch.rand(n, generator=generator) < 0.5,
-        tint=(torch.tensor(RGB)[labels[:, 1]] + uniform(-0.08, 0.08, 3)).clamp(0, 1),
-        background=F.interpolate(coarse, size=(SIZE, SIZE), mode="bilinear", align_corners=False),
-    )
-
-
-def render(draws: Draws, event: Tensor, frames: int = FRAMES) -> Tensor:
-    """The clips of these draws and events (int64 ``[n]``): uint8 ``[n, frames, 3, 48, 48]``.
-
-    Counterparts hold the same frames whatever their number is, but for speed, where it must not be a multiple of 3.
-    """
-    return _bytes(_scenes(draws, event, frames=frames))
+    return {
+        "sprite": items.draw(labels[:, 0], generator),  # uint8 [n, 28, 28]
+        "travel": travel,  # [n], of a motion
+        "place": SIZE / 2 + uniform(-1, 1, 2) * (14 - travel[:, None] / 2),  # [n, 2], centre of the motion
+        "rest": uniform(-0.5, 0.5, 2) * travel[:, None],  # [n, 2], off that centre along an axis without motion
+        "size": uniform(16, 32),  # [n], of what keeps its size
+        "mean_size": uniform(18, 26),  # [n], of what grows
+        "growth": uniform(1.6, 2.2),  # [n], ratio of its largest to its smallest size
+        "opacity": uniform(0.6, 1),  # [n], of what does not fade
+        "faint": uniform(0, 0.15),  # [n], least opacity of what fades
+        "full": uniform(0.8, 1),  # [n], greatest opacity of what fades
+        "phase": uniform(0, 2 * math.pi),  # [n], of a swing
+        "vertical": torch.rand(n, generator=generator) < 0.5,  # bool [n], whether a swing is
+        "tint": (torch.tensor(RGB)[labels[:, 1]] + uniform(-0.08, 0.08, 3)).clamp(0, 1),  # [n, 3]
+        "background": F.interpolate(coarse, size=(SIZE, SIZE), mode="bilinear"),  # [n, 3, 48, 48]
+    }
 
 
 def clips(items: Items, labels: Tensor, generator: torch.Generator, frames: int = FRAMES) -> Tensor:
-    """One clip a label: uint8 ``[n, frames, 3, 48, 48]``, the same scenes whatever ``frames`` is."""
-    return render(draw(items, labels, generator), labels[:, 2], frames)
+    """One clip a label: uint8 ``[n, frames, 3, 48, 48]``, the same scenes whatever ``frames``, an even number, is.
+
+    Counterparts hold the same frames, but for speed, where ``frames`` must not be a multiple of 3.
+    """
+    return _bytes(_scenes(draw(items, labels, generator), labels[:, 2], frames=frames))
+
+
+def paired_clips(items: Items, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """One clip a label as :func:`clips`, where counterparts are neighbours and hold the same frames."""
+    draws = draw(items, labels[::2], generator)
+    return _bytes(_scenes({name: value.repeat_interleave(2, 0) for name, value in draws.items()}, labels[:, 2]))
+
+
+def with_counterparts(labels: Tensor) -> Tensor:
+    """Each label, followed by that of its counterpart."""
+    return torch.stack([labels, labels ^ torch.tensor([0, 0, 1])], 1).flatten(0, 1)
 
 
 def plain_stills(items: Items, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -159,7 +146,7 @@ def plain_stills(items: Items, labels: Tensor, generator: torch.Generator) -> Te
     size = torch.rand(n, generator=generator) * 19 + 17
     margin = (size * 0.42).clamp(max=SIZE / 2)[:, None]
     centre = margin + torch.rand(n, 2, generator=generator) * (SIZE - 2 * margin)
-    return _bytes(_compose(draws, centre[:, None], size[:, None], draws.opacity[:, None])[:, 0])
+    return _bytes(_compose(draws, centre[:, None], size[:, None], draws["opacity"][:, None])[:, 0])
 
 
 def exposures(items: Items, labels: Tensor, generator: torch.Generator, kinds: Sequence[str] = EXPOSURES) -> Tensor:
@@ -200,28 +187,26 @@ def exposure_weights(n: int, generator: torch.Generator, kinds: Sequence[str] = 
 
 def _scenes(draws: Draws, event: Tensor, weights: Tensor | None = None, frames: int = FRAMES) -> Tensor:
     """The frames of the events as floats in 0..1, or with weights ``[n, frames]`` their weighted mean."""
-    value = _profiles(draws.phase, event, frames)  # how far each event is in each frame
+    value = _profiles(draws["phase"], event, frames)  # how far each event is in each frame
 
     def changes(channel: str) -> Tensor:
         return torch.tensor([known.channel == channel for known in EVENTS])[event]
 
     swing, centre = changes("swing"), []
-    for axis, moves in enumerate((changes("x") | swing & ~draws.vertical, changes("y") | swing & draws.vertical)):
-        step = (value - 0.5) * draws.travel[:, None]
-        centre.append(draws.place[:, axis, None] + torch.where(moves[:, None], step, draws.rest[:, axis, None]))
-    grown = draws.mean_size[:, None] * draws.growth[:, None] ** (value - 0.5)
-    size = torch.where(changes("size")[:, None], grown, draws.size[:, None])
-    faded = draws.faint[:, None] + (draws.full - draws.faint)[:, None] * value
-    opacity = torch.where(changes("opacity")[:, None], faded, draws.opacity[:, None])
+    for axis, moves in enumerate((changes("x") | swing & ~draws["vertical"], changes("y") | swing & draws["vertical"])):
+        step = (value - 0.5) * draws["travel"][:, None]
+        centre.append(draws["place"][:, axis, None] + torch.where(moves[:, None], step, draws["rest"][:, axis, None]))
+    grown = draws["mean_size"][:, None] * draws["growth"][:, None] ** (value - 0.5)
+    size = torch.where(changes("size")[:, None], grown, draws["size"][:, None])
+    faded = draws["faint"][:, None] + (draws["full"] - draws["faint"])[:, None] * value
+    opacity = torch.where(changes("opacity")[:, None], faded, draws["opacity"][:, None])
     return _compose(draws, torch.stack(centre, -1), size, opacity, weights)
 
 
 def _profiles(phase: Tensor, event: Tensor, frames: int) -> Tensor:
     """Compute the progress of each clip's event in each frame, ``[n, frames]`` in [0, 1]."""
-    half = (frames + 1) // 2
-    rise, back = torch.arange(frames) / (frames - 1), torch.arange(half) / (half - 1)
-    odd = frames % 2  # the turning point is then a frame of its own
-    dip, peak = torch.cat([back.flip(0), back[odd:]]), torch.cat([back, back.flip(0)[odd:]])
+    rise, back = torch.arange(frames) / (frames - 1), torch.arange(frames // 2) / (frames // 2 - 1)
+    dip, peak = torch.cat([back.flip(0), back]), torch.cat([back, back.flip(0)])
     known = {"rise": rise, "fall": rise.flip(0), "dip": dip, "peak": peak}
     for name, ahead in (("slow", 1), ("fast", FAST)):
         # phases are numbered modulo frames before the cosine is taken, so that both speeds give the very same floats
@@ -242,13 +227,16 @@ def _compose(draws: Draws, centre: Tensor, size: Tensor, opacity: Tensor, weight
     theta[..., 0, 0] = theta[..., 1, 1] = SIZE / size
     theta[..., :, 2] = (SIZE - 2 * centre) / size[..., None]
     grid = F.affine_grid(theta.flatten(0, 1), [n * frames, 1, SIZE, SIZE], align_corners=False)
-    sprite = (draws.sprite.float() / 255)[:, None, None].expand(n, frames, 1, 28, 28).flatten(0, 1)
+    sprite = (draws["sprite"].float() / 255)[:, None, None].expand(n, frames, 1, 28, 28).flatten(0, 1)
     value = F.grid_sample(sprite, grid, align_corners=False).view(n, frames, SIZE, SIZE)
     cover = (value * 3).clamp_(max=1) * opacity[..., None, None]
     light = (value * 0.75 + 0.25) * cover
     if weights is not None:
         cover, light = ((part * weights[..., None, None]).sum(1, keepdim=True) for part in (cover, light))
-    image = draws.background[:, None] * (1 - cover[:, :, None]) + light[:, :, None] * draws.tint[:, None, :, None, None]
+    image = (
+        draws["background"][:, None] * (1 - cover[:, :, None])
+        + light[:, :, None] * draws["tint"][:, None, :, None, None]
+    )
     return image if weights is None else image[:, 0]
 
 

