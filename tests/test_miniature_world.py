@@ -118,7 +118,7 @@ def test_what_was_fed_is_counted_from_the_files(written, tmp_path):
         assert about["items"] == splits[name] == ("shipped" if "heldout" in name or name == "retrieval" else "train")
         assert bool(about["exposures"]) is (still and name != "stills-plain")
         assert not still or {path.suffix for path in (out / name).iterdir()} <= {".png", ".json", ".jsonl"}
-    datasets.write_clip(tmp_path / "clip.mp4", torch.zeros(5, 3, 48, 48, dtype=torch.uint8))
+    datasets.write_picture(tmp_path / "clip", torch.zeros(5, 3, 48, 48, dtype=torch.uint8))
     assert datasets.count_frames(tmp_path) == {"5": 1}
 
 
@@ -151,8 +151,7 @@ def test_a_clip_is_read_as_it_was_drawn_and_pairs_stay_pairs_of_the_same_frames(
     labels = world.with_counterparts(torch.tensor([[5, 0, 0], [1, 3, 8], [2, 4, 16], [7, 5, 4]]))
     read = []
     for clip in world.paired_clips(load_items(), labels, generator()):
-        datasets.write_clip(tmp_path / "clip.mp4", clip)
-        read.append(read_video(tmp_path / "clip.mp4", 8).frames)
+        read.append(read_video(datasets.write_picture(tmp_path / "clip", clip), 8).frames)
         small = torch.nn.functional.avg_pool2d(read[-1].float(), 2)
         assert (small - clip).abs().mean() < 2.5 and (small - clip).abs().quantile(0.99) < 9
     assert all(by_value(one) == by_value(other) for one, other in zip(read[::2], read[1::2], strict=True))

@@ -27,6 +27,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,8 @@ MOSTLY_SPEED = {"motion": 1, "size": 1, "order": 1, "speed": 12}
 PLAIN = 0.25  # share of plain stills
 RUN, SHARD = 32, 640  # clips without a repeated caption, and clips of a shard
 PART = 240  # images drawn at once
+Draw = Callable[[Items, Tensor, torch.Generator], Tensor]  # a function of ``world`` that draws stills or clips
+Pictures = Iterator[tuple[list[int], Tensor]]  # labels with what was drawn
 HELD_OUT = {"motion": 30, "size": 20, "order": 10, "speed": 20}  # pairs of clips of each pair of events
 
 
@@ -75,17 +78,17 @@ def paired_labels(
     return world.with_counterparts(rows)
 
 
-def drawn(
-    draw: Callable[[Items, Tensor, torch.Generator], Tensor], items: Items, labels: Tensor, generator: torch.Generator
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Each label with its picture, by a function of ``world`` that draws stills or clips."""
-    for part in labels.split(PART) if len(labels) else ():
-        yield from zip(part.tolist(), draw(items, part, generator), strict=True)
+def write_picture(stem: Path, picture: Tensor) -> Path:
+    """Write a clip uint8 ``[T, 3, 48, 48]`` as STEM.mp4 of 96 x 96 pixels, or a still ``[3, 48, 48]`` as STEM.png.
 
-
-def write_clip(path: Path, frames: Tensor) -> None:
-    """Write frames uint8 ``[T, 3, 48, 48]`` as an mp4 of 96 x 96 pixels, so that chroma keeps all of its pixels."""
-    write_video(path, enlarged(frames, 2), options={"qp": "18", "preset": "ultrafast", "g": "1", "threads": "1"})
+    With twice as many pixels, all of the chroma is kept.
+    """
+    path = stem.with_suffix(".png" if picture.ndim == 3 else ".mp4")
+    if picture.ndim == 3:
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    else:
+        write_video(path, enlarged(picture, 2), options={"qp": "18", "preset": "ultrafast", "g": "1", "threads": "1"})
+    return path
 
 
 def enlarged(frames: Tensor, times: int) -> Tensor:
@@ -110,131 +113,127 @@ def _frames(file: Any) -> int:
         return sum(packet.size > 0 for packet in container.demux(video=0))
 
 
-def make_pretrain(
-    folder: Path, items: Items, count: int, generator: torch.Generator, kinds: Mapping[str, int] = WEIGHTS
-) -> None:
-    aside = folder / "clip.mp4"
-    for begin in range(0, count, SHARD):
-        with tarfile.open(folder / f"{begin // SHARD:05d}.tar", "w") as tar:
-            for run in range(begin, min(begin + SHARD, count), RUN):
-                labels = paired_labels(RUN // 2, run // RUN % 2 == 0, generator, kinds)[: count - run]
-                for number, (label, frames) in enumerate(drawn(world.paired_clips, items, labels, generator), run):
-                    write_clip(aside, frames)
-                    template = int(torch.randint(len(world.TEMPLATES), (), generator=generator))
-                    _add(tar, f"{number:06d}.mp4", aside.read_bytes())
-                    _add(tar, f"{number:06d}.txt", world.caption(*label, template=template).encode())
-    aside.unlink()
+@dataclass(frozen=True)
+class Writer:
+    """Writes one data set of ``count`` clips or stills of these items into a folder."""
+
+    folder: Path
+    items: Items
+    count: int
+    generator: torch.Generator
+
+    def pretrain(self, kinds: Mapping[str, int] = WEIGHTS) -> None:
+        """Shards; ``kinds``: how often a clip is of each kind of events."""
+        for begin in range(0, self.count, SHARD):
+            with tarfile.open(self.folder / f"{begin // SHARD:05d}.tar", "w") as tar:
+                for run in range(begin, min(begin + SHARD, self.count), RUN):
+                    labels = paired_labels(RUN // 2, run // RUN % 2 == 0, self.generator, kinds)[: self.count - run]
+                    for number, (label, frames) in enumerate(self._drawn(world.paired_clips, labels), run):
+                        aside = write_picture(self.folder / "clip", frames)
+                        text = world.caption(*label, template=self._random(len(world.TEMPLATES)))
+                        _add(tar, f"{number:06d}.mp4", aside.read_bytes())
+                        _add(tar, f"{number:06d}.txt", text.encode())
+        aside.unlink()
+
+    def stills(self, kinds: Sequence[str] = EXPOSURES) -> None:
+        """Conversations about stills; ``kinds``: of exposure; none: plain stills alone."""
+        labels = random_labels(self.count, SINGLE, self.generator)
+        labels[self.count - round(self.count * PLAIN) if kinds else 0 :, 2] = -1
+
+        def asked(label: list[int]) -> list[str]:
+            return ["item", "colour", EVENTS[label[2]].kind if label[2] >= 0 else "caption"]
+
+        self._talks("stills.jsonl", "image", self._stills(labels, kinds), asked)
+
+    def clips(self) -> None:
+        """Conversations about clips."""
+        labels = random_labels(self.count, (-1,), self.generator)
+        weights = torch.tensor([WEIGHTS[event.kind] / len(of_kind(event.kind)) for event in EVENTS])
+        labels[:, 2] = torch.multinomial(weights, self.count, replacement=True, generator=self.generator)
+
+        def asked(label: list[int]) -> list[str]:
+            return [EVENTS[label[2]].kind, ("item", "colour", "caption")[self._random(3)]]
+
+        self._talks("clips.jsonl", "video", self._drawn(world.clips, labels), asked)
+
+    def heldout(self) -> None:
+        """Questions about pairs of clips, at least one pair of each pair of events; ``count`` is kept to about."""
+        whole = sum(len(of_kind(kind)) * pairs for kind, pairs in HELD_OUT.items())
+        records: list[dict] = []
+        for kind in KINDS:
+            events = of_kind(kind)[::2]
+            rows = random_labels(len(events) * max(1, HELD_OUT[kind] * self.count // whole), (-1,), self.generator)
+            rows[:, 2] = torch.tensor(events).repeat(len(rows) // len(events))
+            about, asked = (kind, "item", "colour") if kind == "motion" else (kind,), {}
+            pictures = self._drawn(world.paired_clips, world.with_counterparts(rows))
+            for number, (label, frames) in enumerate(pictures):
+                key = f"{number // 2:04d}{'ab'[number % 2]}"
+                file = write_picture(self.folder / f"{kind}-{key}", frames)
+                if number % 2 == 0:  # both of a pair are asked in the same words
+                    asked = {one: draw_question(one, self.generator) for one in about}
+                for one, question in asked.items():
+                    named = {"id": f"{one}/{key}", "video_id": file.name, "question": question}
+                    records.append({**named, "answer": answer(one, label), "type": one})
+        write_json(self.folder / "questions.json", records, indent=1)
+
+    def heldout_stills(self) -> None:
+        """Questions about stills: a quarter is plain, the others show each event of a motion equally often."""
+        labels = random_labels(self.count, (-1,), self.generator)
+        shown, events = self.count - round(self.count * PLAIN), of_kind("motion")
+        labels[:shown, 2] = torch.tensor(events)[torch.arange(shown) % len(events)]
+        records: list[dict] = []
+        for number, (label, still) in enumerate(self._stills(labels, EXPOSURES)):
+            file = write_picture(self.folder / f"{'motion' if label[2] >= 0 else 'plain'}-{number:04d}", still)
+            for one in ("motion", "item", "colour") if label[2] >= 0 else ("item", "colour"):
+                question = draw_question(one, self.generator)
+                named = {"id": f"{one}/{number:04d}", "image": file.name, "question": question}
+                records.append({**named, "answer": answer(one, label), "type": one})
+        write_json(self.folder / "questions.json", records, indent=1)
+
+    def retrieval(self) -> None:
+        """One clip for each caption, of which there are 864, or at most ``count``."""
+        columns = (torch.arange(0, len(EVENTS), 2), torch.arange(len(ITEMS)), torch.arange(len(COLOURS)))
+        labels = world.with_counterparts(torch.cartesian_prod(*columns)[:, [1, 2, 0]])[: self.count]
+        records: list[dict] = []
+        for label, frames in self._drawn(world.paired_clips, labels):
+            file = write_picture(self.folder / f"{len(records):04d}", frames)
+            records.append({"id": file.stem, "video": file.name, "caption": world.caption(*label)})
+        self._write_lines("pairs.jsonl", records)
+
+    def _drawn(self, draw: Draw, labels: Tensor) -> Pictures:
+        for part in labels.split(PART) if len(labels) else ():
+            yield from zip(part.tolist(), draw(self.items, part, self.generator), strict=True)
+
+    def _stills(self, labels: Tensor, kinds: Sequence[str]) -> Pictures:
+        """Each label with its still, those in which an event shows first."""
+        showing = labels[:, 2] >= 0
+        yield from self._drawn(partial(world.exposures, kinds=kinds), labels[showing])
+        yield from self._drawn(world.plain_stills, labels[~showing])
+
+    def _random(self, below: int) -> int:
+        return int(torch.randint(below, (), generator=self.generator))
+
+    def _talks(self, name: str, medium: str, pictures: Pictures, asked: Callable[[list[int]], list[str]]) -> None:
+        """A conversation about each picture: questions of the kinds that ``asked`` says, in random order."""
+        records: list[dict] = []
+        for label, picture in pictures:
+            file = write_picture(self.folder / f"{len(records):06d}", picture)
+            kinds, turns = asked(label), []
+            for number in torch.randperm(len(kinds), generator=self.generator).tolist():
+                question = draw_question(kinds[number], self.generator)
+                turns.append({"from": "human", "value": question if turns else f"<{medium}>\n{question}"})
+                turns.append({"from": "gpt", "value": answer(kinds[number], label)})
+            records.append({"id": file.stem, medium: file.name, "conversations": turns})
+        self._write_lines(name, records)
+
+    def _write_lines(self, name: str, records: list[dict]) -> None:
+        (self.folder / name).write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)  # of no user and no time, so that the same seed gives the same bytes
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
-
-
-def make_stills(
-    folder: Path, items: Items, count: int, generator: torch.Generator, kinds: Sequence[str] = EXPOSURES
-) -> None:
-    """kinds: of exposure; none: plain stills alone."""
-    shown = count - round(count * PLAIN) if kinds else 0
-    labels = random_labels(count, SINGLE, generator)
-    labels[shown:, 2] = -1
-    records: list[dict] = []
-    for label, still in _stills(items, labels, generator, kinds):
-        name = f"{len(records):06d}.png"
-        _write_still(folder / name, still)
-        asked = ["item", "colour", EVENTS[label[2]].kind if label[2] >= 0 else "caption"]
-        records.append({"id": name[:-4], "image": name, **_conversation("<image>", asked, label, generator)})
-    _write_lines(folder / "stills.jsonl", records)
-
-
-def _stills(
-    items: Items, labels: Tensor, generator: torch.Generator, kinds: Sequence[str] = EXPOSURES
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Each label with its still, those in which an event shows first."""
-    showing = labels[:, 2] >= 0
-    yield from drawn(partial(world.exposures, kinds=kinds), items, labels[showing], generator)
-    yield from drawn(world.plain_stills, items, labels[~showing], generator)
-
-
-def make_clips(folder: Path, items: Items, count: int, generator: torch.Generator) -> None:
-    labels = random_labels(count, (-1,), generator)
-    weights = torch.tensor([WEIGHTS[event.kind] / len(of_kind(event.kind)) for event in EVENTS])
-    labels[:, 2] = torch.multinomial(weights, count, replacement=True, generator=generator)
-    records: list[dict] = []
-    for label, frames in drawn(world.clips, items, labels, generator):
-        name = f"{len(records):06d}.mp4"
-        write_clip(folder / name, frames)
-        look = ("item", "colour", "caption")[int(torch.randint(3, (), generator=generator))]
-        asked = [EVENTS[label[2]].kind, look]
-        records.append({"id": name[:-4], "video": name, **_conversation("<video>", asked, label, generator)})
-    _write_lines(folder / "clips.jsonl", records)
-
-
-def _conversation(place: str, asked: list[str], label: list[int], generator: torch.Generator) -> dict[str, list]:
-    """Questions of these kinds in random order, the first with the place of the picture."""
-    turns: list[dict[str, str]] = []
-    for number in torch.randperm(len(asked), generator=generator).tolist():
-        question = draw_question(asked[number], generator)
-        turns.append({"from": "human", "value": question if turns else f"{place}\n{question}"})
-        turns.append({"from": "gpt", "value": answer(asked[number], label)})
-    return {"conversations": turns}
-
-
-def make_heldout(folder: Path, items: Items, count: int, generator: torch.Generator) -> None:
-    """count: clips, about; the kinds keep their shares, and there is a pair of each pair of events at least."""
-    whole = sum(len(of_kind(kind)) * pairs for kind, pairs in HELD_OUT.items())
-    records: list[dict] = []
-    for kind in KINDS:
-        events = of_kind(kind)[::2]
-        rows = random_labels(len(events) * max(1, HELD_OUT[kind] * count // whole), (-1,), generator)
-        rows[:, 2] = torch.tensor(events).repeat(len(rows) // len(events))
-        about, asked = (kind, "item", "colour") if kind == "motion" else (kind,), {}
-        labels = world.with_counterparts(rows)
-        for number, (label, frames) in enumerate(drawn(world.paired_clips, items, labels, generator)):
-            key = f"{number // 2:04d}{'ab'[number % 2]}"
-            write_clip(folder / f"{kind}-{key}.mp4", frames)
-            if number % 2 == 0:  # both of a pair are asked in the same words
-                asked = {one: draw_question(one, generator) for one in about}
-            for one, question in asked.items():
-                named = {"id": f"{one}/{key}", "video_id": f"{kind}-{key}.mp4"}
-                records.append({**named, "question": question, "answer": answer(one, label), "type": one})
-    write_json(folder / "questions.json", records, indent=1)
-
-
-def make_heldout_stills(folder: Path, items: Items, count: int, generator: torch.Generator) -> None:
-    """count: stills; a quarter is plain, the others show each event of a motion equally often."""
-    labels = random_labels(count, (-1,), generator)
-    shown, events = count - round(count * PLAIN), of_kind("motion")
-    labels[:shown, 2] = torch.tensor(events)[torch.arange(shown) % len(events)]
-    records: list[dict] = []
-    for number, (label, still) in enumerate(_stills(items, labels, generator)):
-        image = f"{'motion' if label[2] >= 0 else 'plain'}-{number:04d}.png"
-        _write_still(folder / image, still)
-        for one in ("motion", "item", "colour") if label[2] >= 0 else ("item", "colour"):
-            named = {"id": f"{one}/{number:04d}", "image": image, "question": draw_question(one, generator)}
-            records.append({**named, "answer": answer(one, label), "type": one})
-    write_json(folder / "questions.json", records, indent=1)
-
-
-def make_retrieval(folder: Path, items: Items, count: int, generator: torch.Generator) -> None:
-    """count: at most so many clips; all captions are 864."""
-    columns = (torch.arange(0, len(EVENTS), 2), torch.arange(len(ITEMS)), torch.arange(len(COLOURS)))
-    labels = world.with_counterparts(torch.cartesian_prod(*columns)[:, [1, 2, 0]])[:count]
-    records: list[dict] = []
-    for label, frames in drawn(world.paired_clips, items, labels, generator):
-        name = f"{len(records):04d}.mp4"
-        write_clip(folder / name, frames)
-        records.append({"id": name[:-4], "video": name, "caption": world.caption(*label)})
-    _write_lines(folder / "pairs.jsonl", records)
-
-
-def _write_still(path: Path, still: Tensor) -> None:
-    Image.fromarray(still.permute(1, 2, 0).numpy()).save(path)
-
-
-def _write_lines(path: Path, records: Sequence[dict]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def write_demo(out: Path, seed: int = 7) -> None:
@@ -246,7 +245,7 @@ def write_demo(out: Path, seed: int = 7) -> None:
     labels = random_labels(len(shown), shown, generator)
     labels[:, 2] = torch.tensor(shown)
     records: list[dict] = []
-    for label, frames in drawn(world.clips, load_items(), labels, generator):
+    for label, frames in zip(labels.tolist(), world.clips(load_items(), labels, generator), strict=True):
         event = EVENTS[label[2]]
         file = f"{len(records)}-{event.phrase.removeprefix('moving ').replace(' ', '-')}.mp4"
         write_video(out / file, enlarged(frames, 4), fps=4, options={"crf": "18", "preset": "veryslow"})
@@ -255,37 +254,37 @@ def write_demo(out: Path, seed: int = 7) -> None:
 
 
 class DataSet(NamedTuple):
-    """make(folder, items, number, generator) writes it; items: a split; exposures: the kinds in its stills."""
+    """How one is written, its split of items, its own count, and the kinds of exposure in its stills."""
 
-    make: Callable[[Path, Items, int, torch.Generator], None]
+    write: Callable[[Writer], None]
     items: str
-    number: int
+    count: int
     exposures: tuple[str, ...] = ()
 
 
 DATA_SETS = {
-    "pretrain": DataSet(make_pretrain, "train", 12_800),
-    "speed": DataSet(partial(make_pretrain, kinds=MOSTLY_SPEED), "train", 6400),
-    "stills": DataSet(make_stills, "train", 6000, EXPOSURES),
-    "stills-ramp": DataSet(partial(make_stills, kinds=EXPOSURES[:1]), "train", 6000, EXPOSURES[:1]),
-    "stills-plain": DataSet(partial(make_stills, kinds=()), "train", 6000),
-    "clips": DataSet(make_clips, "train", 3000),
-    "heldout": DataSet(make_heldout, "shipped", 340),
-    "heldout-stills": DataSet(make_heldout_stills, "shipped", 240, EXPOSURES),
-    "retrieval": DataSet(make_retrieval, "shipped", 864),
+    "pretrain": DataSet(Writer.pretrain, "train", 12_800),
+    "speed": DataSet(partial(Writer.pretrain, kinds=MOSTLY_SPEED), "train", 6400),
+    "stills": DataSet(Writer.stills, "train", 6000, EXPOSURES),
+    "stills-ramp": DataSet(partial(Writer.stills, kinds=EXPOSURES[:1]), "train", 6000, EXPOSURES[:1]),
+    "stills-plain": DataSet(partial(Writer.stills, kinds=()), "train", 6000),
+    "clips": DataSet(Writer.clips, "train", 3000),
+    "heldout": DataSet(Writer.heldout, "shipped", 340),
+    "heldout-stills": DataSet(Writer.heldout_stills, "shipped", 240, EXPOSURES),
+    "retrieval": DataSet(Writer.retrieval, "shipped", 864),
 }
 
 
 def write(out: Path, name: str, count: int | None = None, seed: int = 0) -> bool:
     """Write a data set to ``out/name``; returns False where it is there already.
 
-    Raises ValueError where it is there with another count or seed, or a count of clips in pairs is odd.
+    Raises ValueError where it is there with another count or seed, or the count is odd.
     """
-    made, folder = DATA_SETS[name], out / name
-    count = made.number if count is None else count
+    data, folder = DATA_SETS[name], out / name
+    count = data.count if count is None else count
     asked = {"name": name, "count": count, "seed": seed}
-    if count < 1 or count % 2 and made.make in (make_pretrain, make_heldout, make_retrieval):
-        raise ValueError(f"--count is {count}; expected at least 1, and an even number where clips are made in pairs")
+    if count < 2 or count % 2:
+        raise ValueError(f"--count is {count}; expected an even number of at least 2, since clips are made in pairs")
     if (folder / "about.json").is_file():
         there = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         if other := {key: there.get(key) for key in asked if there.get(key) != asked[key]}:
@@ -296,10 +295,10 @@ def write(out: Path, name: str, count: int | None = None, seed: int = 0) -> bool
     with writing(folder) as aside:
         aside.mkdir()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
-        made.make(aside, load_items(made.items), count, generator)
+        data.write(Writer(aside, load_items(data.items), count, generator))
         frames = count_frames(aside)
         counted = {"files": sum(frames.values()), "frames": frames}
-        write_json(aside / "about.json", asked | {"items": made.items, "exposures": made.exposures} | counted, indent=1)
+        write_json(aside / "about.json", asked | {"items": data.items, "exposures": data.exposures} | counted, indent=1)
     return True
 
 

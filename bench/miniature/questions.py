@@ -70,9 +70,8 @@ def parse(kind: str, text: str) -> int | tuple[int, int, int] | None:
     """The meaning of an answer, or None where it says nothing of the kind.
 
     It is an index into ITEMS or COLOURS; for the kinds of events one into EVENTS, which may be of another kind than was
-    asked for ("moving left then right" in answer to "motion"); for "caption" a label. The words are those of the
-    captions, which are all that a model here has learned to say. An answer that lists several things is held to its
-    first.
+    asked for ("moving left then right" in answer to "motion"); for "caption" a label. Only the captions' words count,
+    which are those that a model here has learned to say. An answer that lists several things is held to its first.
 
     Raises ValueError for another kind.
     """
