@@ -69,9 +69,8 @@ def test_answers_are_read_back_as_what_they_say():
         assert parse("caption", answer("caption", label)) == label
         assert parse(EVENTS[event].kind, answer(EVENTS[event].kind, label)) == event
     assert answer("item", (5, 0, 0)) == "It is a sneaker." and answer("colour", (5, 0, 0)) == "It is red."
-    assert answer("caption", (5, 0, 0)) == "A red sneaker moving left." and answer("motion", (5, 0, 0)).endswith(
-        "left."
-    )
+    assert answer("caption", (5, 0, 0)) == "A red sneaker moving left."
+    assert answer("motion", (5, 0, 0)) == "It is moving left."
     assert answer("caption", (5, 0, -1)) == "A red sneaker." and parse("caption", "A red sneaker.") == (5, 0, -1)
     for kind, event in (("order", 0), ("motion", -1), ("shape", 0)):
         with pytest.raises(ValueError, match=kind):
@@ -79,7 +78,7 @@ def test_answers_are_read_back_as_what_they_say():
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "phrase"),
+    ("kind", "text", "name"),
     [
         ("motion", "It is moving left then right.", "moving left then right"),
         ("motion", "It is moving left, not moving right.", "moving left"),
@@ -87,15 +86,15 @@ def test_answers_are_read_back_as_what_they_say():
         ("order", "It is moving up then left.", "moving up"),
         ("speed", "Moving slowly.", "moving slowly"),
         ("motion", "It is a red bag.", None),
+        ("item", "A boot or a bag?", "boot"),
+        ("item", "no idea", None),
+        ("colour", "blue, not red", "blue"),
+        ("caption", "a red thing", None),
     ],
 )
-def test_an_answer_is_held_to_the_first_event_that_it_names(kind, text, phrase):
-    assert parse(kind, text) == next((n for n, event in enumerate(EVENTS) if event.phrase == phrase), None)
-
-
-def test_looks_are_read_from_the_first_word_that_names_one():
-    assert parse("item", "A boot or a bag?") == ITEMS.index("boot") and parse("item", "no idea") is None
-    assert parse("colour", "blue, not red") == COLOURS.index("blue") and parse("caption", "a red thing") is None
+def test_an_answer_is_held_to_the_first_thing_that_it_names(kind, text, name):
+    names = {"item": ITEMS, "colour": COLOURS}.get(kind, [event.phrase for event in EVENTS])
+    assert parse(kind, text) == (None if name is None else names.index(name))
 
 
 def test_labels_for_pretraining_are_pairs_without_a_repetition():
@@ -106,7 +105,8 @@ def test_labels_for_pretraining_are_pairs_without_a_repetition():
         assert (len(labels[:, 1].unique()) == 1) is one_colour
     drawn = torch.cat([datasets.paired_labels(16, bool(seed % 2), generator(seed)) for seed in range(60)])
     share = {kind: torch.isin(drawn[:, 2], torch.tensor(world.of_kind(kind))).float().mean().item() for kind in KINDS}
-    assert share == pytest.approx({kind: weight / 7 for kind, weight in datasets.WEIGHTS.items()}, abs=0.04)
+    total = sum(datasets.WEIGHTS.values())
+    assert share == pytest.approx({kind: weight / total for kind, weight in datasets.WEIGHTS.items()}, abs=0.04)
 
 
 def test_what_was_fed_is_counted_from_the_files(written, tmp_path):
