@@ -248,3 +248,15 @@ def test_exif_that_is_damaged_says_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert read_image(tmp_path / "a.jpg").shape == (3, 64, 96)
+
+
+def test_bytes_and_a_limit_on_pixels(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (6, 5), (1, 2, 3)).save(path)
+    assert torch.equal(read_image(path.read_bytes(), 30), read_image(path))
+    with pytest.raises(VideoError, match="a.png: its 6 x 5 pixels are more than the limit of 29"):
+        read_image(path, 29)
+    with pytest.raises(VideoError, match="<bytes>: cannot be read as an image"):
+        read_image(b"no picture")
+    with pytest.raises(ValueError, match="max_pixels"):
+        read_image(path, 0)

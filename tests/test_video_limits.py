@@ -1,12 +1,14 @@
 """What is refused before it is opened, frames too large, rates of any size, and PyAV's own logging."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from odd_videos import clip, mux, number, picture
@@ -56,6 +58,42 @@ def test_large_frames_are_refused_or_scaled_down(tmp_path, monkeypatch):
         video = read_video(path, 4, side=side)
         assert video.frames.shape == (4, 3, *shape) and [number(frame) for frame in video.frames] == [0, 1, 2, 3]
         assert torch.equal(torch.cat(list(FrameStream(path, 4, side=side, chunk=3))), video.frames)
+
+
+def test_a_limit_on_pixels_holds_before_memory_is_taken(tmp_path):
+    """FFmpeg decodes a first frame to learn about a stream; of these frames one takes 96 MiB."""
+    path = tmp_path / "huge.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"preset": "ultrafast"})
+        stream.pix_fmt, stream.width, stream.height = "yuv420p", 8192, 8192
+        container.mux(stream.encode(av.VideoFrame(8192, 8192, "yuv420p")))
+        container.mux(stream.encode(None))
+    content = path.read_bytes()
+    status = Path("/proc/self/status")
+
+    def mebibytes(name):
+        return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1]) / 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+    before = mebibytes("VmRSS")
+    with pytest.raises(VideoError, match="8192 x 8192 pixels are larger than the limit of 8,912,896"):
+        FrameStream(content, 1, max_pixels=4096 * 2176)
+    assert mebibytes("VmHWM") - before < 40
+
+
+def test_a_check_ends_the_reading(tmp_path):
+    content = mux(tmp_path / "clip.mp4", clip()).read_bytes()
+    calls = []
+    stream = FrameStream(content, 3, check=lambda: calls.append(None), threads=1)
+    counted = len(calls)
+    assert counted >= stream.total and torch.equal(torch.cat(list(stream)), read_video(content, 3).frames)
+    assert len(calls) > counted
+
+    def stop():
+        raise VideoError("it takes too long")
+
+    with pytest.raises(VideoError, match="^it takes too long$"):
+        FrameStream(content, 3, check=stop)
 
 
 def test_want_of_memory_is_an_error_that_names_file_and_size(tmp_path, monkeypatch):

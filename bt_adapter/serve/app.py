@@ -13,11 +13,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from bt_adapter.files import VERSION
-from bt_adapter.serve.errors import ApiError, bad_request
+from bt_adapter.serve.errors import ApiError, JsonResponse, bad_request, error_response
 from bt_adapter.serve.gate import Gate
 from bt_adapter.serve.replies import Completion
 from bt_adapter.serve.requests import ChatRequest
@@ -81,7 +81,7 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
             )
             if body.stream:
                 return _Stream(completion, held.pop_all().close)
-            return JSONResponse(await _unless_gone(request, completion.whole()), headers=completion.headers)
+            return JsonResponse(await _unless_gone(request, completion.whole()), headers=completion.headers)
 
     @app.get("/v1/models", responses=errors)
     async def list_models() -> dict[str, Any]:
@@ -118,13 +118,13 @@ class _Stream(StreamingResponse):
         self.completion, self.close = completion, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        cancelled = self.completion.prepared.answering.cancelled
+        answering = self.completion.prepared.answering
         try:
             await super().__call__(scope, receive, send)
         finally:
-            if not cancelled.is_set():  # set by the end of an answer
+            if not answering.ended:
                 self.completion.service.metrics.cancelled.inc()
-                cancelled.set()
+            answering.cancelled.set()
             self.close()
 
 
@@ -154,20 +154,17 @@ def _observe(service: Service, begin: float) -> None:
 def _add_error_handlers(app: FastAPI) -> None:
     """Give every error OpenAI's shape."""
 
-    def answer(error: ApiError) -> Response:
-        return JSONResponse(error.body, error.status, error.headers)
-
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        return answer(error)
+        return error_response(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return answer(_of_validation(error))
+        return error_response(_of_validation(error))
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        response = answer(ApiError(error.status_code, str(error.detail)))
+        response = error_response(ApiError(error.status_code, str(error.detail)))
         response.headers.update(error.headers or {})
         return response
 
@@ -177,7 +174,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return answer(ApiError(500, "the server failed to answer"))
+        return error_response(ApiError(500, "the server failed to answer"))
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:

@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
+
 from bt_adapter.chat.conversation import Visual
 from bt_adapter.serve.errors import ApiError
 from bt_adapter.serve.metrics import Metrics
@@ -35,7 +37,8 @@ class Ended:
 class Answering:
     """A prompt that waits for its answer or is being answered.
 
-    Iterate over it for the pieces of text and, last, `Ended`. ids, visuals: as for ``answer_batch``.
+    Iterate over it for the pieces of text and, last, `Ended`. ids, visuals: as for ``answer_batch``. cancelled: ends
+    the answer when set. ended: whether the last piece was passed on.
     """
 
     ids: list[int]
@@ -43,6 +46,7 @@ class Answering:
     decoding: Decoding
     cancelled: threading.Event = field(default_factory=threading.Event)
     begin: float = field(default_factory=time.perf_counter)
+    ended: bool = False
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _pieces: asyncio.Queue[str | Ended | ApiError] = field(default_factory=asyncio.Queue)
 
@@ -64,10 +68,11 @@ class Answering:
         try:
             while True:
                 piece = await self._pieces.get()
+                self.ended = not isinstance(piece, str)
                 if isinstance(piece, ApiError):
                     raise piece
                 yield piece
-                if isinstance(piece, Ended):
+                if self.ended:
                     return
         finally:
             self.cancelled.set()
@@ -97,6 +102,8 @@ class ModelThread:
         """Run a function in the model's thread, before the next batch of answers."""
         future: Future[T] = Future()
         with self._changed:
+            if self._stopped:
+                future.cancel()
             self._work.append((work, future))
             self._changed.notify()
         return future
@@ -104,6 +111,8 @@ class ModelThread:
     def answer(self, answering: Answering) -> None:
         """Add a prompt to those that wait."""
         with self._changed:
+            if self._stopped:
+                answering.tell(ApiError(503, "the server is stopping"))
             self._waiting.append(answering)
             self._changed.notify()
 
@@ -124,6 +133,7 @@ class ModelThread:
         """Number of prompts that wait for a batch."""
         return len(self._waiting)
 
+    @torch.no_grad()
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -160,6 +170,9 @@ class ModelThread:
             return
         self.seconds = 0.8 * self.seconds + 0.2 * (time.perf_counter() - begin)
         self.metrics.count_batch([len(one.ids) for one in batch], [row.tokens for row in rows])
+        for one, row in zip(batch, rows, strict=True):
+            if row.first is not None:
+                self.metrics.first_token_seconds.observe(row.first - one.begin)
 
     def _text_teller(self, answering: Answering) -> Callable[[str], None]:
         def tell(text: str) -> None:

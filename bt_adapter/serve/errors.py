@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+from starlette.responses import JSONResponse
+
+from bt_adapter.files import encode_json
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -43,3 +48,16 @@ class ApiError(Exception):
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Make the error of a request that asks for something impossible or unsupported (400)."""
     return ApiError(400, message, param, code)
+
+
+class JsonResponse(JSONResponse):
+    """A JSON answer that may repeat any text of a request, also half a surrogate pair, which UTF-8 lacks."""
+
+    def render(self, content: Any) -> bytes:
+        """Encode the body."""
+        return encode_json(json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+
+
+def error_response(error: ApiError) -> JsonResponse:
+    """Make the answer that tells an error."""
+    return JsonResponse(error.body, error.status, error.headers)

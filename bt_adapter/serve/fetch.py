@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
@@ -49,7 +48,7 @@ class Downloader:
     Args:
         domains: allowed hosts, each with ``:PORT`` if it is not 443. most: limit on a file's bytes.
         seconds: limit on the time of a download with its redirects.
-        context: TLS settings; None: the system's certificates. resolve, allowed_address: for tests.
+        resolve: looks up a host's addresses. transport: replaces the network.
     """
 
     def __init__(
@@ -57,14 +56,12 @@ class Downloader:
         domains: Sequence[str],
         most: int,
         seconds: float,
-        context: ssl.SSLContext | None = None,
         resolve: Resolve = resolve,
-        allowed_address: Callable[[str], bool] = is_public,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.hosts = {_with_port(domain) for domain in domains}
         self.most, self.seconds = most, seconds
-        self.resolve, self.allowed_address = resolve, allowed_address
-        self._context = context
+        self.resolve, self.transport = resolve, transport
 
     async def get(self, url: str) -> bytes:
         """Download a file. Raises MediaError."""
@@ -74,7 +71,7 @@ class Downloader:
             async with asyncio.timeout(self.seconds):
                 # no proxy of the environment: it would look the host up by itself
                 async with httpx.AsyncClient(
-                    verify=self._context or True, trust_env=False, follow_redirects=False, timeout=self.seconds
+                    transport=self.transport, trust_env=False, follow_redirects=False, timeout=self.seconds
                 ) as client:
                     for _ in range(_REDIRECTS + 1):
                         content, url = await self._get(client, url)
@@ -132,7 +129,7 @@ class Downloader:
             addresses = await self.resolve(host, port)
         except (OSError, UnicodeError) as error:
             raise MediaError("the media's host is not known") from error
-        if not addresses or not all(self.allowed_address(address) for address in addresses):
+        if not addresses or not all(is_public(address) for address in addresses):
             raise MediaError("the media's host is not on the public internet")
         return addresses[0]
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
 import secrets
+import time
 from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bt_adapter.serve.errors import ApiError
+from bt_adapter.serve.errors import ApiError, error_response
 from bt_adapter.serve.service import Service
 
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -56,7 +57,7 @@ class Gate:
                 receive = body.receive
             await self.app(scope, receive, answer)
         except ApiError as error:
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, answer)
+            await error_response(error)(scope, receive, answer)
         finally:
             self._held -= body.size
 
@@ -83,19 +84,28 @@ class _Body:
 
     def __init__(self, gate: Gate, receive: Receive) -> None:
         self.gate, self._receive, self.size = gate, receive, 0
+        self._end = time.monotonic() + gate.limits.upload
+        self._complete = False
 
     async def receive(self) -> MutableMapping[str, Any]:
         """Receive the next message. Raises HTTPException, which the reader of the body lets through."""
-        message = await self._receive()
-        if new := len(message.get("body", b"")):
-            try:
-                if self.size + new > self.gate.limits.body:
-                    raise too_large(self.gate.limits.body)
-                self.gate.hold(new)
-            except ApiError as error:
-                raise HTTPException(error.status, error.message, error.headers) from error
+        limits = self.gate.limits
+        try:
+            if self._complete:  # only the end of the connection is still to come
+                return await self._receive()
+            async with asyncio.timeout(self._end - time.monotonic()):
+                message = await self._receive()
+            self._complete = not message.get("more_body", False)
+            new = len(message.get("body", b""))
+            if self.size + new > limits.body:
+                raise too_large(limits.body)
+            self.gate.hold(new)
             self.size += new
-        return message
+            return message
+        except TimeoutError as error:
+            raise HTTPException(408, f"the body did not come within {limits.upload:g} seconds") from error
+        except ApiError as error:
+            raise HTTPException(error.status, error.message, error.headers) from error
 
 
 def too_large(limit: int) -> ApiError:

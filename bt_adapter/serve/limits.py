@@ -17,7 +17,8 @@ class Limits:
 
     body: bytes of a request's body. bodies: bytes of all bodies that are read at one time. media: bytes of one still
     or video. pixels: of one frame or still. frames: of one video. visuals: stills and videos of one request.
-    seconds: decoding time of one still or video. waiting: requests that are being answered or wait at one time.
+    seconds: decoding time of one still or video. upload: seconds in which a body must have come. waiting: requests
+    that are being answered or wait at one time.
     """
 
     body: int = 64 * MEBIBYTE
@@ -27,6 +28,7 @@ class Limits:
     frames: int = 128
     visuals: int = 16
     seconds: float = 30.0
+    upload: float = 60.0
     waiting: int = 64
 
 

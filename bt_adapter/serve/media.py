@@ -62,27 +62,36 @@ def read_allowed_file(url: str, allowed: Path | None, most: int) -> Media:
     """
     if allowed is None:
         raise MediaError("file URLs are not allowed by this server (option --allowed-media-path of bt-adapter serve)")
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        path = Path(unquote(parts.path, errors="strict"))
+    except ValueError as error:
+        raise MediaError("the file URL is not valid") from error
     if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
         raise MediaError("a file URL must be file:///PATH without host, query and fragment")
-    hidden = MediaError("there is no such file below the allowed folder")
     try:
-        root = allowed.resolve(strict=True)
-        path = Path(unquote(parts.path, errors="strict")).resolve(strict=True)
-        if not path.is_relative_to(root):
-            raise hidden
-        # no link may have taken the file's place meanwhile, and a pipe must not block
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise hidden from error
+        handle = _open_below(path, allowed)
+    except (OSError, ValueError, RuntimeError) as error:  # missing, not allowed to read, or a loop of links
+        raise MediaError("there is no such file below the allowed folder") from error
     with os.fdopen(handle, "rb") as file:
-        opened = Path(os.readlink(f"/proc/self/fd/{handle}"))
-        state = os.fstat(handle)
-        if not opened.is_relative_to(root) or not stat.S_ISREG(state.st_mode):
-            raise hidden
-        if state.st_size > most:
-            raise MediaError(f"the file is larger than the limit of {most:,} bytes")
         content = file.read(most + 1)
-    if not 0 < len(content) <= most:
-        raise MediaError("the file is empty" if not content else f"the file is larger than {most:,} bytes")
+    if len(content) > most:
+        raise MediaError(f"the file is larger than the limit of {most:,} bytes")
+    if not content:
+        raise MediaError("the file is empty")
     return Media((content,))
+
+
+def _open_below(path: Path, folder: Path) -> int:
+    """Open a regular file below a folder; return its descriptor. Raises OSError, ValueError, RuntimeError."""
+    root = folder.resolve(strict=True)
+    path = path.resolve(strict=True)
+    if not path.is_relative_to(root):
+        raise ValueError("it lies outside")
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not block
+    # a link may have taken a folder's place meanwhile
+    opened = Path(os.readlink(f"/proc/self/fd/{handle}"))
+    if not opened.is_relative_to(root) or not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError("it is no regular file within")
+    return handle

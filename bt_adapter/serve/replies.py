@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from bt_adapter.files import encode_json
 from bt_adapter.serve.batching import Ended
 from bt_adapter.serve.errors import ApiError
 from bt_adapter.serve.service import Prepared, Service
@@ -81,4 +82,4 @@ def _reason(end: Ended) -> str:
 
 
 def _line(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + encode_json(json.dumps(body, ensure_ascii=False, separators=(",", ":"))) + b"\n\n"

@@ -63,14 +63,17 @@ class AnswerText:
 
     def __init__(self, stop: Sequence[str], on_text: Callable[[str], None]) -> None:
         self.stop, self.on_text = stop, on_text
-        self.said, self._held = "", ""
+        self.said, self._held, self._stopped = "", "", False
 
     def add(self, piece: str) -> bool:
         """Add text. Returns whether a stop text was found; what follows it is dropped."""
+        if self._stopped:
+            return True
         self._held += piece
         found = [place for text in self.stop if (place := self._held.find(text)) >= 0]
         if found:
             self._held = self._held[: min(found)]
+            self._stopped = True
             self.end()
             return True
         self._say(len(self._held) - self._begun())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Hashable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bt_adapter.chat.conversation import Visual, context, video_room
-from bt_adapter.chat.prompts import PromptError, conversation_ids
+from bt_adapter.chat.prompts import PromptError, Turn, conversation_ids
 from bt_adapter.chat.watch import EncodedVisual, Sampling, watch
 from bt_adapter.data import VideoError
 from bt_adapter.files import digest
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from bt_adapter.chat.engine import VideoChat
 
 T = TypeVar("T")
+_CHARACTERS = 16  # of text at most for each token of the model's context
+# Beginnings of advice in a reader's errors that is meant for those who run the server.
+_ADVICE = ("; to read it, raise max_pixels", "; PIL.Image.MAX_IMAGE_PIXELS sets")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Prepared:
 
 
 class Service:
-    """A video chat model that answers many requests. It is made and used within a running event loop.
+    """A video chat model that answers many requests; all methods but `close` are used within one event loop.
 
     Args:
         chat: the model. options: see `ServiceOptions`.
@@ -88,7 +91,9 @@ class Service:
         self.cache = TokenCache(options.cache)
         self.decoder = MediaDecoder(lambda frames: chat.prepare(frames)[0], chat.images.largest_side, options.limits)
         self.downloader = Downloader(options.media_domains, options.limits.media, options.limits.seconds)
-        self._pool = ThreadPoolExecutor(options.decoders, "decoding")
+        self._decoding = ThreadPoolExecutor(options.decoders, "decoding")
+        # apart, so that a question about a cached video does not wait for the decoding of others
+        self._loading = ThreadPoolExecutor(options.decoders, "loading")
         self._encoding: SharedWork[Seen] = SharedWork()
         self.admitted = 0
         self.metrics.watch("running", "Requests that are being answered or wait.", lambda: self.admitted)
@@ -98,7 +103,8 @@ class Service:
     def close(self) -> None:
         """Stop the threads; answers that are being generated are cut short."""
         self.model.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._decoding, self._loading):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
     def admit(self) -> Iterator[None]:
@@ -123,6 +129,7 @@ class Service:
         turns, system, addresses = read_messages(request.messages)
         if len(addresses) > self.options.limits.visuals:
             raise bad_request(f"a request may have {self.options.limits.visuals} stills and videos", "messages")
+        self._check_text(turns, system)
         most = self.options.most_tokens if request.most_tokens is None else request.most_tokens
         room = video_room(context(self.chat.model), 0, most) // max(1, len(addresses))
         sampling, choice = self._sampling(request)
@@ -145,8 +152,9 @@ class Service:
                 "context_length_exceeded",
             )
         if self.chat.family.needs_question:
-            question = turns[-1].question
-            visuals = await self._in_model(lambda: [visual.for_question(question) for visual in visuals])
+            questions = [turn.question for turn in turns for _ in turn.kinds]
+            pairs = list(zip(visuals, questions, strict=True))
+            visuals = await self._in_model(lambda: [visual.for_question(question) for visual, question in pairs])
         decoding = Decoding(
             most,
             request.temperature or 0.0,
@@ -161,6 +169,14 @@ class Service:
         self.model.answer(prepared.answering)
         return prepared.answering
 
+    def _check_text(self, turns: Sequence[Turn], system: str | None) -> None:
+        """Raise ApiError for text that cannot fit into the context, which would take long to tokenize."""
+        length = len(system or "") + sum(len(turn.question) + len(turn.answer or "") for turn in turns)
+        if length > (most := _CHARACTERS * context(self.chat.model)):
+            raise bad_request(
+                f"the messages have {length} characters, more than {most}", "messages", "context_length_exceeded"
+            )
+
     def _sampling(self, request: ChatRequest) -> tuple[Sampling, FrameChoice]:
         """Return the treatment of a request's videos, and its frames with the server's defaults put in."""
         sampling, choice = self.options.sampling, request.frame_choice()
@@ -174,7 +190,7 @@ class Service:
         """Return the tokens of a still or video, and whether they were in the cache. Raises ApiError."""
         try:
             media = await self._load(address)
-            digest = await self._in_pool(_digest, media)
+            digest = await _in_thread(self._loading, _digest, media)
             if address.kind == "image":
                 return await self._cached((digest, "image"), partial(self._encode_image, media))
             choice = self._with_defaults(choice, media.frames)
@@ -185,7 +201,8 @@ class Service:
             return await self._cached(key, partial(self._encode_video, media, choice, sampling, sets))
         except (VideoError, ValueError) as error:
             text = str(error).removeprefix("<bytes>: ")
-            text = text.partition("; to read it, raise")[0]  # advice for those who run the server
+            for advice in _ADVICE:
+                text = text.partition(advice)[0]
             raise bad_request(f"the {address.kind} cannot be used: {text}", address.param, "invalid_media") from error
         except MemoryError as error:
             raise bad_request(f"the {address.kind} takes too much memory", address.param, "invalid_media") from error
@@ -203,9 +220,9 @@ class Service:
         """Get the bytes of a still or video. Raises MediaError."""
         most, scheme = self.options.limits.media, address.url[:8].lower()
         if scheme.startswith("data:"):
-            return await self._in_pool(read_data_url, address.url, most)
+            return await _in_thread(self._loading, read_data_url, address.url, most)
         if scheme.startswith("file:"):
-            return await self._in_pool(read_allowed_file, address.url, self.options.media_path, most)
+            return await _in_thread(self._loading, read_allowed_file, address.url, self.options.media_path, most)
         if scheme == "https://":
             return Media((await self.downloader.get(address.url),))
         raise MediaError("its URL must begin with data:, https:// or file://")
@@ -223,7 +240,7 @@ class Service:
         return seen, False
 
     async def _encode_image(self, media: Media, cancelled: threading.Event) -> Seen:
-        still = await self._in_pool(self.decoder.still, media)
+        still = await _in_thread(self._decoding, self.decoder.still, media)
         begin = time.perf_counter()
         visual = await self._in_model(lambda: self.chat.encode_image(still.pixels))
         encoded = EncodedVisual(
@@ -235,7 +252,7 @@ class Service:
         self, media: Media, choice: FrameChoice, sampling: Sampling, sets: int, cancelled: threading.Event
     ) -> Seen:
         timer = DecodingTime(self.options.limits.seconds, cancelled)
-        video = await self._in_pool(self.decoder.video, media, choice, sampling.repeat, timer)
+        video = await _in_thread(self._decoding, self.decoder.video, media, choice, sampling.repeat, timer)
         room = sets * self.chat.family.video_length
         encoded = await self._in_model(lambda: watch(self.chat, video, sampling, room=room))
         self.metrics.frames.inc(encoded.frames)
@@ -251,11 +268,12 @@ class Service:
             size = visual.sets * (config.patches + 1) * config.hidden_size * self.chat.branch.tower.dtype.itemsize
         return Seen(visual, numbers, size)
 
-    async def _in_pool(self, work: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
-
     async def _in_model(self, work: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self.model.run(work))
+
+
+async def _in_thread(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
 
 
 def _digest(media: Media) -> str:
