@@ -47,7 +47,8 @@ from miniature.world import COLOURS, EVENTS, EXPOSURES, KINDS, SINGLE, of_kind, 
 from bt_adapter.data.video import write_video  # noqa: E402
 from bt_adapter.files import remove_unfinished, write_json, writing  # noqa: E402
 
-WEIGHTS = {"motion": 3, "size": 1, "order": 2, "speed": 1}  # how often a clip for training is of each kind
+WEIGHTS = {"motion": 3, "size": 1, "order": 2, "speed": 1}  # how often a clip of pretraining is of each kind
+ASKED = {"motion": 4, "size": 1, "order": 5, "speed": 1}  # the same for a clip that is asked about
 MOSTLY_SPEED = {"motion": 1, "size": 1, "order": 1, "speed": 12}
 PLAIN = 0.25  # share of plain stills
 RUN, SHARD = 32, 640  # clips without a repeated caption, and clips of a shard
@@ -148,7 +149,7 @@ class Writer:
     def clips(self) -> None:
         """Conversations about clips."""
         labels = random_labels(self.count, (-1,), self.generator)
-        weights = torch.tensor([WEIGHTS[event.kind] / len(of_kind(event.kind)) for event in EVENTS])
+        weights = torch.tensor([ASKED[event.kind] / len(of_kind(event.kind)) for event in EVENTS])
         labels[:, 2] = torch.multinomial(weights, self.count, replacement=True, generator=self.generator)
 
         def asked(label: list[int]) -> list[str]:
