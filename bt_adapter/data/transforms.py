@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from bt_adapter.data.devices import to_device
+
 # Per-channel mean and standard deviation of CLIP's training images, RGB in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -158,9 +160,10 @@ def normalise(
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean and std must hold 3 values, std above 0; got mean={mean}, std={std}")
-    shift = torch.tensor(tuple(mean), dtype=torch.float32, device=frames.device)[:, None, None] * 255
-    scale = torch.tensor(tuple(std), dtype=torch.float32, device=frames.device)[:, None, None] * 255
-    return frames.float().sub_(shift).div_(scale).to(dtype).contiguous()
+    levels = torch.tensor([tuple(mean), tuple(std)], dtype=torch.float32)[:, :, None, None] * 255
+    shift, scale = to_device(levels, frames.device)
+    centred = frames.contiguous() - shift  # float32
+    return torch.div(centred, scale, out=centred if dtype == torch.float32 else torch.empty_like(centred, dtype=dtype))
 
 
 def _resize(frames: torch.Tensor, target: tuple[int, int], resample: str = "bicubic") -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bt_adapter.data import TrainTransform
 from bt_adapter.data.clips import Clip, Member, digest
+from bt_adapter.data.devices import tensor_on
 from bt_adapter.data.loading import Damaged, SyntheticClips, TrainingClips, batches
 from bt_adapter.data.manifests import read_clips
 from bt_adapter.data.shards import clips_lost
@@ -262,7 +263,7 @@ class Run(TrainingRun):
         norm = self._update(self.model.branch.parameters(), step)
         if self.average is not None:
             self.average.update_parameters(self.model.branch)
-        flags = torch.tensor([len(batch.failed), float(self.asked)], device=device)
+        flags = tensor_on([len(batch.failed), float(self.asked)], device)
         sums = torch.cat([parts, flags])
         if processes.group is not None:
             dist.all_reduce(sums)

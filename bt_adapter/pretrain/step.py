@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bt_adapter.data.devices import to_device
 from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.drop_path import draw_kept
@@ -65,14 +66,15 @@ def draw_depth(
     """
     first = rank * visible.batch
     seeds = [mix(recipe.seed, step, first + clip) for clip in range(visible.batch)]
-    return [kept.to(device) for kept in draw_kept(config, visible.sequences, visible.steps, seeds)]
+    return draw_kept(config, visible.sequences, visible.steps, seeds, device)
 
 
 def part_of(visible: VisibleTokens, number: int, parts: int, device: torch.device | None = None) -> VisibleTokens:
     """Return part ``number`` of ``parts`` equal parts of the batch."""
     size = visible.batch // parts
     index = visible.index[number * size : (number + 1) * size]
-    return VisibleTokens(index.to(device or index.device), visible.patches, visible.frames, visible.slots, check=False)
+    index = to_device(index, device or index.device)
+    return VisibleTokens(index, visible.patches, visible.frames, visible.slots, check=False)
 
 
 def mix(*numbers: int) -> int:

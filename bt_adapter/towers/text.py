@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bt_adapter.data.devices import to_device
 from bt_adapter.towers import open_clip
 from bt_adapter.towers.image_models import load_image_model
 
@@ -66,8 +67,10 @@ class ClipText(TextEncoder):
         """Embeddings ``[n, F]``, not normalised; captions longer than the tower's context are cut."""
         tokens = self.tokenizer(
             list(captions), padding=True, truncation=True, max_length=self.context, return_tensors="pt"
-        ).to(self.projection.weight.device)
-        out = self.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        )
+        device = self.projection.weight.device
+        ids, mask = (to_device(tokens[name], device) for name in ("input_ids", "attention_mask"))
+        out = self.text_model(input_ids=ids, attention_mask=mask)
         return self.projection(out.pooler_output)
 
 
@@ -92,7 +95,8 @@ class SiglipText(TextEncoder):
         tokens = self.tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self.context, return_tensors="pt"
         )
-        return self.text_model(input_ids=tokens["input_ids"].to(self.text_model.head.weight.device)).pooler_output
+        ids = to_device(tokens["input_ids"], self.text_model.head.weight.device)
+        return self.text_model(input_ids=ids).pooler_output
 
 
 class OpenClipText(TextEncoder):
@@ -120,7 +124,7 @@ class OpenClipText(TextEncoder):
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Tensor:
         """Embeddings ``[n, F]``, not normalised; captions longer than the tower's context are cut."""
-        tokens = self.tokenizer(list(captions)).to(next(self.text_model.parameters()).device)
+        tokens = to_device(self.tokenizer(list(captions)), next(self.text_model.parameters()).device)
         mask = getattr(self._model[0], "attn_mask", None)
         if mask is not None and mask.device != tokens.device:  # a buffer of the whole model, which was not moved
             self._model[0].attn_mask = mask.to(tokens.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 from bt_adapter.chat.attach import attached_branch
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.data import normalise
+from bt_adapter.data.devices import to_device
 from bt_adapter.errors import CommandError
 from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.model.drop_path import draw_kept
@@ -60,9 +61,9 @@ class Tuning:
             embeds, targets, options = self._inputs(part)
             hidden = self.family.language_model(inputs_embeds=embeds, use_cache=False, **options).last_hidden_state
             places = (targets != IGNORED).nonzero(as_tuple=True)  # on the CPU, so that nothing waits for the device
-            rows, columns = (index.to(device) for index in places)
+            rows, columns = (to_device(index, device) for index in places)
             head: Any = self.family.lm_head
-            return answer_loss(hidden[rows, columns], targets[places].to(device), head, self.recipe.head_chunk)
+            return answer_loss(hidden[rows, columns], to_device(targets[places], device), head, self.recipe.head_chunk)
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.recipe.dtype, self.chat.device)
@@ -75,8 +76,8 @@ class Tuning:
             options = self._packed(positions)
         else:
             ids, targets, mask = part.padded(self.pad)
-            options = {"attention_mask": mask.long().to(device)}
-        ids = ids.to(device)
+            options = {"attention_mask": to_device(mask.long(), device)}
+        ids = to_device(ids, device)
         embeds = self.family.input_embeddings(ids)
         if part.visuals:
             places = (ids == self.family.image_token_id)[:, :, None]
@@ -90,7 +91,7 @@ class Tuning:
         For most models position ids that restart at 0 suffice: they derive a mask or sequence lengths from them. The
         others, OPT among them, get a mask: bool ``[1, 1, S, S]``, True where a token attends to another.
         """
-        positions = positions.to(self.chat.device)
+        positions = to_device(positions, self.chat.device)
         if not self._masked:
             return {"position_ids": positions}
         number = (positions == 0).cumsum(1)
@@ -116,7 +117,7 @@ class Tuning:
             groups.setdefault((visual.shape, visual.dtype), []).append(number)
         found: list[Any] = [None] * len(visuals)
         for numbers in groups.values():
-            batch = torch.stack([visuals[number] for number in numbers]).to(self.chat.device)
+            batch = to_device(torch.stack([visuals[number] for number in numbers]), self.chat.device)
             encoded = self._encode(batch, [seeds[number] for number in numbers])
             for number, tokens in zip(numbers, encoded, strict=True):
                 found[number] = tokens
@@ -127,7 +128,7 @@ class Tuning:
         if not model.branch.training:
             return None
         steps = plan_steps(model.config, frames, self.recipe.long).steps
-        return draw_kept(model.config, model.vision_config.patches, steps, seeds)
+        return draw_kept(model.config, model.vision_config.patches, steps, seeds, self.chat.device)
 
     def _encode(self, batch: Tensor, seeds: list[int]) -> list[Tensor]:
         model, long = self.model, self.recipe.long
