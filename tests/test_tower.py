@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from small_models import EVA, SIZES, make, shake, video
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bt_adapter.towers import attention, rows
+from bt_adapter.towers import attention, fp8, rows
 from bt_kernels import VisibleTokens
 
 towers = pytest.mark.parametrize("config", [SIZES, EVA], ids=["clip", "eva"])
@@ -120,6 +120,8 @@ def test_eight_bits(config, tmp_path):
     output = model.to(torch.bfloat16)(video())
     similarity = F.cosine_similarity(output.video_embeds.float(), exact.video_embeds, dim=-1)
     assert 0.99 < similarity.min() < 0.999999
+    scales = [buffer for name, buffer in model.tower.named_buffers() if name.endswith("scale_bits")]
+    assert scales and all(scale.dtype == torch.int32 for scale in scales), "not rounded by .to(torch.bfloat16)"
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="include_tower must be False"):
         model.save_pretrained(tmp_path, include_tower=True)
@@ -129,6 +131,16 @@ def test_eight_bits_need_sides_of_sixteen():
     model = make({**SIZES, "intermediate_size": 72})
     with pytest.raises(ValueError, match=r"multiples of 16, but is \[72, 32\]"):
         model.tower.optimize(fp8=True)
+    assert not model.tower.is_fp8 and isinstance(model.tower.layers[0].attention.q_proj.weight, torch.nn.Parameter)
+
+
+def test_eight_bits_quantise_an_input_once(monkeypatch):
+    model = make(depth=3)
+    model.tower.optimize(dtype=torch.bfloat16, fp8=True)
+    inputs, quantise = [], fp8.quantize
+    monkeypatch.setattr(fp8, "quantize", lambda rows: inputs.append(rows.shape) or quantise(rows))
+    model.tower.run_layer(3, torch.randn(2, 17, 32, dtype=torch.bfloat16))
+    assert inputs == [(34, 32), (34, 32), (34, 32), (34, 64)], "of the two norms, out_proj and fc2"
 
 
 def test_compiled_layers():

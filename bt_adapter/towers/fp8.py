@@ -24,16 +24,16 @@ class Fp8Weight(nn.Module):
         if weight.shape[0] % 16 or weight.shape[1] % 16:
             raise ValueError(f"weight must have sides that are multiples of 16, but is {list(weight.shape)}")
         values, scale = quantize(weight.detach())
-        # as bytes, so that a module's .to(dtype) does not convert them
+        # as integers, so that a module's .to(dtype) does not convert them
         self.register_buffer("bytes", values.view(torch.uint8))
-        self.register_buffer("scale", scale.t())
+        self.register_buffer("scale_bits", scale.t().view(torch.int32))
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute ``x·weightᵀ + bias`` in the dtype of ``x``, ``[..., I]`` to ``[..., O]``."""
         rows, scale = quantize(x.flatten(0, -2))
-        weight = self.get_buffer("bytes").view(_FP8).t()
+        weight, of_weight = self.get_buffer("bytes").view(_FP8).t(), self.get_buffer("scale_bits").view(torch.float32)
         # row-wise and column-wise scales are supported only for results in bfloat16
-        out = torch._scaled_mm(rows, weight, scale, self.get_buffer("scale").float(), out_dtype=torch.bfloat16)
+        out = torch._scaled_mm(rows, weight, scale, of_weight, out_dtype=torch.bfloat16)
         out = out.to(x.dtype).unflatten(0, x.shape[:-1])
         return out if bias is None else out.add_(bias.to(x.dtype))
 

@@ -34,6 +34,7 @@ class ClipAttention(nn.Module):
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
+        self.eight_bits: Fp8Weight | None = None  # the weights of q, k and v, so that their input is quantised once
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Compute attention among the tokens x, ``[n, s, D]``, calling every projection as a module."""
@@ -42,21 +43,25 @@ class ClipAttention(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of ``[n, s, D]``, each ``[n, s, H, E]``; in one matrix product on devices other than the CPU."""
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        if self._is_fp8 or not rows.has_kernels(x):
-            q, k, v = (linear(x, p.weight, p.bias) for p in parts)
+        if self.eight_bits is not None:
+            q, k, v = self.eight_bits.linear(x, self._joined_bias()).chunk(3, -1)
+        elif not rows.has_kernels(x):
+            q, k, v = (linear(x, p.weight, p.bias) for p in self.projections)
         else:
             q, k, v = linear(x, *self.join_projections()).chunk(3, -1)
         return tuple(y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
 
+    @property
+    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """The projections of q, k and v."""
+        return self.q_proj, self.k_proj, self.v_proj
+
     def join_projections(self) -> tuple[Tensor, Tensor]:
         """Return weight and bias of q, k and v, ``[3D, D]`` and ``[3D]``: see ``products.join``."""
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        return join([part.weight for part in parts]), join([part.bias for part in parts])
+        return join([part.weight for part in self.projections]), self._joined_bias()
 
-    @property
-    def _is_fp8(self) -> bool:
-        return isinstance(self.q_proj.weight, Fp8Weight)
+    def _joined_bias(self) -> Tensor:
+        return join([part.bias for part in self.projections])
 
 
 class PackedAttention(nn.Module):

@@ -146,18 +146,10 @@ class Tower(nn.Module):
         if fp8:
             if (reason := why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList))) is not None:
                 raise ValueError(f"fp8 needs unmodified tower layers, but {reason}")
-            weights = [
-                (module, name, weight)
-                for module in self.layers.modules()
-                for name in ("weight", "qkv_weight")
-                if isinstance(weight := getattr(module, name, None), nn.Parameter) and weight.ndim == 2
-            ]
-            for (module, name, _), small in zip(weights, [Fp8Weight(w) for _, _, w in weights], strict=True):
-                delattr(module, name)
-                setattr(module, name, small)
+            self._convert_to_eight_bits()
         if self.device.type != "cpu" and why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList)) is None:
             for layer in self.layers:
-                if isinstance(layer.attention, ClipAttention) and not self.is_fp8:
+                if isinstance(layer.attention, ClipAttention) and layer.attention.eight_bits is None:
                     layer.attention.join_projections()
         if compile:
             for layer in self.layers:
@@ -167,6 +159,28 @@ class Tower(nn.Module):
                 raise ValueError(f"graphs needs the tower on a CUDA device, but it is on {self.position.device}")
             self._recorded = GraphCache()
         return self
+
+    def _convert_to_eight_bits(self) -> None:
+        attentions = [m for m in self.layers.modules() if isinstance(m, ClipAttention) and m.eight_bits is None]
+        joined = {part for attention in attentions for part in attention.projections}
+        weights = [
+            (module, name, weight)
+            for module in self.layers.modules()
+            for name in ("weight", "qkv_weight")
+            if isinstance(weight := getattr(module, name, None), nn.Parameter)
+            and weight.ndim == 2
+            and module not in joined
+        ]
+        # all are made before the first takes its place: sizes that the hardware does not support are an error
+        small = [Fp8Weight(weight) for _, _, weight in weights]
+        small_joined = [Fp8Weight(attention.join_projections()[0]) for attention in attentions]
+        for (module, name, _), weight in zip(weights, small, strict=True):
+            delattr(module, name)
+            setattr(module, name, weight)
+        for attention, weight in zip(attentions, small_joined, strict=True):
+            attention.eight_bits = weight
+            for part in attention.projections:
+                del part.weight
 
     def embed(self, images: Tensor) -> Tensor:
         """Compute the input of layer 0, ``[n, 1+P+R, D]``, from normalised images ``[n, 3, h, w]``."""
