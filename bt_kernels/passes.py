@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from bt_kernels._dispatch import forced_backend as _forced_backend
@@ -23,10 +24,14 @@ from bt_kernels._layout import patch_rows
 from bt_kernels._library import OPS
 
 __all__ = [
+    "bias_gelu",
+    "bias_gelu_backward",
     "forced_backend",
     "gather_merge",
     "gather_merge_backward",
     "patch_rows",
+    "residual_norm",
+    "residual_norm_backward",
     "spatial_attention",
     "spatial_attention_backward",
     "temporal_attention",
@@ -103,3 +108,54 @@ def spatial_attention_backward(
     ``results`` are the three tensors that :func:`spatial_attention` returned.
     """
     return OPS["spatial_attention"].backward(grad, qkv, frame_weight, *visible, *results, [True], backend)
+
+
+def residual_norm(
+    x: Tensor,
+    update: Tensor | None,
+    scale: Tensor | None,
+    norm: tuple[Tensor, Tensor, float],
+    dtype: torch.dtype | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute :func:`bt_kernels.residual_norm`; ``norm`` is ``(weight, bias, eps)``.
+
+    Returns:
+        The sum (of size 0 without an update), its LayerNorm in ``dtype``, and mean and reciprocal standard deviation of
+        each row of the sum, ``[B, R]`` in float32 or wider.
+    """
+    return OPS["residual_norm"].forward(x, update, scale, *norm, dtype, backend)
+
+
+def residual_norm_backward(
+    grad_summed: Tensor | None,
+    grad_normed: Tensor | None,
+    x: Tensor,
+    update: Tensor | None,
+    scale: Tensor | None,
+    norm: tuple[Tensor, Tensor, float],
+    summed: Tensor,
+    moments: Sequence[Tensor],
+    needs: Sequence[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, update, weight and bias; one that ``needs`` does not ask for is an empty tensor.
+
+    ``summed`` and ``moments`` (mean and reciprocal standard deviation) are of :func:`residual_norm`. With an update,
+    only shape and dtype of ``x`` and ``update`` are read. Without one ``summed`` is not read, and ``grad_summed`` is
+    the gradient that x has from elsewhere.
+    """
+    backward = OPS["residual_norm"].backward
+    return backward(grad_summed, grad_normed, x, update, scale, *norm, None, summed, *moments, list(needs), backend)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, act: str, backend: str | None) -> Tensor:
+    """Compute :func:`bt_kernels.bias_gelu` of ``x`` [..., F]."""
+    return OPS["bias_gelu"].forward(x, bias, act, backend)
+
+
+def bias_gelu_backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None, act: str, needs: Sequence[bool], backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and bias; one that ``needs`` does not ask for is an empty tensor."""
+    return OPS["bias_gelu"].backward(grad, x, bias, act, list(needs), backend)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bt_adapter.towers.products import input_grad, linear, weight_grad
-from bt_adapter.towers.rows import bias_grad
-from bt_kernels import bias_gelu
+from bt_adapter.towers.rows import RowKernels, bias_grad
+from bt_kernels import bias_gelu, passes
 
 _QUICK = 1.702
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
@@ -38,15 +38,24 @@ def activate(x: Tensor, act: str) -> Tensor:
     return x * torch.sigmoid(_QUICK * x) if act == "quick_gelu" else F.gelu(x, approximate=GELU[act])
 
 
-def compute_hidden(n: Tensor, w: Weights, act: str) -> Tensor:
-    """Compute ``fc1(n)``, ``[..., M]``, multiplied by c for quick-GELU; :func:`backward` needs it."""
+def compute_hidden(n: Tensor, w: Weights, act: str, kernels: RowKernels | None = None) -> Tensor:
+    """Compute the input of the activation, ``[..., M]``, which :func:`backward` needs.
+
+    It is ``fc1(n)``, for quick-GELU multiplied by c; with ``kernels``, which add the bias themselves, without the bias
+    and without c.
+    """
+    if kernels is not None:
+        return linear(n, w.fc1_weight)
     if act == "quick_gelu":
         return linear(n * _QUICK, w.fc1_weight, w.fc1_bias * _QUICK)
     return linear(n, w.fc1_weight, w.fc1_bias)
 
 
-def add_output(y: Tensor, x: Tensor, w: Weights, act: str) -> Tensor:
+def add_output(y: Tensor, x: Tensor, w: Weights, act: str, kernels: RowKernels | None = None) -> Tensor:
     """Compute ``y`` plus the MLP's output, ``[..., D]``, from the result x of :func:`compute_hidden`."""
+    if kernels is not None:
+        activated = passes.bias_gelu(x, w.fc1_bias, act, kernels.backend)
+        return y + linear(activated, w.fc2_weight, w.fc2_bias)
     if act == "quick_gelu":
         return torch.add(y, linear(F.silu(x), w.fc2_weight, w.fc2_bias * _QUICK), alpha=1 / _QUICK)
     return y + linear(F.gelu(x, approximate=GELU[act]), w.fc2_weight, w.fc2_bias)
@@ -67,19 +76,27 @@ def compute_output(n: Tensor, w: Weights, act: str) -> Tensor:
     return linear(hidden, w.fc2_weight, w.fc2_bias)
 
 
-def backward(grad: Tensor, n: Tensor, x: Tensor, w: Weights, act: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+def backward(
+    grad: Tensor, n: Tensor, x: Tensor, w: Weights, act: str, kernels: RowKernels | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Compute the gradients of n and of the weights.
 
     Args:
-        grad: gradient of the MLP's output, ``[..., D]``. n: the MLP's input. x: the result of :func:`compute_hidden`.
+        grad: gradient of the MLP's output, ``[..., D]``. n: the MLP's input. x: the result of :func:`compute_hidden`
+            for the same ``kernels``.
     """
     grad_x = input_grad(grad, w.fc2_weight)
-    if act == "quick_gelu":
+    if kernels is not None:
+        activated = passes.bias_gelu(x, w.fc1_bias, act, kernels.backend)
+        of_weight = weight_grad(grad, activated)
+        del activated
+        grad_x, of_bias = passes.bias_gelu_backward(grad_x, x, w.fc1_bias, act, (True, True), kernels.backend)
+    elif act == "quick_gelu":
         of_weight = weight_grad(grad / _QUICK, F.silu(x))
         torch.ops.aten.silu_backward.grad_input(grad_x, x, grad_input=grad_x)
+        of_bias = bias_grad(grad_x)
     else:
         of_weight = weight_grad(grad, F.gelu(x, approximate=GELU[act]))
         torch.ops.aten.gelu_backward.grad_input(grad_x, x, approximate=GELU[act], grad_input=grad_x)
-    fc2_grads = of_weight, bias_grad(grad)
-    grads = weight_grad(grad_x, n), bias_grad(grad_x), *fc2_grads
-    return input_grad(grad_x, w.fc1_weight), grads
+        of_bias = bias_grad(grad_x)
+    return input_grad(grad_x, w.fc1_weight), (weight_grad(grad_x, n), of_bias, of_weight, bias_grad(grad))

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from bt_adapter.model.fused import spatial, temporal
 from bt_adapter.towers import mlp
-from bt_adapter.towers.rows import Norm, add_rows, normalize, normalize_backward
+from bt_adapter.towers.rows import (
+    Norm,
+    RowKernels,
+    add_and_normalize,
+    find_kernels,
+    normalize,
+    normalize_backward,
+    normalize_patches_backward,
+)
 from bt_kernels import VisibleTokens, passes
 from bt_kernels.nn.stochastic_depth import frame_weight_and_row_scale, sequence_row_scale
 
@@ -37,6 +45,7 @@ class Layer(NamedTuple):
         recompute: "none", "mlp" or "layer".
         backend: name of a forced backend of the ops, or None.
         product: dtype of the matrix products.
+        kernels: the row ops that compute sums, LayerNorms and the activation, or None.
         sizes: the visible tokens' arguments of the ops that are not tensors.
     """
 
@@ -47,6 +56,7 @@ class Layer(NamedTuple):
     recompute: str
     backend: str | None
     product: torch.dtype
+    kernels: RowKernels | None
     sizes: tuple
 
 
@@ -101,7 +111,7 @@ def run_layer(
         recompute = "layer"  # nothing is stored, and each part's tensors are freed before the next part runs
     layer = Layer(
         temporal_layer.attention.heads, temporal_layer.norm.eps, spatial_layer.norm1.eps, spatial_layer.act,
-        recompute, passes.forced_backend(), product, tuple(sizes),
+        recompute, passes.forced_backend(), product, find_kernels(z), tuple(sizes),
     )  # fmt: skip
     norms = (temporal_layer.norm, spatial_layer.norm1, spatial_layer.norm2)
     weights = [
@@ -135,8 +145,7 @@ class _Parts:
         return self.temporal, self.layer.heads, self.scales.temporal, self.visible, self.layer.backend
 
     def spatial_call(self) -> tuple:
-        scales = self.scales
-        return self.spatial, self.layer.heads, scales.frame_weight, scales.spatial, self.visible, self.layer.backend
+        return self.spatial, self.layer.heads, self.scales.frame_weight, self.visible, self.layer.backend
 
 
 def _run_attentions(z: Tensor, parts: _Parts, keep: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -146,15 +155,15 @@ def _run_attentions(z: Tensor, parts: _Parts, keep: bool) -> tuple[Tensor, Tenso
         The normalised input of the MLP, the state before that norm, and the tensors that backward needs: two of the
         temporal update, the state between the two updates, four of the spatial update; none if ``keep`` is False.
     """
-    product = parts.layer.product
-    update, of_time = temporal.forward(normalize(z[:, 1:], parts.norm)[0].to(product), *parts.temporal_call())
-    x = add_rows(z, update)
+    product, kernels = parts.layer.product, parts.layer.kernels
+    n, *_ = normalize(z[:, 1:], parts.norm, product, kernels)
+    update, of_time = temporal.forward(n, *parts.temporal_call())
+    x, n = add_and_normalize(z, update, None, parts.norm1, product, kernels)
     if not keep:
         of_time = ()
-    update, of_space = spatial.forward(normalize(x, parts.norm1)[0].to(product), *parts.spatial_call())
-    y = add_rows(x, update)
-    kept = (*of_time, x, *of_space) if keep else ()
-    return normalize(y, parts.norm2)[0].to(product), y, kept
+    update, of_space = spatial.forward(n, *parts.spatial_call())
+    y, n = add_and_normalize(x, update, parts.scales.spatial, parts.norm2, product, kernels)
+    return n, y, (*of_time, x, *of_space) if keep else ()
 
 
 class _Layer(torch.autograd.Function):
@@ -164,8 +173,8 @@ class _Layer(torch.autograd.Function):
         parts = _Parts(layer, index, frame_counts, scales, weights)
         with torch.autocast(z.device.type, enabled=False):
             n, y, kept = _run_attentions(z, parts, layer.recompute != "layer")
-            hidden = mlp.compute_hidden(n, parts.mlp, layer.act)
-            out = mlp.add_output(y, hidden, parts.mlp, layer.act)
+            hidden = mlp.compute_hidden(n, parts.mlp, layer.act, layer.kernels)
+            out = mlp.add_output(y, hidden, parts.mlp, layer.act, layer.kernels)
         if kept:
             kept = (y, *kept, hidden) if layer.recompute == "none" else (y, *kept)
         ctx.layer = layer
@@ -175,7 +184,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         z, index, frame_counts, *rest = ctx.saved_tensors
-        layer, product = ctx.layer, ctx.layer.product
+        layer, product, kernels = ctx.layer, ctx.layer.product, ctx.layer.kernels
         parts = _Parts(layer, index, frame_counts, Scales(*rest[:3]), rest[3:23])
         with torch.autocast(z.device.type, enabled=False):
             if len(rest) == 23:
@@ -183,24 +192,22 @@ class _Layer(torch.autograd.Function):
             else:
                 y, *kept = rest[23:]
             qkv, other, x, *attention = kept
-            n, *moments = normalize(y, parts.norm2)
-            n = n.to(product)
-            hidden = attention.pop() if len(attention) == 5 else mlp.compute_hidden(n, parts.mlp, layer.act)
-            grad_n, mlp_grads = mlp.backward(grad.to(product), n, hidden, parts.mlp, layer.act)
+            n, *moments = normalize(y, parts.norm2, product, kernels)
+            stored = len(attention) == 5
+            hidden = attention.pop() if stored else mlp.compute_hidden(n, parts.mlp, layer.act, kernels)
+            grad_n, mlp_grads = mlp.backward(grad.to(product), n, hidden, parts.mlp, layer.act, kernels)
             del hidden
-            grad_rows, *norm2_grads = normalize_backward(grad_n, y, *moments, parts.norm2)
-            grad = grad_rows.add_(grad)
-
-            n, *moments = normalize(x, parts.norm1)
-            grad_n, spatial_grads = spatial.backward(grad.to(product), n.to(product), attention, *parts.spatial_call())
-            grad_rows, *norm1_grads = normalize_backward(grad_n, x, *moments, parts.norm1)
-            grad = grad_rows.add_(grad)
-
-            rows = z[:, 1:]
-            n, *moments = normalize(rows, parts.norm)
-            update_grad = grad[:, 1:].to(product)
-            grad_n, temporal_grads = temporal.backward(update_grad, n.to(product), (qkv, other), *parts.temporal_call())
-            grad_rows, *norm_grads = normalize_backward(grad_n, rows, *moments, parts.norm)
-            grad[:, 1:] += grad_rows
+            rows = y.shape[1]
+            grad, grad_update, *norm2_grads = normalize_backward(
+                grad_n, grad, y, moments, parts.norm2, kernels, rows, parts.scales.spatial
+            )
+            n, *moments = normalize(x, parts.norm1, product, kernels)
+            grad_n, spatial_grads = spatial.backward(grad_update, n, attention, *parts.spatial_call())
+            grad, grad_update, *norm1_grads = normalize_backward(
+                grad_n, grad, x, moments, parts.norm1, kernels, rows - 1
+            )
+            n, *moments = normalize(z[:, 1:], parts.norm, product, kernels)
+            grad_n, temporal_grads = temporal.backward(grad_update, n, (qkv, other), *parts.temporal_call())
+            grad, *norm_grads = normalize_patches_backward(grad_n, grad, z, moments, parts.norm, kernels)
         grads = (*norm_grads, *norm1_grads, *norm2_grads, *temporal_grads, *spatial_grads, *mlp_grads)
         return None, grad, None, None, None, None, None, *grads

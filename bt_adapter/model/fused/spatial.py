@@ -1,8 +1,8 @@
-"""Compute the spatial update of a branch layer, ``s·out(attention(qkv(n)))`` inside each frame, and its gradients.
+"""Compute the spatial update of a branch layer, ``out(attention(qkv(n)))`` inside each frame, and its gradients.
 
-n is the normalised state of all rows, ``[B, 1+N, D]``, and s the scale of stochastic depth. CLS is a single row: the
-attention itself averages its results over the frames, with weights if stochastic depth drops frames
-(``bt_kernels.nn.stochastic_depth``).
+n is the normalised state of all rows, ``[B, 1+N, D]``. The scale of stochastic depth is applied where the update is
+added. CLS is a single row: the attention itself averages its results over the frames, with weights if stochastic depth
+drops frames (``bt_kernels.nn.stochastic_depth``).
 """
 
 from __future__ import annotations
@@ -26,32 +26,27 @@ class Weights(NamedTuple):
 
 
 def forward(
-    n: Tensor, w: Weights, heads: int, frame_weight: Tensor | None, scale: Tensor | None, visible: tuple,
-    backend: str | None,
+    n: Tensor, w: Weights, heads: int, frame_weight: Tensor | None, visible: tuple, backend: str | None
 ):  # fmt: skip
     """Compute the update ``[B, 1+N, D]``, and return it with the tensors that :func:`backward` needs.
 
     Args:
         n: normalised state, ``[B, 1+N, D]``.
         frame_weight: weight of each frame in CLS's mean, ``[B, S]``; None: equal weights.
-        scale: scale s of each row, ``[B, 1+N, 1]``; None: 1.
         visible: the visible tokens as arguments of the ops. backend: name of a forced backend, or None.
     """
     qkv = linear(n, w.qkv_weight, w.qkv_bias)
     split = qkv.unflatten(2, (3, heads, -1))
     attended, lse, cls_out = passes.spatial_attention(split, frame_weight, visible, backend)
-    update = linear(attended.flatten(2), w.out_weight, w.out_bias)
-    return update if scale is None else update.mul_(scale), (qkv, attended, lse, cls_out)
+    return linear(attended.flatten(2), w.out_weight, w.out_bias), (qkv, attended, lse, cls_out)
 
 
 def backward(
-    grad: Tensor, n: Tensor, kept: tuple, w: Weights, heads: int, frame_weight: Tensor | None, scale: Tensor | None,
-    visible: tuple, backend: str | None,
+    grad: Tensor, n: Tensor, kept: tuple, w: Weights, heads: int, frame_weight: Tensor | None, visible: tuple,
+    backend: str | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """Compute the gradients of n and of the weights from that of the update; ``kept``: from :func:`forward`."""
     qkv, attended, lse, cls_out = kept
-    if scale is not None:
-        grad = (grad * scale).to(grad.dtype)  # draws are float32 under autocast too
     grad_attended = input_grad(grad, w.out_weight).view(attended.shape)
     grad_qkv = passes.spatial_attention_backward(
         grad_attended, qkv.unflatten(2, (3, heads, -1)), frame_weight, visible, (attended, lse, cls_out), backend
