@@ -44,27 +44,30 @@ def write_rows(
 
 
 class RowResults:
-    """Empty results of a gather: ``out`` [B, 1+N, D], and with a norm ``normed`` [B, N, D], ``mean`` and ``rstd``."""
+    """Empty results of a gather: ``out`` [B, 1+N, D], and with a norm ``normed`` [B, N, D], ``mean`` and ``rstd``.
+
+    ``like`` [..., D] has their dtype; the tower's tokens may have another.
+    """
 
     def __init__(
         self,
-        tower: Tensor,
+        like: Tensor,
         index: Tensor,
         norm: tuple[Tensor, Tensor, float] | None,
         warps_per_sm: int | Mapping[int, int] = 32,
     ):
         batch, tokens = index.shape
-        width = tower.shape[3]
-        self.out = tower.new_empty(batch, 1 + tokens, width)
+        width = like.shape[-1]
+        self.out = like.new_empty(batch, 1 + tokens, width)
         self.normed = self.mean = self.rstd = self.weight = self.bias = None
         self.eps = 0.0
         if norm:
             self.weight, self.bias, self.eps = norm[0].contiguous(), norm[1].contiguous(), norm[2]
-            self.normed = tower.new_empty(batch, tokens, width)
-            self.mean, self.rstd = (tower.new_empty(batch, tokens, dtype=sum_dtype(tower.dtype)) for _ in range(2))
-        self.rows = ROWS_AT_ONCE if tower.dtype.itemsize == 2 and not norm else ROWS_WITH_SUMS
+            self.normed = like.new_empty(batch, tokens, width)
+            self.mean, self.rstd = (like.new_empty(batch, tokens, dtype=sum_dtype(like.dtype)) for _ in range(2))
+        self.rows = ROWS_AT_ONCE if like.dtype.itemsize == 2 and not norm else ROWS_WITH_SUMS
         self.programs = batch * (1 + triton.cdiv(tokens, self.rows))
-        self.options = dict(R=self.rows, **row_options(width, tower.dtype, warps_per_sm=warps_per_sm))
+        self.options = dict(R=self.rows, **row_options(width, like.dtype, warps_per_sm=warps_per_sm))
 
     def arguments(self) -> tuple:
         """Return the tensors in the order in which the kernels take them."""

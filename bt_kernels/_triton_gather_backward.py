@@ -224,7 +224,7 @@ def merge_backward(grads: RowGrads, tower, branch, gate, index, frame_counts, ne
     grad_gate, *norm_grads = [each.sum(0).to(grads.dtype) for each in sums] or [None]
     grad_tower = None
     if needs[0]:
-        grad_tower = spread(total, gate, index, frame_counts, frames, patches, grads.dtype, 1.0)
+        grad_tower = spread(total, gate, index, frame_counts, frames, patches, tower.dtype, 1.0)
     return grad_tower, grad_branch, grad_gate if needs[2] else None, *norm_grads
 
 

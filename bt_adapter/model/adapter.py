@@ -297,7 +297,7 @@ class BTAdapterVisionModel(TowerWithBranch):
             )
         return alignment_loss(
             output.branch_tokens,
-            output.backbone_tokens.to(dtype),
+            output.backbone_tokens,
             visible,
             linear.weight.to(dtype),
             linear.bias.to(dtype),

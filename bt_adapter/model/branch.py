@@ -176,11 +176,11 @@ class Branch(nn.Module):
     def embed(self, tokens: Tensor, position: Tensor, visible: VisibleTokens, plan: TimeSteps | None = None) -> Tensor:
         """Compute the first layer's input ``[B, 1+N, D]`` from X and the positions; ``plan``: see `forward`."""
         time = self.time if plan is None else time_rows(self.time, plan)
-        return gather_embed(tokens.to(time.dtype), self.cls_token, position.to(time.dtype), time, visible)
+        return gather_embed(tokens, self.cls_token, position.to(time.dtype), time, visible)
 
     def merge(self, tokens: Tensor, z: Tensor, visible: VisibleTokens) -> Tensor:
         """Compute a later layer's input: X is mixed into z through the merge gate."""
-        tokens, slope = tokens.to(z.dtype), self.config.merge_gate_slope
+        slope = self.config.merge_gate_slope
         if self.config.fused and not tokens.requires_grad:
             return fused.merge(tokens, z, self.merge_gate, slope, visible)
         return gather_merge(tokens, z, _gate(slope, self.merge_gate, z.dtype), visible)

@@ -41,7 +41,8 @@ _OP = define_op(
         Kernel("reference", reference.forward, gradients.scale_gradients),
     ),
     fake=_fake,
-    extra=", float head_norm_eps, float target_norm_eps, bool[5] wanted",
+    extra=", float head_norm_eps, float target_norm_eps, ScalarType? product, bool[5] wanted",
+    autocast_skip=("target",),
     saved=tuple(f"sum_grad_{name}" for name in _HEAD),
 )
 
@@ -73,9 +74,12 @@ def alignment_loss(
     where ``tower_rows`` are the rows of ``target`` named by ``visible.target_index``. Source: MBTA, arXiv 2309.15785
     section 3.2. Gradients flow to ``branch`` and to the head's four tensors; the tower is treated as frozen.
 
+    Under autocast the matrix products take operands in autocast's dtype, on devices other than the CPU, and sum in
+    float32; all else is computed in float32 or wider.
+
     Args:
         branch: last hidden state of the branch, ``[B, 1+N, D]``; its CLS row is not used.
-        target: last hidden state of the tower, ``[B, T, 1+P, D]``.
+        target: last hidden state of the tower, ``[B, T, 1+P, D]``, of any float dtype: it is read as it is.
         visible: the tokens to compare.
         head_weight, head_bias: the alignment head's linear layer, ``[F, D]`` and ``[F]``.
         head_norm_weight, head_norm_bias: the alignment head's LayerNorm, ``[F]``.
@@ -96,7 +100,14 @@ def alignment_loss(
     check_visible(visible, "branch", branch)
     width = branch.shape[2]
     like = ("branch", branch)
-    check_tensor("target", target, "[B, T, 1+P, D]", (visible.batch, visible.frames, 1 + visible.patches, width), like)
+    check_tensor(
+        "target",
+        target,
+        "[B, T, 1+P, D]",
+        (visible.batch, visible.frames, 1 + visible.patches, width),
+        like,
+        any_dtype=True,
+    )
     check_tensor("head_weight", head_weight, "[F, D]", (None, width), like)
     shared = head_weight.shape[0]
     check_tensor("head_bias", head_bias, "[F]", (shared,), like)
@@ -114,5 +125,13 @@ def alignment_loss(
         branch, target.detach(), head_weight, head_bias, head_norm_weight, head_norm_bias,
         target_norm_weight.detach(), target_norm_bias.detach(), target_projection.detach(), target_projection_bias,
         *visible.as_arguments(visible.target_index), head_norm_eps, target_norm_eps,
-        wanted, backend,
+        _product_dtype(branch), wanted, backend,
     )[0]  # fmt: skip
+
+
+def _product_dtype(branch: Tensor) -> torch.dtype | None:
+    """Return autocast's dtype; None without autocast, and in float64, which autocast leaves alone."""
+    device = branch.device.type
+    if branch.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

@@ -18,19 +18,26 @@ from torch import Tensor
 
 from bt_kernels.ops.alignment_loss.gradients import count_of
 
-CHUNK = 4096
+# Rows of a chunk. A GPU needs many for its multiprocessors; a CPU's caches hold fewer.
+_CHUNK, _CHUNK_OF_GPU = 4096, 32768
 
 
 class RowKernels(Protocol):
     """The kernels of a backend. ``places`` [C] are p·T + t, or -1; rows of -1 are not read and become zeros."""
 
-    def product_dtype(self, branch: Tensor) -> torch.dtype:
-        """Return the dtype of the operands of the matrix products; the results are in float32 or wider."""
-
     def gather_norm(
-        self, target: Tensor, places: Tensor, first: int, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+        self,
+        target: Tensor,
+        places: Tensor,
+        first: int,
+        count: int,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Apply LayerNorm to the tower's tokens at ``places`` [M] from row ``first`` on: ``[C, D]`` in ``dtype``."""
+        """Apply LayerNorm to the tower's tokens at ``count`` of ``places`` [M] from ``first`` on: ``[count, D]`` in
+        ``dtype``."""
 
     def cosine(
         self, y: Tensor, b: Tensor, places: Tensor, gain: Tensor, shift: Tensor, eps: float, grads: bool,
@@ -53,12 +60,12 @@ class Head:
 def forward(
     kernels: RowKernels, branch, target, head_weight, head_bias, head_norm_weight, head_norm_bias, target_norm_weight,
     target_norm_bias, target_projection, target_projection_bias, index, frame_counts, patches, frames, slots, head_eps,
-    target_eps, wanted,
+    target_eps, product, wanted,
 ):  # fmt: skip
     """Return the loss (a mean over the tokens) and the gradients of the sum over the tokens."""
     batch, tokens = index.shape
     dtype, width, shared = branch.dtype, branch.shape[2], head_weight.shape[0]
-    acc, operand = torch.promote_types(dtype, torch.float32), kernels.product_dtype(branch)
+    acc, operand = torch.promote_types(dtype, torch.float32), _operand_dtype(branch, product)
     head = Head(
         head_weight.to(operand), *(t.to(acc).contiguous() for t in (head_bias, head_norm_weight, head_norm_bias))
     )
@@ -68,34 +75,59 @@ def forward(
     places = F.pad(index, (1, 0), value=-1).flatten()  # CLS precedes the rows of each video and is not compared
     rows_in = branch.reshape(-1, width)
     needs_grads = any(wanted)
-    losses = branch.new_empty(len(places), dtype=acc)
-    grad_rows = branch.new_empty(len(places) if wanted[0] else 0, width)
-    grad_weight = branch.new_zeros((shared, width) if wanted[1] else 0, dtype=acc)
-    sums = branch.new_zeros((3, shared), dtype=acc)
-    for first in range(0, len(places), CHUNK):
-        last = min(first + CHUNK, len(places))
-        part = places[first:last]
-        rows = rows_in[first:last].to(operand)
+    chunk = _CHUNK if branch.device.type == "cpu" else _CHUNK_OF_GPU
+    losses, grad_rows, grad_weights, sums = [], [], [], []
+    for first in range(0, len(places), chunk):
+        part = places[first : first + chunk]
+        rows = rows_in[first : first + chunk].to(operand)
         if slots is None:  # padding may hold NaN, which a product would spread
             rows = rows.masked_fill(part[:, None] < 0, 0)
         y = _product(rows, head.weight.T, acc).add_(head.bias)
-        b = kernels.gather_norm(target, places, first, norm_weight, norm_bias, target_eps, operand)[: last - first]
+        b = kernels.gather_norm(target, places, first, len(part), norm_weight, norm_bias, target_eps, operand)
         b = _product(b, projection.T, acc)
         if projection_bias is not None:
             b.add_(projection_bias)
-        losses[first:last], grad_y, row_sums = kernels.cosine(
-            y, b, part, head.gain, head.shift, head_eps, needs_grads, operand
-        )
+        of_rows, grad_y, row_sums = kernels.cosine(y, b, part, head.gain, head.shift, head_eps, needs_grads, operand)
+        losses.append(of_rows)
         if needs_grads:
-            sums += row_sums
+            sums.append(row_sums)
         if wanted[0]:
-            grad_rows[first:last] = _product(grad_y, head.weight, acc)
+            grad_rows.append(_product(grad_y, head.weight, acc).to(dtype))
         if wanted[1]:
-            grad_weight += _product(grad_y.T, rows, acc)
-    loss = (losses.sum() / count_of(index)).to(dtype)
-    grads = [grad_rows.view(branch.shape) if wanted[0] else grad_rows, grad_weight]
-    grads += [each if want else each.new_empty(0) for each, want in zip(sums.unbind(0), wanted[2:], strict=True)]
+            grad_weights.append(_product(grad_y.T, rows, acc))
+    loss = (_join(losses, branch.new_empty(0, dtype=acc)).sum() / count_of(index)).to(dtype)
+    grads = [
+        _join(grad_rows, branch.new_empty(0, width)).view(branch.shape) if wanted[0] else branch.new_empty(0),
+        _total(grad_weights, branch, shared, width) if wanted[1] else branch.new_empty(0, dtype=acc),
+    ]
+    of_head = _total(sums, branch, 3, shared).unbind(0)
+    grads += [each if want else each.new_empty(0) for each, want in zip(of_head, wanted[2:], strict=True)]
     return loss, *(g.clone() if g.dim() == 1 else g for g in grads)
+
+
+def _join(parts: list[Tensor], empty: Tensor) -> Tensor:
+    """Return the rows of all chunks; ``empty`` if there are none."""
+    return parts[0] if len(parts) == 1 else torch.cat([empty, *parts])
+
+
+def _total(parts: list[Tensor], like: Tensor, *size: int) -> Tensor:
+    """Add up the parts of all chunks; zeros of a size, in float32 or wider, if there are none."""
+    if len(parts) == 1:
+        return parts[0]
+    total = like.new_zeros(size, dtype=torch.promote_types(like.dtype, torch.float32))
+    for part in parts:
+        total += part
+    return total
+
+
+def _operand_dtype(branch: Tensor, product: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of the operands of the matrix products; the results are in float32 or wider.
+
+    On a CPU torch does not sum 16-bit operands in float32.
+    """
+    if branch.device.type == "cpu":
+        return torch.promote_types(branch.dtype, torch.float32)
+    return branch.dtype if product is None else product
 
 
 def _product(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ def count_of(index: torch.Tensor) -> torch.Tensor:
 def scale_gradients(
     grad, branch, target, head_weight, head_bias, head_norm_weight, head_norm_bias, target_norm_weight,
     target_norm_bias, target_projection, target_projection_bias, index, frame_counts, patches, frames, slots, head_eps,
-    target_eps, wanted, *sums_and_needs,
+    target_eps, product, wanted, *sums_and_needs,
 ):  # fmt: skip
     """Return the gradients of the mean, from those of the sum over the tokens."""
     *sums, needs = sums_and_needs

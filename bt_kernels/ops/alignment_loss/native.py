@@ -7,12 +7,9 @@ from bt_kernels.ops.alignment_loss import chunks
 
 class _Rows:
     @staticmethod
-    def product_dtype(branch: torch.Tensor) -> torch.dtype:
-        return torch.promote_types(branch.dtype, torch.float32)
-
-    @staticmethod
-    def gather_norm(target, places, first, weight, bias, eps, dtype):
-        count = min(chunks.CHUNK, len(places) - first)
+    def gather_norm(target, places, first, count, weight, bias, eps, dtype):
+        if torch.promote_types(target.dtype, torch.float32) != weight.dtype:
+            target = target.to(weight.dtype)
         return torch.ops.bt_kernels_native.alignment_gather_norm(target, places, first, count, weight, bias, eps)
 
     @staticmethod

@@ -11,7 +11,7 @@ from bt_kernels.ops.alignment_loss.gradients import count_of
 def forward(
     branch, target, head_weight, head_bias, head_norm_weight, head_norm_bias, target_norm_weight, target_norm_bias,
     target_projection, target_projection_bias, index, frame_counts, patches, frames, slots, head_eps, target_eps,
-    wanted,
+    product, wanted,
 ):  # fmt: skip
     """Return the loss (a mean over the tokens) and the gradients of the sum over the tokens."""
     dtype = branch.dtype

@@ -3,7 +3,6 @@
 Legend: B, T, P, N, D; F width of the shared space, C rows of a chunk, W the next power of two of a row.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -77,20 +76,14 @@ def _cosine(
 
 class _Rows:
     @staticmethod
-    def product_dtype(branch: torch.Tensor) -> torch.dtype:
-        # In the interpreter torch multiplies on the CPU, where it does not sum 16-bit operands in float32.
-        return torch.promote_types(branch.dtype, torch.float32) if branch.device.type == "cpu" else branch.dtype
-
-    @staticmethod
-    def gather_norm(target, places, first, weight, bias, eps, dtype):
+    def gather_norm(target, places, first, count, weight, bias, eps, dtype):
         target = adjacent(target)
         width = target.shape[3]
         rows = len(places) // max(target.shape[0], 1)
-        count = min(chunks.CHUNK, len(places) - first)
         out = target.new_empty(count, width, dtype=dtype)
         launch(
             _gather_norm, count, target, places, weight, bias, out, *target.stride()[:3], first, rows, target.shape[1],
-            width, eps, **row_options(width, target.dtype),
+            width, eps, **row_options(width, weight.dtype),
         )  # fmt: skip
         return out
 

@@ -24,7 +24,8 @@ _OP = define_op(
         Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel),
         Kernel("reference", reference.forward, reference.backward),
     ),
-    fake=lambda backbone, cls_token, pos, time, index, *_: _empty_out(backbone, index),
+    autocast_skip=("backbone",),
+    fake=lambda backbone, cls_token, pos, time, index, *_: _empty_out(backbone, time, index),
     shape_only=("backbone", "cls_token", "pos", "time"),
 )
 _NORM_OP = define_op(
@@ -36,7 +37,8 @@ _NORM_OP = define_op(
         Kernel("cpu", native.forward_norm, native.backward_norm, why_not_cpu_kernel),
         Kernel("reference", reference.forward_norm, reference.backward_norm),
     ),
-    fake=lambda backbone, cls_token, pos, time, weight, bias, index, *_: fake_norm(_empty_out(backbone, index)),
+    autocast_skip=("backbone",),
+    fake=lambda backbone, cls_token, pos, time, weight, bias, index, *_: fake_norm(_empty_out(backbone, time, index)),
     extra=", float norm_eps",
     results=("out", "normed"),
     keep=("out",),
@@ -45,8 +47,8 @@ _NORM_OP = define_op(
 )
 
 
-def _empty_out(backbone: Tensor, index: Tensor) -> Tensor:
-    return backbone.new_empty(backbone.shape[0], 1 + index.shape[1], backbone.shape[3])
+def _empty_out(backbone: Tensor, time: Tensor, index: Tensor) -> Tensor:
+    return time.new_empty(backbone.shape[0], 1 + index.shape[1], backbone.shape[3])
 
 
 @overload
@@ -91,7 +93,8 @@ def gather_embed(
     Source: "embed" of the branch, arXiv 2309.15785 section 3.1. Differentiable in every float argument.
 
     Args:
-        backbone: output of a tower layer, ``[B, T, 1+P, D]``, CLS first; any float dtype, any strides.
+        backbone: output of a tower layer, ``[B, T, 1+P, D]``, CLS first; any strides, any float dtype, also under
+            autocast: it is read as it is.
         cls_token: ``[D]``.
         pos: the tower's position table, ``[1+P, D]``.
         time: time table, ``[M, D]`` with M ≥ T rows.
@@ -100,7 +103,8 @@ def gather_embed(
         norm: ``(weight [D], bias [D], eps)`` of a LayerNorm of the patch rows, computed in the same pass.
 
     Returns:
-        ``[B, 1+N, D]``, and with ``norm`` the patch rows normalised, ``[B, N, D]``; padding rows (index -1) are zero.
+        ``[B, 1+N, D]`` in the dtype of the tables, and with ``norm`` the patch rows normalised, ``[B, N, D]``;
+        padding rows (index -1) are zero.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not match; the message names the argument.
@@ -110,8 +114,8 @@ def gather_embed(
     check_tensor("backbone", backbone, "[B, T, 1+P, D]", (None, visible.frames, 1 + visible.patches, None))
     check_visible(visible, "backbone", backbone)
     width = backbone.shape[3]
-    like = ("backbone", backbone)
-    check_tensor("cls_token", cls_token, "[D]", (width,), like)
+    check_tensor("cls_token", cls_token, "[D]", (width,), ("backbone", backbone), any_dtype=True)
+    like = ("cls_token", cls_token)
     check_tensor("pos", pos, "[1+P, D]", (1 + visible.patches, width), like)
     check_tensor("time", time, "[M, D]", (None, width), like)
     if time.shape[0] < visible.frames:

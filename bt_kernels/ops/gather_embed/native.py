@@ -1,4 +1,7 @@
-"""gather_embed in C++ for CPU (csrc/cpu/gather_embed.cpp, row_norm.cpp) and CUDA (csrc/cuda/gather_embed.cu)."""
+"""gather_embed in C++ for CPU (csrc/cpu/gather_embed.cpp, row_norm.cpp) and CUDA (csrc/cuda/gather_embed.cu).
+
+They take one dtype: a tower in another is converted first, as a whole.
+"""
 
 import torch
 from torch import Tensor
@@ -7,19 +10,23 @@ from bt_kernels._row_norm import native_norm, native_norm_backward
 
 
 def forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots) -> Tensor:
-    return torch.ops.bt_kernels_native.gather_embed(backbone, cls_token, pos, time, index, frame_counts)
+    return torch.ops.bt_kernels_native.gather_embed(backbone.to(time.dtype), cls_token, pos, time, index, frame_counts)
 
 
 def backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs):
     ops = torch.ops.bt_kernels_native
     if grad.is_cuda:
-        grads = ops.gather_embed_backward(grad, backbone, cls_token, pos, time, index, frame_counts, *needs)
+        shape = grad.new_empty(backbone.shape[-1]).expand(backbone.shape)  # no value of the tower is read
+        grads = ops.gather_embed_backward(grad, shape, cls_token, pos, time, index, frame_counts, *needs)
+        grads = (grads[0].to(backbone.dtype), *grads[1:])
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
     grad_backbone = None
     if needs[0]:  # as of gather_merge without a gate, but the tower gets half of the gradient of CLS
         halved = torch.cat([grad[:, :1] / 2, grad[:, 1:]], 1)
         flags = (True, False, False)
-        grad_backbone, *_ = ops.gather_merge_backward(halved, backbone, halved, None, index, frame_counts, *flags)
+        shape = grad.new_empty(backbone.shape[-1]).expand(backbone.shape)  # no value of the tower is read
+        grad_backbone, *_ = ops.gather_merge_backward(halved, shape, halved, None, index, frame_counts, *flags)
+        grad_backbone = grad_backbone.to(backbone.dtype)
     tables = ops.gather_embed_tables_backward(grad, index, patches, frames, len(time), *needs[1:])
     return grad_backbone, *(g if need else None for g, need in zip(tables, needs[1:], strict=True))
 

@@ -9,10 +9,10 @@ from bt_kernels._row_norm import normalise, normalise_backward
 
 def forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots) -> Tensor:
     mean_cls = mean_over_frames(backbone[:, :, 0], frame_counts)
-    cls = (0.5 * (mean_cls + cls_token + pos[0])).to(backbone.dtype)
+    cls = (0.5 * (mean_cls + cls_token + pos[0])).to(time.dtype)
     place = index.clamp(min=0)
     rows = patch_rows(backbone, index) + zero_padding(pos[1 + place // frames] + time[place % frames], index)
-    return torch.cat([cls[:, None], rows], 1)
+    return torch.cat([cls[:, None], rows.to(time.dtype)], 1)
 
 
 def backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs):
@@ -36,7 +36,8 @@ def backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches,
     if needs[3]:
         grads[3] = torch.zeros(time.shape, dtype=acc, device=grad.device)
         grads[3].index_add_(0, frame.flatten(), rows.flatten(0, 1))
-    return tuple(None if g is None else g.to(grad.dtype) for g in grads)
+    dtypes = (backbone.dtype, *[grad.dtype] * 3)
+    return tuple(None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True))
 
 
 def forward_norm(
@@ -51,5 +52,7 @@ def backward_norm(
     frames, slots, norm_eps, out, mean, rstd, needs,
 ):  # fmt: skip
     grad, *norm_grads = normalise_backward(grad_out, grad_normed, out, mean, rstd, index, norm_weight, needs[4:])
-    grads = backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs[:4])
-    return *(None if g is None else g.to(out.dtype) for g in grads), *norm_grads
+    grad_backbone, *grads = backward(
+        grad, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs[:4]
+    )
+    return grad_backbone, *(None if g is None else g.to(out.dtype) for g in grads), *norm_grads

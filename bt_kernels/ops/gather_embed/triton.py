@@ -45,7 +45,7 @@ def _forward(
 def _run_forward(backbone, cls_token, pos, time, index, frame_counts, norm=None):
     tower, index = adjacent(backbone), adjacent(index)
     # More spill a few registers.
-    results = RowResults(tower, index, norm, {80: 24, 90: 32, 100: 24} if norm is None else 32)
+    results = RowResults(time, index, norm, {80: 24, 90: 32, 100: 24} if norm is None else 32)
     launch(
         _forward, results.programs, tower, cls_token.contiguous(), pos.contiguous(), time.contiguous(), index,
         frame_counts, *results.arguments(), *tower.stride()[:3], index.stride(0), index.shape[1], tower.shape[1],
@@ -99,7 +99,7 @@ def _backward(rows: RowGrads, grad, backbone, pos, time, index, frame_counts, pa
     total_rows = rows if total is None else RowGrads(total)
     grad_backbone = grad_cls = grad_pos = grad_time = None
     if needs[0]:
-        grad_backbone = spread(total_rows.grad, None, index, frame_counts, frames, patches, dtype, 0.5)
+        grad_backbone = spread(total_rows.grad, None, index, frame_counts, frames, patches, backbone.dtype, 0.5)
     if needs[1]:
         grad_cls = half_cls.sum(0).to(dtype)
     if needs[2]:

@@ -24,6 +24,7 @@ _OP = define_op(
         Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel),
         Kernel("reference", reference.forward, reference.backward),
     ),
+    autocast_skip=("backbone",),
     fake=lambda backbone, branch, *_: branch.new_empty(branch.shape),
 )
 _NORM_OP = define_op(
@@ -35,6 +36,7 @@ _NORM_OP = define_op(
         Kernel("cpu", native.forward_norm, native.backward_norm, why_not_cpu_kernel, slower_than_compiled),
         Kernel("reference", reference.forward_norm, reference.backward_norm),
     ),
+    autocast_skip=("backbone",),
     fake=lambda backbone, branch, *_: fake_norm(branch.new_empty(branch.shape)),
     extra=", float norm_eps",
     results=("out", "normed"),
@@ -82,7 +84,8 @@ def gather_merge(
     Source: "merge" of the branch, arXiv 2309.15785 section 3.1. Differentiable in every float argument.
 
     Args:
-        backbone: output of a tower layer, ``[B, T, 1+P, D]``, CLS first; any float dtype, any strides.
+        backbone: output of a tower layer, ``[B, T, 1+P, D]``, CLS first; any strides, any float dtype, also under
+            autocast: it is read as it is.
         branch: ``[B, 1+N, D]``, CLS first.
         gate: ``[D]`` in (0, 1), or None for the sum.
         visible: the tokens and their order.
@@ -90,7 +93,8 @@ def gather_merge(
         norm: ``(weight [D], bias [D], eps)`` of a LayerNorm of the patch rows, computed in the same pass.
 
     Returns:
-        ``[B, 1+N, D]``, and with ``norm`` the patch rows normalised, ``[B, N, D]``; padding rows (index -1) are zero.
+        ``[B, 1+N, D]`` in the dtype of ``branch``, and with ``norm`` the patch rows normalised, ``[B, N, D]``;
+        padding rows (index -1) are zero.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not match; the message names the argument.
@@ -100,8 +104,11 @@ def gather_merge(
     check_tensor("backbone", backbone, "[B, T, 1+P, D]", (None, visible.frames, 1 + visible.patches, None))
     check_visible(visible, "backbone", backbone)
     width = backbone.shape[3]
-    like = ("backbone", backbone)
-    check_tensor("branch", branch, "[B, 1+N, D]", (visible.batch, 1 + visible.tokens, width), like)
+    check_tensor(
+        "branch", branch, "[B, 1+N, D]", (visible.batch, 1 + visible.tokens, width), ("backbone", backbone),
+        any_dtype=True,
+    )  # fmt: skip
+    like = ("branch", branch)
     if gate is not None:
         check_tensor("gate", gate, "[D]", (width,), like)
     if norm is None:

@@ -1,4 +1,7 @@
-"""gather_merge in C++ for CPU (csrc/cpu/gather_merge.cpp, row_norm.cpp) and CUDA (csrc/cuda/gather_merge.cu)."""
+"""gather_merge in C++ for CPU (csrc/cpu/gather_merge.cpp, row_norm.cpp) and CUDA (csrc/cuda/gather_merge.cu).
+
+They take one dtype: a tower in another is converted first, as a whole.
+"""
 
 import torch
 from torch import Tensor
@@ -7,11 +10,14 @@ from bt_kernels._row_norm import native_norm, native_norm_backward
 
 
 def forward(backbone, branch, gate, index, frame_counts, patches, frames, slots) -> Tensor:
-    return torch.ops.bt_kernels_native.gather_merge(backbone, branch, gate, index, frame_counts)
+    return torch.ops.bt_kernels_native.gather_merge(backbone.to(branch.dtype), branch, gate, index, frame_counts)
 
 
 def backward(grad, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs):
-    grads = torch.ops.bt_kernels_native.gather_merge_backward(grad, backbone, branch, gate, index, frame_counts, *needs)
+    grad_backbone, *grads = torch.ops.bt_kernels_native.gather_merge_backward(
+        grad, backbone.to(grad.dtype), branch, gate, index, frame_counts, *needs
+    )
+    grads = (grad_backbone.to(backbone.dtype), *grads)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 

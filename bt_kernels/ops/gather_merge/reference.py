@@ -8,7 +8,7 @@ from bt_kernels._row_norm import normalise, normalise_backward
 
 
 def forward(backbone, branch, gate, index, frame_counts, patches, frames, slots) -> Tensor:
-    incoming = _incoming(backbone, index, frame_counts)  # [B, 1+N, D]
+    incoming = _incoming(backbone, index, frame_counts, branch.dtype)  # [B, 1+N, D]
     merged = branch + incoming if gate is None else (1 - gate) * branch + gate * incoming
     return torch.cat([merged[:, :1], zero_padding(merged[:, 1:], index)], 1)
 
@@ -23,11 +23,11 @@ def backward(grad, backbone, branch, gate, index, frame_counts, patches, frames,
         grad_backbone = torch.zeros(backbone.shape, dtype=acc, device=grad.device)
         grad_backbone[:, :, 0] = weights[:, :, None] * incoming[:, :1]
         grad_backbone.index_put_(patch_places(index, frames), incoming[:, 1:], accumulate=True)
-        grad_backbone = grad_backbone.to(grad.dtype)
+        grad_backbone = grad_backbone.to(backbone.dtype)
     if needs[1]:
         grad_branch = grad.clone() if gate is None else (1 - gate) * grad
     if needs[2]:
-        difference = _incoming(backbone, index, frame_counts).to(acc) - branch.to(acc)
+        difference = _incoming(backbone, index, frame_counts, branch.dtype).to(acc) - branch.to(acc)
         difference = torch.cat([difference[:, :1], zero_padding(difference[:, 1:], index)], 1)
         grad_gate = (grad.to(acc) * difference).sum((0, 1)).to(grad.dtype)
     return grad_backbone, grad_branch, grad_gate
@@ -45,10 +45,12 @@ def backward_norm(
     norm_eps, out, mean, rstd, needs,
 ):  # fmt: skip
     grad, *norm_grads = normalise_backward(grad_out, grad_normed, out, mean, rstd, index, norm_weight, needs[3:])
-    grads = backward(grad, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs[:3])
-    return *(None if g is None else g.to(out.dtype) for g in grads), *norm_grads
+    grad_backbone, *grads = backward(
+        grad, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs[:3]
+    )
+    return grad_backbone, *(None if g is None else g.to(out.dtype) for g in grads), *norm_grads
 
 
-def _incoming(backbone: Tensor, index: Tensor, frame_counts: Tensor | None) -> Tensor:
-    cls = mean_over_frames(backbone[:, :, 0], frame_counts).to(backbone.dtype)
-    return torch.cat([cls[:, None], patch_rows(backbone, index)], 1)
+def _incoming(backbone: Tensor, index: Tensor, frame_counts: Tensor | None, dtype: torch.dtype) -> Tensor:
+    cls = mean_over_frames(backbone[:, :, 0], frame_counts).to(dtype)
+    return torch.cat([cls[:, None], patch_rows(backbone, index).to(dtype)], 1)

@@ -55,7 +55,7 @@ def _forward(
 def _run_forward(backbone, branch, gate, index, frame_counts, norm=None):
     tower, branch, index = adjacent(backbone), adjacent(branch), adjacent(index)
     gate = None if gate is None else gate.contiguous()
-    results = RowResults(tower, index, norm)
+    results = RowResults(branch, index, norm)
     launch(
         _forward, results.programs, tower, branch, gate, index, frame_counts, *results.arguments(),
         *tower.stride()[:3], *branch.stride()[:2], index.stride(0), index.shape[1], tower.shape[1], tower.shape[3],
