@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from miniature.clip import draw_stills, text_embeddings  # noqa: E402
 from miniature.items import ITEMS, load_items  # noqa: E402
-from miniature.ridge import ridge  # noqa: E402
+from miniature.probes import ridge  # noqa: E402
 from miniature.world import COLOURS, EVENTS, SINGLE, SIZE, caption  # noqa: E402
 
 from bt_adapter.data.image_settings import ImageSettings  # noqa: E402

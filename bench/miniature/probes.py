@@ -23,7 +23,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
 from miniature import world  # noqa: E402
 from miniature.items import ITEMS, Items, load_items  # noqa: E402
-from miniature.ridge import ridge  # noqa: E402
 from miniature.world import EVENTS, KINDS, of_kind  # noqa: E402
 
 from bt_adapter import BTAdapterVisionModel  # noqa: E402
@@ -60,6 +59,11 @@ def features(model: BTAdapterVisionModel, projector: nn.Module, images: Tensor) 
         for place, tokens in places.items():
             found.setdefault(place, []).append(tokens.mean(1))
     return {place: torch.cat(parts) for place, parts in found.items()}
+
+
+def ridge(x: Tensor, y: Tensor, strength: float | Tensor) -> Tensor:
+    """Weights [width, targets] of least squares with ``strength`` n |w|²; x [n, width], y [n, targets]."""
+    return torch.linalg.solve(x.T @ x + strength * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
 
 
 def probe(x: Tensor, classes: Tensor, count: int, test: Tensor) -> Tensor:
