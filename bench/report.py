@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import plugins
 from summaries import ON_BFLOAT16, SMALL_WORLD, budget, decode, highlights, long_videos, pretrain
 
 from bt_adapter.files import write_whole
@@ -198,6 +199,8 @@ TABLES = {
     "step": step,
     "budget": budget,
     "chat": chat,
+    "vllm": plugins.vllm,
+    "lmms-eval": plugins.lmms_eval,
     **SMALL_WORLD,
 }
 

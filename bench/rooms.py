@@ -28,6 +28,8 @@ ROOMS = (
     "qa",
     "live",
     "serve",
+    "vllm",
+    "lmms_eval",
     "commands",
 )
 """Folders of ``bt_adapter``; "" holds its top-level files. A folder imports only from folders before it."""
