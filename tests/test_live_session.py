@@ -54,7 +54,7 @@ def test_answers_are_those_about_the_last_frames(chat, branch):
         again = session.ask(QUESTION, 6)
     expected = chat.ask(chat.encode(clip[3:], branch=branch), QUESTION, 6)
     assert live.reply.text == again.reply.text == expected.text
-    assert (live.frames, live.span) == (4, (1.5, 3.0))
+    assert (live.view.frames, live.view.span) == (4, (1.5, 3.0))
     assert live.reply.prompt == expected.prompt
 
 
@@ -80,8 +80,8 @@ def test_frames_arrive_while_an_answer_is_generated(chat, clock):
     go_on.set()
     asker.join()
     assert replies[0].reply.text == expected.reply.text
-    assert replies[0].span == (2, 5)
-    assert session.ask(QUESTION, 2).span == (8, 11)
+    assert replies[0].view.span == (2, 5)
+    assert session.ask(QUESTION, 2).view.span == (8, 11)
 
 
 def test_many_threads_push_and_ask(chat):
@@ -121,7 +121,9 @@ def test_many_threads_push_and_ask(chat):
 
 def test_idle_and_closed_sessions(chat, clock):
     session = LiveSession(chat, idle=15)
+    size = session.nbytes
     assert session.push(frames(1)[0])
+    assert session.nbytes == size > 0
     for _ in range(3):
         clock.now += 10
         session.push(frames(1)[0])  # used, so not idle
@@ -131,7 +133,7 @@ def test_idle_and_closed_sessions(chat, clock):
     with pytest.raises(SessionClosed, match="begin another one"):
         session.ask(QUESTION)
     assert session.closed
-    assert session._video is None  # its memory is free
+    assert session.nbytes == 0
     other = LiveSession(chat)
     clock.now += 1e6
     with pytest.raises(ValueError, match="no frame was pushed yet"):

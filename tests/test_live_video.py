@@ -177,16 +177,23 @@ def test_a_frame_costs_one_pass_and_a_question_no_tower():
     assert layers == [4, 4]  # depth - 1 layers over the trained steps
 
 
+@pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", ["sliding", "whole"])
-def test_memory_is_constant(window):
-    live, clip = LiveVideo(model(torch.float32), window), frames(40)
-    live.push(clip[0], 0.0)
-    begin = live.nbytes
-    state = 2 * 17 * 32 * 4  # two layers, CLS and patches, width, bytes
-    assert begin == (4 * state if window == "sliding" else (2 * 4 + 2) * state)
-    for number, frame in enumerate(clip[1:], 1):
+def test_memory_is_constant_and_known_before_the_first_frame(window, dtype, branch):
+    live, clip = LiveVideo(model(dtype), window, branch=branch), frames(40)
+
+    def held() -> int:
+        parts = [value for value in vars(live._window).values() if isinstance(value, torch.Tensor)]
+        assert all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
+        return sum(part.nbytes for part in parts)
+
+    state = (2 if branch else 1) * 17 * 32  # layers, CLS and patches, width
+    assert live.nbytes == state * (4 * dtype.itemsize if window == "sliding" else 2 * 4 * 4 + 8)
+    assert held() == 0
+    for number, frame in enumerate(clip):
         live.push(frame, number)
-    assert live.nbytes == begin
+        assert held() == live.nbytes
     assert live.kept == 40
 
 

@@ -90,15 +90,15 @@ class Watcher:
         except (PromptError, ContextError) as error:
             raise CommandError(str(error)) from error
         self.answers += 1
-        sys.stdout.write(f"{reply.span[1]:.1f} s: {' '.join(reply.reply.text.split())}\n")
+        sys.stdout.write(f"{reply.view.span[1]:.1f} s: {' '.join(reply.reply.text.split())}\n")
         sys.stdout.flush()
         say(self.notes, _summary(reply, time.perf_counter() - begin), "dim")
 
 
 def _summary(reply: LiveReply, seconds: float) -> str:
     """Format the facts of an answer: "8 frames from 0.0 to 1.8 s · tokens 0.01 s · … · answered in 0.62 s"."""
-    first, last = reply.span
+    first, last = reply.view.span
     return (
-        f"{reply.frames} frames from {first:.1f} to {last:.1f} s · tokens {reply.encode:.3f} s · "
+        f"{reply.view.frames} frames from {first:.1f} to {last:.1f} s · tokens {reply.view.encode:.3f} s · "
         f"first token {reply.reply.seconds['first token']:.2f} s · answered in {seconds:.2f} s"
     )

@@ -16,7 +16,7 @@ from bt_adapter.live.video import LiveVideo, WindowKind
 from bt_adapter.model.time_steps import Long
 
 if TYPE_CHECKING:
-    from bt_adapter.chat.conversation import Reply
+    from bt_adapter.chat.conversation import Reply, Visual
     from bt_adapter.chat.engine import VideoChat
 
 
@@ -25,17 +25,26 @@ class SessionClosed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class LiveReply:
-    """An answer about a live stream at one moment.
+class LiveView:
+    """The window of a live stream at one moment, encoded for the language model.
 
-    reply: the answer with its timings. frames: number of frames that it is about. span: times of the first and the last
-    of them, in seconds. encode: seconds to compute the tokens from the window.
+    visual: the tokens. frames: number of frames that they stand for, of ``kept`` so far. span: times of the first and
+    the last of them, in seconds. encode: seconds to compute the tokens from the window.
     """
 
-    reply: Reply
+    visual: Visual
     frames: int
+    kept: int
     span: tuple[float, float]
     encode: float
+
+
+@dataclass(frozen=True)
+class LiveReply:
+    """An answer about a live stream. reply: the answer with its timings. view: what it is about."""
+
+    reply: Reply
+    view: LiveView
 
 
 class LiveSession:
@@ -97,11 +106,25 @@ class LiveSession:
         SessionClosed.
         """
         with self._lock:
-            video = self._open()
-            now = time.monotonic() - self._begin
-            kept = video.push(frame, now if time_stamp is None else time_stamp)
+            kept = self._open().push(frame, self._time(time_stamp))
             self._used = time.monotonic()
             return kept
+
+    def wants(self, time_stamp: float | None = None) -> bool:
+        """Whether a frame of this time would be kept, so that others need not be decoded. Errors as :meth:`push`."""
+        with self._lock:
+            wanted = self._open().wants(self._time(time_stamp))
+            self._used = time.monotonic()
+            return wanted
+
+    def view(self) -> LiveView:
+        """Encode the window at this moment. Raises ValueError if no frame was pushed, and SessionClosed."""
+        with self._lock:
+            begin = time.perf_counter()
+            video = self._open()
+            visual = self._chat.visual("video", video.tokens()[None])
+            self._used = time.monotonic()
+            return LiveView(visual, video.frames, video.kept, video.span, time.perf_counter() - begin)
 
     def ask(self, question: str, max_new_tokens: int = 64, on_text: Callable[[str], None] | None = None) -> LiveReply:
         """Answer a question about the window at this moment; ``on_text`` is called with each new piece of text.
@@ -111,21 +134,18 @@ class LiveSession:
             SessionClosed: see there.
         """
         with self._lock:
-            begin = time.perf_counter()
-            video = self._open()
-            tokens, frames, span = video.tokens(), video.frames, video.span
-            encode = time.perf_counter() - begin
+            self._open()
             self._asking += 1
         try:
+            view = self.view()
             with self._model_lock:
                 conversation = self._chat.converse()
-                conversation.add(self._chat.visual("video", tokens[None]))
-                reply = conversation.ask(question, max_new_tokens, on_text)
+                conversation.add(view.visual)
+                return LiveReply(conversation.ask(question, max_new_tokens, on_text), view)
         finally:
             with self._lock:
                 self._asking -= 1
                 self._used = time.monotonic()
-        return LiveReply(reply, frames, span, encode)
 
     def close(self) -> None:
         """Close the session and free its window; answers in progress are finished."""
@@ -139,6 +159,15 @@ class LiveSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the window takes from the first frame on; 0 once the session is closed."""
+        with self._lock:
+            return 0 if self._video is None else self._video.nbytes
+
+    def _time(self, time_stamp: float | None) -> float:
+        return time.monotonic() - self._begin if time_stamp is None else time_stamp
 
     def _is_idle(self) -> bool:
         return self._idle is not None and not self._asking and time.monotonic() - self._used > self._idle

@@ -38,9 +38,8 @@ class Window(Protocol):
     def frames(self) -> int:
         """Number of frames that the window stands for."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory, the same at any time after the first frame."""
+    def nbytes(self, elements: int, dtype: torch.dtype) -> int:
+        """Return the bytes of memory from the first frame on, for states of ``elements`` numbers of all layers."""
 
     def plan(self, config: BTAdapterConfig, long: Long) -> TimeSteps:
         """Plan the branch's time steps; the window must hold a frame."""
@@ -82,10 +81,9 @@ class SlidingWindow:
         """See `Window`."""
         return min(self.pushed, self.size)
 
-    @property
-    def nbytes(self) -> int:
+    def nbytes(self, elements: int, dtype: torch.dtype) -> int:
         """See `Window`."""
-        return 0 if self._ring is None else self._ring.nbytes
+        return self.size * elements * dtype.itemsize
 
     def plan(self, config: BTAdapterConfig, long: Long) -> TimeSteps:
         """See `Window`."""
@@ -164,10 +162,10 @@ class WholeWindow:
         """See `Window`."""
         return self.pushed
 
-    @property
-    def nbytes(self) -> int:
+    def nbytes(self, elements: int, dtype: torch.dtype) -> int:
         """See `Window`."""
-        return sum(part.nbytes for part in (self._blocks, self._open) if part is not None)
+        blocks = 2 * self.size * torch.promote_types(dtype, torch.float32).itemsize
+        return elements * (blocks + torch.float64.itemsize)
 
     def plan(self, config: BTAdapterConfig, long: Long) -> TimeSteps:
         """See `Window`; there are at most as many steps as blocks."""

@@ -120,8 +120,10 @@ class LiveVideo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the window's memory, constant from the first kept frame on."""
-        return self._window.nbytes
+        """Bytes that the window takes from the first kept frame on, whatever the length of the stream."""
+        config = self.model.vision_config
+        layers = max(1, self.model.config.depth - 1) if self.branch else 1
+        return self._window.nbytes(layers * (1 + config.patches) * config.hidden_size, self.model.tower.dtype)
 
     def wants(self, time: float) -> bool:
         """Whether a frame of this time would be kept, so that others need not be decoded. Errors as :meth:`push`."""

@@ -19,9 +19,10 @@ from starlette.types import Receive, Scope, Send
 from bt_adapter.files import VERSION
 from bt_adapter.serve.errors import ApiError, JsonResponse, bad_request, error_response
 from bt_adapter.serve.gate import Gate
+from bt_adapter.serve.live import add_live_routes
 from bt_adapter.serve.replies import Completion
-from bt_adapter.serve.requests import ChatRequest
-from bt_adapter.serve.service import Service
+from bt_adapter.serve.requests import AnswerFields, ChatRequest
+from bt_adapter.serve.service import Prepared, Service
 
 T = TypeVar("T")
 _LOG = logging.getLogger("bt_adapter.serve")
@@ -72,16 +73,7 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     @app.post("/v1/chat/completions", responses=errors)
     async def complete_chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation about stills and videos."""
-        with ExitStack() as held:
-            held.enter_context(service.admit())
-            held.callback(_observe, service, time.perf_counter())
-            prepared = await _unless_gone(request, service.prepare(body))
-            completion = Completion(
-                service, prepared, body.stream_options is not None and bool(body.stream_options.include_usage)
-            )
-            if body.stream:
-                return _Stream(completion, held.pop_all().close)
-            return JsonResponse(await _unless_gone(request, completion.whole()), headers=completion.headers)
+        return await _answer(request, lambda: service.prepare(body), body, {})
 
     @app.get("/v1/models", responses=errors)
     async def list_models() -> dict[str, Any]:
@@ -106,14 +98,33 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
         """Return counts and times in Prometheus' text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    add_live_routes(app, service, _answer, errors)
     return app
 
 
-class _Stream(StreamingResponse):
-    """A streamed answer. close: called when it has ended, however it ends."""
+async def _answer(
+    request: Request, prepare: Callable[[], Coroutine[Any, Any, Prepared]], body: AnswerFields, headers: dict[str, str]
+) -> Response:
+    """Answer a prompt, whole or as a stream. headers: sent beside those of the answer, read when it is prepared."""
+    service = request.app.state.service
+    with ExitStack() as held:
+        held.enter_context(service.admit())
+        held.callback(_observe, service, time.perf_counter())
+        prepared = await _unless_gone(request, prepare())
+        completion = Completion(
+            service, prepared, body.stream_options is not None and bool(body.stream_options.include_usage)
+        )
+        if body.stream:
+            return _Stream(completion, held.pop_all().close, headers)
+        whole = await _unless_gone(request, completion.whole())
+        return JsonResponse(whole, headers=completion.headers | headers)
 
-    def __init__(self, completion: Completion, close: Callable[[], None]) -> None:
-        headers = completion.headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+class _Stream(StreamingResponse):
+    """A streamed answer. close: called when it has ended, however it ends. headers: sent beside its own."""
+
+    def __init__(self, completion: Completion, close: Callable[[], None], headers: dict[str, str]) -> None:
+        headers = completion.headers | headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(completion.events(), media_type="text/event-stream", headers=headers)
         self.completion, self.close = completion, close
 

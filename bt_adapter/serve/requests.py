@@ -170,16 +170,9 @@ class FrameChoice:
     most: int | None = None
 
 
-class ChatRequest(FrameFields, _Unsupported, _WithoutEffect):
-    """A request of a chat completion.
+class AnswerFields(_Strict):
+    """How an answer is generated and sent. ``temperature`` 0, also where it is left out, is greedy decoding."""
 
-    ``temperature`` 0, also where it is left out, is greedy decoding. ``fps``, ``num_frames`` and ``max_frames`` may
-    stand here or in ``media_io_kwargs.video`` or ``mm_processor_kwargs``. ``branch`` false: the language model gets the
-    mean of the frames instead of the branch's tokens.
-    """
-
-    model: Text
-    messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
@@ -190,26 +183,14 @@ class ChatRequest(FrameFields, _Unsupported, _WithoutEffect):
     ] | None = None  # fmt: skip
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    media_io_kwargs: MediaOptions | None = None
-    mm_processor_kwargs: FrameFields | None = None
-    branch: bool | None = None
 
     @model_validator(mode="after")
-    def _check_together(self) -> Self:
+    def _check_answer(self) -> Self:
         """Check fields that must fit one another."""
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is given, but stream is not true")
-        self.frame_choice()
-        roles = [message.role for message in self.messages]
-        if roles[0] in ("system", "developer"):
-            roles = roles[1:]
-        if not roles or roles != [("user", "assistant")[i % 2] for i in range(len(roles))] or roles[-1] != "user":
-            raise ValueError(
-                "messages must be user and assistant in turn, with the user first and last; one system message may "
-                "stand before them"
-            )
         return self
 
     @property
@@ -221,6 +202,35 @@ class ChatRequest(FrameFields, _Unsupported, _WithoutEffect):
     def stops(self) -> tuple[str, ...]:
         """The texts that end an answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class ChatRequest(AnswerFields, FrameFields, _Unsupported, _WithoutEffect):
+    """A request of a chat completion.
+
+    ``fps``, ``num_frames`` and ``max_frames`` may stand here or in ``media_io_kwargs.video`` or
+    ``mm_processor_kwargs``. ``branch`` false: the language model gets the mean of the frames instead of the branch's
+    tokens.
+    """
+
+    model: Text
+    messages: Annotated[list[Message], Field(min_length=1)]
+    media_io_kwargs: MediaOptions | None = None
+    mm_processor_kwargs: FrameFields | None = None
+    branch: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        """Check fields that must fit one another."""
+        self.frame_choice()
+        roles = [message.role for message in self.messages]
+        if roles[0] in ("system", "developer"):
+            roles = roles[1:]
+        if not roles or roles != [("user", "assistant")[i % 2] for i in range(len(roles))] or roles[-1] != "user":
+            raise ValueError(
+                "messages must be user and assistant in turn, with the user first and last; one system message may "
+                "stand before them"
+            )
+        return self
 
     def frame_choice(self) -> FrameChoice:
         """Return the choice of frames; with ``fps`` and ``num_frames``, the fewer frames are taken, as in vLLM.

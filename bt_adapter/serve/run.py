@@ -53,6 +53,9 @@ def service_options(command: Serve) -> ServiceOptions:
         visuals=command.max_visuals,
         seconds=command.decode_seconds,
         waiting=command.max_waiting,
+        live_sessions=command.live_sessions,
+        live_bytes=command.live_mb * MEBIBYTE,
+        live_idle=command.live_idle,
     )
     return ServiceOptions(
         command.name,

@@ -27,7 +27,7 @@ from bt_adapter.serve.limits import DecodingTime, Limits
 from bt_adapter.serve.media import Media, MediaError, read_allowed_file, read_data_url
 from bt_adapter.serve.messages import Address, read_messages
 from bt_adapter.serve.metrics import Metrics
-from bt_adapter.serve.requests import ChatRequest, FrameChoice
+from bt_adapter.serve.requests import AnswerFields, ChatRequest, FrameChoice
 from bt_adapter.serve.rows import Decoding
 from bt_adapter.serve.sharing import SharedWork
 from bt_adapter.serve.tokens import Seen, TokenCache
@@ -129,16 +129,24 @@ class Service:
         turns, system, addresses = read_messages(request.messages)
         if len(addresses) > self.options.limits.visuals:
             raise bad_request(f"a request may have {self.options.limits.visuals} stills and videos", "messages")
-        self._check_text(turns, system)
-        most = self.options.most_tokens if request.most_tokens is None else request.most_tokens
-        room = video_room(context(self.chat.model), 0, most) // max(1, len(addresses))
+        self.check_text(turns, system)
+        room = video_room(context(self.chat.model), 0, self._most_tokens(request)) // max(1, len(addresses))
         sampling, choice = self._sampling(request)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._see(address, sampling, choice, room)) for address in addresses]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
-        seen = [task.result() for task in tasks]
+        return await self.make_prompt(request, turns, system, [task.result() for task in tasks])
+
+    async def make_prompt(
+        self, request: AnswerFields, turns: list[Turn], system: str | None, seen: list[tuple[Seen, bool]]
+    ) -> Prepared:
+        """Build the prompt of turns about encoded stills and videos, in their order. Raises ApiError.
+
+        seen: each with whether it came from the cache.
+        """
+        most = self._most_tokens(request)
         visuals: list[Visual] = [one.visual for one, _ in seen]
         try:
             ids = conversation_ids(self.chat.processor, turns, [len(visual.tokens) for visual in visuals], system)
@@ -169,13 +177,16 @@ class Service:
         self.model.answer(prepared.answering)
         return prepared.answering
 
-    def _check_text(self, turns: Sequence[Turn], system: str | None) -> None:
+    def check_text(self, turns: Sequence[Turn], system: str | None) -> None:
         """Raise ApiError for text that cannot fit into the context, which would take long to tokenize."""
         length = len(system or "") + sum(len(turn.question) + len(turn.answer or "") for turn in turns)
         if length > (most := _CHARACTERS * context(self.chat.model)):
             raise bad_request(
                 f"the messages have {length} characters, more than {most}", "messages", "context_length_exceeded"
             )
+
+    def _most_tokens(self, request: AnswerFields) -> int:
+        return self.options.most_tokens if request.most_tokens is None else request.most_tokens
 
     def _sampling(self, request: ChatRequest) -> tuple[Sampling, FrameChoice]:
         """Return the treatment of a request's videos, and its frames with the server's defaults put in."""

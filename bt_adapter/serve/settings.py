@@ -71,6 +71,12 @@ class ServerLimits:
     """Stills and videos of a request."""
     decode_seconds: float = 30.0
     """Seconds of decoding, and of downloading, of a still or video."""
+    live_sessions: int = 8
+    """Live sessions that may be open at one time; 0: none."""
+    live_mb: int = 1024
+    """Mebibytes of the windows of all live sessions."""
+    live_idle: float = 60.0
+    """Seconds without a request after which a live session is closed."""
     allowed_media_path: Path | None = None
     """Folder below which requests may name files by file:///PATH; default: none may."""
     allowed_media_domain: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="HOST")]] = ()
@@ -99,8 +105,9 @@ class Serve(ServerLimits, ServerOptions, AnswerOptions, VideoOptions, ServedMode
         """Raise CommandError for invalid options, before anything is loaded."""
         self.chat_model().check()
         counts = ("threads", "batch_size", "decoders", "max_waiting", "max_frames", "max_body_mb", "max_media_mb",
-                  "max_pixels", "max_visuals")  # fmt: skip
-        check_numbers(self, dict.fromkeys(counts, COUNT) | {"decode_seconds": POSITIVE, "cache_mb": NATURAL})
+                  "max_pixels", "max_visuals", "live_mb")  # fmt: skip
+        check_numbers(self, dict.fromkeys(counts, COUNT) | {"decode_seconds": POSITIVE, "live_idle": POSITIVE})
+        check_numbers(self, {"cache_mb": NATURAL, "live_sessions": NATURAL})
         check_numbers(self, {"port": "[0, 65535]"})
         if self.frames is not None and self.frames > self.max_frames:
             raise CommandError(f"--frames is {self.frames}, but --max-frames is {self.max_frames}")
