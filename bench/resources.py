@@ -14,8 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -143,11 +143,19 @@ def cubin_facts(path: str, kernel: str, cuobjdump: str | None = None, nvdisasm: 
     }
 
 
-def triton_rows(only: Sequence[str], targets: tuple[int, ...], quick: bool, by_turns: bool = False) -> Iterator[Row]:
-    """A row for each distinct launch of each op, or of those named.
+@dataclass(frozen=True)
+class Planned:
+    """A launch to compile, and the targets to compile it for."""
 
-    ``by_turns`` compiles each launch for one of the targets that it would be compiled for, another one each time.
-    """
+    op: str
+    launch: _triton.Launch
+    dtype: str
+    case: str
+    targets: tuple[int, ...]
+
+
+def distinct_launches(only: Sequence[str], targets: tuple[int, ...], quick: bool) -> Iterator[Planned]:
+    """Yield each launch of all ops, or of those named, that Triton compiles anew; ``quick``: of the cases in QUICK."""
     seen: set[str] = set()
     for variant in variants():
         if only and variant.function not in only:
@@ -158,19 +166,40 @@ def triton_rows(only: Sequence[str], targets: tuple[int, ...], quick: bool, by_t
                 for name, dtype in DTYPES.items():
                     if quick and (model, case, name) not in looked_at:
                         continue
+                    wanted = looked_at[model, case, name] if quick else targets
                     for launch in launches(variant.name, visible, dtype, True, heads, width, every_gradient=True):
                         key = form(launch, TARGETS[0]).key
-                        if key in seen:
-                            continue
-                        seen.add(key)
-                        wanted = looked_at[model, case, name] if quick else targets
-                        for target in [wanted[len(seen) % len(wanted)]] if by_turns else wanted:
-                            found = compiled(launch, target)
-                            if found["instructions"] < 8:
-                                raise RuntimeError(f"{launch.kernel.__name__} compiled to nothing for sm_{target}")
-                            yield Row(
-                                variant.name, launch.kernel.__name__, f"sm_{target}", name, f"{model} {case}", **found
-                            )
+                        if key not in seen:
+                            seen.add(key)
+                            yield Planned(variant.name, launch, name, f"{model} {case}", wanted)
+
+
+def representatives(planned: Iterable[Planned]) -> Iterator[Planned]:
+    """Yield the first launch of each kernel of an op, and for every second kernel one more, by turns."""
+    kernels: dict[tuple[str, str], list[Planned]] = {}
+    for each in planned:
+        kernels.setdefault((each.op, each.launch.kernel.__name__), []).append(each)
+    for turn, (first, *others) in enumerate(kernels.values()):
+        yield first
+        if others and turn % 2:
+            yield others[turn // 2 % len(others)]
+
+
+def by_turns(planned: Iterable[Planned]) -> Iterator[Planned]:
+    """Yield each launch for one of its targets, another one each time."""
+    for turn, each in enumerate(planned):
+        yield replace(each, targets=(each.targets[turn % len(each.targets)],))
+
+
+def rows(planned: Iterable[Planned]) -> Iterator[Row]:
+    """Compile launches and yield a row for each of their targets."""
+    for each in planned:
+        name = each.launch.kernel.__name__
+        for target in each.targets:
+            found = compiled(each.launch, target)
+            if found["instructions"] < 8:
+                raise RuntimeError(f"{name} compiled to nothing for sm_{target}")
+            yield Row(each.op, name, f"sm_{target}", each.dtype, each.case, **found)
 
 
 def main() -> int:
@@ -179,13 +208,16 @@ def main() -> int:
     parser.add_argument("--target", type=int, action="append", help="80, 90 or 100; may be given more than once")
     parser.add_argument("--quick", action="store_true", help="a few cases: what the whole tests look at")
     parser.add_argument("--by-turns", action="store_true", help="each launch for one target, another one each time")
+    parser.add_argument("--few", action="store_true", help="of each kernel of an op one launch, of every second two")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     options = parser.parse_args()
     if _triton.interpreting():
         sys.exit("TRITON_INTERPRET=1 keeps Triton from compiling: unset it")
-    rows = []
-    for row in triton_rows(options.op, tuple(options.target or TARGETS), options.quick, options.by_turns):
-        rows.append(row)
+    planned = distinct_launches(options.op, tuple(options.target or TARGETS), options.quick)
+    planned = representatives(planned) if options.few else planned
+    found = []
+    for row in rows(by_turns(planned) if options.by_turns else planned):
+        found.append(row)
         print(
             f"{row.kernel:<20} {row.target:<7}{row.dtype:<5}{row.registers:>4} of {row.register_limit:>3} registers "
             f"{row.spills:>5} spills {row.shared:>7} B shared {row.tensor_core:>4} mma {row.wide_loads:>4} wide loads "
@@ -193,8 +225,8 @@ def main() -> int:
             flush=True,
         )
     if options.json:
-        write(rows, options.json)
-    return int(any(row.broken for row in rows))
+        write(found, options.json)
+    return int(any(row.broken for row in found))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ _LIBRARY = torch.library.Library("bt_kernels", "DEF")
 _VISIBLE = "Tensor index, Tensor? frame_counts, SymInt patches, SymInt frames, SymInt? slots"
 
 OPS: dict[str, Op] = {}
-_PLAIN = (Tensor, torch.nn.Parameter)
+# Types of arguments that need nothing but autograd and autocast.
+_ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype))
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _is_watched(args: Iterable) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(each, Tensor) and type(each) not in _PLAIN for each in args)
+        or not _ORDINARY.issuperset(map(type, args))
     )
 
 
@@ -243,7 +244,7 @@ def _keep(ctx, op: Op, inputs: tuple, output: Any) -> None:
     saved = outputs[op.results :]
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)  # do not allocate zeros for a result without a gradient
-    stored = [_storable(op, i, inputs) for i in tensors]
+    stored = [_storable(op, i, inputs) if i in op.shapes_of else inputs[i] for i in tensors]
     ctx.save_for_backward(*stored, *[outputs[i] for i in op.kept], *saved)
     ctx.tensors = tensors
     ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
@@ -251,10 +252,9 @@ def _keep(ctx, op: Op, inputs: tuple, output: Any) -> None:
 
 
 def _storable(op: Op, place: int, inputs: tuple) -> Tensor:
-    """Return the input at ``place``, or a tensor of the same shape if the backward needs only that."""
-    tensor = inputs[place]
-    other = op.shapes_of.get(place)
-    if place not in op.shapes_of or (other is not None and inputs[other] is None):
+    """Return the input at ``place``, one of ``op.shapes_of``, or a tensor of its shape if that suffices."""
+    tensor, other = inputs[place], op.shapes_of[place]
+    if other is not None and inputs[other] is None:
         return tensor
     # The memory of one row, uninitialised.
     return tensor.new_empty(tensor.shape[-1:]).expand(tensor.shape)

@@ -108,5 +108,5 @@ def test_rows(variant, backend, device, form):
 @pytest.mark.parametrize("form", ["tube70", "padded"])
 @pytest.mark.parametrize("variant, backend, device", _runs("alignment_loss"))
 def test_alignment_in_several_chunks(variant, backend, device, form, monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK", 7)
+    monkeypatch.setattr(chunks, "chunk_rows", lambda device: 7)
     compare(variant, backend, device, FORM[form], torch.float32)

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from bt_kernels.ops.alignment_loss.gradients import count_of
 
-# Rows of a chunk. A GPU needs many for its multiprocessors; a CPU's caches hold fewer.
-_CHUNK, _CHUNK_OF_GPU = 4096, 32768
+
+def chunk_rows(device: torch.device) -> int:
+    """Return the rows of a chunk. A GPU needs many for its multiprocessors; a CPU's caches hold fewer."""
+    return 4096 if device.type == "cpu" else 32768
 
 
 class RowKernels(Protocol):
@@ -75,18 +77,16 @@ def forward(
     places = F.pad(index, (1, 0), value=-1).flatten()  # CLS precedes the rows of each video and is not compared
     rows_in = branch.reshape(-1, width)
     needs_grads = any(wanted)
-    chunk = _CHUNK if branch.device.type == "cpu" else _CHUNK_OF_GPU
+    chunk = chunk_rows(branch.device)
     losses, grad_rows, grad_weights, sums = [], [], [], []
     for first in range(0, len(places), chunk):
         part = places[first : first + chunk]
         rows = rows_in[first : first + chunk].to(operand)
         if slots is None:  # padding may hold NaN, which a product would spread
             rows = rows.masked_fill(part[:, None] < 0, 0)
-        y = _product(rows, head.weight.T, acc).add_(head.bias)
+        y = _product(rows, head.weight.T, acc, head.bias)
         b = kernels.gather_norm(target, places, first, len(part), norm_weight, norm_bias, target_eps, operand)
-        b = _product(b, projection.T, acc)
-        if projection_bias is not None:
-            b.add_(projection_bias)
+        b = _product(b, projection.T, acc, projection_bias)
         of_rows, grad_y, row_sums = kernels.cosine(y, b, part, head.gain, head.shift, head_eps, needs_grads, operand)
         losses.append(of_rows)
         if needs_grads:
@@ -95,7 +95,7 @@ def forward(
             grad_rows.append(_product(grad_y, head.weight, acc).to(dtype))
         if wanted[1]:
             grad_weights.append(_product(grad_y.T, rows, acc))
-    loss = (_join(losses, branch.new_empty(0, dtype=acc)).sum() / count_of(index)).to(dtype)
+    loss = (_join(losses, branch.new_empty(0, dtype=acc)).sum() / count_of(index, slots)).to(dtype)
     grads = [
         _join(grad_rows, branch.new_empty(0, width)).view(branch.shape) if wanted[0] else branch.new_empty(0),
         _total(grad_weights, branch, shared, width) if wanted[1] else branch.new_empty(0, dtype=acc),
@@ -130,8 +130,9 @@ def _operand_dtype(branch: Tensor, product: torch.dtype | None) -> torch.dtype:
     return branch.dtype if product is None else product
 
 
-def _product(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
-    """Multiply a·b in ``acc``: 16-bit operands are summed in float32 and the result is not rounded to 16 bits."""
+def _product(a: Tensor, b: Tensor, acc: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """Compute a·b + bias in ``acc``: 16-bit operands are summed in float32 and the result is not rounded to 16 bits."""
     if a.dtype == acc:
-        return a @ b
-    return torch.mm(a, b, out_dtype=acc)
+        return a @ b if bias is None else torch.addmm(bias, a, b)
+    product = torch.mm(a, b, out_dtype=acc)
+    return product if bias is None else product.add_(bias)

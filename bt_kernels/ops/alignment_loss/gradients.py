@@ -3,9 +3,9 @@
 import torch
 
 
-def count_of(index: torch.Tensor) -> torch.Tensor:
-    """Count the visible tokens of the batch, at least 1; the result stays on the device."""
-    return (index >= 0).sum().clamp(min=1)
+def count_of(index: torch.Tensor, slots: int | None) -> torch.Tensor | int:
+    """Count the visible tokens of the batch, at least 1: all of a regular grid; ragged, a tensor on the device."""
+    return (index >= 0).sum().clamp(min=1) if slots is None else max(index.numel(), 1)
 
 
 def scale_gradients(
@@ -17,6 +17,9 @@ def scale_gradients(
     *sums, needs = sums_and_needs
     if any(need and not want for need, want in zip(needs, wanted, strict=True)):
         raise RuntimeError("alignment_loss: the backward needs a gradient that the forward was not told to compute")
-    scale = grad.to(torch.promote_types(grad.dtype, torch.float32)) / count_of(index)
-    dtype = branch.dtype
-    return tuple((each * scale).to(dtype) if need else None for each, need in zip(sums, needs, strict=True))
+    scale = grad.to(torch.promote_types(grad.dtype, torch.float32)) / count_of(index, slots)
+    needed = [i for i, need in enumerate(needs) if need]
+    grads: list[torch.Tensor | None] = [None] * len(needs)
+    for i, scaled in zip(needed, torch._foreach_mul([sums[i] for i in needed], scale), strict=True):  # one launch
+        grads[i] = scaled.to(branch.dtype)
+    return tuple(grads)

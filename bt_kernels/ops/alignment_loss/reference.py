@@ -26,7 +26,7 @@ def forward(
     length = a.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     unit = a / length
     cosine = (unit * b).sum(-1, keepdim=True)
-    loss = ((2 - 2 * cosine) * real).sum().div(count_of(index)).to(dtype)
+    loss = ((2 - 2 * cosine) * real).sum().div(count_of(index, slots)).to(dtype)
     if not any(wanted):
         return loss, *(branch.new_empty(0, dtype=dtype if i == 0 else acc) for i in range(5))
     # d(2 - 2·cos)/da = -2·(b̂ - cos·â)/|a|
