@@ -11,12 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import uvicorn
+import pytest
+from test_chat import mini_is_there
 
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.mini import data_folder
-from bt_adapter.serve.app import make_app
-from bt_adapter.serve.service import Service, ServiceOptions
+
+for package in ("fastapi", "prometheus_client", "uvicorn"):
+    pytest.importorskip(package, reason="the extra [serve] is not installed")
+openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
+if missing := mini_is_there():
+    pytest.skip(missing, allow_module_level=True)
+
+import uvicorn  # noqa: E402
+
+from bt_adapter.serve.app import make_app  # noqa: E402
+from bt_adapter.serve.service import Service, ServiceOptions  # noqa: E402
 
 QUESTION = "How is it moving?"
 

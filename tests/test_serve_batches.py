@@ -11,12 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
-import openai
 import pytest
 import torch
-from serving import QUESTION, about, clip, data_url, mini, serving
+from chat_models import FAMILIES, make_branch, make_chat
+from PIL import Image
+from serving import QUESTION, about, clip, data_url, mini, openai, serving
+from test_chat import make_tokenizer
 
-from bt_adapter.chat.watch import EncodedVisual
+from bt_adapter.chat.attach import attach
+from bt_adapter.chat.engine import VideoChat, read
+from bt_adapter.chat.families import family_of
+from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, watch
 from bt_adapter.serve.limits import Limits
 from bt_adapter.serve.rows import AnswerText, Decoding, Sampler
 from bt_adapter.serve.sharing import SharedWork
@@ -80,6 +85,28 @@ def test_requests_of_one_moment_are_one_batch_and_answered_as_if_alone(server):
         assert [future.result().choices[0] for future in together] == alone
     wait_for(lambda: counted() == (begin[0] + 10, begin[1] + 6))
     assert len({choice.message.content for choice in alone}) >= 4 and alone[1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_as_its_engine(family, tmp_path):
+    torch.manual_seed(0)
+    model, tokenizer = make_chat(family), make_tokenizer()
+    family_of(model).generator.generation_config.min_new_tokens = 5
+    further = {"qformer_tokenizer": tokenizer} if family == "instructblip" else {}
+    engine = VideoChat(attach(model, make_branch(model)), tokenizer, **further)
+    still = tmp_path / "still.png"
+    Image.fromarray(read(clip(1), 1).frames[0].permute(1, 2, 0).numpy()).save(still)
+    with serving(engine, name="small", most_tokens=5, sampling=Sampling(4)) as (url, service):
+        for path, kind in ((clip(0), "video"), (still, "image"), (clip(0), "video")):
+            for question in ("how is it moving ?", "left or right w20 ?"):
+                conversation = engine.converse()
+                seen = watch(engine, path, Sampling(4)) if kind == "video" else encode_image(engine, path)
+                conversation.add(seen)
+                expected = conversation.ask(question, 5).text
+                body = {"model": "small", "messages": about(data_url(path), question, kind)}
+                answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+                assert answer["choices"][0]["message"]["content"] == expected
+        assert service.cache.size > 0 and service.metrics.cache.labels("miss")._value.get() == 2
 
 
 def test_a_full_queue_answers_429_with_a_time(server):

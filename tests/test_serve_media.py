@@ -13,11 +13,15 @@ from serving import about, clip, data_url, mini, serving
 
 from bt_adapter.data import VideoError, read_video
 from bt_adapter.data.stream import FrameStream
+from bt_adapter.serve.decoding import MediaDecoder
 from bt_adapter.serve.fetch import Downloader, is_public
 from bt_adapter.serve.limits import DecodingTime, Limits
-from bt_adapter.serve.media import MediaError, read_allowed_file, read_data_url
+from bt_adapter.serve.media import Media, MediaError, read_allowed_file, read_data_url
+from bt_adapter.serve.requests import FrameChoice
 
 LIMITS = Limits(body=300_000, bodies=500_000, media=150_000, pixels=200 * 200, frames=16, visuals=3)
+
+TIME = DecodingTime(60.0)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +166,21 @@ def test_pixels_and_number_of_visuals(server):
     bomb = BytesIO()
     Image.new("1", (20000, 20000)).save(bomb, "PNG")
     assert "too many pixels" in refused(server, data_url(bomb.getvalue(), "image/png"), "image")
+
+
+def test_a_rate_that_gives_too_many_frames():
+    decoder = MediaDecoder(mini().prepare, None, Limits(frames=4))
+    media = Media((clip(0).read_bytes(),))  # 8 frames
+
+    def count(most):
+        return sum(len(chunk[0]) for chunk in decoder.video(media, FrameChoice(None, 1000.0, most), True, TIME).chunks)
+
+    assert count(3) == 3 and count(4) == 4
+    for most, words in ((None, "1000.0 frames per second give 8"), (5, "max_frames must be at most 4")):
+        with pytest.raises(MediaError, match=words):
+            count(most)
+    with pytest.raises(VideoError, match="20 frames were asked for, but the video has 8"):
+        MediaDecoder(mini().prepare, None, Limits()).video(media, FrameChoice(20), False, TIME)
 
 
 def test_decoding_time_is_limited():

@@ -65,15 +65,14 @@ class MediaDecoder:
         return PreparedVideo(tuple(chunks), numbers, total, cut, time.perf_counter() - begin)
 
     def _open(self, content: bytes, choice: FrameChoice, repeat: bool, timer: DecodingTime) -> FrameStream:
-        most = self.limits.frames if choice.most is None else min(choice.most, self.limits.frames)
         frames = choice.frames
         if frames is not None:
             self._check_frames(frames, "num_frames")
         stream = self._stream(content, frames, choice.fps, timer)
-        if frames is None and len(stream) > most:
-            if choice.most is None:  # a limit of the server's is no wish of the client's
-                self._check_frames(len(stream), f"fps {choice.fps:g} gives {len(stream)} frames; max_frames")
-            stream = self._stream(content, most, None, timer)
+        if choice.most is not None and len(stream) > choice.most:
+            self._check_frames(choice.most, "max_frames")
+            stream = self._stream(content, choice.most, None, timer)
+        self._check_frames(len(stream), f"{choice.fps} frames per second give {len(stream)}; frames, or max_frames,")
         if frames is not None and not repeat and stream.total < frames:
             raise VideoError(f"{frames} frames were asked for, but the video has {stream.total}")
         return stream

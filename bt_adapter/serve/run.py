@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -27,9 +28,10 @@ def run_serve(command: Serve) -> int:
     listener = bind(command.host, command.port)  # before the model is loaded, so that a port in use is told early
     torch.set_num_threads(command.threads or default_threads(os.cpu_count() or 1))
     say_choices(notes, command.chat_model())
+    options = service_options(command)
     with notes.status("loading the model"):
         chat = load(command.chat_model())
-    service = Service(chat, service_options(command))
+    service = Service(chat, options)
     app = make_app(service, command.api_key or os.environ.get(API_KEY_VARIABLE) or None)
     config = uvicorn.Config(
         app, log_level="info" if command.access_log else "warning", access_log=command.access_log,
@@ -37,13 +39,30 @@ def run_serve(command: Serve) -> int:
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    say(notes, f"serving {command.name} at http://{shown}:{port}/v1")
-    uvicorn.Server(config).run(sockets=[listener])
+    ready = f"serving {command.name} at http://{shown}:{port}/v1"
+    _Server(config, lambda: say(notes, ready)).run(sockets=[listener])
     return 0
 
 
+class _Server(uvicorn.Server):
+    """A server that calls a function once it accepts connections."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        if self.started:
+            self.on_ready()
+
+
 def service_options(command: Serve) -> ServiceOptions:
-    """Return the settings of the service of a command line."""
+    """Return the settings of the service of a command line. Raises CommandError."""
+    sampling = replace(sampling_of(command.chat_model()), repeat=not command.no_repeat)
+    if sampling.fps is None and sampling.frames > command.max_frames:
+        raise CommandError(f"videos are sampled at {sampling.frames} frames, but --max-frames is {command.max_frames}")
     limits = Limits(
         body=command.max_body_mb * MEBIBYTE,
         bodies=8 * command.max_body_mb * MEBIBYTE,
@@ -59,7 +78,7 @@ def service_options(command: Serve) -> ServiceOptions:
     )
     return ServiceOptions(
         command.name,
-        replace(sampling_of(command.chat_model()), repeat=not command.no_repeat),
+        sampling,
         command.max_new_tokens,
         command.batch_size,
         command.decoders,

@@ -189,8 +189,10 @@ class Service:
         return self.options.most_tokens if request.most_tokens is None else request.most_tokens
 
     def _sampling(self, request: ChatRequest) -> tuple[Sampling, FrameChoice]:
-        """Return the treatment of a request's videos, and its frames with the server's defaults put in."""
-        sampling, choice = self.options.sampling, request.frame_choice()
+        """Return the treatment of a request's videos, and its choice of frames. Raises ApiError."""
+        sampling, choice, most = self.options.sampling, request.frame_choice(), self.options.limits.frames
+        if choice.frames is not None and choice.frames > most:
+            raise bad_request(f"num_frames is {choice.frames}, but this server takes at most {most}", "num_frames")
         if request.branch and not sampling.branch:
             raise bad_request("this server runs its model without the branch", "branch")
         if request.branch is not None:

@@ -39,7 +39,7 @@ class ServerOptions:
     """Key that requests below /v1/ must have as a bearer token; default: the environment variable
     BT_ADAPTER_API_KEY, which other users of the machine cannot read, or none."""
     threads: int | None = None
-    """CPU threads of the model; default: 1 on up to two cores, half of the cores on up to eight, else 4. More do not
+    """CPU threads of the model; default: half of the cores, at least 1 and at most 4. More do not
     help an answer of few tokens and slow it on a machine with other work."""
     batch_size: int = 8
     """Questions answered at once."""
@@ -109,8 +109,6 @@ class Serve(ServerLimits, ServerOptions, AnswerOptions, VideoOptions, ServedMode
         check_numbers(self, dict.fromkeys(counts, COUNT) | {"decode_seconds": POSITIVE, "live_idle": POSITIVE})
         check_numbers(self, {"cache_mb": NATURAL, "live_sessions": NATURAL})
         check_numbers(self, {"port": "[0, 65535]"})
-        if self.frames is not None and self.frames > self.max_frames:
-            raise CommandError(f"--frames is {self.frames}, but --max-frames is {self.max_frames}")
         if self.allowed_media_path is not None and not self.allowed_media_path.is_dir():
             raise CommandError(f"--allowed-media-path {self.allowed_media_path}: there is no such folder")
         for domain in self.allowed_media_domain:
