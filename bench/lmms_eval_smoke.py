@@ -1,10 +1,10 @@
 """A task of the small world under lmms-eval, against this package's own answers: `make test-lmms-eval`.
 
-    python bench/lmms_eval_smoke.py WORK              with the plug-in: both classes, and two processes of torchrun
-    python bench/lmms_eval_smoke.py WORK --url URL    with lmms-eval's client of an OpenAI server, such as vLLM's
+    python bench/lmms_eval_smoke.py WORK
 
-The command fails unless every accuracy equals that of our own engine's answers to the same eight questions. Run from
-the root of a checkout; figures go to bench/results/lmms_eval.json.
+With the plug-in: both classes, and two processes of torchrun. Over HTTP: lmms-eval's client of OpenAI's API asks
+`bt-adapter serve`. The command fails unless every accuracy equals that of our own engine's answers to the same eight
+questions. Figures go to bench/results/lmms_eval.json.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from bt_adapter.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "lmms_eval.json"
-MODEL, BATCH, SECONDS = "mini:image", 4, 900
+MODEL, BATCH, SECONDS = "mini:image", 4, 1800
+HTTP = "over HTTP from bt-adapter serve"
 PLUGIN = ["--model", "bt_adapter", "--model_args", f"pretrained={MODEL},dtype=float32", "--batch_size", str(BATCH)]
 RUNS: dict[str, tuple[list[str], list[str]]] = {
     "chat class": (["-m", "lmms_eval"], PLUGIN),
@@ -64,6 +68,7 @@ def evaluate(name: str, start: Sequence[str], options: Sequence[str], work: Path
         "--output_path", str(out), "--log_samples",
     ]  # fmt: skip
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "hugging-face")}
+    offline["OPENAI_API_KEY"] = "none"
     begin = time.perf_counter()
     with (work / f"{out.name}.log").open("w") as log:
         code = subprocess.run(
@@ -81,27 +86,57 @@ def evaluate(name: str, start: Sequence[str], options: Sequence[str], work: Path
     }
 
 
-def over_http(url: str, model: str) -> tuple[list[str], list[str]]:
-    """Return the command of lmms-eval's client for a server that reads this checkout's files."""
-    arguments = f"base_url={url},model_version={model},pass_video_url=True,max_frames_num=8"
-    return ["-m", "lmms_eval"], ["--model", "openai", "--model_args", arguments, "--batch_size", "1"]
+@contextmanager
+def serving(work: Path) -> Iterator[str]:
+    """Run `bt-adapter serve` on a free port, which may read this checkout's files; its output goes to WORK."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "bt_adapter.commands", "serve", MODEL, "--served-model-name", "mini", "--port", str(port),
+        "--dtype", "float32", "--allowed-media-path", str(ROOT),
+    ]  # fmt: skip
+    with (work / "server.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        try:
+            end = time.monotonic() + SECONDS
+            while not _is_up(f"http://127.0.0.1:{port}/health"):
+                if process.poll() is not None or time.monotonic() > end:
+                    raise SystemExit(f"the server did not start:\n{(work / 'server.log').read_text()[-3000:]}")
+                time.sleep(1)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _is_up(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def over_http(work: Path) -> dict[str, float]:
+    """Run lmms-eval's own client against a server. Returns as `evaluate`."""
+    with serving(work) as url:
+        arguments = f"base_url={url},model_version=mini,pass_video_url=True,max_frames_num=8"
+        options = ["--model", "openai", "--model_args", arguments, "--batch_size", "1"]
+        return evaluate(HTTP, ["-m", "lmms_eval"], options, work)
 
 
 def main() -> None:
     """Run lmms-eval in every way, compare, and record the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--url", help="address of an OpenAI server, up to /v1")
-    parser.add_argument("--served", default="mini", help="name of the model on that server")
-    options = parser.parse_args()
-    work: Path = options.work.resolve()
+    work: Path = parser.parse_args().work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    runs = RUNS if options.url is None else {"over HTTP": over_http(options.url, options.served)}
     truth = expected()
     print(f"our own engine: accuracy {truth}", flush=True)
-    figures: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name, (start, more) in runs.items():
-        figures[name] = evaluate(name, start, more, work)
+    figures: dict[str, Any] = {}
+    for name in (*RUNS, HTTP):
+        figures[name] = over_http(work) if name == HTTP else evaluate(name, *RUNS[name], work)
         print(f"{name}: {figures[name]}", flush=True)
         if figures[name]["accuracy"] != truth:
             raise SystemExit(f"{name}: accuracy {figures[name]['accuracy']}, expected {truth}")

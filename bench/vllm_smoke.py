@@ -232,7 +232,7 @@ def running(work: Path) -> Iterator[str]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait(is_ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: int = 900) -> None:
+def wait(is_ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: int = 1800) -> None:
     """Wait for the server, or fail with the end of its output."""
     end = time.monotonic() + seconds
     while not is_ready():
