@@ -21,18 +21,19 @@ def is_worse(hits: torch.Tensor, than: torch.Tensor) -> bool:
 
 @longer
 def test_answers_about_longer_videos(longer):
-    """Untrained rows lose most answers, so that the comparison can fail."""
+    """Four sets of tokens a video, of which none was in tuning, lose most answers, so that the comparison can fail."""
     chat = VideoChat.mini()
     told = {}
     for frames in (8, *longer):
         told[frames] = long_videos.answered(chat, *long_videos.held_out(frames, ASKED))
         assert not is_worse(told[frames], told[8]), frames
     assert told[8].sum() >= 14
-    assert is_worse(long_videos.answered(chat, *long_videos.held_out(32, ASKED), "published"), told[8])
+    assert is_worse(long_videos.answered(chat, *long_videos.held_out(32, ASKED), windows=4), told[8])
 
 
 @longer
 def test_retrieval_of_longer_videos(longer):
+    """Rows of the time table that were never trained, as the published procedure reads them, lose most clips."""
     stack = load_stack("mini", None)
     assert stack.model.trained_steps == 8
     found = {}

@@ -122,7 +122,7 @@ def draw(items: Items, labels: Tensor, generator: torch.Generator) -> Draws:
 
 
 def clips(items: Items, labels: Tensor, generator: torch.Generator, frames: int = FRAMES) -> Tensor:
-    """One clip a label: uint8 ``[n, frames, 3, 48, 48]``, the same scenes whatever ``frames``, an even number, is.
+    """One clip a label: uint8 ``[n, frames, 3, 48, 48]``, the same scenes whatever ``frames`` is.
 
     Counterparts hold the same frames, but for speed, where ``frames`` must not be a multiple of 3.
     """
@@ -205,8 +205,9 @@ def _scenes(draws: Draws, event: Tensor, weights: Tensor | None = None, frames: 
 
 def _profiles(phase: Tensor, event: Tensor, frames: int) -> Tensor:
     """Compute the progress of each clip's event in each frame, ``[n, frames]`` in [0, 1]."""
-    rise, back = torch.arange(frames) / (frames - 1), torch.arange(frames // 2) / (frames // 2 - 1)
-    dip, peak = torch.cat([back.flip(0), back]), torch.cat([back, back.flip(0)])
+    half, odd = (frames + 1) // 2, frames % 2  # the turning point of an odd number is a frame of its own
+    rise, back = torch.arange(frames) / (frames - 1), torch.arange(half) / (half - 1)
+    dip, peak = torch.cat([back.flip(0), back[odd:]]), torch.cat([back, back.flip(0)[odd:]])
     known = {"rise": rise, "fall": rise.flip(0), "dip": dip, "peak": peak}
     for name, ahead in (("slow", 1), ("fast", FAST)):
         # phases are numbered modulo frames before the cosine is taken, so that both speeds give the very same floats
