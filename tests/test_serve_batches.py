@@ -87,6 +87,20 @@ def test_requests_of_one_moment_are_one_batch_and_answered_as_if_alone(server):
     assert len({choice.message.content for choice in alone}) >= 4 and alone[1].finish_reason == "length"
 
 
+def test_a_batch_waits_a_little_for_a_request_that_is_being_prepared(server, monkeypatch):
+    url, service = server
+    batches = service.metrics.batch_size
+    begin = batches._sum.get(), sum(bucket.get() for bucket in batches._buckets)
+    monkeypatch.setattr(service.model, "seconds", 100.0)  # 10 seconds of patience
+    monkeypatch.setattr(service.model, "expected", lambda: 2)
+    with client_of(url) as ask, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask, LONG, max_tokens=1)
+        wait_for(lambda: service.model.waiting == 1)
+        assert pool.submit(ask, LONG, max_tokens=2).result() and first.result()
+    wait_for(lambda: batches._sum.get() == begin[0] + 2)
+    assert sum(bucket.get() for bucket in batches._buckets) == begin[1] + 1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_answers_as_its_engine(family, tmp_path):
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from bt_adapter.serve.metrics import Metrics
 from bt_adapter.serve.rows import Decoding, Finish, Row, end_tokens, generate_rows
 
 T = TypeVar("T")
+_PATIENCE = 0.1  # share of a batch's time that prompts wait for others to come
 _LOG = logging.getLogger("bt_adapter.serve")
 
 
@@ -81,15 +82,19 @@ class Answering:
 class ModelThread:
     """Runs all of a model's work in one thread, in batches.
 
-    Work that encodes is done first, so that the answers it leads to are in the same batch.
+    Work that encodes is done first, so that the answers it leads to are in the same batch, unless prompts have waited
+    for it.
 
     Args:
         model: a video chat model. tokenizer: its tokenizer. batch_size: most prompts answered at once.
-        metrics: counts batches and tokens.
+        metrics: counts batches and tokens. expected: returns the number of requests that are being prepared or wait.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, metrics: Metrics) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, batch_size: int, metrics: Metrics, expected: Callable[[], int]
+    ) -> None:
         self.model, self.tokenizer, self.batch_size, self.metrics = model, tokenizer, batch_size, metrics
+        self.expected = expected
         self._ends = end_tokens(model)
         self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._waiting: deque[Answering] = deque()
@@ -143,16 +148,30 @@ class ModelThread:
                 work, self._work = self._work, deque()
             for task, future in work:
                 _do(task, future)
-            with self._changed:
-                if self._work:
-                    continue
-                batch = [self._waiting.popleft() for _ in range(min(self.batch_size, len(self._waiting)))]
+            batch = self._take_batch()
             if batch := [answering for answering in batch if not answering.cancelled.is_set()]:
                 self._answer(batch)
         for answering in self._waiting:
             answering.tell(ApiError(503, "the server is stopping"))
         for _, future in self._work:
             future.cancel()
+
+    def _take_batch(self) -> list[Answering]:
+        """Take the prompts of the next batch; none if there are none yet, or work that leads to more of them.
+
+        A batch that is not full waits a small part of a batch's time for requests that are being prepared.
+        """
+        with self._changed:
+            if not self._waiting:
+                return []
+            end = self._waiting[0].begin + _PATIENCE * self.seconds
+            while len(self._waiting) < min(self.batch_size, self.expected()) and not self._stopped:
+                if (left := end - time.perf_counter()) <= 0:
+                    break
+                if self._work:
+                    return []
+                self._changed.wait(left)
+            return [self._waiting.popleft() for _ in range(min(self.batch_size, len(self._waiting)))]
 
     def _answer(self, batch: list[Answering]) -> None:
         begin = time.perf_counter()

@@ -87,7 +87,8 @@ class Service:
 
     def __init__(self, chat: VideoChat, options: ServiceOptions) -> None:
         self.chat, self.options, self.metrics = chat, options, Metrics()
-        self.model = ModelThread(chat.model, chat.tokenizer, options.batch_size, self.metrics)
+        self.admitted = 0
+        self.model = ModelThread(chat.model, chat.tokenizer, options.batch_size, self.metrics, lambda: self.admitted)
         self.cache = TokenCache(options.cache)
         self.decoder = MediaDecoder(lambda frames: chat.prepare(frames)[0], chat.images.largest_side, options.limits)
         self.downloader = Downloader(options.media_domains, options.limits.media, options.limits.seconds)
@@ -95,7 +96,6 @@ class Service:
         # apart, so that a question about a cached video does not wait for the decoding of others
         self._loading = ThreadPoolExecutor(options.decoders, "loading")
         self._encoding: SharedWork[Seen] = SharedWork()
-        self.admitted = 0
         self.metrics.watch("running", "Requests that are being answered or wait.", lambda: self.admitted)
         self.metrics.watch("waiting", "Prompts that wait for a batch.", lambda: self.model.waiting)
         self.metrics.watch("cache_bytes", "Bytes of cached visual tokens.", lambda: self.cache.size)

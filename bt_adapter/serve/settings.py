@@ -39,8 +39,7 @@ class ServerOptions:
     """Key that requests below /v1/ must have as a bearer token; default: the environment variable
     BT_ADAPTER_API_KEY, which other users of the machine cannot read, or none."""
     threads: int | None = None
-    """CPU threads of the model; default: half of the cores, at least 1 and at most 4. More do not
-    help an answer of few tokens and slow it on a machine with other work."""
+    """CPU threads of the model; default: half of the cores, at least 1 and at most 4."""
     batch_size: int = 8
     """Questions answered at once."""
     decoders: int = 2
