@@ -28,6 +28,7 @@ ROOMS = (
     "qa",
     "live",
     "serve",
+    "page",
     "vllm",
     "lmms_eval",
     "commands",

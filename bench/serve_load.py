@@ -86,7 +86,7 @@ class Server:
 @contextmanager
 def started(*options: str, waiting: str = "PASSIVE") -> Iterator[Server]:
     """Start ``bt-adapter serve`` with these options, and end it with the context. waiting: of OpenMP's idle threads."""
-    command = [sys.executable, "-m", "bt_adapter.commands", "serve", "--port", "0", *options]
+    command = [sys.executable, "-m", "bt_adapter.commands", "serve", "--no-page", "--port", "0", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": waiting}
     environment.pop("OMP_NUM_THREADS", None)
     process = subprocess.Popen(

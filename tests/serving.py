@@ -26,6 +26,7 @@ if missing := mini_is_there():
 import uvicorn  # noqa: E402
 
 from bt_adapter.serve.app import make_app  # noqa: E402
+from bt_adapter.serve.run import Extend  # noqa: E402
 from bt_adapter.serve.service import Service, ServiceOptions  # noqa: E402
 
 QUESTION = "How is it moving?"
@@ -37,11 +38,16 @@ def mini() -> VideoChat:
 
 
 @contextmanager
-def serving(chat: VideoChat, api_key: str | None = None, **options: Any) -> Iterator[tuple[str, Service]]:
-    """Serve within the context; yields the address without a path, and the service."""
+def serving(
+    chat: VideoChat, api_key: str | None = None, extend: Extend | None = None, **options: Any
+) -> Iterator[tuple[str, Service]]:
+    """Serve within the context; yields the address without a path, and the service. extend: as for `run_serve`."""
     service = Service(chat, ServiceOptions(**options))
+    app = make_app(service, api_key)
+    if extend is not None:
+        extend(app, service, api_key)
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(make_app(service, api_key), log_level="critical", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -186,7 +186,7 @@ def test_an_error_of_the_model_is_told_to_clients(server, monkeypatch):
 def test_a_killed_server_leaves_an_error_and_no_process(tmp_path):
     """The command itself: it prints its address, streams, and dies in the middle of an answer."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-m", "bt_adapter.commands", "serve", "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "bt_adapter.commands", "serve", "--no-page", "--port", "0", "--threads", "1"]
     server = subprocess.Popen(
         [*command, "--dtype", "float32"], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )

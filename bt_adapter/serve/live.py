@@ -149,7 +149,7 @@ def add_live_routes(app: FastAPI, service: Service, answer: Answer, errors: dict
 
     answer: answers a request with a prepared prompt, whole or streamed. errors: descriptions of the routes' errors.
     """
-    sessions = LiveSessions(service)
+    sessions = app.state.live_sessions = LiveSessions(service)
     content = {_PICTURES: {"schema": {"type": "string", "format": "binary"}}}
     picture = {"requestBody": {"required": True, "content": content}}
 

@@ -33,8 +33,10 @@ def _only(*values: Any) -> Any:
 
 
 def _without_surrogates(text: str) -> str:
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("holds half of a surrogate pair, which is no character")
+    try:
+        text.encode()  # the letters of a data URL are many: no loop over them
+    except UnicodeEncodeError as error:
+        raise ValueError("holds half of a surrogate pair, which is no character") from error
     return text
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 
 from bt_adapter.chat.session import load, sampling_of, say_choices
 from bt_adapter.errors import CommandError
@@ -18,12 +19,17 @@ from bt_adapter.serve.limits import MEBIBYTE, Limits
 from bt_adapter.serve.service import Service, ServiceOptions
 from bt_adapter.serve.settings import Serve
 
+Extend = Callable[[FastAPI, Service, str | None], None]
+"""Adds routes to an application, given its service and the API key."""
 API_KEY_VARIABLE = "BT_ADAPTER_API_KEY"
 _SHUTDOWN_SECONDS = 5
 
 
-def run_serve(command: Serve) -> int:
-    """Load the model and serve it until the process gets SIGINT or SIGTERM. Returns the exit code."""
+def run_serve(command: Serve, extend: Extend | None = None) -> int:
+    """Load the model and serve it until the process gets SIGINT or SIGTERM. Returns the exit code.
+
+    extend: adds the page, which this folder does not know; None: there is none.
+    """
     notes = make_console(stderr=True)
     listener = bind(command.host, command.port)  # before the model is loaded, so that a port in use is told early
     torch.set_num_threads(command.threads or default_threads(os.cpu_count() or 1))
@@ -32,14 +38,19 @@ def run_serve(command: Serve) -> int:
     with notes.status("loading the model"):
         chat = load(command.chat_model())
     service = Service(chat, options)
-    app = make_app(service, command.api_key or os.environ.get(API_KEY_VARIABLE) or None)
+    api_key = command.api_key or os.environ.get(API_KEY_VARIABLE) or None
+    app = make_app(service, api_key)
+    if extend is not None:
+        with notes.status("loading the page"):
+            extend(app, service, api_key)
     config = uvicorn.Config(
         app, log_level="info" if command.access_log else "warning", access_log=command.access_log,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS, server_header=False,
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    ready = f"serving {command.name} at http://{shown}:{port}/v1"
+    page = "" if extend is None else f", and a page at http://{shown}:{port}/"
+    ready = f"serving {command.name} at http://{shown}:{port}/v1{page}"
     _Server(config, lambda: say(notes, ready)).run(sockets=[listener])
     return 0
 

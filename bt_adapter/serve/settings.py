@@ -48,6 +48,10 @@ class ServerOptions:
     """Mebibytes of video tokens kept for further questions about the same content; 0: none."""
     access_log: bool = False
     """Print a line for each request."""
+    page: bool = False
+    """Serve a web page at "/" as well. Default: where gradio is installed (extra [page])."""
+    no_page: Annotated[bool, arg(name="no-page")] = False
+    """Serve no web page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,8 @@ class Serve(ServerLimits, ServerOptions, AnswerOptions, VideoOptions, ServedMode
         check_numbers(self, dict.fromkeys(counts, COUNT) | {"decode_seconds": POSITIVE, "live_idle": POSITIVE})
         check_numbers(self, {"cache_mb": NATURAL, "live_sessions": NATURAL})
         check_numbers(self, {"port": "[0, 65535]"})
+        if self.page and self.no_page:
+            raise CommandError("--page and --no-page contradict each other")
         if self.allowed_media_path is not None and not self.allowed_media_path.is_dir():
             raise CommandError(f"--allowed-media-path {self.allowed_media_path}: there is no such folder")
         for domain in self.allowed_media_domain:

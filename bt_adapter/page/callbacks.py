@@ -1,0 +1,183 @@
+"""What the page does when a question is asked, stopped, or another video is chosen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from pydantic import ValidationError
+
+from bt_adapter.page.answers import ColumnAnswer, answer, answer_columns
+from bt_adapter.page.frames import FrameViewer
+from bt_adapter.page.live import LiveTalk
+from bt_adapter.page.talk import Choice, Exchange, Talk, make_request
+from bt_adapter.serve.batching import Ended
+from bt_adapter.serve.errors import ApiError, bad_request
+from bt_adapter.serve.live import LiveSessions
+from bt_adapter.serve.service import Prepared, Service
+
+Updates = tuple[Any, ...]
+LONGEST_QUESTION = 4000  # characters
+
+
+class VideoCallbacks:
+    """Callbacks of the conversation about a video and stills.
+
+    Their outputs are the two columns' conversations and lines, the gallery of frames, the question and the talk.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.viewer = service, FrameViewer(service)
+        sampling = service.options.sampling
+        self.fps, self.branch = sampling.fps, sampling.branch
+
+    async def ask(
+        self, question: str, video: str | None, stills: Sequence[str] | None, frames: int, compare: bool, talk: Talk
+    ) -> AsyncIterator[Updates]:
+        """Answer a question in one column, or with and without the branch in two."""
+        question = (question or "").strip()
+        if refusal := _refusal(question, talk.running):
+            tell(refusal)
+            return
+        if (path := Path(video) if video else None) != talk.video:
+            talk.begin(path)
+        given = [Path(still) for still in stills or ()]
+        choice, turns = Choice(int(frames), self.fps), talk.turns
+        asked = [Exchange(question, talk.new_visuals(n, given), "") for n in range(2 if compare else 1)]
+        starts = [partial(self._answer, [*turns[n], one], path, choice, n) for n, one in enumerate(asked)]
+        gallery = asyncio.create_task(self._look(talk, path, choice))
+        answers: list[ColumnAnswer] = []
+        try:
+            async for answers in answer_columns(starts, talk.running):
+                if talk.turns is turns:  # else another video was chosen meanwhile
+                    yield self._show(turns, asked, answers, talk, gallery)
+            for n, one in enumerate(answers):
+                if one.text or one.ended is not None:
+                    turns[n].append(Exchange(question, asked[n].visuals, one.text))
+            await gallery
+        finally:
+            gallery.cancel()
+        if talk.turns is turns:
+            errors = [one.error for one in answers if one.error]
+            yield (*self._show(turns, [], answers, talk, gallery)[:5], question if errors else "", talk)
+            for error in dict.fromkeys(errors):
+                tell(error)
+
+    def choose(self, video: str | None, talk: Talk) -> Updates:
+        """Begin a new conversation about a video, if it is another one."""
+        if (path := Path(video) if video else None) == talk.video:
+            return (gr.skip(),) * 7
+        talk.begin(path)
+        return [], [], "", "", [], gr.skip(), talk
+
+    def clear(self, video: str | None, talk: Talk) -> Updates:
+        """Begin a new conversation about the same video."""
+        talk.begin(Path(video) if video else None)
+        return [], [], "", "", [], "", talk
+
+    async def _answer(
+        self, turns: Sequence[Exchange], video: Path | None, choice: Choice, column: int
+    ) -> AsyncIterator[Prepared | str | Ended]:
+        branch = self.branch and column == 0
+        options = self.service.options
+        try:
+            request = await asyncio.to_thread(
+                make_request, options.name, turns, video, choice, branch, options.limits.media
+            )
+        except ValidationError as error:
+            raise bad_request(str(error.errors()[0]["msg"])) from error
+        async for piece in answer(self.service, request):
+            yield piece
+
+    async def _look(self, talk: Talk, video: Path | None, choice: Choice) -> Any:
+        """Return the gallery's new content, or that it stays."""
+        if talk.shown == (video, choice):
+            return gr.skip()
+        frames = [] if video is None else await self.viewer.read(video, choice)
+        talk.shown = (video, choice) if frames else None
+        return frames
+
+    def _show(
+        self,
+        turns: dict[int, list[Exchange]],
+        asked: Sequence[Exchange],
+        answers: Sequence[ColumnAnswer],
+        talk: Talk,
+        gallery: asyncio.Task[Any],
+    ) -> Updates:
+        chats: list[Any] = [gr.skip(), gr.skip()]
+        lines: list[Any] = [gr.skip(), ""]
+        for n, one in enumerate(answers):
+            new = [Exchange(asked[n].question, (), one.text)] if asked else []
+            chats[n] = _messages([*turns[n], *new])
+            lines[n] = one.line
+        shown = gallery.result() if gallery.done() and not gallery.cancelled() else gr.skip()
+        return (*chats, *lines, shown, "", talk)
+
+
+class LiveCallbacks:
+    """Callbacks of the live camera."""
+
+    def __init__(self, sessions: LiveSessions) -> None:
+        self.sessions = sessions
+
+    async def push(self, frame: Any, talk: LiveTalk | None) -> tuple[str, LiveTalk | None]:
+        """Add a frame of the camera; the first one, or the first after a long pause, opens a session."""
+        if frame is None:
+            return "The camera is off", talk
+        try:
+            talk = talk or LiveTalk(self.sessions)
+            await talk.push(frame)
+        except ApiError as error:
+            return error.message, None if error.code == "session_not_found" else talk
+        return talk.line, talk
+
+    async def ask(self, question: str, talk: LiveTalk | None) -> AsyncIterator[tuple[str, str]]:
+        """Answer a question about the last frames."""
+        question = (question or "").strip()
+        if talk is None:
+            tell("start the camera first")
+            return
+        if refusal := _refusal(question, talk.running):
+            tell(refusal)
+            return
+        answers: list[ColumnAnswer] = []
+        async for answers in answer_columns([partial(talk.ask, question)], talk.running):
+            yield answers[0].text, answers[0].line
+        if answers and answers[0].error:
+            tell(answers[0].error)
+
+
+def stop(talk: Talk | LiveTalk | None) -> None:
+    """Stop the answers in progress; what was generated stays."""
+    if talk is not None:
+        talk.stop()
+
+
+def tell(message: str) -> None:
+    """Show a message over the page."""
+    gr.Warning(message, title="Not answered")
+
+
+def _refusal(question: str, running: Sequence[Any]) -> str | None:
+    """Say why a question is not asked; None: it is."""
+    if running:
+        return "an answer is still running: wait for it, or stop it"
+    if not question:
+        return "type a question first"
+    if len(question) > LONGEST_QUESTION:
+        return f"the question has more than {LONGEST_QUESTION} characters"
+    return None
+
+
+def _messages(turns: Sequence[Exchange]) -> list[dict[str, str]]:
+    messages = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.question})
+        if turn.answer:
+            messages.append({"role": "assistant", "content": turn.answer})
+    return messages
