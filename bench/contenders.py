@@ -15,6 +15,8 @@ from baseline import Baseline, Options
 from torch import Tensor
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
+from bt_adapter.model.adapter import BTAdapterOutput
+from bt_adapter.model.losses import contrastive_losses
 from bt_adapter.towers.config import TowerConfig
 from bt_kernels import VisibleTokens
 
@@ -139,8 +141,14 @@ class Contender:
             losses = self.model(pixels, text, self.mask)
         else:
             self.model.recompute = "mlp" if self.name in TOWERS else self.name
-            losses = self.model.pretraining_losses(self.model(pixels, self.visible), text)
+            losses = self._pretraining_losses(self.model(pixels, self.visible), text)
         return sum(losses.values())
+
+    def _pretraining_losses(self, output: BTAdapterOutput, text: Tensor) -> dict[str, Tensor]:
+        """Compute the losses as ``bt_adapter.pretrain.step`` does."""
+        videos = output.video_embeds, self.model.branch_embeds(output)
+        vtc, mbca = contrastive_losses(videos, text, 0.01)
+        return {"vtc": vtc, "mbca": 0.1 * mbca, "mbta": 0.1 * self.model.token_alignment(output)}
 
     @torch.no_grad()
     def chat(self) -> Tensor:

@@ -21,7 +21,18 @@ ATTENTION = {
     "_scaled_dot_product_flash_attention_backward": 10, "_scaled_dot_product_efficient_attention_backward": 10,
 }  # fmt: skip
 # Operators that start no kernel and move nothing.
-FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "set_", "resize_")
+FREE = (
+    "empty",
+    "new_empty",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "_unsafe_view",
+    "_reshape_alias",
+    "set_",
+    "resize_",
+    "squeeze_",
+)
 # Kernels that CUDA starts for these, where it is not one. Counts of torch 2.11; some depend on sizes.
 SEVERAL = {
     "native_layer_norm_backward": 2, "slice_backward": 2, "select_backward": 2, "constant_pad_nd": 2, "sort": 4,
@@ -124,6 +135,8 @@ def bytes_moved(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], resul
 def launches_of(func: Any, result: Any) -> int:
     """Return the number of kernels that CUDA starts for an operator; library products count as one."""
     name = name_of(func)
+    if name == "_foreach_copy_":  # returns nothing; tensors of different dtypes too are copied by one kernel
+        return 1
     if func.is_view or name.startswith(FREE) or not any(t.numel() for t in tensors_in(result)):
         return 0
     return SEVERAL.get(name, 1)

@@ -8,7 +8,7 @@ from small_models import EVA, PATCHES, SIZES, make, shake, video
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_adapter.towers import rows
-from bt_kernels import VisibleTokens
+from bt_kernels import VisibleTokens, backend
 
 POLICIES = ("none", "mlp", "layer")
 policies = pytest.mark.parametrize("recompute", POLICIES)
@@ -225,3 +225,10 @@ def test_compiles_whole(recompute):
     torch.compiler.reset()
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_row_ops_leave_out_backends_that_they_have_no_kernels_for():
+    assert rows.has_kernels(torch.empty(1, device="meta")) and not rows.has_kernels(torch.empty(1))
+    for name, expected in (("triton", True), ("reference", True), ("cpu", False), ("cuda", False)):
+        with backend(name):
+            assert rows.has_kernels(torch.empty(1, device="meta")) is expected, name

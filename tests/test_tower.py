@@ -247,6 +247,59 @@ def test_attention_of_an_installed_package_changes_nothing(name):
     torch.testing.assert_close(model(video().cuda()).video_embeds, expected, rtol=2e-2, atol=2e-2)
 
 
+class PretendedGraphs:
+    """Stands in for GraphCache without a GPU: runs a function once for each key and returns its results again."""
+
+    def __init__(self):
+        self.results = {}
+
+    def __call__(self, name, function, x):
+        key = (name, x.shape)
+        if key not in self.results:
+            self.results[key] = function(x)
+        return self.results[key]
+
+
+@torch.no_grad()
+def test_tower_and_branch_are_one_graph():
+    """One key for each shape and option, nothing recorded inside of it, and results that no later call overwrites."""
+    model = shake(make(depth=3))
+    expected = model.video_tokens(video()), model.video_tokens(video(), windows="reference")
+    model.tower.graphs = PretendedGraphs()
+    seen = []
+    found = model.video_tokens(video(), progress=lambda done, total: seen.append((done, total)))
+    assert torch.equal(found, expected[0]) and seen == [(i + 1, len(seen)) for i in range(len(seen))]
+    assert len(model.tower.graphs.results) == 1, "the tower inside records nothing of its own"
+    assert torch.equal(model.video_tokens(video(), windows="reference"), expected[1])
+    assert len(model.tower.graphs.results) == 2
+    found.zero_()
+    assert torch.equal(model.video_tokens(video()), expected[0])
+    model.video_tokens(video(5))
+    model.trained_steps = 2
+    model.video_tokens(video())
+    assert len(model.tower.graphs.results) == 4, "other shapes and configurations have graphs of their own"
+
+
+def test_no_graph_where_python_code_would_be_left_out():
+    model = shake(make(depth=3, drop_path=0.5))
+    graphs = model.tower.graphs = PretendedGraphs()
+
+    def whole():
+        return [name for name, _ in graphs.results if isinstance(name, tuple) and name[0] == "video_tokens"]
+
+    model.video_tokens(video()).sum().backward()  # with gradients
+    with torch.no_grad():
+        model.train().video_tokens(video())  # new draws each time
+        with torch.autocast("cpu", torch.bfloat16):
+            model.eval().video_tokens(video())
+        handle = model.branch.temporal[0].fc.register_forward_hook(lambda *args: None)
+        model.video_tokens(video())
+        assert not whole()
+        handle.remove()
+        model.video_tokens(video())
+        assert len(whole()) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("frames", [4, 5])
 def test_cuda_graphs_change_nothing(frames):

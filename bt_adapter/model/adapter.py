@@ -16,6 +16,8 @@ from torch.distributed import ProcessGroup
 
 from bt_adapter.model.config import AlignLayer
 from bt_adapter.model.losses import ChatLayer, called_alignment, compare_chat_layer, contrastive_loss
+from bt_adapter.model.readout import cls_and_mean
+from bt_adapter.model.replay import can_replay, replay
 from bt_adapter.model.time_steps import Long, average_frames, check_trained, plan_steps
 from bt_adapter.model.walk import run_lockstep, run_tower, without_registers
 from bt_adapter.model.weights import TowerWithBranch
@@ -35,6 +37,7 @@ class BTAdapterOutput:
         video_embeds: ``[B, F]``, their mean over the frames without padding.
         visible: the branch's tokens; its frames are the branch's time steps, fewer than T if neighbouring frames were
             averaged.
+        branch_mean: the mean of ``branch_tokens`` over the visible patch tokens, ``[B, D]``.
         chat: inputs of MBCA and MBTA at the layer that chat reads; None unless ``align_layer`` was "chat".
     """
 
@@ -43,6 +46,7 @@ class BTAdapterOutput:
     frame_embeds: Tensor
     video_embeds: Tensor
     visible: VisibleTokens
+    branch_mean: Tensor
     chat: ChatLayer | None = None
 
 
@@ -117,14 +121,15 @@ class BTAdapterVisionModel(TowerWithBranch):
                 chat.append(compare_chat_layer(averaged, z, read))
 
         tokens, z = run_lockstep(self, self._embed(pixel_values), read, self.config.depth, draws, plan, after=compare)
-        frame_embeds = self._frame_embeds(z[:, 0], tokens)
+        z_cls, branch_mean = cls_and_mean(z, read)
+        frame_embeds = self._frame_embeds(z_cls, tokens)
         if read.frame_counts is None:
             video_embeds = frame_embeds.mean(1)
         else:
             weights = read.step_weights(frame_embeds)[:, :, None]
             # masked as well as weighted, because 0 · NaN of a padding frame is NaN
             video_embeds = (frame_embeds.masked_fill(weights == 0, 0) * weights).sum(1).to(frame_embeds.dtype)
-        return BTAdapterOutput(tokens, z, frame_embeds, video_embeds, read, chat[0] if chat else None)
+        return BTAdapterOutput(tokens, z, frame_embeds, video_embeds, read, branch_mean, chat[0] if chat else None)
 
     def _frame_embeds(self, z_cls: Tensor, tokens: Tensor) -> Tensor:
         """Mix the branch's CLS ``[B, D]`` with the tower's last state ``[B, T, 1+P, D]``: ``[B, T, F]``.
@@ -133,8 +138,8 @@ class BTAdapterVisionModel(TowerWithBranch):
         of the branch's CLS are mixed after its pooling head, where F = D.
         """
         if not self.vision_config.is_siglip:
-            # copies: autograd keeps both for the gate's gradient, and views would keep all tokens
-            z_cls, cls = z_cls.clone(), tokens[:, :, 0].to(z_cls.dtype, copy=True)
+            # a copy: autograd keeps it for the gate's gradient, and a view would keep all tokens
+            cls = tokens[:, :, 0].to(z_cls.dtype, copy=True)
             return self._project(self._final_norm(self.branch.mix_output(z_cls, cls)))
         frames = self.tower.pool(tokens.to(self.tower.dtype)).to(z_cls.dtype)
         return self.branch.mix_output(self._project(self._final_norm(z_cls)).to(z_cls.dtype), frames)
@@ -194,6 +199,13 @@ class BTAdapterVisionModel(TowerWithBranch):
                 raise ValueError("start_layer goes with features, but pixel_values was given")
             self.check_pixels(pixel_values)
             done = self._counter(pixel_values, 0, self.config.depth - 1, progress)
+            if draws is None and can_replay(self, pixel_values):
+                result = replay(
+                    self, pixel_values, lambda pixels: self.video_tokens(pixels, windows, long=long), windows, long
+                )
+                for _ in range(self._steps(pixel_values, 0, self.config.depth - 1)):
+                    done()
+                return result
             tokens = self._embed(pixel_values, done)
         else:
             start = self.first_branch_layer if start_layer is None else start_layer
@@ -254,6 +266,7 @@ class BTAdapterVisionModel(TowerWithBranch):
         Returns:
             {"vtc", "mbca"} and, if the branch has an alignment head or the output is aligned at chat's layer, "mbta".
         """
+        # separate, unlike in pretraining, so that no layer gets a gradient of zeros from a loss that is not used
         losses = {
             "vtc": contrastive_loss(output.video_embeds, text_embeds, temperature, group),
             "mbca": mbca_weight
@@ -271,9 +284,7 @@ class BTAdapterVisionModel(TowerWithBranch):
         """
         if output.chat is not None:
             return self._project(self._final_norm(output.chat.mean))
-        visible = output.visible if visible is None else visible
-        real = (visible.index >= 0)[:, :, None]
-        mean = (output.branch_tokens[:, 1:] * real).sum(1) / real.sum(1).clamp(min=1)
+        mean = output.branch_mean if visible is None else cls_and_mean(output.branch_tokens, visible)[1]
         return self._project(self._final_norm(mean) if self.vision_config.is_siglip else mean)
 
     def token_alignment(self, output: BTAdapterOutput, visible: VisibleTokens | None = None) -> Tensor:
@@ -318,8 +329,12 @@ class BTAdapterVisionModel(TowerWithBranch):
 
     def _counter(self, videos: Tensor, start: int, branch_layers: int, progress: Progress | None) -> Callable[[], None]:
         """Make the progress callback of a run from tower layer ``start`` to L-2."""
+        return counter(self._steps(videos, start, branch_layers), progress)
+
+    def _steps(self, videos: Tensor, start: int, branch_layers: int) -> int:
+        """Count the chunks of the tower's layers from ``start`` to L-2, and the branch's layers."""
         chunks = self.tower.chunks(videos.shape[0] * videos.shape[1])
-        return counter(chunks * (self.vision_config.num_hidden_layers - 1 - start) + branch_layers, progress)
+        return chunks * (self.vision_config.num_hidden_layers - 1 - start) + branch_layers
 
     def _check_features(self, features: Any, start: int) -> Tensor:
         config = self.vision_config
@@ -342,7 +357,11 @@ class BTAdapterVisionModel(TowerWithBranch):
         return features
 
     def _final_norm(self, tokens: Tensor) -> Tensor:
-        return self.tower.final_norm(tokens.to(self.tower.dtype))
+        norm = self.tower.final_norm
+        if not is_plain(norm):
+            return norm(tokens.to(self.tower.dtype))
+        with torch.autocast(tokens.device.type, enabled=False):  # CUDA's casts all operands to float32
+            return norm(tokens.to(self.tower.dtype))
 
     def _project(self, tokens: Tensor) -> Tensor:
         return self.tower.project(tokens.to(self.tower.dtype))

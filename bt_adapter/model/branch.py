@@ -211,7 +211,7 @@ class Branch(nn.Module):
         gate = _gate(self.config.output_gate_slope, self.output_gate, z_cls.dtype)
         if gate is None:
             return z_cls[:, None] + tower_cls
-        return (1 - gate) * z_cls[:, None] + gate * tower_cls
+        return torch.lerp(z_cls[:, None], tower_cls, gate)
 
     def _draw(self, rate: float, batch: int, count: int, like: Tensor, draws: Iterator[Tensor] | None) -> Tensor | None:
         """Draw stochastic depth's scale ``[B, count]``: 0 if dropped, 1/(1 - rate) if kept; None: no drops."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -33,19 +34,35 @@ def contrastive_loss(
     Returns:
         A scalar, computed in float32 or wider.
     """
-    if video.ndim != 2 or video.shape != text.shape:
-        raise ValueError(f"video and text must both be [B, F], but are {list(video.shape)} and {list(text.shape)}")
-    dtype = torch.promote_types(video.dtype, torch.float32)
-    with torch.autocast(video.device.type, enabled=False):  # cosines over τ = 0.01: bfloat16 would be off by a third
-        video, text = F.normalize(video.to(dtype), dim=-1), F.normalize(text.to(dtype), dim=-1)
-        labels = torch.arange(len(video), device=video.device)
+    return contrastive_losses((video,), text, temperature, group)[0]
+
+
+def contrastive_losses(
+    videos: Sequence[Tensor], text: Tensor, temperature: float | Tensor, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, ...]:
+    """Compute the contrastive loss of each of several embeddings of the same videos with the same text.
+
+    Equal to :func:`contrastive_loss` for each, in one product; ``videos``: ``[B, F]`` each. Backward from some of the
+    results gives the embeddings of the others gradients of zeros.
+    """
+    for video in videos:
+        if video.ndim != 2 or video.shape != text.shape:
+            raise ValueError(f"video and text must both be [B, F], but are {list(video.shape)} and {list(text.shape)}")
+    dtype = reduce(torch.promote_types, (video.dtype for video in videos), torch.float32)
+    with torch.autocast(text.device.type, enabled=False):  # cosines over τ = 0.01: bfloat16 would be off by a third
+        video = F.normalize(torch.stack([video.to(dtype) for video in videos]), dim=-1)  # [V, B, F]
+        text = F.normalize(text.to(dtype), dim=-1)
         if group is None:
             logits = video @ text.T / temperature
-            return F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)
-        labels += dist.get_rank(group) * len(video)
-        to_text = video @ _Gathered.apply(text, group).T / temperature
-        to_video = text @ _Gathered.apply(video, group).T / temperature
-        return F.cross_entropy(to_text, labels) + F.cross_entropy(to_video, labels)
+            both = logits, logits.mT
+            first = 0
+        else:
+            of_all = _Gathered.apply(video.transpose(0, 1), group).transpose(0, 1)
+            both = video @ _Gathered.apply(text, group).T / temperature, text @ of_all.mT / temperature
+            first = dist.get_rank(group) * len(text)
+        own = slice(first, first + len(text))
+        likelihoods = [part.log_softmax(-1)[..., own].diagonal(0, -2, -1).mean(-1) for part in both]
+    return (-(likelihoods[0] + likelihoods[1])).unbind(0)
 
 
 def called_alignment(
@@ -119,12 +136,12 @@ def compare_chat_layer(tower: Tensor, branch: Tensor, visible: VisibleTokens) ->
 
 
 class _Gathered(torch.autograd.Function):
-    """A gather of all processes' rows, ``[B, F]`` to ``[k·B, F]``, whose backward sums gradients over processes."""
+    """A gather of all processes' rows, ``[B, …]`` to ``[k·B, …]``, whose backward sums gradients over processes."""
 
     @staticmethod
     def forward(ctx, rows, group):
         ctx.group, ctx.count = group, len(rows)
-        whole = rows.new_empty(len(rows) * dist.get_world_size(group), rows.shape[1])
+        whole = rows.new_empty(len(rows) * dist.get_world_size(group), *rows.shape[1:])
         dist.all_gather_into_tensor(whole, rows.contiguous(), group)
         return whole
 

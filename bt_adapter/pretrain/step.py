@@ -16,7 +16,7 @@ from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.model.config import BTAdapterConfig
 from bt_adapter.model.drop_path import draw_kept
 from bt_adapter.model.dtypes import autocast
-from bt_adapter.model.losses import contrastive_loss
+from bt_adapter.model.losses import contrastive_losses
 from bt_adapter.pretrain.recipe import Recipe
 from bt_kernels import VisibleTokens
 
@@ -151,8 +151,8 @@ def _contrast(
 ) -> tuple[Tensor, Tensor]:
     assert not isinstance(recipe.temperature, str), "the run replaces the word by the CLIP's number"
     text = text.to(video.dtype)
-    vtc = contrastive_loss(video, text, recipe.temperature, group)
-    return vtc, recipe.mbca * contrastive_loss(branch, text, recipe.temperature, group)
+    vtc, mbca = contrastive_losses((video, branch), text, recipe.temperature, group)
+    return vtc, recipe.mbca * mbca
 
 
 def _unsynchronised(module: Any, wait: bool) -> AbstractContextManager:

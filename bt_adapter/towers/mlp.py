@@ -77,18 +77,19 @@ def compute_output(n: Tensor, w: Weights, act: str) -> Tensor:
 
 
 def backward(
-    grad: Tensor, n: Tensor, x: Tensor, w: Weights, act: str, kernels: RowKernels | None = None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    grad: Tensor, n: Tensor, x: Tensor, w: Weights, act: str, kernels: RowKernels | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """Compute the gradients of n and of the weights.
 
     Args:
         grad: gradient of the MLP's output, ``[..., D]``. n: the MLP's input. x: the result of :func:`compute_hidden`
-            for the same ``kernels``.
+            for the same ``kernels``. dtype: of the weights' gradients where ``products.weight_grad`` can write it.
     """
     grad_x = input_grad(grad, w.fc2_weight)
     if kernels is not None:
         activated = passes.bias_gelu(x, w.fc1_bias, act, kernels.backend)
-        of_weight = weight_grad(grad, activated)
+        of_weight = weight_grad(grad, activated, dtype)
         del activated
         grad_x, of_bias = passes.bias_gelu_backward(grad_x, x, w.fc1_bias, act, (True, True), kernels.backend)
     elif act == "quick_gelu":
@@ -99,4 +100,6 @@ def backward(
         of_weight = weight_grad(grad, F.gelu(x, approximate=GELU[act]))
         torch.ops.aten.gelu_backward.grad_input(grad_x, x, approximate=GELU[act], grad_input=grad_x)
         of_bias = bias_grad(grad_x)
-    return input_grad(grad_x, w.fc1_weight), (weight_grad(grad_x, n), of_bias, of_weight, bias_grad(grad))
+    return input_grad(grad_x, w.fc1_weight), (
+        weight_grad(grad_x, n, dtype), of_bias, of_weight, bias_grad(grad, dtype),
+    )  # fmt: skip

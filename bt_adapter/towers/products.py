@@ -40,12 +40,28 @@ def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     return linear(grad, weight.t()) if _by_onednn(grad) else grad @ weight.to(grad.dtype)
 
 
-def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """Compute the gradient of a product's weight, ``gradᵀ·x`` over all rows."""
+def weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Compute the gradient of a product's weight, ``gradᵀ·x`` over all rows.
+
+    ``dtype`` is that of the weight. On a GPU the sums, which are float32, are then written in it; otherwise, and for
+    None, the result has the dtype of ``grad``.
+    """
     left, right = grad.flatten(0, -2).t(), x.flatten(0, -2).t()
+    is_eager_gpu = grad.device.type != "cpu" and not torch.compiler.is_compiling()
+    if is_eager_gpu and grad.dtype.itemsize == 2 and dtype == torch.float32:
+        return torch.mm(left, right.t(), out_dtype=dtype)
     # oneDNN is slower if the result has more rows than columns. Computing the transpose instead does not help: autograd
     # copies a gradient whose strides differ from its parameter's.
     return linear(left, right) if len(left) <= len(right) and _by_onednn(grad) else left @ right.t()
+
+
+def convert(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return tensors in a dtype; those in another are converted by one kernel."""
+    found = [each if each.dtype == dtype else torch.empty_like(each, dtype=dtype) for each in tensors]
+    others = [place for place, each in enumerate(tensors) if each.dtype != dtype]
+    if others:
+        torch._foreach_copy_([found[place] for place in others], [tensors[place] for place in others])
+    return found
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ once, or, for None, by torch's operators: see :func:`find_kernels`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ def add_and_normalize(
 
 
 def normalize_backward(
-    grad: Tensor, passed: Tensor, x: Tensor, moments: tuple[Tensor, Tensor], norm: Norm, kernels: RowKernels | None,
+    grad: Tensor, passed: Tensor, x: Tensor, moments: Sequence[Tensor], norm: Norm, kernels: RowKernels | None,
     update_rows: int, scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of :func:`add_and_normalize`: of state and update, from those of both results.
@@ -104,16 +105,16 @@ def normalize_backward(
         return passes.residual_norm_backward(
             passed, grad, x, update, factors, norm, x, moments, (True,) * 4, kernels.backend
         )
-    grad_x, *of_norm = _norm_backward(grad, x, moments, norm)
+    grad_x, of_weight, of_bias = _norm_backward(grad, x, moments, norm)
     grad_x.add_(passed)
     grad_update = grad_x[:, x.shape[1] - update_rows :].to(grad.dtype)
     if scale is not None:
         grad_update = (grad_update * scale).to(grad.dtype)  # draws are float32 under autocast too
-    return grad_x, grad_update, *of_norm
+    return grad_x, grad_update, of_weight, of_bias
 
 
 def normalize_patches_backward(
-    grad: Tensor, passed: Tensor, z: Tensor, moments: tuple[Tensor, Tensor], norm: Norm, kernels: RowKernels | None
+    grad: Tensor, passed: Tensor, z: Tensor, moments: Sequence[Tensor], norm: Norm, kernels: RowKernels | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of a LayerNorm of the patch rows ``z[:, 1:]``.
 
@@ -127,27 +128,27 @@ def normalize_patches_backward(
     """
     if kernels is not None:
         # With a gradient of zeros for CLS the op writes all rows, so that none are copied to lie behind CLS.
-        grad, moments = F.pad(grad, (0, 0, 1, 0)), [F.pad(moment.flatten(1), (1, 0)) for moment in moments]
-        grad_z, _, *of_norm = passes.residual_norm_backward(
-            passed, grad, z, None, None, norm, z.new_empty(0), moments, (True, False, True, True), kernels.backend
+        grad = torch.cat([torch.zeros_like(grad[:, :1]), grad], 1)
+        padded = F.pad(torch.stack([moment.flatten(1) for moment in moments]), (1, 0)).unbind(0)
+        grad_z, _, of_weight, of_bias = passes.residual_norm_backward(
+            passed, grad, z, None, None, norm, z.new_empty(0), padded, (True, False, True, True), kernels.backend
         )
-        return grad_z, *of_norm
-    rows = z[:, 1:]
-    grad_rows, *of_norm = _norm_backward(grad, rows, moments, norm)
+        return grad_z, of_weight, of_bias
+    grad_rows, of_weight, of_bias = _norm_backward(grad, z[:, 1:], moments, norm)
     passed[:, 1:] += grad_rows
-    return passed, *of_norm
+    return passed, of_weight, of_bias
 
 
-def _norm_backward(grad: Tensor, x: Tensor, moments: tuple[Tensor, Tensor], norm: Norm) -> list[Tensor]:
+def _norm_backward(grad: Tensor, x: Tensor, moments: Sequence[Tensor], norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
     return torch.ops.aten.native_layer_norm_backward(
         grad.to(x.dtype), x, (x.shape[-1],), *moments, weight, bias, [True, True, True]
     )
 
 
-def bias_grad(grad: Tensor) -> Tensor:
-    """Compute the gradient of a linear layer's bias, the sum over all rows."""
-    return grad.sum((0, 1))
+def bias_grad(grad: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Compute the gradient of a linear layer's bias, the sum over all rows, in ``dtype``; None: as ``grad``."""
+    return grad.sum((0, 1), dtype=dtype)
 
 
 def add_rows(z: Tensor, update: Tensor) -> Tensor:

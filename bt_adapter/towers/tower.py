@@ -76,7 +76,7 @@ class Tower(nn.Module):
                     else nn.Linear(width, config.projection_dim, bias=config.is_eva)
                 )
         self.chunk = 32
-        self._recorded: GraphCache | None = None
+        self.graphs: GraphCache | None = None
         self.shared_from: list[Any] = []  # identities of a chat model's tensors, if shared (chat/pairing.py)
         self.requires_grad_(False)
         super().train(False)
@@ -123,7 +123,8 @@ class Tower(nn.Module):
             chunk: number of images per batch, initially 32. It limits a layer's memory in addition to the state of all
                 images: about 7 rows of D per token of the chunk on a CPU and 12 elsewhere, and the memory of attention.
             compile: ``torch.compile`` each layer, once per shape.
-            graphs: record CUDA graphs, one per shape of a chunk; set it again after moving the weights.
+            graphs: record CUDA graphs, one per shape of a chunk, and for ``video_tokens`` of a model one of tower and
+                branch together; set it again after moving the weights of either.
             fp8: products with 8-bit weights and inputs, for GPUs of compute capability 8.9 or more. It cannot be
                 undone.
             attention: library of the attention: "sdpa" (torch's, initially), "flash-attn" or "xformers", the last two
@@ -141,8 +142,8 @@ class Tower(nn.Module):
             self.to(dtype)
         if attention is not None:
             attend = find_attention(attention, self.device, self.dtype)
-            for layer in cast(list[TowerLayer], list(self.layers)):
-                layer.attend = attend
+            for tower_layer in cast(list[TowerLayer], list(self.layers)):
+                tower_layer.attend = attend
         if fp8:
             if (reason := why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList))) is not None:
                 raise ValueError(f"fp8 needs unmodified tower layers, but {reason}")
@@ -157,7 +158,7 @@ class Tower(nn.Module):
         if graphs:
             if self.position.device.type != "cuda":
                 raise ValueError(f"graphs needs the tower on a CUDA device, but it is on {self.position.device}")
-            self._recorded = GraphCache()
+            self.graphs = GraphCache()
         return self
 
     def _convert_to_eight_bits(self) -> None:
@@ -219,7 +220,7 @@ class Tower(nn.Module):
 
         def first_layers(piece: Tensor, out: Tensor | None = None) -> Tensor:
             # a replayed graph makes no Python calls
-            return run_layers(layers, self.embed(piece), out, done if learns or self._recorded is None else nothing)
+            return run_layers(layers, self.embed(piece), out, done if learns or self.graphs is None else nothing)
 
         if learns:
             return torch.cat([first_layers(piece) for piece in images.split(self.chunk)])
@@ -233,7 +234,7 @@ class Tower(nn.Module):
                     out.copy_(self._run(("first", stop), first_layers, piece, recorded))
                 else:
                     first_layers(piece, out)
-                for _ in range(0 if self._recorded is None else stop):
+                for _ in range(0 if self.graphs is None else stop):
                     done()
             return state
 
@@ -264,11 +265,11 @@ class Tower(nn.Module):
 
     def _replays(self) -> bool:
         """Whether CUDA graphs can be replayed; they would ignore layers wrapped or replaced after recording."""
-        return self._recorded is not None and why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList)) is None
+        return self.graphs is not None and why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList)) is None
 
     def _run(self, name: Any, function: Callable[[Tensor], Tensor], piece: Tensor, recorded: bool) -> Tensor:
-        if recorded and self._recorded is not None:
-            return self._recorded(name, function, piece)
+        if recorded and self.graphs is not None:
+            return self.graphs(name, function, piece)
         return function(piece)
 
     def project(self, tokens: Tensor) -> Tensor:

@@ -197,8 +197,8 @@ def copy_modules(source: BTAdapterVisionModel) -> BTAdapterVisionModel:
     model: BTAdapterVisionModel = copy.copy(source)
     model._modules = {**source._modules, "tower": _copy_module(source.tower)}
     tower = model.tower
-    if tower._recorded is not None:
-        tower._recorded = type(tower._recorded)()  # CUDA graphs read the weights they were recorded with
+    if tower.graphs is not None:
+        tower.graphs = type(tower.graphs)()  # CUDA graphs read the weights they were recorded with
     return model
 
 

@@ -43,16 +43,15 @@ class _PlainMerge(torch.autograd.Function):
 class _GatedMerge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, z, parameter, slope, backend, *visible):
-        gate = torch.sigmoid(slope * parameter).to(z.dtype)
-        merged = passes.gather_merge(tokens, z, gate, visible, backend)
+        gate = torch.sigmoid(slope * parameter)
+        merged = passes.gather_merge(tokens, z, gate.to(z.dtype), visible, backend)
         ctx.slope, ctx.backend = slope, backend
-        ctx.save_for_backward(z, merged, parameter)
+        ctx.save_for_backward(z, merged, gate)
         return merged
 
     @staticmethod
     def backward(ctx, grad):
-        z, merged, parameter = ctx.saved_tensors
-        gate = torch.sigmoid(ctx.slope * parameter)
+        z, merged, gate = ctx.saved_tensors
         # the op's gradient of the gate is Σ grad·(tokens - z); with m in place of tokens it is Σ grad·(m - z). m is
         # passed as a tower state of one frame whose patches are all visible
         tokens = z.shape[1] - 1
@@ -60,5 +59,6 @@ class _GatedMerge(torch.autograd.Function):
         _, grad_z, grad_gate = passes.gather_merge_backward(
             grad, merged[:, None], z, gate.to(z.dtype), (index, None, tokens, 1, 1), (False, True, True), ctx.backend
         )
-        grad_parameter = ctx.slope * (1 - gate) * grad_gate.to(parameter.dtype)
+        grad_gate = grad_gate.to(gate.dtype)
+        grad_parameter = torch.addcmul(grad_gate, grad_gate, gate, value=-1).mul_(ctx.slope)
         return None, grad_z, grad_parameter, *[None] * 7

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bt_adapter.model.fused import spatial, temporal
 from bt_adapter.towers import mlp
+from bt_adapter.towers.products import convert
 from bt_adapter.towers.rows import (
     Norm,
     RowKernels,
@@ -129,11 +130,20 @@ def _projections(attention: Any) -> tuple[Tensor, ...]:
 
 
 class _Parts:
-    """The tensors of a call by name, and the arguments of the temporal and the spatial functions."""
+    """The tensors of a call by name, and the arguments of the temporal and the spatial functions.
+
+    ``dtype`` is that of the parameters, and so of their gradients. With row ops the weights of all products are
+    converted to the products' dtype together.
+    """
 
     def __init__(self, layer: Layer, index: Tensor, frame_counts: Tensor | None, scales: Scales, weights):
         self.layer, self.scales = layer, scales
         self.visible = (index, frame_counts, *layer.sizes)
+        self.dtype = weights[6].dtype
+        if layer.kernels is not None:  # the op that adds the bias of fc1, weights[17], takes it as it is
+            first, last = weights[6:17], weights[18:]
+            converted = convert([*first, *last], layer.product)
+            weights = [*weights[:6], *converted[: len(first)], weights[17], *converted[len(first) :]]
         self.norm = Norm(weights[0], weights[1], layer.temporal_eps)
         self.norm1 = Norm(weights[2], weights[3], layer.spatial_eps)
         self.norm2 = Norm(weights[4], weights[5], layer.spatial_eps)
@@ -195,19 +205,21 @@ class _Layer(torch.autograd.Function):
             n, *moments = normalize(y, parts.norm2, product, kernels)
             stored = len(attention) == 5
             hidden = attention.pop() if stored else mlp.compute_hidden(n, parts.mlp, layer.act, kernels)
-            grad_n, mlp_grads = mlp.backward(grad.to(product), n, hidden, parts.mlp, layer.act, kernels)
+            grad_n, mlp_grads = mlp.backward(grad.to(product), n, hidden, parts.mlp, layer.act, kernels, parts.dtype)
             del hidden
             rows = y.shape[1]
             grad, grad_update, *norm2_grads = normalize_backward(
                 grad_n, grad, y, moments, parts.norm2, kernels, rows, parts.scales.spatial
             )
             n, *moments = normalize(x, parts.norm1, product, kernels)
-            grad_n, spatial_grads = spatial.backward(grad_update, n, attention, *parts.spatial_call())
+            grad_n, spatial_grads = spatial.backward(grad_update, n, attention, *parts.spatial_call(), parts.dtype)
             grad, grad_update, *norm1_grads = normalize_backward(
                 grad_n, grad, x, moments, parts.norm1, kernels, rows - 1
             )
             n, *moments = normalize(z[:, 1:], parts.norm, product, kernels)
-            grad_n, temporal_grads = temporal.backward(grad_update, n, (qkv, other), *parts.temporal_call())
+            grad_n, temporal_grads = temporal.backward(
+                grad_update, n, (qkv, other), *parts.temporal_call(), parts.dtype
+            )
             grad, *norm_grads = normalize_patches_backward(grad_n, grad, z, moments, parts.norm, kernels)
         grads = (*norm_grads, *norm1_grads, *norm2_grads, *temporal_grads, *spatial_grads, *mlp_grads)
         return None, grad, None, None, None, None, None, *grads

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from bt_adapter.towers.products import input_grad, linear, weight_grad
@@ -43,13 +44,18 @@ def forward(
 
 def backward(
     grad: Tensor, n: Tensor, kept: tuple, w: Weights, heads: int, frame_weight: Tensor | None, visible: tuple,
-    backend: str | None,
+    backend: str | None, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """Compute the gradients of n and of the weights from that of the update; ``kept``: from :func:`forward`."""
+    """Compute the gradients of n and of the weights from that of the update.
+
+    kept: from :func:`forward`. dtype: of the weights' gradients where ``products.weight_grad`` can write it.
+    """
     qkv, attended, lse, cls_out = kept
     grad_attended = input_grad(grad, w.out_weight).view(attended.shape)
     grad_qkv = passes.spatial_attention_backward(
         grad_attended, qkv.unflatten(2, (3, heads, -1)), frame_weight, visible, (attended, lse, cls_out), backend
     ).flatten(2)
-    out_grads = (weight_grad(grad, attended.flatten(2)), bias_grad(grad))
-    return input_grad(grad_qkv, w.qkv_weight), (weight_grad(grad_qkv, n), bias_grad(grad_qkv), *out_grads)
+    out_grads = (weight_grad(grad, attended.flatten(2), dtype), bias_grad(grad, dtype))
+    return input_grad(grad_qkv, w.qkv_weight), (
+        weight_grad(grad_qkv, n, dtype), bias_grad(grad_qkv, dtype), *out_grads,
+    )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from bt_adapter.towers.products import input_grad, linear, weight_grad
@@ -41,10 +42,9 @@ def forward(n: Tensor, w: Weights, heads: int, scale: Tensor | None, visible: tu
     attended = _attend(qkv, heads, visible, backend)
     if is_joint_cheaper(n):
         joint = input_grad(w.fc_weight.to(n.dtype), w.out_weight)
-        bias = w.fc_weight @ w.out_bias
         if scale is None:
-            return linear(attended, joint, bias + w.fc_bias), (qkv, joint)
-        return linear(attended, joint, bias).mul_(scale).add_(w.fc_bias), (qkv, joint)
+            return linear(attended, joint, torch.addmv(w.fc_bias, w.fc_weight, w.out_bias)), (qkv, joint)
+        return linear(attended, joint, w.fc_weight @ w.out_bias).mul_(scale).add_(w.fc_bias), (qkv, joint)
     mixed = linear(attended, w.out_weight, w.out_bias)
     if scale is not None:
         mixed.mul_(scale)
@@ -53,27 +53,34 @@ def forward(n: Tensor, w: Weights, heads: int, scale: Tensor | None, visible: tu
 
 def backward(
     grad: Tensor, n: Tensor, kept: tuple, w: Weights, heads: int, scale: Tensor | None, visible: tuple,
-    backend: str | None,
+    backend: str | None, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """Compute the gradients of n and of the weights from that of the update; ``kept``: from :func:`forward`."""
+    """Compute the gradients of n and of the weights from that of the update.
+
+    kept: from :func:`forward`. dtype: of the weights' gradients where ``products.weight_grad`` can write it.
+    """
     qkv, other = kept
     attended = _attend(qkv, heads, visible, backend)
     scaled = grad if scale is None else (grad * scale).to(grad.dtype)  # draws are float32 under autocast too
+    fc_bias_grad = bias_grad(grad, dtype)
     if is_joint_cheaper(n):
         grad_attended = input_grad(scaled, other)
-        joint_grad, summed = weight_grad(scaled, attended), bias_grad(scaled)
-        fc_weight = w.fc_weight.to(grad.dtype)
-        fc_weight_grad = linear(joint_grad, w.out_weight).addr_(summed, w.out_bias.to(grad.dtype))
-        out_grads = (weight_grad(fc_weight, joint_grad), summed @ fc_weight)
+        joint_grad, summed = weight_grad(scaled, attended), fc_bias_grad if scale is None else bias_grad(scaled, dtype)
+        fc_weight, out_weight = w.fc_weight.to(grad.dtype), w.out_weight.to(grad.dtype)
+        fc_weight_grad = weight_grad(joint_grad.t(), out_weight.t(), dtype)
+        fc_weight_grad.addr_(summed.to(fc_weight_grad.dtype), w.out_bias.to(fc_weight_grad.dtype))
+        out_grads = (weight_grad(fc_weight, joint_grad, dtype), summed.to(grad.dtype) @ fc_weight)
     else:
-        fc_weight_grad = weight_grad(grad, other)
+        fc_weight_grad = weight_grad(grad, other, dtype)
         grad_mixed = input_grad(scaled, w.fc_weight)
-        out_grads = (weight_grad(grad_mixed, attended), bias_grad(grad_mixed))
+        out_grads = (weight_grad(grad_mixed, attended, dtype), bias_grad(grad_mixed, dtype))
         grad_attended = input_grad(grad_mixed, w.out_weight)
     grad_qkv = passes.temporal_attention_backward(
         _split_heads(grad_attended, 1, heads)[:, :, 0], _split_heads(qkv, 3, heads), visible, backend
     ).flatten(2)
-    grads = (weight_grad(grad_qkv, n), bias_grad(grad_qkv), *out_grads, fc_weight_grad, bias_grad(grad))
+    grads = (
+        weight_grad(grad_qkv, n, dtype), bias_grad(grad_qkv, dtype), *out_grads, fc_weight_grad, fc_bias_grad,
+    )  # fmt: skip
     return input_grad(grad_qkv, w.qkv_weight), grads
 
 

@@ -156,5 +156,5 @@ def backward(grad_summed, grad_normed, x, update, scale, weight, bias, eps, dtyp
         weight.contiguous(), mean, rstd, grad_x, grad_update, sums, *(s for t in tensors for s in outer_strides(t, 2)),
         rows, first, width, parts, each, programs, **_row_options(width, x.dtype, 8, 16),
     )  # fmt: skip
-    of_weights = (sums[i].sum(0).to(weight.dtype) if need else None for i, need in enumerate(needs[2:]))
-    return grad_x, grad_update, *of_weights
+    of_weights = [None, None] if sums is None else sums.sum(1).to(weight.dtype).unbind(0)
+    return grad_x, grad_update, *(each if need else None for each, need in zip(of_weights, needs[2:], strict=True))
