@@ -256,8 +256,8 @@ def _storable(op: Op, place: int, inputs: tuple) -> Tensor:
     tensor, other = inputs[place], op.shapes_of[place]
     if other is not None and inputs[other] is None:
         return tensor
-    # The memory of one row, uninitialised.
-    return tensor.new_empty(tensor.shape[-1:]).expand(tensor.shape)
+    # The memory of one row, uninitialised; in one operator, as expanding it would be two.
+    return tensor.new_empty_strided(tensor.shape, (0,) * (tensor.ndim - 1) + (1,))
 
 
 def _backward(ctx, op: Op, grads_in: tuple) -> tuple:
