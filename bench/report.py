@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import plugins
+import serve_tables
 from summaries import ON_BFLOAT16, SMALL_WORLD, budget, decode, highlights, long_videos, pretrain
 
 from bt_adapter.files import write_whole
@@ -201,6 +202,9 @@ TABLES = {
     "chat": chat,
     "vllm": plugins.vllm,
     "lmms-eval": plugins.lmms_eval,
+    "serve-load": serve_tables.load,
+    "serve-threads": serve_tables.threads,
+    "serve-faults": serve_tables.faults,
     **SMALL_WORLD,
 }
 

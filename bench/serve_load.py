@@ -168,18 +168,22 @@ def load(clients: int, batch: int, count: int) -> dict[str, Any]:
         with httpx.Client(base_url=server.url, timeout=600) as client:
             for body in mixed(10, seed=1):  # libraries come up
                 ask(client, body | {"stream": False})
+            before = client.get("/metrics").text
             memory, cpu, begin = server.memory, server.cpu, time.perf_counter()
             with ThreadPoolExecutor(clients) as pool:
                 found = list(pool.map(lambda body: ask(client, body), mixed(count)))
             seconds, used = time.perf_counter() - begin, server.cpu - cpu
-            metrics = client.get("/metrics").text
+            after = client.get("/metrics").text
             grown = server.memory - memory
     times, firsts = [all_ for all_, _ in found], [first for _, first in found if first is not None]
-    answers = _metric(metrics, "bt_adapter_batch_size_sum") / _metric(metrics, "bt_adapter_batch_size_count")
+    answers, batches = (
+        _metric(after, name) - _metric(before, name)
+        for name in ("bt_adapter_batch_size_sum", "bt_adapter_batch_size_count")
+    )
     row = {
         "part": "load", "clients": clients, "batch_size": batch, "requests": count,
         "requests_per_s": count / seconds, "p50_s": median(times), "p95_s": quantiles(times, n=20)[-1],
-        "first_text_p50_s": median(firsts), "cpu_s_per_request": used / count, "mean_batch": answers,
+        "first_text_p50_s": median(firsts), "cpu_s_per_request": used / count, "mean_batch": answers / batches,
         "memory_grown_mib": grown,
     }  # fmt: skip
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
