@@ -51,7 +51,7 @@ def ask(page: Page) -> None:
     for column in range(2):
         expect(page.locator(f"#line-{column} textarea")).to_have_value(re.compile("tokens in"))
     expect(page.locator("#gallery img")).to_have_count(8)
-    page.wait_for_load_state("networkidle")
+    page.wait_for_function("[...document.images].every(image => image.complete)")
 
 
 def main() -> None:

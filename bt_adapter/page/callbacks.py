@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,49 @@ Updates = tuple[Any, ...]
 LONGEST_QUESTION = 4000  # characters
 
 
+class OpenTalks:
+    """The talks with answers in progress, by the browser's page, so that a closed page stops its answers."""
+
+    def __init__(self) -> None:
+        self._talks: list[tuple[str | None, Talk | LiveTalk]] = []
+
+    @contextmanager
+    def noted(self, request: gr.Request, talk: Talk | LiveTalk) -> Iterator[None]:
+        """Note a talk within the context."""
+        noted = (request.session_hash, talk)
+        self._talks.append(noted)
+        try:
+            yield
+        finally:
+            self._talks.remove(noted)
+
+    async def leave(self, request: gr.Request) -> None:
+        """Stop the answers of a page that was closed."""
+        for key, talk in self._talks:
+            if key == request.session_hash:
+                talk.stop()
+
+
 class VideoCallbacks:
     """Callbacks of the conversation about a video and stills.
 
     Their outputs are the two columns' conversations and lines, the gallery of frames, the question and the talk.
     """
 
-    def __init__(self, service: Service) -> None:
-        self.service, self.viewer = service, FrameViewer(service)
+    def __init__(self, service: Service, open_talks: OpenTalks) -> None:
+        self.service, self.viewer, self.open_talks = service, FrameViewer(service), open_talks
         sampling = service.options.sampling
         self.fps, self.branch = sampling.fps, sampling.branch
 
     async def ask(
-        self, question: str, video: str | None, stills: Sequence[str] | None, frames: int, compare: bool, talk: Talk
+        self,
+        question: str,
+        video: str | None,
+        stills: Sequence[str] | None,
+        frames: int,
+        compare: bool,
+        talk: Talk,
+        request: gr.Request,
     ) -> AsyncIterator[Updates]:
         """Answer a question in one column, or with and without the branch in two."""
         question = (question or "").strip()
@@ -52,9 +83,10 @@ class VideoCallbacks:
         gallery = asyncio.create_task(self._look(talk, path, choice))
         answers: list[ColumnAnswer] = []
         try:
-            async for answers in answer_columns(starts, talk.running):
-                if talk.turns is turns:  # else another video was chosen meanwhile
-                    yield self._show(turns, asked, answers, talk, gallery)
+            with self.open_talks.noted(request, talk):
+                async for answers in answer_columns(starts, talk.running):
+                    if talk.turns is turns:  # else another video was chosen meanwhile
+                        yield self._show(turns, asked, answers, talk, gallery)
             for n, one in enumerate(answers):
                 if one.text or one.ended is not None:
                     turns[n].append(Exchange(question, asked[n].visuals, one.text))
@@ -67,14 +99,14 @@ class VideoCallbacks:
             for error in dict.fromkeys(errors):
                 tell(error)
 
-    def choose(self, video: str | None, talk: Talk) -> Updates:
+    async def choose(self, video: str | None, talk: Talk) -> Updates:
         """Begin a new conversation about a video, if it is another one."""
         if (path := Path(video) if video else None) == talk.video:
             return (gr.skip(),) * 7
         talk.begin(path)
         return [], [], "", "", [], gr.skip(), talk
 
-    def clear(self, video: str | None, talk: Talk) -> Updates:
+    async def clear(self, video: str | None, talk: Talk) -> Updates:
         """Begin a new conversation about the same video."""
         talk.begin(Path(video) if video else None)
         return [], [], "", "", [], "", talk
@@ -122,8 +154,8 @@ class VideoCallbacks:
 class LiveCallbacks:
     """Callbacks of the live camera."""
 
-    def __init__(self, sessions: LiveSessions) -> None:
-        self.sessions = sessions
+    def __init__(self, sessions: LiveSessions, open_talks: OpenTalks) -> None:
+        self.sessions, self.open_talks = sessions, open_talks
 
     async def push(self, frame: Any, talk: LiveTalk | None) -> tuple[str, LiveTalk | None]:
         """Add a frame of the camera; the first one, or the first after a long pause, opens a session."""
@@ -136,7 +168,7 @@ class LiveCallbacks:
             return error.message, None if error.code == "session_not_found" else talk
         return talk.line, talk
 
-    async def ask(self, question: str, talk: LiveTalk | None) -> AsyncIterator[tuple[str, str]]:
+    async def ask(self, question: str, talk: LiveTalk | None, request: gr.Request) -> AsyncIterator[tuple[str, str]]:
         """Answer a question about the last frames."""
         question = (question or "").strip()
         if talk is None:
@@ -146,14 +178,15 @@ class LiveCallbacks:
             tell(refusal)
             return
         answers: list[ColumnAnswer] = []
-        async for answers in answer_columns([partial(talk.ask, question)], talk.running):
-            yield answers[0].text, answers[0].line
+        with self.open_talks.noted(request, talk):
+            async for answers in answer_columns([partial(talk.ask, question)], talk.running):
+                yield answers[0].text, answers[0].line
         if answers and answers[0].error:
             tell(answers[0].error)
 
 
-def stop(talk: Talk | LiveTalk | None) -> None:
-    """Stop the answers in progress; what was generated stays."""
+async def stop(talk: Talk | LiveTalk | None) -> None:
+    """Stop the answers in progress; what was generated stays. A coroutine, so that it runs in the tasks' event loop."""
     if talk is not None:
         talk.stop()
 

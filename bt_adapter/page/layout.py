@@ -11,7 +11,7 @@ from gradio.components.image_editor import WebcamOptions
 
 from bt_adapter.mini import MiniError, data_folder
 from bt_adapter.model.time_steps import PRETRAINED_STEPS
-from bt_adapter.page.callbacks import LONGEST_QUESTION, LiveCallbacks, VideoCallbacks, stop
+from bt_adapter.page.callbacks import LONGEST_QUESTION, LiveCallbacks, OpenTalks, VideoCallbacks, stop
 from bt_adapter.page.talk import Talk
 from bt_adapter.serve.live import LiveSessions
 from bt_adapter.serve.service import Service
@@ -26,16 +26,18 @@ _CACHE_SECONDS = 3600  # uploaded files are deleted when they are older
 
 def build(service: Service, sessions: LiveSessions) -> gr.Blocks:
     """Build the page of a service and its live sessions."""
+    open_talks = OpenTalks()
     with gr.Blocks(title="BT-Adapter", analytics_enabled=False, delete_cache=(_CACHE_SECONDS, _CACHE_SECONDS)) as page:
         gr.Markdown(
             f"# {service.options.name}\nQuestions about videos, answered by a chat model with a BT-Adapter branch."
         )
         with gr.Tab("Clip"):
-            _build_clip(service)
+            _build_clip(service, open_talks)
         # LiveVideo takes no other models
         if sessions.limits.live_sessions and len(service.chat.family.feature_layers) == 1:
             with gr.Tab("Live camera"):
-                _build_live(sessions)
+                _build_live(sessions, open_talks)
+        page.unload(open_talks.leave)
     _refuse_addresses(page)
     return page
 
@@ -57,8 +59,8 @@ def example_clips() -> list[tuple[Path, str, str]]:
     return [(folder / clip["file"], clip["question"], clip["truth"]) for clip in clips]
 
 
-def _build_clip(service: Service) -> None:
-    calls, sampling = VideoCallbacks(service), service.options.sampling
+def _build_clip(service: Service, open_talks: OpenTalks) -> None:
+    calls, sampling = VideoCallbacks(service, open_talks), service.options.sampling
     talk = _state(Talk())
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
@@ -107,8 +109,8 @@ def _build_clip(service: Service) -> None:
     compare.change(lambda shown: gr.Column(visible=shown), compare, column, queue=False, **hidden)
 
 
-def _build_live(sessions: LiveSessions) -> None:
-    calls, limits = LiveCallbacks(sessions), sessions.limits
+def _build_live(sessions: LiveSessions, open_talks: OpenTalks) -> None:
+    calls, limits = LiveCallbacks(sessions, open_talks), sessions.limits
     talk = _state(None)
     with gr.Row():
         with gr.Column():
