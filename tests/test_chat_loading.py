@@ -53,6 +53,7 @@ def test_only_the_language_models_layers_are_quantized(name):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.usefixtures("narrow_four_bit_layers")
 def test_quantized_model_sees_as_the_whole_one(folders, kind):
     pytest.importorskip("bitsandbytes")
     chat, whole = VideoChat.load(*folders, quantize=kind), VideoChat.load(*folders)

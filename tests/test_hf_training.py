@@ -108,6 +108,7 @@ def test_offloaded_weights_are_fetched(name):  # noqa: F811
 
 
 @pytest.mark.parametrize("bits", ["int8", "nf4"])
+@pytest.mark.usefixtures("narrow_four_bit_layers")
 def test_quantised_layers_run(name, bits, tmp_path):  # noqa: F811
     model, _ = make_native(name)
     model.save_pretrained(tmp_path)

@@ -163,6 +163,7 @@ def write_question(stand) -> str:
     return str(path)
 
 
+@pytest.mark.usefixtures("narrow_four_bit_layers")
 def test_four_bits_in_the_language_model_alone(run):
     bnb = pytest.importorskip("bitsandbytes")
     model = run(only(PYTHON, "BitsAndBytesConfig"))["model"]

@@ -148,6 +148,7 @@ def test_the_dtype_asked_for_runs(dtype, clip, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.usefixtures("narrow_four_bit_layers")
 def test_only_the_language_model_is_quantized(kind, clip, tmp_path):
     pytest.importorskip("bitsandbytes")
     chat = make_video_chat()

@@ -33,6 +33,7 @@ def stand(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.usefixtures("narrow_four_bit_layers")
 def test_adapters_and_projector_learn_beside_few_bits(stand, tmp_path, kind):
     bnb = pytest.importorskip("bitsandbytes")
     wanted = recipe(
