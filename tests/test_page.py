@@ -81,10 +81,15 @@ def until(condition):
         time.sleep(0.05)
 
 
+def clear_button(page):
+    """Find the button that removes the video; a video that cannot be played also has a hidden one of its error."""
+    return page.locator("#video .icon-button-wrapper button[aria-label=Clear]")
+
+
 def clear(page):
     """Remove the video, if there is one."""
     page.get_by_role("tab", name="Clip").click()
-    button = page.locator("#video button[aria-label=Clear]")
+    button = clear_button(page)
     if button.is_visible():
         button.click()
 
@@ -147,14 +152,27 @@ def test_further_questions_and_a_still_belong_to_the_same_conversation(page, ser
     frame = read(clip(3), 1).frames[0]
     Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / "still.png")
     ask(page, "What is it?")
+    expect(page.locator("#chat-0 .bot.message")).to_have_count(2)  # the first answer's line may say the same
     line(page, "8 frames, encoded before.*tokens in")
-    assert len(answers(page)) == 2
     page.locator("#stills input[type=file]").set_input_files(tmp_path / "still.png")
     expect(page.locator("#stills").get_by_text("still")).to_have_count(2)
     ask(page, "What is it?")
     assert "8 frames, 1 still, read in" in line(page, "1 still, .*tokens in")
     assert len(answers(page)) == 3
     page.locator("#stills button[aria-label=Clear]").click()
+
+
+@needs_chromium
+def test_what_is_typed_during_an_answer_stays(page, server):
+    choose(page, clip(0))
+    with held(server[1]):
+        ask(page)
+        expect(page.locator("#question textarea")).to_have_value("")  # before anything is encoded
+        page.locator("#question textarea").fill("What is it?")
+    line(page, "tokens in")
+    expect(page.locator("#gallery img")).to_have_count(8)
+    assert answers(page) == [api_answer(server, 0)]
+    expect(page.locator("#question textarea")).to_have_value("What is it?")
 
 
 @needs_chromium
@@ -178,7 +196,7 @@ def test_a_file_that_is_no_video_is_told_without_paths(page, server, tmp_path):
     (tmp_path / "junk.mp4").write_bytes(b"no video at all" * 100)
     clear(page)
     page.locator("#video input[type=file]").set_input_files(tmp_path / "junk.mp4")
-    expect(page.locator("#video button[aria-label=Clear]")).to_be_visible()
+    expect(clear_button(page)).to_be_visible()
     ask(page)
     toast = page.locator(".toast-body").filter(has_text="cannot be used")
     expect(toast).to_be_visible()
@@ -229,7 +247,7 @@ def record(page, seconds):
     page.evaluate("window.begin = document.querySelector('#video video').currentTime")
     page.wait_for_function(f"document.querySelector('#video video').currentTime > window.begin + {seconds}")
     button.filter(has_text="Stop").click()
-    expect(page.locator("#video button[aria-label=Clear]")).to_be_visible()
+    expect(clear_button(page)).to_be_visible()
 
 
 @needs_chromium

@@ -106,7 +106,7 @@ async def stream(service: Service, answering: Answering) -> AsyncIterator[str | 
 async def answer_columns(
     columns: Sequence[Callable[[], AsyncIterator[Prepared | str | Ended]]], running: list[asyncio.Task[None]]
 ) -> AsyncIterator[list[ColumnAnswer]]:
-    """Answer in several columns at the same time; yields all answers after each change.
+    """Answer in several columns at the same time; yields all answers at once and after each change.
 
     columns: start the answer of a column each. running: is given the tasks, so that they can be cancelled; closing the
     iterator cancels them too.
@@ -128,6 +128,7 @@ async def answer_columns(
     running[:] = tasks
     left = len(tasks)
     try:
+        yield answers
         while left:
             for change in [await changes.get()] + [changes.get_nowait() for _ in range(changes.qsize())]:
                 if change is not None:

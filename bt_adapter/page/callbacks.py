@@ -82,11 +82,13 @@ class VideoCallbacks:
         starts = [partial(self._answer, [*turns[n], one], path, choice, n) for n, one in enumerate(asked)]
         gallery = asyncio.create_task(self._look(talk, path, choice))
         answers: list[ColumnAnswer] = []
+        field: Any = ""  # once only: what is typed during the answer stays
         try:
             with self.open_talks.noted(request, talk):
                 async for answers in answer_columns(starts, talk.running):
                     if talk.turns is turns:  # else another video was chosen meanwhile
-                        yield self._show(turns, asked, answers, talk, gallery)
+                        yield (*self._show(turns, asked, answers, gallery), field, talk)
+                        field = gr.skip()
             for n, one in enumerate(answers):
                 if one.text or one.ended is not None:
                     turns[n].append(Exchange(question, asked[n].visuals, one.text))
@@ -95,7 +97,7 @@ class VideoCallbacks:
             gallery.cancel()
         if talk.turns is turns:
             errors = [one.error for one in answers if one.error]
-            yield (*self._show(turns, [], answers, talk, gallery)[:5], question if errors else "", talk)
+            yield (*self._show(turns, [], answers, gallery), question if errors else gr.skip(), talk)
             for error in dict.fromkeys(errors):
                 tell(error)
 
@@ -138,7 +140,6 @@ class VideoCallbacks:
         turns: dict[int, list[Exchange]],
         asked: Sequence[Exchange],
         answers: Sequence[ColumnAnswer],
-        talk: Talk,
         gallery: asyncio.Task[Any],
     ) -> Updates:
         chats: list[Any] = [gr.skip(), gr.skip()]
@@ -148,7 +149,7 @@ class VideoCallbacks:
             chats[n] = _messages([*turns[n], *new])
             lines[n] = one.line
         shown = gallery.result() if gallery.done() and not gallery.cancelled() else gr.skip()
-        return (*chats, *lines, shown, "", talk)
+        return (*chats, *lines, shown)
 
 
 class LiveCallbacks:
