@@ -36,6 +36,7 @@ class Machine:
             return subprocess.Popen(["false"])
         aside = self.plan.work.with_name(stage.name.replace("/", "-"))
         write_output(self.plan, stage, aside / stage.name)
+        (self.plan.work / stage.name).mkdir(parents=True, exist_ok=True)  # two cp may not make the same folder at once
         return subprocess.Popen(["cp", "-r", f"{aside}/.", self.plan.work])
 
 

@@ -271,8 +271,8 @@ class Runner:
 
     def _wait(self) -> str:
         """Wait until a stage ends; its name."""
-        while (ended := os.wait4(-1, 0))[0] not in self.running:
-            pass  # a process of somebody else's
+        while not (ended := next((one for pid in self.running if (one := os.wait4(pid, os.WNOHANG))[0]), None)):
+            time.sleep(0.05)
         stage, child, *_ = self.running[ended[0]]
         if not self._end(*ended):
             raise ChainError(f"{stage.name} ended with {child.returncode}; see {self.logs / stage.log}")
