@@ -13,9 +13,9 @@ from serving import about, clip, data_url, mini, serving
 
 from bt_adapter.data import VideoError, read_video
 from bt_adapter.data.stream import FrameStream
-from bt_adapter.serve.decoding import MediaDecoder
+from bt_adapter.serve.decoding import DecodingTime, MediaDecoder
 from bt_adapter.serve.fetch import Downloader, is_public
-from bt_adapter.serve.limits import DecodingTime, Limits
+from bt_adapter.serve.limits import Limits
 from bt_adapter.serve.media import Media, MediaError, read_allowed_file, read_data_url
 from bt_adapter.serve.requests import FrameChoice
 

@@ -9,9 +9,8 @@ from PIL import Image
 
 from bt_adapter.data import VideoError
 from bt_adapter.page.talk import Choice, read_file
-from bt_adapter.serve.decoding import MediaDecoder
+from bt_adapter.serve.decoding import DecodingTime, MediaDecoder
 from bt_adapter.serve.errors import ApiError
-from bt_adapter.serve.limits import DecodingTime
 from bt_adapter.serve.media import Media
 from bt_adapter.serve.requests import FrameChoice
 from bt_adapter.serve.service import Service

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,11 +13,32 @@ from torch import Tensor
 from bt_adapter.chat.ahead import PreparedVideo
 from bt_adapter.data import VideoError, read_image
 from bt_adapter.data.stream import FrameStream
-from bt_adapter.serve.limits import DecodingTime, Limits
+from bt_adapter.serve.limits import Limits
 from bt_adapter.serve.media import Media, MediaError
 from bt_adapter.serve.requests import FrameChoice
 
 _CHUNK = 16  # decoded frames held before they are resized
+
+
+@dataclass
+class DecodingTime:
+    """The time limit of one decoding, and a flag that ends it early.
+
+    Call :meth:`check` often while decoding. The time counts from the first call, not while the work waits for its turn.
+    """
+
+    seconds: float
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    _end: float | None = None
+
+    def check(self) -> None:
+        """Raise VideoError if the time is over or the request is cancelled."""
+        now = time.monotonic()
+        self._end = now + self.seconds if self._end is None else self._end
+        if self.cancelled.is_set():
+            raise VideoError("the request was cancelled")
+        if now > self._end:
+            raise VideoError(f"decoding takes longer than the limit of {self.seconds:g} seconds")
 
 
 @dataclass(frozen=True)

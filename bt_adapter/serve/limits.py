@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from dataclasses import dataclass, field
-
-from bt_adapter.data import VideoError
+from dataclasses import dataclass
 
 MEBIBYTE = 1 << 20
 
@@ -34,24 +30,3 @@ class Limits:
     live_sessions: int = 8
     live_bytes: int = 1024 * MEBIBYTE
     live_idle: float = 60.0
-
-
-@dataclass
-class DecodingTime:
-    """The time limit of one decoding, and a flag that ends it early.
-
-    Call :meth:`check` often while decoding. The time counts from the first call, not while the work waits for its turn.
-    """
-
-    seconds: float
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    _end: float | None = None
-
-    def check(self) -> None:
-        """Raise VideoError if the time is over or the request is cancelled."""
-        now = time.monotonic()
-        self._end = now + self.seconds if self._end is None else self._end
-        if self.cancelled.is_set():
-            raise VideoError("the request was cancelled")
-        if now > self._end:
-            raise VideoError(f"decoding takes longer than the limit of {self.seconds:g} seconds")

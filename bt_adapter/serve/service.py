@@ -20,10 +20,10 @@ from bt_adapter.data import VideoError
 from bt_adapter.files import digest
 from bt_adapter.model.video_tokens import plan_windows
 from bt_adapter.serve.batching import Answering, ModelThread
-from bt_adapter.serve.decoding import MediaDecoder
+from bt_adapter.serve.decoding import DecodingTime, MediaDecoder
 from bt_adapter.serve.errors import ApiError, bad_request
 from bt_adapter.serve.fetch import Downloader
-from bt_adapter.serve.limits import DecodingTime, Limits
+from bt_adapter.serve.limits import Limits
 from bt_adapter.serve.media import Media, MediaError, read_allowed_file, read_data_url
 from bt_adapter.serve.messages import Address, read_messages
 from bt_adapter.serve.metrics import Metrics
