@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, asynccontextmanager
@@ -25,7 +24,6 @@ from bt_adapter.serve.requests import AnswerFields, ChatRequest
 from bt_adapter.serve.service import Prepared, Service
 
 T = TypeVar("T")
-_LOG = logging.getLogger("bt_adapter.serve")
 _LONGEST_MESSAGE = 500
 
 

@@ -203,14 +203,14 @@ class Service:
         """Return the tokens of a still or video, and whether they were in the cache. Raises ApiError."""
         try:
             media = await self._load(address)
-            digest = await _in_thread(self._loading, _digest, media)
+            content = await _in_thread(self._loading, _digest, media)
             if address.kind == "image":
-                return await self._cached((digest, "image"), partial(self._encode_image, media))
+                return await self._cached((content, "image"), partial(self._encode_image, media))
             choice = self._with_defaults(choice, media.frames)
             # no more sets than the longest video has, so that answers of other lengths find the same tokens
             longest = len(plan_windows(self.options.limits.frames, self.chat.branch.config.max_frames))
             sets = min(longest, max(1, room // self.chat.family.video_length))
-            key = (digest, "video", media.frames, choice, sampling, sets)
+            key = (content, "video", media.frames, choice, sampling, sets)
             return await self._cached(key, partial(self._encode_video, media, choice, sampling, sets))
         except (VideoError, ValueError) as error:
             text = str(error).removeprefix("<bytes>: ")

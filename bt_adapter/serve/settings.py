@@ -10,6 +10,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from bt_adapter.chat.settings import AnswerOptions, ChatModel, ModelOptions, VideoOptions
 from bt_adapter.errors import CommandError
+from bt_adapter.serve.limits import MEBIBYTE, Limits
 from bt_adapter.training.settings import COUNT, NATURAL, POSITIVE, check_numbers
 
 
@@ -60,25 +61,25 @@ class ServerLimits:
 
     help_group: ClassVar[str] = "limits"
 
-    max_waiting: int = 64
+    max_waiting: int = Limits.waiting
     """Requests that are answered or wait at one time; more get the status 429."""
-    max_frames: int = 128
+    max_frames: int = Limits.frames
     """Frames of a video that a request may ask for."""
-    max_body_mb: int = 64
+    max_body_mb: int = Limits.body // MEBIBYTE
     """Mebibytes of a request's body."""
-    max_media_mb: int = 64
+    max_media_mb: int = Limits.media // MEBIBYTE
     """Mebibytes of a still or video."""
-    max_pixels: int = 4096 * 2176
+    max_pixels: int = Limits.pixels
     """Pixels of a frame or still."""
-    max_visuals: int = 16
+    max_visuals: int = Limits.visuals
     """Stills and videos of a request."""
-    decode_seconds: float = 30.0
+    decode_seconds: float = Limits.seconds
     """Seconds of decoding, and of downloading, of a still or video."""
-    live_sessions: int = 8
+    live_sessions: int = Limits.live_sessions
     """Live sessions that may be open at one time; 0: none."""
-    live_mb: int = 1024
+    live_mb: int = Limits.live_bytes // MEBIBYTE
     """Mebibytes of the windows of all live sessions."""
-    live_idle: float = 60.0
+    live_idle: float = Limits.live_idle
     """Seconds without a request after which a live session is closed."""
     allowed_media_path: Path | None = None
     """Folder below which requests may name files by file:///PATH; default: none may."""
