@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import live_tables
 import plugins
 import serve_tables
 from summaries import ON_BFLOAT16, SMALL_WORLD, budget, decode, highlights, long_videos, pretrain
@@ -202,6 +203,9 @@ TABLES = {
     "chat": chat,
     "vllm": plugins.vllm,
     "lmms-eval": plugins.lmms_eval,
+    "live-hour": live_tables.hour,
+    "live-rate": live_tables.rate,
+    "live-gpu": live_tables.on_gpu,
     "serve-load": serve_tables.load,
     "serve-threads": serve_tables.threads,
     "serve-faults": serve_tables.faults,

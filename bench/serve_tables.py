@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results" / "serve-cpu.json"
+import summaries
+from summaries import table
 
 
 def _rows(part: str) -> list[dict[str, Any]]:
-    return [row for row in json.loads(RESULTS.read_text(encoding="utf-8")) if row["part"] == part]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    return [row for row in summaries.load("serve-cpu.json") if row["part"] == part]
 
 
 def load() -> str:
@@ -31,7 +26,7 @@ def load() -> str:
         for row in rows
     ]  # fmt: skip
     facts = rows[0]["facts"]
-    return f"{_table(head, cells)}\n\n{facts['device']}, torch {facts['torch']}, the small stack, one thread."
+    return f"{table(head, cells)}\n\n{facts['device']}, torch {facts['torch']}, the small stack, one thread."
 
 
 def threads() -> str:
@@ -46,7 +41,7 @@ def threads() -> str:
         ]
         for row in _rows("threads")
     ]  # fmt: skip
-    return _table(head, cells)
+    return table(head, cells)
 
 
 def faults() -> str:
@@ -65,4 +60,4 @@ def faults() -> str:
             f"clients get {', '.join(f'`{name}`' for name in kill['told'])}; processes left: {kill['processes_left']}",
         ],
     ]
-    return _table(["what was sent", "result"], cells)
+    return table(["what was sent", "result"], cells)
