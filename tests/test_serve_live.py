@@ -12,6 +12,7 @@ from test_answer import make_engine
 
 from bt_adapter.live.session import LiveSession
 from bt_adapter.serve.limits import Limits
+from bt_adapter.serve.live import LiveSessions
 
 QUESTION = "left or right ?"
 URL = "/v1/live/sessions"
@@ -180,3 +181,12 @@ def test_idle_sessions_end_without_another_request(chat):
             big = client.post(URL, json={"frames": 128})
             assert "more than the limit of 100,000 bytes" in error(big, 400)["message"]
         assert error(httpx.post(f"{url}{URL}", json={}), 401)["code"] == "invalid_api_key"
+
+
+def test_sessions_share_one_timer(chat, monkeypatch):
+    begun, drop_later = [], LiveSessions._drop_later
+    monkeypatch.setattr(LiveSessions, "_drop_later", lambda sessions: begun.append(drop_later(sessions)))
+    with serving(chat, limits=Limits(live_idle=600.0)) as (url, _), httpx.Client(base_url=url) as client:
+        for _ in range(4):
+            assert client.delete(f"{URL}/{client.post(URL, json={}).json()['id']}").status_code == 200
+    assert len(begun) == 1

@@ -9,6 +9,8 @@ from starlette.responses import JSONResponse
 
 from bt_adapter.files import encode_json
 
+# Beginnings of advice in a reader's errors that is meant for those who run the server.
+_ADVICE = ("; to read it, raise max_pixels", "; PIL.Image.MAX_IMAGE_PIXELS sets")
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -48,6 +50,14 @@ class ApiError(Exception):
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Make the error of a request that asks for something impossible or unsupported (400)."""
     return ApiError(400, message, param, code)
+
+
+def reader_text(error: Exception) -> str:
+    """Return what a reader of media says in an error, without its name for bytes and without its advice."""
+    text = str(error).removeprefix("<bytes>: ")
+    for advice in _ADVICE:
+        text = text.partition(advice)[0]
+    return text
 
 
 class JsonResponse(JSONResponse):

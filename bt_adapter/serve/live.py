@@ -15,7 +15,7 @@ from bt_adapter.chat.watch import EncodedVisual
 from bt_adapter.data import VideoError
 from bt_adapter.live.session import LiveSession, SessionClosed
 from bt_adapter.live.video import WindowKind
-from bt_adapter.serve.errors import ApiError, JsonResponse, bad_request
+from bt_adapter.serve.errors import ApiError, JsonResponse, bad_request, reader_text
 from bt_adapter.serve.media import Media
 from bt_adapter.serve.requests import AnswerFields, Count, Rate, Text
 from bt_adapter.serve.service import Prepared, Service
@@ -56,6 +56,7 @@ class LiveSessions:
     def __init__(self, service: Service) -> None:
         self.service, self.limits = service, service.options.limits
         self._sessions: dict[str, LiveSession] = {}
+        self._timer: asyncio.TimerHandle | None = None  # of the next look for idle sessions
         service.metrics.watch("live_sessions", "Open live sessions.", lambda: len(self._sessions))
 
     def create(self, fields: SessionFields) -> tuple[str, LiveSession]:
@@ -66,9 +67,7 @@ class LiveSessions:
             raise self.service.busy(f"{limits.live_sessions} live sessions are open, which is the limit")
         if fields.frames is not None and fields.frames > limits.frames:
             raise bad_request(f"frames must be at most {limits.frames} on this server", "frames")
-        if fields.branch and not sampling.branch:
-            raise bad_request("this server runs its model without the branch", "branch")
-        branch = sampling.branch if fields.branch is None else fields.branch
+        branch = self.service.branch_of(fields.branch)
         try:
             session = LiveSession(
                 self.service.chat, fields.window, fields.frames, fields.fps, branch, sampling.long, limits.live_idle
@@ -81,7 +80,8 @@ class LiveSessions:
             raise self.service.busy("the open live sessions take all memory that they may")
         key = secrets.token_urlsafe(16)
         self._sessions[key] = session
-        self._drop_later()
+        if self._timer is None:
+            self._drop_later()
         return key, session
 
     def find(self, key: str) -> LiveSession:
@@ -107,8 +107,7 @@ class LiveSessions:
         except SessionClosed as error:
             raise _unknown() from error
         except VideoError as error:
-            text = str(error).removeprefix("<bytes>: ").partition("; to read it, raise")[0]
-            raise bad_request(f"the frame cannot be used: {text}", "body", "invalid_media") from error
+            raise bad_request(f"the frame cannot be used: {reader_text(error)}", "body", "invalid_media") from error
         except ValueError as error:
             raise bad_request(str(error), "time") from error
         except MemoryError as error:
@@ -135,13 +134,13 @@ class LiveSessions:
 
     def _drop_later(self) -> None:
         """Free idle sessions even if no further request comes."""
+        self._timer = asyncio.get_running_loop().call_later(self.limits.live_idle / 2, self._drop_idle)
 
-        def drop() -> None:
-            self._drop_closed()
-            if self._sessions:
-                self._drop_later()
-
-        asyncio.get_running_loop().call_later(self.limits.live_idle / 2, drop)
+    def _drop_idle(self) -> None:
+        self._timer = None
+        self._drop_closed()
+        if self._sessions:
+            self._drop_later()
 
 
 def add_live_routes(app: FastAPI, service: Service, answer: Answer, errors: dict[int | str, dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from bt_adapter.files import digest
 from bt_adapter.model.video_tokens import plan_windows
 from bt_adapter.serve.batching import Answering, ModelThread
 from bt_adapter.serve.decoding import DecodingTime, MediaDecoder
-from bt_adapter.serve.errors import ApiError, bad_request
+from bt_adapter.serve.errors import ApiError, bad_request, reader_text
 from bt_adapter.serve.fetch import Downloader
 from bt_adapter.serve.limits import Limits
 from bt_adapter.serve.media import Media, MediaError, read_allowed_file, read_data_url
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _CHARACTERS = 16  # of text at most for each token of the model's context
-# Beginnings of advice in a reader's errors that is meant for those who run the server.
-_ADVICE = ("; to read it, raise max_pixels", "; PIL.Image.MAX_IMAGE_PIXELS sets")
 
 
 @dataclass(frozen=True)
@@ -193,11 +191,13 @@ class Service:
         sampling, choice, most = self.options.sampling, request.frame_choice(), self.options.limits.frames
         if choice.frames is not None and choice.frames > most:
             raise bad_request(f"num_frames is {choice.frames}, but this server takes at most {most}", "num_frames")
-        if request.branch and not sampling.branch:
+        return replace(sampling, branch=self.branch_of(request.branch)), choice
+
+    def branch_of(self, asked: bool | None) -> bool:
+        """Return whether a request that asks for this (None: nothing) runs the branch. Raises ApiError."""
+        if asked and not self.options.sampling.branch:
             raise bad_request("this server runs its model without the branch", "branch")
-        if request.branch is not None:
-            sampling = replace(sampling, branch=request.branch)
-        return sampling, choice
+        return self.options.sampling.branch if asked is None else asked
 
     async def _see(self, address: Address, sampling: Sampling, choice: FrameChoice, room: int) -> tuple[Seen, bool]:
         """Return the tokens of a still or video, and whether they were in the cache. Raises ApiError."""
@@ -213,10 +213,8 @@ class Service:
             key = (content, "video", media.frames, choice, sampling, sets)
             return await self._cached(key, partial(self._encode_video, media, choice, sampling, sets))
         except (VideoError, ValueError) as error:
-            text = str(error).removeprefix("<bytes>: ")
-            for advice in _ADVICE:
-                text = text.partition(advice)[0]
-            raise bad_request(f"the {address.kind} cannot be used: {text}", address.param, "invalid_media") from error
+            text = f"the {address.kind} cannot be used: {reader_text(error)}"
+            raise bad_request(text, address.param, "invalid_media") from error
         except MemoryError as error:
             raise bad_request(f"the {address.kind} takes too much memory", address.param, "invalid_media") from error
 
