@@ -18,7 +18,7 @@ from bt_adapter.data.workers import PRELOAD, worker_context
 
 # Imported once, by the process that these and the workers of data loaders are forked from: importing takes longer than
 # most tests.
-PRELOAD += ["pytest", "bt_adapter.pretrain.run", "bt_adapter.chat.engine", "bt_adapter.mini.clip"]
+PRELOAD += ["pytest", "bt_adapter.pretrain.run", "bt_adapter.chat.engine", "bt_adapter.mini.llava"]
 
 
 def run(folder: Path, world: int, function: Callable, *arguments, seconds: float = 180) -> None:

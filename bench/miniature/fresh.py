@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPModel, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, LlavaProcessor, PreTrainedTokenizerBase
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
-from miniature.clip import draw_stills, text_embeddings  # noqa: E402
+from miniature.clip import draw_stills, make_clip, text_embeddings  # noqa: E402
 from miniature.items import ITEMS, load_items  # noqa: E402
 from miniature.probes import ridge  # noqa: E402
 from miniature.world import COLOURS, EVENTS, SINGLE, SIZE, caption  # noqa: E402
 
 from bt_adapter.data.image_settings import ImageSettings  # noqa: E402
 from bt_adapter.files import remove_unfinished, writing  # noqa: E402
-from bt_adapter.mini.clip import load_clip  # noqa: E402
 from bt_adapter.mini.language import load_language_model  # noqa: E402
 from bt_adapter.mini.llava import IMAGE_TOKEN, make_llava  # noqa: E402
 
@@ -87,7 +87,9 @@ def _least_squares(x: Tensor, y: Tensor, strength: float | Tensor) -> Tensor:
 def write(clip_folder: Path, out: Path) -> None:
     """Write the folder, which appears when it is whole."""
     torch.manual_seed(0)
-    clip, clip_tokenizer = load_clip(clip_folder)
+    clip_tokenizer = AutoTokenizer.from_pretrained(clip_folder)
+    clip = make_clip(clip_tokenizer).eval()
+    clip.load_state_dict(load_file(clip_folder / "model.safetensors"))
     model, tokenizer = make_llava(clip, *load_language_model())
     start_projector(model, clip, clip_tokenizer, tokenizer)
     vision = model.config.vision_config

@@ -8,6 +8,8 @@ This folder only loads it, and imports nothing else of the package. The trained 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,3 +48,19 @@ def data_folder() -> Path:
         "the small stack's weights come in the package bt-adapter-mini, which is not installed: "
         "pip install 'bt-adapter[mini]'"
     )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no advice from transformers while a part is loaded."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

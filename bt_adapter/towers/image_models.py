@@ -9,6 +9,7 @@ from torch import nn
 
 from bt_adapter.data.image_settings import read_image_settings
 from bt_adapter.errors import CheckpointError
+from bt_adapter.mini import quiet, weights_folder
 from bt_adapter.towers import clip as _clip
 from bt_adapter.towers import dinov2, open_clip, siglip
 from bt_adapter.towers.found import FoundTower as FoundTower
@@ -56,14 +57,16 @@ def load_image_model(name: str | os.PathLike[str], with_text: bool = False) -> n
         OSError: the model is not found.
         CheckpointError: the model is of another type, lacks weights, or has no text tower (a DINOv2) to load.
         CommandError: the model needs open_clip, which is not installed.
+        MiniError: the small stack's weights are not installed.
     """
     from transformers import CLIPModel, CLIPVisionModelWithProjection, SiglipModel, SiglipVisionModel
 
     name = os.fspath(name)
     if name == "mini":
-        from bt_adapter.mini.clip import load_clip
-
-        return load_clip()[0]
+        with quiet():
+            model: Any = load_image_model(weights_folder("clip"), with_text)
+        model.name_or_path = name
+        return model
     if open_clip.is_name(name):
         return open_clip.load(name)
     kind = model_kind(name)

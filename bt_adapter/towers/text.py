@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bt_adapter.data.devices import to_device
+from bt_adapter.mini import weights_folder
 from bt_adapter.towers import open_clip
 from bt_adapter.towers.image_models import load_image_model
 
@@ -144,13 +145,9 @@ def load_clip(name: str | os.PathLike[str]) -> tuple[nn.Module, TextEncoder]:
     """
     from transformers import AutoTokenizer, SiglipModel
 
-    from bt_adapter.mini.clip import load_tokenizer
-
     name = os.fspath(name)
     model: Any = load_image_model(name, with_text=True)
     if open_clip.is_model(model):
         return model, OpenClipText(model, open_clip.load_tokenizer(name))
-    if name == "mini":
-        return model, ClipText(model, load_tokenizer())
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(weights_folder("clip") if name == "mini" else name)
     return model, SiglipText(model, tokenizer) if isinstance(model, SiglipModel) else ClipText(model, tokenizer)
