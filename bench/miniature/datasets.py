@@ -20,7 +20,6 @@ coded by itself with a fixed quantizer, whatever stands beside it.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 import tarfile
@@ -44,6 +43,7 @@ from miniature.items import ITEMS, Items, load_items  # noqa: E402
 from miniature.questions import QUESTIONS, answer, draw_question  # noqa: E402
 from miniature.world import COLOURS, EVENTS, EXPOSURES, KINDS, SINGLE, of_kind, random_labels  # noqa: E402
 
+from bt_adapter.data.shards import add_bytes  # noqa: E402
 from bt_adapter.data.video import write_video  # noqa: E402
 from bt_adapter.files import remove_unfinished, write_json, writing  # noqa: E402
 
@@ -132,8 +132,8 @@ class Writer:
                     for number, (label, frames) in enumerate(self._drawn(world.paired_clips, labels), run):
                         aside = write_picture(self.folder / "clip", frames)
                         text = world.caption(*label, template=self._random(len(world.TEMPLATES)))
-                        _add(tar, f"{number:06d}.mp4", aside.read_bytes())
-                        _add(tar, f"{number:06d}.txt", text.encode())
+                        add_bytes(tar, f"{number:06d}.mp4", aside.read_bytes())
+                        add_bytes(tar, f"{number:06d}.txt", text.encode())
         aside.unlink()
 
     def stills(self, kinds: Sequence[str] = EXPOSURES) -> None:
@@ -229,12 +229,6 @@ class Writer:
 
     def _write_lines(self, name: str, records: list[dict]) -> None:
         (self.folder / name).write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # of no user and no time, so that the same seed gives the same bytes
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
 
 
 def write_demo(out: Path, seed: int = 7) -> None:

@@ -178,12 +178,13 @@ def _add(tar: tarfile.TarFile, name: str, suffix: str, video: Member, clip: Clip
     with open(video.path, "rb") as file:
         file.seek(video.offset)
         _add_file(tar, name + suffix, video.size, file)
-    _add_bytes(tar, name + ".json", json.dumps(about, ensure_ascii=False).encode())
+    add_bytes(tar, name + ".json", json.dumps(about, ensure_ascii=False).encode())
     if len(clip.captions) == 1:
-        _add_bytes(tar, name + ".txt", clip.captions[0].encode())
+        add_bytes(tar, name + ".txt", clip.captions[0].encode())
 
 
-def _add_bytes(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+def add_bytes(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Add a file of no user and no time to a tar, so that the same content gives the same bytes."""
     _add_file(tar, name, len(content), io.BytesIO(content))
 
 
