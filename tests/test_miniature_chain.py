@@ -25,7 +25,7 @@ class Machine:
 
     def __init__(self, plan, failing=""):
         self.plan, self.failing, self.threads = plan, failing, {}
-        self.runner = Runner(plan, 2, 2, self.start)
+        self.runner = Runner(plan, 2, self.start)
 
     def start(self, words, log, threads):
         (stage,) = [one for one in self.plan.stages.values() if one.words(self.plan.work) == words]
@@ -97,7 +97,7 @@ def test_a_stage_that_fails_ends_the_chain_and_is_run_again(tmp_path):
 
 def test_a_killed_chain_leaves_no_stage_running(tmp_path, monkeypatch):
     plan, children = Plan(tmp_path, [0]), []
-    runner = Runner(plan, 2, 2, lambda *_: children.append(subprocess.Popen(["sleep", "60"])) or children[-1])
+    runner = Runner(plan, 2, lambda *_: children.append(subprocess.Popen(["sleep", "60"])) or children[-1])
     before = signal.signal(signal.SIGALRM, lambda *_: sys.exit(143))
     signal.setitimer(signal.ITIMER_REAL, 0.5)
     with pytest.raises(SystemExit):

@@ -38,7 +38,6 @@ ON_CPU = "--device cpu --dtype float32"
 # Of the first seed: one stage is made in another way, all others are the headline's.
 BRANCH_ABLATIONS = {"no-mbta": "--mbta 0", "no-mbca": "--mbca 0", "reference-order": ""}
 IMAGE_ABLATIONS = {"one-exposure": "stills-ramp", "plain-stills": "stills-plain"}
-NUMBERS = range(1, 65)  # of threads and jobs
 QUICK = {
     "datasets.py": "--count 64", "clip.py": "--steps 2 --batch-size 8", "pretrain": "--steps 2",
     "reference_order.py": "--steps 2", "tune": "--steps 2 --batch-size 8", "probes.py": "--count 36",
@@ -216,10 +215,13 @@ def start(words: Sequence[str], log: IO[str], threads: int) -> subprocess.Popen:
 
 
 class Runner:
-    """Runs stages, at most ``jobs`` at a time, each as soon as what it needs is there."""
+    """Runs stages, at most ``jobs`` at a time and on one thread each, as soon as what they need is there.
 
-    def __init__(self, plan: Plan, threads: int, jobs: int, start: Callable[..., subprocess.Popen] = start) -> None:
-        self.plan, self.threads, self.jobs, self.start = plan, threads, min(jobs, threads), start
+    CLIP is trained alone, on ``jobs`` threads.
+    """
+
+    def __init__(self, plan: Plan, jobs: int, start: Callable[..., subprocess.Popen] = start) -> None:
+        self.plan, self.jobs, self.start = plan, jobs, start
         self.times, self.logs = plan.work / "times.jsonl", plan.work / "logs"
         self.running: dict[int, tuple[Stage, subprocess.Popen, int, float]] = {}  # with threads and time of its start
 
@@ -228,7 +230,7 @@ class Runner:
         self.logs.mkdir(parents=True, exist_ok=True)
         missing = {stage.name: stage for stage in stages if not self._is_done(stage)}
         order = TopologicalSorter({name: stage.needs & missing.keys() for name, stage in missing.items()})
-        if "clip" in missing:  # it trains on all threads: all others begin before it or need it
+        if "clip" in missing:  # all others begin before it or need it
             order.add("clip", *(name for name in missing if name.startswith("data/")))
         order.prepare()
         ready: list[str] = []
@@ -264,7 +266,7 @@ class Runner:
         for need in stage.needs:
             if need.endswith("/image"):
                 check_stills_only(self.plan.work / need / "tuned")
-        threads = self.threads if stage.name == "clip" else self.threads // self.jobs
+        threads = self.jobs if stage.name == "clip" else 1
         with (self.logs / stage.log).open("a", encoding="utf-8") as log:
             child = self.start(stage.words(self.plan.work), log, threads)
         self.running[child.pid] = stage, child, threads, time.monotonic()
@@ -301,10 +303,7 @@ def main() -> int:
     parser.add_argument("work", type=Path, help="folder of everything that is made")
     parser.add_argument("--seeds", type=int, nargs="+", help="of branch, image stage and tuning; default: 0 1 2")
     parser.add_argument("--stages", nargs="+", default=[], metavar="NAME", help="these alone, as seed1 or image")
-    parser.add_argument(
-        "--threads", type=int, default=2, choices=NUMBERS, metavar="N", help="threads of all processes together"
-    )
-    parser.add_argument("--jobs", type=int, default=2, choices=NUMBERS, metavar="N", help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=2, choices=range(1, 65), metavar="N", help="stages at a time")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: does it run?")
     parser.add_argument("--list", action="store_true", help="print the command of each stage, and run none")
     source = parser.add_mutually_exclusive_group()
@@ -325,7 +324,7 @@ def main() -> int:
         if options.install:
             stored.install(work, seeds[0])
             return 0
-        runner = Runner(plan, options.threads, options.jobs)
+        runner = Runner(plan, options.jobs)
         runner.run(stages)
     except ChainError as error:
         print(f"chain: {error}", file=sys.stderr)

@@ -64,10 +64,8 @@ def _items(images: np.ndarray, labels: np.ndarray) -> Items:
 
 def _read(prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images and own labels of the eight classes, and which of them are the first 40 of their class."""
-    images, source = (
-        _idx(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28),
-        _idx(f"{prefix}-labels-idx1-ubyte.gz", 8),
-    )
+    images = _idx(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+    source = _idx(f"{prefix}-labels-idx1-ubyte.gz", 8)
     is_kind = source[:, None] == np.array(SOURCE_CLASSES)
     first = (is_kind & (is_kind.cumsum(0) <= SHIPPED_PER_CLASS)).any(1)
     kept = is_kind.any(1)
@@ -78,9 +76,8 @@ def _idx(name: str, header: int) -> np.ndarray:
     try:
         return np.frombuffer(gzip.decompress((FOLDER / name).read_bytes()), dtype=np.uint8, offset=header)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{FOLDER / name} is not there: install Debian's package dataset-fashion-mnist"
-        ) from error
+        advice = "install Debian's package dataset-fashion-mnist"
+        raise FileNotFoundError(f"{FOLDER / name} is not there: {advice}") from error
 
 
 if __name__ == "__main__":

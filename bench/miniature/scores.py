@@ -29,7 +29,7 @@ from miniature.tables import small, spread  # noqa: E402
 from miniature.world import EVENTS, KINDS, SINGLE  # noqa: E402
 
 from bt_adapter.eval.ranking import retrieval  # noqa: E402
-from bt_adapter.eval.report import versions  # noqa: E402
+from bt_adapter.eval.report import read_json, versions  # noqa: E402
 from bt_adapter.files import write_json  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "miniature.json"
@@ -52,11 +52,11 @@ Answers = dict[str, dict[str, tuple[Any, Any]]]  # kind -> id -> (what is right,
 
 def read_answers(folder: Path) -> Answers:
     """The answers in the output folder of ``bt-adapter eval qa``. Raises ChainError where some are missing."""
-    about = _read_json(folder / "scores.json")
+    about = read_json(folder / "scores.json")
     if about["answered"] != about["records"]:
         raise ChainError(f"{folder}: {about['answered']} of {about['records']} questions are answered")
     found: Answers = {}
-    for row in _read_json(folder / "predictions.json"):
+    for row in read_json(folder / "predictions.json"):
         kind = row["type"]
         found.setdefault(kind, {})[row["id"]] = (parse(kind, row["answer"]), parse(kind, row["pred"]))
     return found
@@ -182,17 +182,13 @@ def score(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
     parameters = sum(value.numel() for value in load_file(work / "clip" / "model.safetensors").values())
     result = {
         "seeds": list(seeds), "made": versions(), "fed": check_stills_only(own[0] / "image" / "tuned"),
-        "clip": _read_json(work / "clip" / "about.json") | {"parameters": parameters},
+        "clip": read_json(work / "clip" / "about.json") | {"parameters": parameters},
         "answers": {name: [*map(figures, told)] for name, told in answers.items()},
         "tests": tests, "ablations": ablations, **score_captions(work, seeds),
-        "probes": [_read_json(folder / "probes" / "probes.json") for folder in own], "stages": stages,
+        "probes": [read_json(folder / "probes" / "probes.json") for folder in own], "stages": stages,
         "core_minutes": round(sum(t.get("cpu_seconds") or 0 for t in times) / 60, 1),
     }  # fmt: skip
     return {"headline": headline(result), **result}
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def headline(result: Mapping[str, Any]) -> dict[str, list]:

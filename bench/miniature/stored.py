@@ -19,9 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from bt_adapter.files import write_json, writing  # noqa: E402
-from bt_adapter.mini import weights_folder  # noqa: E402
+from bt_adapter.mini import CHECKOUT, weights_folder  # noqa: E402
 
-WEIGHTS = ROOT / "mini" / "bt_adapter_mini" / "weights"
 # The trained parts, and where a chain has them.
 PLACES = {
     "clip": "clip", "branch": "seed{}/branch/branch", "image": "seed{}/image/tuned", "tuned": "seed{}/tuned/tuned",
@@ -30,7 +29,7 @@ PLACES = {
 NAMES = {"mini": "clip", "mini:fresh": "fresh", "mini:image": "seed{}/image/tuned"}  # of folders, in the stored files
 
 
-def install(work: Path, seed: int, weights: Path = WEIGHTS) -> None:
+def install(work: Path, seed: int, weights: Path = CHECKOUT / "weights") -> None:
     """Copy the models of a seed to the package's weights: float16, and no path of this machine in their files."""
     known = {place.format(seed): name for name, place in NAMES.items()} | {PLACES["branch"].format(seed): None}
 

@@ -65,8 +65,6 @@ EVENTS = (
 KINDS = tuple(dict.fromkeys(event.kind for event in EVENTS))
 SINGLE = tuple(number for number, event in enumerate(EVENTS) if event.kind in ("motion", "size"))
 EXPOSURES = ("ramp", "rear flash", "front flash", "ghosts", "late shutter")
-
-
 Draws = dict[str, Tensor]  # of :func:`draw`
 
 
