@@ -20,7 +20,6 @@ from bt_adapter.chat.settings import Chat
 from bt_adapter.chat.tuned import load_by_name
 from bt_adapter.commands import cli, demo
 from bt_adapter.data import write_video
-from bt_adapter.errors import CommandError
 from bt_adapter.tune import load
 from bt_adapter.tune.recipe import TuneRecipe
 
@@ -152,35 +151,3 @@ def test_stages_from_the_first_to_the_last(tmp_path):
 
     other = load(mini.weights_folder("tuned"), branch=mini.weights_folder("branch"))  # in the place of its own
     assert torch.equal(attached_branch(other.model).branch.time, attached_branch(image.model).branch.time)
-
-
-def test_the_demo_takes_as_many_clips_as_there_are(tmp_path, capsys):
-    clips = demo.read_clips(mini.data_folder() / "clips", 9)
-    for clip in clips:
-        assert (
-            clip.path.stat().st_size < 12_000 and clip.question and read(clip.path, 8).frames.shape[1:] == (3, 192, 192)
-        )
-    demo.copy_clips(clips[:2], tmp_path / "kept")
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [clip.path.name for clip in clips[:2]]
-    with pytest.raises(CommandError, match="--clips is 10, but 9 clips"):
-        demo.read_clips(mini.data_folder() / "clips", 10)
-    assert cli.main(["demo", "--clips", "0"]) == 2
-
-
-def test_the_demo_prints_stored_results(tmp_path, capsys):
-    console = demo.make_console()
-    demo.show_results(tmp_path / "results.json", console)
-    assert "no stored results" in capsys.readouterr().out
-    headline = {"columns": ["", "motion"], "rows": [["untuned", "0.50"], ["tuned", "0.98"]], "notes": ["Three seeds."]}
-    (tmp_path / "results.json").write_text(json.dumps({"headline": headline}))
-    demo.show_results(tmp_path / "results.json", console)
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in ("motion", "untuned", "0.98", "Three seeds."))
-
-
-@needs_mini
-def test_the_demo_as_a_whole(tmp_path, capsys):
-    assert cli.main(["demo", "--clips", "2", "--keep", str(tmp_path / "kept")]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "branch off" in shown and "moving" in shown and "peak memory" in shown and "held-out clips" in shown
-    assert len(list((tmp_path / "kept").iterdir())) == 2
