@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from miniature.tables import small, spread
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = {
@@ -25,6 +24,17 @@ ON_BFLOAT16 = (
 def load(name: str) -> Any:
     """Read the stored results of a benchmark."""
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean ± standard deviation over seeds; the value alone where there is one."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def small(p: float) -> str:
+    """A p-value."""
+    return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
 
 
 def highlights() -> str:

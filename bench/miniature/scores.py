@@ -25,8 +25,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
 from miniature.chain import BRANCH_ABLATIONS, IMAGE_ABLATIONS, ROOT, ChainError, check_stills_only, read_lines  # noqa: E402
 from miniature.questions import parse  # noqa: E402
-from miniature.tables import small, spread  # noqa: E402
 from miniature.world import EVENTS, KINDS, SINGLE  # noqa: E402
+from summaries import small, spread  # noqa: E402
 
 from bt_adapter.eval.ranking import retrieval  # noqa: E402
 from bt_adapter.eval.report import read_json, versions  # noqa: E402
