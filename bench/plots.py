@@ -68,13 +68,15 @@ def small_world() -> Path:
     axes[0].set_xticks(range(len(labels)), labels.values())
     axes[0].axhline(1 / 6, color="black", linewidth=0.8, linestyle=":")
     axes[0].set_ylabel("motion answers right, of 6")
-    places = list(found["probes"][0]["clips"])
-    for shift, fitted in ((-0.2, "clips"), (0.2, "stills")):
-        means = [
-            statistics.mean(seed[fitted][place]["motion"]["right"] for seed in found["probes"]) for place in places
-        ]
-        axes[1].barh([number + shift for number in range(len(places))], means, 0.4, label=f"probes fitted on {fitted}")
-    axes[1].set_yticks(range(len(places)), places)
+    rows = {place: number for number, place in enumerate(found["probes"][0]["clips"])}
+    for shift, fitted in ((-0.2, "clips"), (0.2, "stills")):  # not every place is there in stills
+        means = {
+            place: statistics.mean(seed[fitted][place]["motion"]["right"] for seed in found["probes"])
+            for place in found["probes"][0][fitted]
+        }
+        heights = [rows[place] + shift for place in means]
+        axes[1].barh(heights, [*means.values()], 0.4, label=f"probes fitted on {fitted}")
+    axes[1].set_yticks([*rows.values()], [*rows])
     axes[1].invert_yaxis()
     axes[1].set_xlabel("motion read in held-out clips, of 6")
     axes[1].legend(fontsize=8)
