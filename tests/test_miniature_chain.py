@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from miniature import chain, probes, scores, stored
+from miniature import chain, clip, probes, scores, stored, world
 from miniature.chain import ChainError, Plan, Runner, check_stills_only
+from miniature.items import load_items
 from miniature.world import of_kind
 from safetensors.torch import load_file, save_file
 
@@ -161,6 +162,15 @@ def test_no_untuned_answer_after_anything_but_stills(made, file, old, new, messa
     with pytest.raises(ChainError, match=message):
         machine.runner.run([made.stages["seed0/untuned"]])
     assert not machine.threads
+
+
+def test_a_step_of_clip_sees_single_images_alone(monkeypatch):
+    for name in ("clips", "paired_clips"):
+        monkeypatch.setattr(world, name, None)
+    tokenizer, seen, embed = clip.make_tokenizer(), [], clip.image_embeddings
+    monkeypatch.setattr(clip, "image_embeddings", lambda *given: seen.append(given[1].shape) or embed(*given))
+    found = clip.losses(clip.make_clip(tokenizer), tokenizer, load_items(), 8, True, torch.Generator().manual_seed(0))
+    assert seen == [(8, 3, 48, 48)] and found.isfinite().all()
 
 
 def test_figures_of_answers(tmp_path):
