@@ -245,12 +245,17 @@ def captions() -> str:
 
 
 def probe_readings() -> str:
-    """Make the table of the linear probes, one row per place."""
+    """Make the table of the linear probes, one row per place.
+
+    A still has no branch and is its own mean: of the places it is read at, all but two are the same.
+    """
     seeds, rows = load("miniature.json")["probes"], []
     names = {"clips": "clips", "stills": "stills", "held-out stills": "stills, read in stills"}
+    of_stills = {"frame mean": "the tower's tokens", "frame mean after the projector": "the same after the projector"}
     for fitted, label in names.items():
-        for place, kinds in seeds[0][fitted].items():
-            cells = []
+        places = of_stills if fitted == "held-out stills" else {place: place for place in seeds[0][fitted]}
+        for place, shown_as in places.items():
+            kinds, cells = seeds[0][fitted][place], []
             for kind in ("motion", "size", "order", "speed", "item"):
                 found = [seed[fitted][place].get(kind) for seed in seeds]
                 shown = [
@@ -259,7 +264,7 @@ def probe_readings() -> str:
                     if kind in kinds and key in kinds[kind]
                 ]
                 cells.append("; ".join(shown))
-            rows.append([label, place, *cells])
+            rows.append([label, shown_as, *cells])
     return table(["fitted on", "read from", "motion; of the pair", "size", "order", "speed", "item"], rows)
 
 
