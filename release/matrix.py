@@ -29,7 +29,7 @@ TOOLS = (
 )
 TESTS = (
     "test_native.py", "test_visible.py", "test_dispatch.py", "test_conformance.py", "test_nn.py", "test_model.py",
-    "test_golden.py", "test_attach.py", "test_families.py",
+    "test_golden.py", "test_attach.py", "test_families.py", "test_family_towers.py", "test_family_visuals.py",
 )  # fmt: skip
 
 

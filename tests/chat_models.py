@@ -22,12 +22,14 @@ from transformers import (
 )
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
+from bt_adapter.chat.attach import attach
 from bt_adapter.chat.families import family_of
 
 IMAGE_TOKEN = 60
 SIZE, PATCHES, QUERIES, WIDTH = 24, 9, 5, 40  # 24 px in patches of 8
 LAYERS = 4  # of the tower a branch stands beside; the Q-Former models' own has one less
 FAMILIES = ("llava", "llava_next", "vipllava", "blip-2", "instructblip")
+QFORMERS = ("blip-2", "instructblip")
 VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
     "image_size": SIZE, "patch_size": 8,
@@ -146,3 +148,8 @@ def stills(name: str, count: int = 2) -> tuple[dict, int]:
         return {"pixel_values": pixels, "image_sizes": torch.tensor([[SIZE, 2 * SIZE]] * count)}, PATCHES + 18 + 3
     pixels = torch.randn(count, 3, SIZE, SIZE, generator=generator)
     return {"pixel_values": pixels}, QUERIES if name in ("blip-2", "instructblip") else PATCHES
+
+
+def attached(name: str = "llava", **fields):
+    chat = make_chat(name)
+    return attach(chat, make_branch(chat, drop_path=0.0, **fields))

@@ -1,9 +1,5 @@
 """Every image chat model a branch can be attached to: videos through its own way of seeing, stills as before."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 from chat_models import (
@@ -11,7 +7,7 @@ from chat_models import (
     IMAGE_TOKEN,
     LAYERS,
     PATCHES,
-    SIZE,
+    QFORMERS,
     WIDTH,
     ids,
     make_branch,
@@ -21,16 +17,14 @@ from chat_models import (
     t5_config,
     videos,
 )
-from torch.utils.data import DataLoader
 
-from bt_adapter import BTAdapterConfig, BTAdapterVisionModel, load_reference_checkpoint, to_reference_state_dict
+from bt_adapter import BTAdapterVisionModel, load_reference_checkpoint, to_reference_state_dict
 from bt_adapter.chat.attach import attach, attached_branch, branch_enabled, detach, video_tokens
 from bt_adapter.chat.families import Visuals, family_of
 from bt_adapter.chat.families.layers import video_tokens_of_layers
-from bt_adapter.chat.families.pairing import check_shapes, enlarge
+from bt_adapter.chat.families.pairing import check_shapes
 from bt_adapter.towers.config import TowerConfig
 
-QFORMERS = ("blip-2", "instructblip")
 PROJECTORS = ("llava", "llava_next", "vipllava")
 
 
@@ -398,179 +392,3 @@ def test_what_stood_in_for_the_method_before_is_kept(name):
     assert heard
     detach(chat)
     assert owner.__dict__[method] is replaced
-
-
-def at_size(chat, size: int, change: float = 0.0) -> BTAdapterVisionModel:
-    """A branch of another resolution: the same tower but for the position table, and a change of all else."""
-    branch = make_branch(chat)
-    family = family_of(chat)
-    config = {**branch.vision_config.to_dict(), "image_size": size}
-    other = BTAdapterVisionModel(config, BTAdapterConfig(depth=3)).eval()
-    places = 1 + other.vision_config.patches
-    state = {k: v + change * torch.randn_like(v) for k, v in branch.state_dict().items()}
-    state["tower.position"] = enlarge(branch.tower.position, places)
-    other.load_state_dict(state)
-    assert family.image_size != size
-    return other
-
-
-@pytest.mark.parametrize("name", ["llava", "blip-2"])
-def test_same_clip_at_another_resolution_is_taken_and_told(name):
-    chat = make_chat(name, image_size=48)  # 36 patches
-    small = make_chat(name)
-    state = {n: p for n, p in family_of(small).vision_tower.state_dict().items() if "position" not in n}
-    family_of(chat).vision_tower.load_state_dict(state, strict=False)
-    table, theirs = family_of(chat).tower()[0]["position"], family_of(small).tower()[0]["position"]
-    with torch.no_grad():
-        smooth = torch.linspace(-1, 1, 10)[:, None] * torch.ones_like(theirs)
-        theirs.copy_(smooth)
-        table.copy_(enlarge(smooth, 37))
-    branch = make_branch(small)
-    with pytest.warns(UserWarning, match=r"same CLIP at another resolution \(trained at 24 px, used at 48\)"):
-        attach(chat, branch)
-    pixels = torch.randn(1, 2, 3, 48, 48)
-    assert video_tokens(chat, pixels).shape == (1, 37, 32)
-    assert torch.equal(attached_branch(chat).tower.position, table)
-
-
-def test_another_clip_at_another_resolution_is_refused_unless_asked_for():
-    chat = make_chat("llava", image_size=48)
-    branch = make_branch(make_chat("llava"))
-    with pytest.raises(ValueError, match=r"another CLIP.*image_size 24 against 48.*require_same_tower=False"):
-        attach(chat, branch)
-    assert "get_image_features" not in chat.model.__dict__
-    with pytest.warns(UserWarning, match="another CLIP"):
-        attach(chat, branch, require_same_tower=False)
-    assert video_tokens(chat, torch.randn(1, 2, 3, 48, 48)).shape == (1, 37, 32)
-
-
-def test_branch_alone_of_another_resolution_is_refused_unless_asked_for(tmp_path):
-    make_branch(make_chat("llava")).save_pretrained(tmp_path)
-    chat = make_chat("llava", image_size=48)
-    with pytest.raises(ValueError, match=r"24 px.*48 px.*include_tower=True"):
-        attach(chat, tmp_path)
-    with pytest.warns(UserWarning, match="24 px"):
-        attach(chat, tmp_path, require_same_tower=False)
-    assert video_tokens(chat, torch.randn(1, 2, 3, 48, 48)).shape == (1, 37, 32)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_branch_of_the_other_kind_of_tower_is_refused(name):
-    other = make_branch(make_chat("llava" if name in QFORMERS else "blip-2"))
-    with pytest.raises(ValueError, match=r"an? (EVA-)?CLIP tower, image_chat_model has an? (EVA-)?CLIP"):
-        attach(make_chat(name), other)
-
-
-@pytest.mark.parametrize("name", QFORMERS)
-def test_branch_beside_as_many_layers_as_the_files_hold_is_refused(name):
-    """A branch beside 39 layers would read layer 37, but the Q-Former reads layer 38."""
-    chat = make_chat(name)
-    other = make_branch(make_chat(name, num_hidden_layers=LAYERS - 2))
-    with pytest.raises(ValueError, match=r"leave the last layer out\): num_hidden_layers 3 against 4"):
-        attach(chat, other)
-
-
-def test_models_that_do_not_read_the_last_layer_but_one_are_refused():
-    chat = make_chat("vipllava")
-    branch = make_branch(chat)
-    chat.config.vision_feature_layers = [-1, -3, 1]
-    with pytest.raises(ValueError, match=r"after layers \[4, 2, 1\] of 4"):
-        attach(chat, branch)
-
-
-def test_other_models_are_refused():
-    with pytest.raises(TypeError, match=r"LlavaForConditionalGeneration.*InstructBlip.*but is Linear"):
-        attach(torch.nn.Linear(1, 1), "nowhere")
-
-
-SIZED = [None, (SIZE, 2 * SIZE), (2 * SIZE, SIZE)]
-
-
-def sized_visuals() -> Visuals:
-    video = videos(1)[0]
-    return Visuals([video, torch.randn(3, 3, SIZE, SIZE), torch.randn(3, 3, SIZE, SIZE)], image_sizes=SIZED)
-
-
-MOVES = {
-    "to": lambda v: v.to("cpu"),
-    "another dtype": lambda v: v.to(torch.float64),
-    "accelerate": lambda v: accelerate_utils().send_to_device({"pixel_values": v}, torch.device("cpu"))["pixel_values"],
-    "Trainer": lambda v: type(v)(item.to("cpu") for item in v),
-    "pin_memory": lambda v: type(v)([item.clone() for item in v]),
-    "rebuilt as a list": lambda v: [item.detach().clone() for item in v],
-    "copy": copy.copy,
-    "method copy": lambda v: v.copy(),
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda v: pickle.loads(pickle.dumps(v)),
-    "torch.save": lambda v: torch_saved(v),
-    "slice": lambda v: v[:],
-    "added": lambda v: v[:1] + v[1:],
-    "worker": lambda v: next(iter(DataLoader([v], batch_size=None, num_workers=1))),
-    "half and back": lambda v: v.to(torch.float16).to(torch.float32),
-}
-
-
-def accelerate_utils():
-    return pytest.importorskip("accelerate.utils", reason="accelerate is not installed")
-
-
-def torch_saved(visuals: Visuals) -> Visuals:
-    buffer = io.BytesIO()
-    torch.save(visuals, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
-def test_pictures_keep_their_sizes_wherever_they_go(move):
-    given = sized_visuals()
-    moved = Visuals.of(move(given))
-    assert moved.image_sizes == SIZED and [moved.is_video(i) for i in range(3)] == [True, False, False]
-    assert all(mine.shape == theirs.shape for mine, theirs in zip(moved, given, strict=True))
-    torch.testing.assert_close(moved[1].float(), given[1], rtol=1e-2, atol=1e-2, check_dtype=False)
-
-
-def test_only_the_picture_itself_has_its_size():
-    """What is computed of a still, or is a part of it, is a plain tensor."""
-    still = sized_visuals()[1]
-    assert still.image_size == (SIZE, 2 * SIZE) and (still + 0).image_size == still.image_size
-    for other in (still[0], still.sum(), still[:2], torch.stack([still, still])):
-        assert type(other) is torch.Tensor
-    plain = torch.randn(3, 3, SIZE, SIZE)
-    Visuals([plain], [(SIZE, SIZE)])
-    assert not hasattr(plain, "image_size")
-    assert Visuals([still], [None]).is_video(0)
-
-
-def test_stills_and_videos_of_one_batch_go_through_transformers_trainer(tmp_path):
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    from transformers import Trainer, TrainingArguments
-
-    chat = make_chat("llava_next")
-    attach(chat, make_branch(chat, drop_path=0.0))
-    lengths = [family_of(chat).image_length(*size) if size else PATCHES + 1 for size in SIZED]
-    tokens = ids(*lengths, batch=2)
-    labels = tokens.masked_fill(tokens == 60, -100)
-    batch = {"input_ids": tokens, "labels": labels, "pixel_values": sized_visuals() + sized_visuals()}
-    expected = chat(**batch).loss.item()
-    options = TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=2, max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True,
-        remove_unused_columns=False, save_strategy="no", logging_steps=1,
-    )  # fmt: skip
-    trainer = Trainer(model=chat, args=options, train_dataset=[0, 1], data_collator=lambda _: batch)
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-3)
-
-
-def test_visuals_say_what_is_wrong():
-    with pytest.raises(TypeError, match=r"items\[0\]"):
-        Visuals([3])
-    with pytest.raises(ValueError, match=r"items\[1\].*\[2, 2\]"):
-        Visuals([torch.zeros(3, 2, 2), torch.zeros(2, 2)])
-    with pytest.raises(ValueError, match="image_sizes"):
-        Visuals([torch.zeros(3, 2, 2)], [None, None])
-    chat = make_chat("llava_next")
-    attach(chat, make_branch(chat))
-    with pytest.raises(ValueError, match=r"image_sizes must have \(height, width\)"):
-        chat.get_image_features(Visuals([torch.zeros(3, 24, 24)]), None)
-    assert Visuals([torch.zeros(3, 2, 2)]).to(torch.float64)[0].dtype == torch.float64
