@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from device_work import host_waits
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bt_kernels import BackendUnavailable, VisibleTokens
@@ -177,3 +177,33 @@ class HostSyncs(TorchDispatchMode):
         if self.counting and host_waits(func, args, kwargs or {}):
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def scattered(module: nn.Module, deviation: float = 0.05) -> nn.Module:
+    """``module`` with every parameter drawn around where it started: a zero start would hide errors."""
+    generator = seeded(0)
+    for parameter in module.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * deviation)
+    return module
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
+
+
+def results(run, leaves: list[Tensor]) -> list[Tensor]:
+    """The result of ``run()`` and the gradients of a weighted sum of it."""
+    out = run()
+    loss = (out * normal(*out.shape, dtype=out.dtype, seed=2)).sum()
+    return [out.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def assert_all_close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Each within ``tolerance`` of the largest value of what is expected.
+
+    A key bias has the gradient 0, so what is expected is rounding alone: hence a floor beside the largest of all.
+    """
+    floor = 1e-14 * max(tensor.abs().max().item() for tensor in expected)
+    for number, (one, other) in enumerate(zip(got, expected, strict=True)):
+        error, largest = (one - other).abs().max().item(), other.abs().max().item()
+        assert error <= tolerance * largest + floor, f"tensor {number}: error {error} of {largest}"
