@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bt_adapter.data import CLIP_MEAN, CLIP_STD, TrainTransform, normalise, preprocess
-from bt_adapter.data.transforms import _resize, _resize_float
+from bt_adapter.data.transforms import _resize, _resize_float, resize_and_crop
 
 
 def picture(height: int, width: int, frames: int = 2, seed: int = 0) -> torch.Tensor:
@@ -115,6 +115,26 @@ def test_input_is_left_alone():
     preprocess(frames, 16)
     TrainTransform(16, flip=1.0)(frames)
     assert torch.equal(frames, before)
+
+
+@pytest.mark.parametrize("short", [1, 2, 3, 20, 50])
+@pytest.mark.parametrize("resize", [None, 40])
+def test_the_centre_of_very_long_frames_is_that_of_the_whole(short, resize):
+    frames = picture(short, 1500 + short % 2)
+    wide = _resize(frames, (resize or 32, int((resize or 32) * frames.shape[3] / short)))
+    top, left = (wide.shape[2] - 32) // 2, (wide.shape[3] - 32) // 2
+    expected = wide[:, :, top : top + 32, left : left + 32].int()
+    found = resize_and_crop(frames, 32, resize).int()
+    # whole pixels of the resized frame are rounded differently where the sides do not divide
+    assert (found - expected).abs().float().mean() < (3 if short == 3 else 1)
+    turned = resize_and_crop(frames.transpose(2, 3), 32, resize).transpose(2, 3).int()
+    assert (turned - found).abs().float().mean() < 1  # width is resized first, and rounded
+
+
+def test_a_very_long_frame_takes_little_memory():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        preprocess(torch.full((1, 3, 1, 65_535), 9, dtype=torch.uint8), 224)
+    assert sum(max(0, event.cpu_memory_usage) for event in profile.events()) < 20e6
 
 
 @settings(max_examples=30, deadline=None)

@@ -16,6 +16,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Off the CPU, frames are resized in float32 this many at a time, to avoid a float copy of a long clip.
 _CHUNK = 16
+# The long side counts up to this many times the short one. Without a limit, the resize of a picture of 1 x 65,535
+# pixels, a file of some hundred bytes, takes gigabytes, although the centre crop shows one of these pixels.
+_LONGEST = 16
 
 
 def preprocess(
@@ -60,6 +63,8 @@ def resize_and_crop(
     """
     check_frames(frames)
     _check_size(size)
+    if resize is None or isinstance(resize, int):
+        frames = _cut_elongated(frames)
     height, width = frames.shape[-2:]
     short = size if resize is None else resize
     if not isinstance(short, int):
@@ -71,6 +76,17 @@ def resize_and_crop(
     frames = _resize(frames, target, resample)
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
     return frames[:, :, top : top + size, left : left + size]
+
+
+def _cut_elongated(frames: torch.Tensor) -> torch.Tensor:
+    """Cut a very long side to its centre, of which a centre crop shows a small part.
+
+    An even number of pixels goes, so that the centre stays where it is.
+    """
+    height, width = frames.shape[-2:]
+    longest = _LONGEST * min(height, width)
+    top, left = (max(0, side - longest) // 2 for side in (height, width))
+    return frames[:, :, top : height - top, left : width - left]
 
 
 class TrainTransform:
