@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tuning import make_video_chat, write_clips, write_still
 
 from bt_adapter.chat.prompts import PromptError, Turn
 from bt_adapter.chat.watch import Sampling
 from bt_adapter.data import VideoError
+from bt_adapter.data.stream import FrameStream
 from bt_adapter.errors import CommandError
 from bt_adapter.lmms_eval.answering import Answerer
 from bt_adapter.lmms_eval.conversations import Asked, Medium, read_context, read_messages
@@ -145,7 +147,7 @@ def test_a_file_is_encoded_once_while_it_is_kept(chat, files, monkeypatch):
     watched = []
     whole = answering.watch
     monkeypatch.setattr(
-        answering, "watch", lambda chat, name, sampling: watched.append(name) or whole(chat, name, sampling)
+        answering, "watch", lambda chat, video, sampling: watched.append(video.path) or whole(chat, video, sampling)
     )
     clips = [str(files / f"clip{i}.mp4") for i in range(2)]
     answerer = Answerer(chat, Sampling(frames=2), 1)
@@ -161,9 +163,27 @@ def test_the_part_of_a_video_is_read(chat, files):
     part = answerer._encode(Medium("video", clip, 0.0, 0.2)).tokens
     assert part.shape == whole.shape and not part.equal(whole)
     all_of_it = answerer._encode(Medium("video", clip, 0.0, None)).tokens
-    assert (all_of_it - whole).abs().max() < 1e-5
-    with pytest.raises(ValueError, match="cannot be combined with fps or windows"):
-        Answerer(chat, Sampling(fps=2))._encode(Medium("video", clip, 0.0, 0.2))
+    assert all_of_it.equal(whole)
+    with pytest.raises(VideoError, match="no frame can be decoded between start=9.0 and end=None"):
+        answerer._encode(Medium("video", clip, 9.0))
+
+
+def test_the_part_of_a_video_is_read_at_a_rate_and_in_windows(chat, files):
+    clip = str(files / "clip0.mp4")
+    stream = FrameStream(clip)
+    frames, middle = torch.cat(list(stream)), stream.total // 2
+    moment = middle / stream.fps
+
+    def tokens(start, end, **options):
+        return Answerer(chat, Sampling(**options))._encode(Medium("video", clip, start, end)).tokens
+
+    half = [chat.encode(part)[0] for part in (frames[:middle], frames[middle:])]
+    late = tokens(moment - 1e-3, None, fps=stream.fps)
+    assert (late - half[1]).abs().max() < 1e-5
+    early = tokens(None, moment - 1e-3, fps=stream.fps)
+    assert (early - half[0]).abs().max() < 1e-5
+    two = tokens(0.0, moment - 1e-3, frames=2, windows=2)
+    assert len(two) == 2 * len(tokens(0.0, moment - 1e-3, frames=2, windows=1))
 
 
 def test_what_cannot_be_answered_is_an_error(chat, files):

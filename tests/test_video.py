@@ -15,6 +15,7 @@ import torch
 from bt_adapter.data import Video, VideoError, _source, read_video, sample_indices, write_video
 from bt_adapter.data import _decode as decode
 from bt_adapter.data import video as video_module
+from bt_adapter.data.stream import FrameStream
 
 HEIGHT, WIDTH = 48, 64
 # Frame i shows the number i as nine bits, bright or dark, in 3 x 3 blocks, which survive lossy coding.
@@ -235,6 +236,20 @@ def test_range(clip):
         read_video(clip, 4, start=2, end=1)
     with pytest.raises(TypeError, match="start must be a number of seconds, got str"):
         read_video(clip, 4, start="1")
+
+
+def test_range_of_a_stream(clip):
+    for start, end in ((None, 2.05), (1.0, None), (1.0, 3.0)):
+        expected = read_video(clip, 5, start=start, end=end)
+        stream = FrameStream(clip, 5, chunk=2, start=start, end=end)
+        assert (stream.numbers, stream.total) == (expected.indices.tolist(), expected.total)
+        assert torch.equal(torch.cat(list(stream)), expected.frames)
+    assert numbers(torch.cat(list(FrameStream(clip, fps=2, start=1.0, end=2.5)))) == [10, 14, 18]
+    assert FrameStream(clip, fps=8, start=4.0).numbers == list(range(32, 40))
+    with pytest.raises(VideoError, match="no frame can be decoded between start=9 and end=None"):
+        FrameStream(clip, start=9)
+    with pytest.raises(VideoError, match="start=2 must be before end=1"):
+        FrameStream(clip, start=2, end=1)
 
 
 @pytest.mark.parametrize("rotation", [-90, 90, 180])
@@ -613,7 +628,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         (torch.zeros(3, 8, 8, dtype=torch.uint8), 8, ValueError, "rank 4"),
         (torch.zeros(3, 1, 8, 8, dtype=torch.uint8), 8, ValueError, "3 channels"),
         (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), 8, ValueError, "empty"),
-        (numbered(2), 0, ValueError, "fps must be a number above 0, got 0"),
+        (numbered(2), 0, ValueError, "fps must be a number above 0, but is 0"),
         (numbered(2), float("nan"), ValueError, "fps"),
         (numbered(2), "8", ValueError, "fps"),
     ],

@@ -46,10 +46,13 @@ class Sampling:
     branch: bool = True
     side: int | None = None
 
-    def open(self, path: str | Path) -> FrameStream:
-        """Open and check a file, so that its frames can be decoded. Raises VideoError, ValueError."""
+    def open(self, path: str | Path, start: float | None = None, end: float | None = None) -> FrameStream:
+        """Open and check a file, so that its frames can be decoded.
+
+        start, end: seconds between which frames are chosen; None: its start and end. Raises VideoError, ValueError.
+        """
         frames = None if self.fps is not None else self.frames
-        stream = FrameStream(path, frames, self.fps, repeat=True, chunk=_CHUNK, side=self.side)
+        stream = FrameStream(path, frames, self.fps, repeat=True, chunk=_CHUNK, side=self.side, start=start, end=end)
         if not self.repeat and self.fps is None and stream.total < self.frames:
             raise VideoError(
                 f"{stream.path}: {self.frames} frames were asked for, but there are only {stream.total}; ask for fewer "

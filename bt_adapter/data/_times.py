@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Sequence
 from fractions import Fraction
 
+from bt_adapter.data._source import VideoError
+
 FAR = 10  # seconds; in containers with clock restarts, a larger step between frames is a restart
 _JITTER = 1  # seconds; in other containers, frames may be out of order by this much
 _ROUNDING = 1e-6  # seconds; tolerance for float sums where a frame begins exactly at the middle of a tick
@@ -142,3 +144,18 @@ def shown_at_rate(seconds: list[float], duration: float, fps: float) -> list[int
         else:
             break
     return sorted(set(numbers))
+
+
+def read_span(name: str, start: float | None, end: float | None) -> tuple[float, float]:
+    """Return the seconds ``start`` and ``end`` of a part of a video, half-open; None: infinite.
+
+    Raises TypeError for what is no number, and VideoError for an empty part; ``name`` is the video's.
+    """
+    for label, value in (("start", start), ("end", end)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise TypeError(f"{label} must be a number of seconds, got {type(value).__name__} ({value!r})")
+    low = -math.inf if start is None else float(start)
+    high = math.inf if end is None else float(end)
+    if not low < high:
+        raise VideoError(f"{name}: start={start} must be before end={end} (seconds)")
+    return low, high

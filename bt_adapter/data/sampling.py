@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 
 SAMPLINGS = ("middle", "random", "reference")
@@ -61,6 +64,13 @@ def check_count(name: str, value: int, error: type[ValueError] = ValueError) -> 
         raise TypeError(f"{name} must be an int, got {type(value).__name__} ({value!r})")
     if value < 1:
         raise error(f"{name} must be at least 1, got {value}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless `value` is a finite number above 0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name} must be a number above 0, but is {value!r}")
 
 
 def check_sampling(sampling: str) -> None:

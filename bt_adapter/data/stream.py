@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,8 +14,8 @@ from torch import Tensor
 from bt_adapter.data._decode import Taken, bounded_size, decode_all, take_by_seeking, take_in_sequence
 from bt_adapter.data._index import scan
 from bt_adapter.data._source import PathLike, Source, VideoError
-from bt_adapter.data._times import shown_at_rate
-from bt_adapter.data.sampling import check_count, sample_indices
+from bt_adapter.data._times import read_span, shown_at_rate
+from bt_adapter.data.sampling import check_count, check_positive, sample_indices
 from bt_adapter.progress import Progress
 
 # A sought frame costs about half a group of pictures; seeking must be this many times cheaper than decoding all.
@@ -42,10 +43,11 @@ class FrameStream:
         threads: decoder threads; 0: one per core.
         check: called before each packet is read or decoded. What it raises ends the reading; a VideoError is raised
             unchanged, another ValueError becomes one.
+        start, end: only frames shown at ``start <= t < end``, in seconds from the start of the file.
 
     Attributes:
         numbers: index of each frame among all frames of the file, ascending; ``len(stream)`` is T.
-        total: frames in the file. duration: seconds. fps: average of the file.
+        total: frames in the file, or between ``start`` and ``end``. duration: seconds. fps: average; both of the file.
         truncated: part of the file is missing or damaged (final only after the last frame was read).
         progress: called with (frames done, frames in total); may be set at any time.
         side: as given; may be set before frames are read.
@@ -66,6 +68,8 @@ class FrameStream:
         max_pixels: int | None = None,
         threads: int = 0,
         check: Callable[[], object] = lambda: None,
+        start: float | None = None,
+        end: float | None = None,
     ) -> None:
         if frames is not None and fps is not None:
             raise ValueError(f"only one of frames and fps may be given, but frames is {frames} and fps is {fps}")
@@ -78,25 +82,34 @@ class FrameStream:
         self.progress: Progress | None = None
         if frames is not None:
             check_count(f"{self.path}: frames", frames, VideoError)
-        if fps is not None and not (math.isfinite(fps) and fps > 0):
-            raise ValueError(f"fps must be a number above 0, but is {fps!r}")
+        if fps is not None:
+            check_positive("fps", fps)
+        span = read_span(self.path, start, end)
         self._index = scan(self._source)
         self.truncated = self._index.truncated
         order = self._index.order if self._index.exact else self._decoded_order()
         seconds = self._index.times(order)
-        self.total, self.fps = len(seconds), self._index.fps
+        self._in_file, self.fps = len(seconds), self._index.fps
         self.duration = self._index.duration(order, seconds)
-        if not seconds:
-            raise VideoError(f"{self.path}: no frame can be decoded")
-        if frames is None:
-            self.numbers = list(range(self.total)) if fps is None else shown_at_rate(seconds, self.duration, fps)
+        first, stop = (bisect.bisect_left(seconds, moment) for moment in span)
+        self.total = stop - first
+        if not self.total:
+            where = "" if start is None and end is None else f" between start={start} and end={end} seconds"
+            raise VideoError(f"{self.path}: no frame can be decoded{where}")
+        if fps is not None:
+            rest = self.duration - (seconds[first] - seconds[0])
+            length = rest if stop == len(seconds) else seconds[stop] - seconds[first]
+            chosen = shown_at_rate(seconds[first:stop], length, fps)
+        elif frames is None:
+            chosen = list(range(self.total))
         elif self.total < frames and not repeat:
             raise VideoError(
                 f"{self.path}: {frames} frames were requested, but there are only {self.total}; request fewer, or pass "
                 "repeat=True to repeat frames"
             )
         else:
-            self.numbers = sample_indices(self.total, frames, "middle").tolist()
+            chosen = sample_indices(self.total, frames, "middle").tolist()
+        self.numbers = [first + number for number in chosen]
         self._chunk = chunk
         self._size: tuple[int, int] | None = None  # of all frames; None before the first is read
 
@@ -203,7 +216,7 @@ class FrameStream:
 
     def _is_seeking_cheaper(self) -> bool:
         """Tell whether seeking each frame from its keyframe costs less than decoding all frames up to the last."""
-        group = self.total / len(self._index.keys)  # frames in a group of pictures
+        group = self._in_file / len(self._index.keys)  # frames in a group of pictures
         return len(set(self.numbers)) * (group / 2 + 16) * _SEEK_ADVANTAGE < self.numbers[-1]
 
     def _report_progress(self, done: int) -> None:

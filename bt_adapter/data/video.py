@@ -16,9 +16,10 @@ import torch
 from av.error import FFmpegError
 
 from bt_adapter.data._decode import Taken, take_by_seeking, take_in_sequence
-from bt_adapter.data._index import Span, scan
+from bt_adapter.data._index import scan
 from bt_adapter.data._source import PathLike, Source, VideoError, reason
-from bt_adapter.data.sampling import check_count, check_sampling, sample_indices
+from bt_adapter.data._times import read_span
+from bt_adapter.data.sampling import check_count, check_positive, check_sampling, sample_indices
 from bt_adapter.data.transforms import check_frames
 from bt_adapter.files import writing
 from bt_adapter.progress import Progress
@@ -115,7 +116,7 @@ def read_video(
     check_sampling(sampling)
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
-    span = _span(source.name, start, end)
+    span = read_span(source.name, start, end)
     generator = generator if generator is not None else torch.default_generator
     state = generator.get_state()
 
@@ -214,8 +215,7 @@ def write_video(
         VideoError: the folder is missing, or FFmpeg does not support this container, codec or size.
     """
     check_frames(frames)
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps must be a number above 0, got {fps!r}")
+    check_positive("fps", fps)
     path = Path(path)
     webm = path.suffix.lower() == ".webm"
     codec = codec or ("libvpx-vp9" if webm else "libx264")
@@ -236,14 +236,3 @@ def write_video(
             container.mux(stream.encode(None))
     except (FFmpegError, OSError, ValueError) as error:
         raise VideoError(f"{path}: cannot be written with codec {codec!r} ({reason(error)})") from error
-
-
-def _span(name: str, start: float | None, end: float | None) -> Span:
-    for label, value in (("start", start), ("end", end)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise TypeError(f"{label} must be a number of seconds, got {type(value).__name__} ({value!r})")
-    low = -math.inf if start is None else float(start)
-    high = math.inf if end is None else float(end)
-    if not low < high:
-        raise VideoError(f"{name}: start={start} must be before end={end} (seconds)")
-    return low, high

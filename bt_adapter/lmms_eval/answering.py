@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from bt_adapter.chat.attach import video_tokens
 from bt_adapter.chat.conversation import Visual, answer_batch, check_context, context
 from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.prompts import conversation_ids
 from bt_adapter.chat.session import load, sampling_of
 from bt_adapter.chat.settings import ChatModel
 from bt_adapter.chat.watch import Sampling, encode_image, watch
-from bt_adapter.data import VideoError, read_video
+from bt_adapter.data import VideoError
 from bt_adapter.lmms_eval.conversations import Asked, Medium
 from bt_adapter.lmms_eval.generation import Generation
 
@@ -93,19 +92,4 @@ class Answerer:
             return self.chat.encode_image(pixels.permute(2, 0, 1))
         if not isinstance(source, str):
             raise VideoError(f"a video must be a file's name, but is {type(source).__name__}")
-        if medium.start is None and medium.end is None:
-            return watch(self.chat, source, self.sampling)
-        return self._encode_range(medium)
-
-    def _encode_range(self, medium: Medium) -> Visual:
-        """Encode the part of a video between two moments."""
-        sampling = self.sampling
-        if sampling.fps is not None or sampling.windows is not None:
-            raise ValueError("start_time and end_time of a video cannot be combined with fps or windows")
-        side = self.chat.images.largest_side
-        video = read_video(
-            medium.source, sampling.frames, start=medium.start, end=medium.end, repeat=sampling.repeat, side=side
-        )
-        pixels = self.chat.prepare(video.frames)
-        tokens = video_tokens(self.chat.model, pixels, long=sampling.long, branch=sampling.branch)
-        return self.chat.visual("video", tokens)
+        return watch(self.chat, self.sampling.open(source, medium.start, medium.end), self.sampling)
