@@ -143,6 +143,31 @@ def test_idle_and_closed_sessions(chat, clock):
         other.push(frames(1)[0])
 
 
+def test_closing_waits_for_no_frame(chat, monkeypatch):
+    session, begun, go_on, kept = LiveSession(chat, idle=15), threading.Event(), threading.Event(), []
+    run_tower = chat.branch.tower.run
+
+    def wait(*arguments):
+        begun.set()
+        assert go_on.wait(20)
+        return run_tower(*arguments)
+
+    monkeypatch.setattr(chat.branch.tower, "run", wait)
+    pusher = threading.Thread(target=lambda: kept.append(session.push(frames(1)[0])))
+    pusher.start()
+    assert begun.wait(20)
+    assert not session.closed
+    assert session.nbytes > 0
+    session.close()
+    assert session.closed
+    assert pusher.is_alive()
+    go_on.set()
+    pusher.join()
+    assert kept == [True]  # the call in progress was finished
+    with pytest.raises(SessionClosed):
+        session.push(frames(1)[0])
+
+
 def test_a_question_that_does_not_fit_leaves_the_session_usable():
     chat = make_engine(context=64)
     session = LiveSession(chat)
@@ -154,8 +179,9 @@ def test_a_question_that_does_not_fit_leaves_the_session_usable():
 
 
 def test_models_and_arguments_that_are_refused(chat):
-    with pytest.raises(ValueError, match="idle must be a number of seconds above 0, but is 0"):
-        LiveSession(chat, idle=0)
+    for idle in (0, "soon", float("nan")):
+        with pytest.raises(ValueError, match=f"idle must be a number above 0, but is {idle!r}"):
+            LiveSession(chat, idle=idle)
     with pytest.raises(ValueError, match="window must be"):
         LiveSession(chat, "last")
     vip = make_family_chat("vipllava")

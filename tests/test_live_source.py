@@ -174,6 +174,22 @@ def test_stream_clock(stamps):
         assert clock.jumps == 1
 
 
+def test_time_stamps_that_stand_still_do_not_stop_the_stream():
+    for creep in (0.0, 1e-5):
+        clock = StreamClock(max_gap=5)
+        times = [clock.advance(7.0 + creep * number, 50 + number / 2) for number in range(40)]
+        assert times[10] == pytest.approx(0, abs=1e-3)
+        assert times[-1] - times[11] == pytest.approx(14, abs=1e-3)  # by the wall clock
+        assert is_ascending(times)
+        assert clock.jumps == 1
+        after = [clock.advance(9.0 + number / 10, 70 + number / 10) for number in range(3)]
+        assert [b - times[-1] for b in after] == pytest.approx([2.0, 2.1, 2.2], abs=1e-3)
+        assert clock.jumps == 1
+    slow = StreamClock(max_gap=5)  # one frame in ten seconds
+    assert [slow.advance(10.0 * number, 10.0 * number) for number in range(4)] == [0, 10, 20, 30]
+    assert slow.jumps == 0
+
+
 def test_a_slow_program_gets_the_newest_frames():
     with streaming(transport_stream(60)) as streamer:
         source = LiveSource(streamer.url, buffer=1)
@@ -370,11 +386,22 @@ def test_bad_arguments(tmp_path):
         ({"fps": 0}, "fps must be a number above 0, but is 0"),
         ({"read_timeout": float("inf")}, "read_timeout must be a number above 0"),
         ({"give_up": -1}, "give_up must be a number above 0, but is -1"),
+        ({"fps": "4"}, "fps must be a number above 0, but is '4'"),
+        ({"open_timeout": None}, "open_timeout must be a number above 0, but is None"),
+        ({"max_pixels": 0}, "max_pixels must be"),
         ({"buffer": 0}, "buffer must be"),
         ({"max_gap": 0}, "max_gap must be"),
         ({"side": 0}, "side must be"),
     ):
         with pytest.raises(ValueError, match=message):
+            LiveSource("http://127.0.0.1/", **options)
+    for options, message in (
+        ({"pace": "slow"}, "pace must be a bool or None, but is 'slow'"),
+        ({"format": 3}, "format must be the name of a format, but is 3"),
+        ({"options": {"video_size": 3}}, "options must be a mapping of names to texts"),
+        ({"options": "size"}, "options must be a mapping of names to texts"),
+    ):
+        with pytest.raises(TypeError, match=message):
             LiveSource("http://127.0.0.1/", **options)
     with pytest.raises(ValueError, match="a URL of http, .*but its scheme is 'concat'"):
         LiveSource("concat://a|b")

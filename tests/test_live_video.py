@@ -159,21 +159,24 @@ def test_registers_and_other_preprocessing():
     torch.testing.assert_close(live.tokens(), whole(net, clip[1:]), rtol=0, atol=1e-12)
 
 
-def test_a_frame_costs_one_pass_and_a_question_no_tower():
+@pytest.mark.parametrize("window", ["sliding", "whole"])
+def test_a_frame_costs_one_pass_and_a_question_no_tower(window):
     net = model(torch.float32)
-    passes, layers = [], []
-    run, run_layer = net.tower.run, net.branch.run_layer
+    passes, single, layers = [], [], []
+    run, run_single, run_layer = net.tower.run, net.tower.run_layer, net.branch.run_layer
     net.tower.run = lambda images, *rest: passes.append(len(images)) or run(images, *rest)
+    net.tower.run_layer = lambda layer, x, *rest: single.append(len(x)) or run_single(layer, x, *rest)
     net.branch.run_layer = lambda layer, z, visible, draws: (
         layers.append(visible.frames) or run_layer(layer, z, visible, draws)
     )
-    live = LiveVideo(net, "whole")
+    live = LiveVideo(net, window)
     for number, frame in enumerate(frames(30)):
         live.push(frame, number)
-    assert passes == [1] * 30
+        assert passes == [1] * (number + 1)
+        assert single == [1] * (2 * (number + 1))  # the layers that the branch reads, depth - 1
     assert layers == []
     live.tokens()
-    assert len(passes) == 30
+    assert (len(passes), len(single)) == (30, 60)
     assert layers == [4, 4]  # depth - 1 layers over the trained steps
 
 
@@ -242,12 +245,18 @@ def test_bad_arguments():
         ({"frames": 2.0}, "frames must be a positive int, but is 2.0"),
         ({"fps": 0.0}, "fps must be a number above 0"),
         ({"fps": math.nan}, "fps must be a number above 0"),
+        ({"fps": "4"}, "fps must be a number above 0, but is '4'"),
+        ({"fps": 10**400}, "fps must be a number above 0"),
         ({"long": "none"}, "long must be 'average'"),
     ):
         with pytest.raises(ValueError, match=message):
             LiveVideo(net, **options)
     with pytest.raises(TypeError, match="model must be a BTAdapterVisionModel, but is str"):
         LiveVideo("mini")
+    with pytest.raises(TypeError, match="branch must be a bool, but is 'no'"):
+        LiveVideo(net, branch="no")
+    with pytest.raises(TypeError, match="images must be ImageSettings, but is str"):
+        LiveVideo(net, images="clip")
     with pytest.raises(ValueError, match="depth is 1"):
         LiveVideo(model(depth=1))
     LiveVideo(model(depth=1), branch=False).push(frames(1)[0], 0)
@@ -262,6 +271,7 @@ def test_bad_frames_and_times():
     for bad, kind, message in (
         (frame.float(), TypeError, "uint8 tensor .*, but is torch.float32"),
         (frame.numpy(), TypeError, "but is ndarray"),
+        (frame.to_sparse(), TypeError, "but is torch.uint8, torch.sparse_coo"),
         (frame[None], ValueError, r"shape is \[1, 3, 20, 28\]"),
         (frame[:1], ValueError, r"shape is \[1, 20, 28\]"),
         (frame[:, :0], ValueError, r"shape is \[3, 0, 28\]"),
@@ -269,10 +279,52 @@ def test_bad_frames_and_times():
         with pytest.raises(kind, match=message):
             live.push(bad, 0.0)
     live.push(frame, 2.0)
-    for time in (math.nan, math.inf, "3", None, True):
+    for time in (math.nan, math.inf, "3", None, True, 1e15, -1e15, 10**400):
         with pytest.raises(ValueError, match="time must be a finite number of seconds"):
             live.push(frame, time)
     with pytest.raises(ValueError, match="time must not go backwards, but is 1.9 after 2.0"):
         live.push(frame, 1.9)
     assert live.push(frame, 2.0)
     assert live.kept == 2
+
+
+def test_frames_of_any_size_and_layout():
+    net = model()
+    for shape in ((1, 1), (1, 20_000), (20_000, 1), (700, 3)):
+        live = LiveVideo(net)
+        live.push(torch.full((3, *shape), 9, dtype=torch.uint8), 0)
+        torch.testing.assert_close(live.tokens(), whole(net, torch.full((1, 3, 8, 8), 9, dtype=torch.uint8)))
+    clip = frames(1)
+    turned = clip[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    live = LiveVideo(net)
+    live.push(turned, 0)
+    torch.testing.assert_close(live.tokens(), whole(net, clip), rtol=0, atol=1e-12)
+
+
+def test_rates_and_times_at_their_limits():
+    frame = frames(1)[0]
+    for fps, kept in (
+        (1e6, [True, True, True, False]),
+        (1e300, [True, True, False, False]),
+        (1e-300, [True] + 3 * [False]),
+    ):
+        live = LiveVideo(model(torch.float32), fps=fps)
+        assert [live.push(frame, time) for time in (-1e14, 0.0, 1e14, 1e14)] == kept
+
+
+@pytest.mark.parametrize("window", ["sliding", "whole"])
+@pytest.mark.parametrize("shape", ["mini", "24 layers of 16 x 16 patches"])
+def test_real_shapes_equal_the_tokens_of_the_clip(shape, window):
+    if shape == "mini":
+        from bt_adapter.chat.engine import VideoChat
+
+        net = VideoChat.mini("fresh").branch
+    else:
+        sizes = {"num_hidden_layers": 24, "image_size": 224, "patch_size": 14}
+        net = model(torch.float32, {**SIZES, **sizes}, depth=4, trained_steps=8)
+    clip, live = frames(32), LiveVideo(net, window)
+    for number, frame in enumerate(clip):
+        live.push(frame, number)
+        if number + 1 in (3, 8, 16, 32):
+            seen = clip[max(0, number - 7) : number + 1] if window == "sliding" else clip[: number + 1]
+            torch.testing.assert_close(live.tokens(), whole(net, seen), rtol=0, atol=1e-5)

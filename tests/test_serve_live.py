@@ -1,7 +1,9 @@
 """Live sessions over HTTP: frames in, answers out, and all that is refused."""
 
 import io
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -124,7 +126,7 @@ def test_bad_frames_and_times_are_refused_and_the_session_goes_on(client, sessio
     assert "limit" in error(client.post(frames, params={"time": 20}, content=large), 400)["message"]
     backwards = error(client.post(frames, params={"time": 9}, content=png(pictures(1)[0])), 400)
     assert (backwards["param"], "backwards" in backwards["message"]) == ("time", True)
-    for value in ("nan", "inf", "x"):
+    for value in ("nan", "inf", "x", "1e300", "-1e300"):
         assert error(client.post(frames, params={"time": value}, content=b""), 400)["param"] == "time"
     assert push(client, session, pictures(1)[0], 20.0)
 
@@ -181,6 +183,30 @@ def test_idle_sessions_end_without_another_request(chat):
             big = client.post(URL, json={"frames": 128})
             assert "more than the limit of 100,000 bytes" in error(big, 400)["message"]
         assert error(httpx.post(f"{url}{URL}", json={}), 401)["code"] == "invalid_api_key"
+
+
+def test_the_server_answers_others_while_a_frame_is_encoded(client, chat, monkeypatch, session):
+    begun, go_on, run_tower = threading.Event(), threading.Event(), chat.branch.tower.run
+
+    def wait(*arguments):
+        begun.set()
+        assert go_on.wait(60)
+        return run_tower(*arguments)
+
+    monkeypatch.setattr(chat.branch.tower, "run", wait)
+    with ThreadPoolExecutor() as pool:
+        try:
+            first = pool.submit(push, client, session, pictures(1)[0], 0.0)
+            assert begun.wait(60)
+            second = pool.submit(push, client, session, pictures(1)[0], 5.0)
+            assert client.get("/health").status_code == 200
+            assert error(client.delete(f"{URL}/unknown"), 404)
+            opened = client.post(URL, json={}).json()["id"]  # it looks at all open sessions
+            assert client.delete(f"{URL}/{opened}").status_code == 200
+            assert not first.done()
+        finally:
+            go_on.set()
+        assert first.result() and second.result()
 
 
 def test_sessions_share_one_timer(chat, monkeypatch):

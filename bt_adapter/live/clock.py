@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
 # Seconds between frames assumed before two time stamps were seen.
 _STEP = 1 / 25
+# Seconds by which time stamps must move, from any frame to a later one, to count as moving.
+_MOVE = 1e-3
+# Of an interval between kept frames: time stamps are rounded, so a frame this little early counts as on time.
+_EARLY = 1e-3
+
+
+def interval_of(seconds: float, fps: float) -> int:
+    """Return the number of the interval of 1/fps seconds that a time is in, counted from time 0."""
+    return math.floor(min(seconds * fps, sys.float_info.max) + _EARLY)
 
 
 class StreamClock:
     """The time of a stream in seconds since its first frame, from each frame's time stamp and its arrival.
 
-    Between frames the stream's time grows as the time stamps do. Where they go backwards, run ahead of the arrival by
-    more than ``max_gap`` seconds, are missing, or begin anew after a reconnection, it grows by the time between the
-    arrivals instead.
+    Between frames the stream's time grows as the time stamps do, also where these run faster or slower than the wall
+    clock. Where they go backwards, ahead by ``max_gap`` seconds more than the arrivals from one frame to the next, or
+    move by less than 1 ms while frames arrive for ``max_gap`` seconds, where they are missing, or begin anew after a
+    reconnection, it grows by the time between the arrivals instead.
 
     Args:
         max_gap: seconds.
 
     Attributes:
-        time: of the last frame. jumps: number of jumps of the time stamps.
+        time: of the last frame. jumps: number of jumps of the time stamps; time stamps that stand still are one.
     """
 
     def __init__(self, max_gap: float) -> None:
@@ -26,10 +39,13 @@ class StreamClock:
         self._arrival: float | None = None
         self._step = _STEP  # last regular step of the time stamps
         self._is_first = True
+        self._moved: tuple[float, float] | None = None  # stamp and arrival when the time stamps moved last
+        self._stands_still = False
 
     def restart(self) -> None:
         """Expect time stamps of another origin."""
-        self._stamp = None
+        self._stamp = self._moved = None
+        self._stands_still = False
 
     def advance(self, stamp: float | None, arrival: float | None) -> float:
         """Return the time of the next frame.
@@ -46,7 +62,9 @@ class StreamClock:
             elapsed, self._is_first = 0.0, False
         elif stamp is not None and self._stamp is not None:
             step = stamp - self._stamp
-            if 0 <= step <= elapsed + self.max_gap:
+            if self._stands(stamp, arrival):
+                pass
+            elif 0 <= step <= elapsed + self.max_gap:
                 elapsed = step
                 self._step = step or self._step
             else:
@@ -54,3 +72,14 @@ class StreamClock:
         self.time += elapsed
         self._stamp, self._arrival = stamp, arrival
         return self.time
+
+    def _stands(self, stamp: float, arrival: float | None) -> bool:
+        """Whether the time stamps stand still, which counts as a jump when it begins."""
+        if arrival is None:
+            return False
+        if self._moved is None or abs(stamp - self._moved[0]) >= _MOVE:
+            self._moved, self._stands_still = (stamp, arrival), False
+        elif not self._stands_still and arrival - self._moved[1] > self.max_gap:
+            self._stands_still = True
+            self.jumps += 1
+        return self._stands_still

@@ -47,7 +47,8 @@ class Connection:
         is_file: a local file, which ends. is_playlist: HLS, whose frames come a segment at a time.
 
     Raises:
-        VideoError: there is no such file. ValueError: the scheme is none of those that are supported.
+        VideoError: there is no such file. ValueError: the scheme is none of those that are supported. TypeError: the
+            format or an option is no text.
     """
 
     def __init__(
@@ -59,6 +60,12 @@ class Connection:
         read_timeout: float,
         max_pixels: int | None,
     ) -> None:
+        if format is not None and not isinstance(format, str):
+            raise TypeError(f"format must be the name of a format, but is {format!r}")
+        if not isinstance(options, Mapping) or not all(
+            isinstance(text, str) for pair in options.items() for text in pair
+        ):
+            raise TypeError(f"options must be a mapping of names to texts, but is {options!r}")
         found = _SCHEME.match(source)
         scheme = found[1].lower() if found else ""
         if scheme and scheme not in _PROTOCOLS and format is None:

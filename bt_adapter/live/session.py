@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
+from bt_adapter.data.sampling import check_positive
 from bt_adapter.live.video import LiveVideo, WindowKind
 from bt_adapter.model.time_steps import Long
 
@@ -79,8 +80,8 @@ class LiveSession:
     ) -> None:
         if len(chat.family.feature_layers) > 1:
             raise ValueError("this chat model reads several layers of its tower, which live video does not support")
-        if idle is not None and not idle > 0:
-            raise ValueError(f"idle must be a number of seconds above 0, but is {idle!r}")
+        if idle is not None:
+            check_positive("idle", idle)
         config = chat.family.home.config
         branch = config.use_branch if branch is None else branch
         long = config.long_videos if long is None else long
@@ -93,11 +94,14 @@ class LiveSession:
 
     @property
     def closed(self) -> bool:
-        """Whether the session is closed; closes it if it has been idle for too long."""
-        with self._lock:
-            if self._video is not None and self._is_idle():
-                self._video = None
-            return self._video is None
+        """Whether the session is closed; closes it if it has been idle for too long. Waits for no other call."""
+        if self._lock.acquire(blocking=False):  # while another thread holds it, the session is in use
+            try:
+                if self._is_idle():
+                    self._video = None
+            finally:
+                self._lock.release()
+        return self._video is None
 
     def push(self, frame: Tensor, time_stamp: float | None = None) -> bool:
         """Add a frame, uint8 ``[3, H, W]``.
@@ -148,9 +152,8 @@ class LiveSession:
                 self._used = time.monotonic()
 
     def close(self) -> None:
-        """Close the session and free its window; answers in progress are finished."""
-        with self._lock:
-            self._video = None
+        """Close the session and free its window; calls in progress are finished. Waits for no other call."""
+        self._video = None
 
     def __enter__(self) -> Self:
         return self
@@ -163,8 +166,8 @@ class LiveSession:
     @property
     def nbytes(self) -> int:
         """Bytes that the window takes from the first frame on; 0 once the session is closed."""
-        with self._lock:
-            return 0 if self._video is None else self._video.nbytes
+        video = self._video
+        return 0 if video is None else video.nbytes
 
     def _time(self, time_stamp: float | None) -> float:
         return time.monotonic() - self._begin if time_stamp is None else time_stamp
@@ -174,8 +177,9 @@ class LiveSession:
 
     def _open(self) -> LiveVideo:
         """Return the video, under the lock. Raises SessionClosed."""
-        if self._video is not None and self._is_idle():
+        if self._is_idle():
             self._video = None
-        if self._video is None:
+        video = self._video  # another thread may close the session at any moment
+        if video is None:
             raise SessionClosed("the live session is closed, or was idle for too long: begin another one")
-        return self._video
+        return video

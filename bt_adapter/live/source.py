@@ -19,8 +19,8 @@ from torch import Tensor
 from bt_adapter.data._decode import Taken
 from bt_adapter.data._source import VideoError
 from bt_adapter.data.orientation import OrientationReader
-from bt_adapter.data.sampling import check_count
-from bt_adapter.live.clock import StreamClock
+from bt_adapter.data.sampling import check_count, check_positive
+from bt_adapter.live.clock import StreamClock, interval_of
 from bt_adapter.live.connection import Connection
 
 # Seconds between attempts to reconnect: each pause is twice the one before.
@@ -74,7 +74,8 @@ class LiveSource:
         pace: True: frames are released at the times of their time stamps. False: as they come; a file is then read as
             fast as the program takes its frames, and none is dropped. None: True for files and HLS.
         buffer: most frames that wait to be taken.
-        max_gap: seconds by which time stamps may run ahead of the wall clock before it counts as a jump.
+        max_gap: seconds by which time stamps may leap ahead of the wall clock, or stand still, before it counts as a
+            jump.
         side: side in pixels that frames will be resized to: much larger ones are reduced while they are decoded.
         max_pixels: see ``read_video``.
 
@@ -104,13 +105,16 @@ class LiveSource:
     ) -> None:
         limits = {"fps": fps, "open_timeout": open_timeout, "read_timeout": read_timeout, "give_up": give_up}
         for name, value in (limits | {"max_gap": max_gap}).items():
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a number above 0, but is {value!r}")
+            if value is not None or name not in ("fps", "give_up"):
+                check_positive(name, value)
         check_count("buffer", buffer)
-        if side is not None:
-            check_count("side", side)
+        for name, count in (("side", side), ("max_pixels", max_pixels)):
+            if count is not None:
+                check_count(name, count)
+        if pace is not None and not isinstance(pace, bool):
+            raise TypeError(f"pace must be a bool or None, but is {pace!r}")
         self._connection = Connection(
-            os.fspath(source), format, options or {}, open_timeout, read_timeout, max_pixels
+            os.fsdecode(source), format, options or {}, open_timeout, read_timeout, max_pixels
         )  # fmt: skip
         self.name, self.side = self._connection.name, side
         self._fps, self._give_up, self._size = fps, give_up, buffer
@@ -224,7 +228,7 @@ class LiveSource:
         if self._pace:
             self._wait(self._begin + stamp - now)
         if self._fps is not None:
-            interval = math.floor(stamp * self._fps + 1e-3)
+            interval = interval_of(stamp, self._fps)
             if interval <= self._interval:
                 self._counts = replace(counts, thinned=counts.thinned + 1)
                 return

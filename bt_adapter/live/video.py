@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from typing import Any, Literal, get_args
 
@@ -10,14 +9,16 @@ import torch
 from torch import Tensor
 
 from bt_adapter.data.image_settings import ImageSettings
+from bt_adapter.data.sampling import check_positive
+from bt_adapter.live.clock import interval_of
 from bt_adapter.live.steps import SlidingWindow, WholeWindow, Window
 from bt_adapter.model.adapter import BTAdapterVisionModel
 from bt_adapter.model.time_steps import PRETRAINED_STEPS, Long, check_long
 from bt_adapter.model.video_tokens import branch_states, mean_tokens, tokens_of_states
 
 WindowKind = Literal["sliding", "whole"]
-# Of an interval between kept frames: time stamps are rounded, so a frame this little early counts as on time.
-_EARLY = 1e-3
+# Seconds. Beyond, a float cannot tell the frames of a second apart.
+_LATEST = 1e14
 
 
 class LiveVideo:
@@ -74,8 +75,12 @@ class LiveVideo:
             frames = model.config.trained_steps or min(PRETRAINED_STEPS, model.config.max_frames)
         if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
             raise ValueError(f"frames must be a positive int, but is {frames!r}")
-        if fps is not None and not (math.isfinite(fps) and fps > 0):
-            raise ValueError(f"fps must be a number above 0, but is {fps!r}")
+        if fps is not None:
+            check_positive("fps", fps)
+        if images is not None and not isinstance(images, ImageSettings):
+            raise TypeError(f"images must be ImageSettings, but is {type(images).__name__}")
+        if not isinstance(branch, bool):
+            raise TypeError(f"branch must be a bool, but is {branch!r}")
         if branch and model.config.depth < 2:
             raise ValueError(f"video tokens need a branch of depth 2 or more, but depth is {model.config.depth}")
         check_long(long)
@@ -135,13 +140,13 @@ class LiveVideo:
 
         Args:
             frame: uint8 ``[3, H, W]``, RGB, any size.
-            time: seconds from any start, not earlier than that of the frame before.
+            time: seconds from any start, at most 1e14, not earlier than that of the frame before.
 
         Returns:
             Whether it was kept (always without ``fps``).
 
         Raises:
-            TypeError, ValueError: the frame has another dtype or shape; the time is not finite or goes backwards.
+            TypeError, ValueError: the frame has another dtype or shape; the time is out of range or goes backwards.
         """
         check_frame(frame)
         kept = self.wants(time)
@@ -182,13 +187,13 @@ class LiveVideo:
 
     def _interval_of(self, time: float) -> int:
         """Return the number of the interval that a frame of this time is in."""
-        if isinstance(time, bool) or not isinstance(time, (int, float)) or not math.isfinite(time):
-            raise ValueError(f"time must be a finite number of seconds, but is {time!r}")
+        if isinstance(time, bool) or not isinstance(time, (int, float)) or not abs(time) <= _LATEST:
+            raise ValueError(f"time must be a finite number of seconds, at most {_LATEST:g}, but is {time!r}")
         if self.pushed and time < self._last:
             raise ValueError(f"time must not go backwards, but is {time!r} after {self._last!r}")
         if self.fps is None:
             return self._interval + 1
-        return 0 if self.pushed == 0 else math.floor((time - self._start) * self.fps + _EARLY)
+        return 0 if self.pushed == 0 else interval_of(time - self._start, self.fps)
 
     def _check_any(self) -> None:
         if self.kept == 0:
@@ -197,8 +202,8 @@ class LiveVideo:
 
 def check_frame(frame: Any) -> None:
     """Raise a TypeError or ValueError unless ``frame`` is a decoded frame, uint8 ``[3, H, W]``."""
-    if not isinstance(frame, Tensor) or frame.dtype != torch.uint8:
-        found = str(frame.dtype) if isinstance(frame, Tensor) else type(frame).__name__
+    if not isinstance(frame, Tensor) or frame.dtype != torch.uint8 or frame.layout != torch.strided:
+        found = f"{frame.dtype}, {frame.layout}" if isinstance(frame, Tensor) else type(frame).__name__
         raise TypeError(f"frame must be a uint8 tensor [3, H, W], but is {found}")
     if frame.ndim != 3 or frame.shape[0] != 3 or 0 in frame.shape:
         raise ValueError(f"frame must be [3, H, W] with H and W of 1 or more, but the shape is {list(frame.shape)}")

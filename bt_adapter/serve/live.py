@@ -100,7 +100,7 @@ class LiveSessions:
         """Add a frame from a picture file, and tell whether it was kept; others are not decoded. Raises ApiError."""
         session = self.find(key)
         try:
-            if not session.wants(time):
+            if not await asyncio.to_thread(session.wants, time):  # it waits while a frame is encoded
                 return False
             still = await asyncio.to_thread(self.service.decoder.still, Media((picture,)))
             return await asyncio.wrap_future(self.service.model.run(lambda: session.push(still.pixels, time)))
