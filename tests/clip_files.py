@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from test_video import numbered, write_sound, write_tagged
+from video_files import numbered, write_sound, write_tagged
 
 from bt_adapter.data import write_video
 

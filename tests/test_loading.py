@@ -17,8 +17,8 @@ import av
 import pytest
 import torch
 from clip_files import write_folder, write_kinds
-from test_video import numbered, numbers
 from torch.utils.data import Dataset
+from video_files import numbered, numbers
 
 from bt_adapter.data import TrainTransform, write_video
 from bt_adapter.data.clips import Clip

@@ -14,7 +14,7 @@ import pytest
 import torch
 from av.error import err_check
 from PIL import Image
-from test_video import numbered
+from video_files import numbered
 
 from bt_adapter.data import TrainTransform, VideoError, patience, read_image, read_video, write_video
 from bt_adapter.data.clips import Clip, Member

@@ -19,7 +19,7 @@ from pretraining import losses, recipe, write_clips
 from safetensors.torch import load_file
 from small_models import video
 from test_chat import mini_is_there
-from test_video import numbered
+from video_files import numbered
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
 from bt_adapter.data import write_video

@@ -13,7 +13,7 @@ import av
 import pytest
 import torch
 from clip_files import write_folder
-from test_video import numbered, numbers
+from video_files import numbered, numbers
 
 from bt_adapter.commands import cli
 from bt_adapter.data import TrainTransform, write_video

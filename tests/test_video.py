@@ -1,122 +1,21 @@
-"""Video files in and out: real containers and codecs, odd files, broken files."""
+# ruff: noqa: F811 (fixtures)
+"""Video files in: real containers and codecs, chosen frames, times, ranges and seeking."""
 
 import importlib.util
 import io
 import os
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
+from video_files import HEIGHT, WIDTH, clip, folder, long_clip, mux, numbered, numbers  # noqa: F401 (fixtures)
 
-from bt_adapter.data import Video, VideoError, _source, read_video, sample_indices, write_video
+from bt_adapter.data import Video, VideoError, read_video, sample_indices, write_video
 from bt_adapter.data import _decode as decode
 from bt_adapter.data import video as video_module
 from bt_adapter.data.stream import FrameStream
-
-HEIGHT, WIDTH = 48, 64
-# Frame i shows the number i as nine bits, bright or dark, in 3 x 3 blocks, which survive lossy coding.
-BITS = 9
-
-
-def numbered(count: int, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
-    """uint8 [count, 3, H, W]: frames that tell their own number."""
-    frames = torch.full((count, 3, height, width), 30, dtype=torch.uint8)
-    for i in range(count):
-        for bit in range(BITS):
-            row, column = divmod(bit, 3)
-            rows = slice(row * height // 3, (row + 1) * height // 3)
-            columns = slice(column * width // 3, (column + 1) * width // 3)
-            frames[i, :, rows, columns] = 200 if i >> bit & 1 else 50
-    return frames
-
-
-def numbers(frames: torch.Tensor) -> list[int]:
-    """The number each frame shows."""
-    height, width = frames.shape[2:]
-    grey = frames.float().mean(1)
-    result = []
-    for frame in grey:
-        bits = 0
-        for bit in range(BITS):
-            row, column = divmod(bit, 3)
-            y, x = (2 * row + 1) * height // 6, (2 * column + 1) * width // 6
-            bits |= int(frame[y - 3 : y + 3, x - 3 : x + 3].mean() > 125) << bit
-        result.append(bits)
-    return result
-
-
-def mux(path, frames, pts, codec="libx264", time_base=Fraction(1, 1000), options=None, rotation=None, audio=None):
-    """Write frames at times of our choice, in units of time_base."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options or {})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "yuv420p"
-        stream.codec_context.time_base = time_base
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
-        sound = container.add_stream("aac", rate=16000, layout="mono") if audio else None
-        for frame, time in zip(frames, pts, strict=True):
-            picture = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
-            picture.pts, picture.time_base = int(time), time_base
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
-        if sound is not None:
-            mux_sound(container, sound, audio)
-    return path
-
-
-def mux_sound(container, stream, seconds):
-    for start in range(0, int(16000 * seconds), 1024):
-        wave = np.sin(np.arange(start, start + 1024) * 0.1, dtype=np.float32)[None]
-        frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = 16000, start
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
-
-
-def write_sound(path, codec):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=16000, layout="mono")
-        mux_sound(container, stream, 0.5)
-    return path
-
-
-def write_tagged(path, source):
-    """The video of another file, with a title in Latin-1, as old tools write it."""
-    with av.open(str(source)) as old, av.open(content := io.BytesIO(), "w", format="mp4") as container:
-        container.metadata["title"] = "a cafe"
-        stream = container.add_stream_from_template(old.streams.video[0])
-        for packet in old.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = stream
-                container.mux(packet)
-    assert content.getvalue().count(b"a cafe") == 1
-    path.write_bytes(content.getvalue().replace(b"a cafe", b"a caf\xe9"))
-    return path
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("videos")
-
-
-@pytest.fixture(scope="module")
-def clip(folder) -> Path:
-    """40 frames at 8 frames a second, B-frames, one key frame."""
-    write_video(folder / "clip.mp4", numbered(40), fps=8)
-    return folder / "clip.mp4"
-
-
-@pytest.fixture(scope="module")
-def long_clip(folder) -> Path:
-    """400 frames, a key frame every 20."""
-    path = folder / "long.mp4"
-    write_video(path, numbered(400), fps=25, options={"g": "20", "preset": "ultrafast", "bf": "2", "crf": "18"})
-    return path
-
 
 # --- what comes out ---------------------------------------------------------------------------------------
 
@@ -405,148 +304,6 @@ def test_progress(long_clip, method):
     assert len(calls) == (400 if method == "sequential" else 5)
 
 
-# --- files that are not right -----------------------------------------------------------------------------
-
-
-def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    made = {
-        "missing": (folder / "missing.mp4", "no such file"),
-        "directory": (folder / "directory.mp4", "is a directory"),
-        "empty": (folder / "empty.mp4", r"the file is empty \(0 bytes\)"),
-        "text": (folder / "text.mp4", "cannot be read as a video file"),
-        "text.txt": (folder / "text.txt", "cannot be read as a video file"),
-        "junk": (folder / "junk.mp4", "cannot be read as a video file"),
-        "playlist": (folder / "playlist.m3u8", "cannot be read as a video file"),
-        "cut": (folder / "cut.mp4", "cannot be read as a video file|no frame can be decoded"),
-        "wav": (folder / "sound.wav", "holds no video, only sound$"),
-        "m4a": (folder / "sound.m4a", "holds no video, only sound$"),
-        "no frames": (folder / "none.mp4", "no frame can be decoded|holds no video|cannot be read"),
-    }
-    made["directory"][0].mkdir()
-    made["empty"][0].write_bytes(b"")
-    for name in ("text", "text.txt"):
-        made[name][0].write_text("This is no video.\n" * 100)
-    made["junk"][0].write_bytes(np.random.default_rng(0).bytes(20000))
-    write_video(folder / "whole.mp4", numbered(10))
-    made["playlist"][0].write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nwhole.mp4\n#EXT-X-ENDLIST\n")
-    made["cut"][0].write_bytes((folder / "whole.mp4").read_bytes()[:200])
-    write_sound(made["wav"][0], "pcm_s16le")
-    write_sound(made["m4a"][0], "aac")
-    with av.open(str(made["no frames"][0]), "w") as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
-        container.start_encoding()
-    return made
-
-
-BAD = [
-    "missing", "directory", "empty", "text", "text.txt", "junk", "playlist", "cut", "wav", "m4a", "no frames"
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def bad(tmp_path_factory):
-    return bad_files(tmp_path_factory.mktemp("bad"))
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_files(bad, kind):
-    path, message = bad[kind]
-    with pytest.raises(VideoError, match=message) as caught:
-        read_video(path)
-    assert str(path) in str(caught.value)
-    assert isinstance(caught.value, ValueError)
-
-
-def test_video_stream_whose_packets_are_gone(tmp_path):
-    """A header that announces frames, and nothing behind it."""
-    path = tmp_path / "header.mp4"
-    write_fast_start(path, numbered(20))
-    data = path.read_bytes()
-    path.write_bytes(data[: data.index(b"mdat") + 4])
-    with pytest.raises(VideoError, match="header.mp4: no frame can be decoded|header.mp4: cannot be read"):
-        read_video(path)
-
-
-def write_fast_start(path, frames):
-    """Header before the frames, so that a cut file still has one."""
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=8, options={"bf": "0", "g": "5"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).numpy(), format="rgb24")))
-        container.mux(stream.encode(None))
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
-@pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
-def test_truncated_file_gives_what_is_there(tmp_path, suffix, share):
-    generator = torch.Generator().manual_seed(0)
-    frames = numbered(40) // 2 + torch.randint(0, 100, (40, 1, HEIGHT, WIDTH), generator=generator).to(torch.uint8)
-    whole = tmp_path / f"whole{suffix}"
-    write_fast_start(whole, frames) if suffix == ".mp4" else write_video(whole, frames)
-    assert not read_video(whole).truncated
-    path = tmp_path / f"cut{suffix}"
-    data = whole.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
-    video = read_video(path, None)
-    assert video.truncated
-    assert 40 * share * 0.4 <= video.total < 40
-    assert video.indices.tolist() == list(range(video.total))
-    assert video.duration <= video.total / 8 + 0.2
-    full = read_video(whole, None).frames
-    assert torch.equal(video.frames[: video.total - 2], full[: video.total - 2])  # the last may be half there
-    assert read_video(path, 8).frames.shape[0] == 8
-    if suffix == ".mp4":
-        assert read_video(path.read_bytes(), 8).truncated
-
-
-def test_a_tag_that_is_not_utf8_is_no_damage(tmp_path, clip):
-    path = write_tagged(tmp_path / "tagged.mp4", clip)
-    video = read_video(path, None)
-    assert numbers(video.frames) == list(range(40)) and not video.truncated
-
-
-@pytest.mark.parametrize(("where", "message"), [("open", "read as a video file"), ("keep", "decoded")])
-def test_whatever_pyav_makes_of_a_file_is_a_video_error(clip, monkeypatch, where, message):
-    def fail(*arguments, **options):
-        raise ValueError("odd")
-
-    monkeypatch.setattr(_source.av if where == "open" else decode.Taken, where, fail)
-    with pytest.raises(VideoError, match=rf"clip.mp4: cannot be {message} \(odd\)"):
-        read_video(clip, 2)
-
-
-def test_damage_in_the_middle(tmp_path, long_clip):
-    data = bytearray(long_clip.read_bytes())
-    at = len(data) // 2
-    data[at : at + 3000] = np.random.default_rng(0).bytes(3000)
-    path = tmp_path / "damaged.mp4"
-    path.write_bytes(data)
-    video = read_video(path, 8, method="sequential")
-    assert video.truncated and video.frames.shape[0] == 8
-    assert numbers(video.frames[:2]) == video.indices[:2].tolist()
-
-
-def test_cover_picture_is_no_video(tmp_path):
-    sound = write_sound(tmp_path / "sound.m4a", "aac")
-    path = tmp_path / "song.mp4"
-    with av.open(str(sound)) as source, av.open(str(path), "w") as container:
-        stream = container.add_stream_from_template(source.streams.audio[0])
-        cover = container.add_stream("mjpeg", rate=1)
-        cover.height, cover.width, cover.pix_fmt = 32, 32, "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic
-        picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
-        container.mux(cover.encode(picture))
-        container.mux(cover.encode(None))
-        for packet in source.demux(source.streams.audio[0]):
-            if packet.dts is not None:
-                packet.stream = stream
-                container.mux(packet)
-    with pytest.raises(VideoError, match="holds no video, only sound and a cover picture$"):
-        read_video(path)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -576,70 +333,8 @@ def test_wrong_sources(clip):
         read_video("http://localhost/x.mp4")
 
 
-# --- writing ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
-def test_odd_sizes_are_padded(tmp_path, suffix):
-    path = tmp_path / f"odd{suffix}"
-    write_video(path, torch.full((3, 3, 33, 47), 180, dtype=torch.uint8))
-    frames = read_video(path, None).frames
-    assert frames.shape == (3, 3, 34, 48) and (frames.float() - 180).abs().max() < 8
-
-
-@pytest.mark.parametrize("fps", [8, 0.5, 29.97, 30000 / 1001])
-def test_frame_rates(tmp_path, fps):
-    write_video(tmp_path / "rate.mp4", numbered(6), fps=fps)
-    video = read_video(tmp_path / "rate.mp4", None)
-    assert video.fps == pytest.approx(fps, rel=1e-4)
-    assert video.timestamps.tolist() == pytest.approx([i / fps for i in range(6)], rel=1e-3)
-
-
-def test_codec_by_name(tmp_path):
-    write_video(tmp_path / "old.avi", numbered(5), codec="mpeg4", options={"qscale": "3"})
-    with av.open(str(tmp_path / "old.avi")) as container:
-        assert container.streams.video[0].codec.name == "mpeg4"
-    assert numbers(read_video(tmp_path / "old.avi", None).frames) == list(range(5))
-
-
-def test_default_codecs(tmp_path, clip):
-    write_video(tmp_path / "clip.webm", numbered(3))
-    for path, name in ((clip, "h264"), (tmp_path / "clip.webm", "vp9")):
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            assert (stream.codec.name, stream.codec_context.pix_fmt) == (name, "yuv420p")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "clip.mp4"
-    path.write_bytes(b"old")
-    for codec in ("no-such-codec", "libvpx", "pcm_s16le"):
-        with pytest.raises(VideoError, match=rf"clip.mp4: cannot be written with codec '{codec}'"):
-            write_video(path, numbered(3), codec=codec)
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["clip.mp4"]
-    with pytest.raises(VideoError, match=r"nowhere.*cannot be written"):
-        write_video(tmp_path / "nowhere" / "clip.mp4", numbered(3))
-
-
-@pytest.mark.parametrize(
-    ("frames", "fps", "error", "message"),
-    [
-        (torch.zeros(3, 3, 8, 8), 8, TypeError, "uint8"),
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), 8, ValueError, "rank 4"),
-        (torch.zeros(3, 1, 8, 8, dtype=torch.uint8), 8, ValueError, "3 channels"),
-        (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), 8, ValueError, "empty"),
-        (numbered(2), 0, ValueError, "fps must be a number above 0, but is 0"),
-        (numbered(2), float("nan"), ValueError, "fps"),
-        (numbered(2), "8", ValueError, "fps"),
-    ],
-)
-def test_wrong_writes(tmp_path, frames, fps, error, message):
-    with pytest.raises(error, match=message):
-        write_video(tmp_path / "x.mp4", frames, fps)
-    assert os.listdir(tmp_path) == []
-
-
 # --- real clips -------------------------------------------------------------------------------------------
+
 
 REAL = {
     "bigbuckbunny.mp4": (132, 720, 1280, 25.0),
