@@ -47,6 +47,19 @@ def transport_stream(frames: int, first: int = 0, size: tuple[int, int] = (64, 4
     return pieces
 
 
+def picture(number: int, size: tuple[int, int] = (64, 48), pixel_format: str = "yuvj420p") -> bytes:
+    """One part of a multipart response: a grey JPEG file. ``PICTURES`` is the response's content type."""
+    encoder = av.CodecContext.create("mjpeg", "w")
+    encoder.width, encoder.height = size
+    encoder.pix_fmt, encoder.time_base = pixel_format, Fraction(1, RATE)
+    frame = av.VideoFrame.from_ndarray(np.full((*size[::-1], 3), shade(number), np.uint8), format="rgb24")
+    jpeg = b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+    return b"--b\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n" % (len(jpeg), jpeg)
+
+
+PICTURES = "multipart/x-mixed-replace; boundary=b"
+
+
 def _written(file: io.BytesIO) -> bytes:
     content = file.getvalue()
     file.seek(0)

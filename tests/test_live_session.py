@@ -215,7 +215,7 @@ def test_command_answers_about_a_file_at_its_own_pace(chat, monkeypatch, capsys,
 
 
 def test_command_reads_a_stream_until_it_has_its_answers(chat, monkeypatch, capsys):
-    with streaming(transport_stream(90)) as streamer:
+    with streaming(transport_stream(1500)) as streamer:  # a minute, as a busy machine answers slowly
         code, out, err = run_command(
             chat, monkeypatch, capsys, streamer.url, QUESTION, "--every", "0.4", "--answers", "2", "--fps", "10"
         )

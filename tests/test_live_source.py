@@ -4,14 +4,11 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from fractions import Fraction
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-import av
-import numpy as np
 import pytest
 import torch
-from live_streams import RATE, number_of, shade, streaming, transport_stream
+from live_streams import PICTURES, RATE, number_of, picture, shade, streaming, transport_stream
 from rtsp_server import camera
 
 from bt_adapter import LiveSource
@@ -322,18 +319,34 @@ def test_a_camera_that_is_switched_off_and_on_again():
 
 
 def test_pictures_over_http_have_the_times_of_their_arrival():
-    def picture(number: int) -> bytes:
-        encoder = av.CodecContext.create("mjpeg", "w")
-        encoder.width, encoder.height, encoder.pix_fmt = 64, 48, "yuvj420p"
-        encoder.time_base = Fraction(1, RATE)
-        frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), shade(number), np.uint8), format="rgb24")
-        jpeg = b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
-        return b"--b\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n" % (len(jpeg), jpeg)
-
-    with streaming([picture(n) for n in range(40)], kind="multipart/x-mixed-replace; boundary=b") as streamer:
+    with streaming([picture(n) for n in range(40)], kind=PICTURES) as streamer:
         found = take(LiveSource(streamer.url, buffer=99), 25)
     assert numbers(found) == list(range(25))
     assert is_ascending([frame.time for frame in found])
+
+
+def test_a_stream_that_changes_its_size_and_pixel_format_goes_on():
+    kinds = [((64, 48), "yuvj420p"), ((96, 64), "yuvj444p"), ((32, 32), "yuvj422p"), ((640, 480), "yuvj420p")]
+    pieces = [picture(number, *kinds[number // 5 % 4]) for number in range(100)]
+    with streaming(pieces, kind=PICTURES) as streamer:
+        source = LiveSource(streamer.url, buffer=99)
+        found = take(source, 20)
+    assert numbers(found) == list(range(20))
+    assert [tuple(frame.pixels.shape[1:]) for frame in found[::5]] == [(48, 64), (64, 96), (32, 32), (480, 640)]
+    assert source.counts.lost == source.counts.damaged == 0
+    with streaming(pieces, kind=PICTURES) as streamer:  # what is too large is never decoded
+        source = LiveSource(streamer.url, buffer=99, max_pixels=100_000, give_up=20)
+        found = take(source, 30)
+    assert max(frame.pixels[0].numel() for frame in found) == 96 * 64
+    assert source.counts.lost >= 1
+
+
+@pytest.mark.parametrize("content", [[b""], [b"<html>sorry</html>"] * 500, [bytes(188)] * 500])
+def test_what_is_no_video_is_refused_within_the_timeout(content):
+    begin = time.monotonic()
+    with streaming(content) as streamer, pytest.raises(VideoError, match="cannot be opened"):
+        take(LiveSource(streamer.url, open_timeout=1), 1)
+    assert time.monotonic() - begin < 6
 
 
 def test_packets_over_udp():
