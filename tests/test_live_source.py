@@ -197,7 +197,7 @@ def test_a_slow_program_gets_the_newest_frames():
                 time.sleep(0.3)
                 if frame.time > 1.2:
                     break
-    assert 2 <= len(found) <= 6
+    assert len(found) >= 2
     assert source.counts.dropped >= 10
     assert 0 <= source.counts.decoded - source.counts.dropped - len(found) <= 2  # all that is not taken is counted
     assert found[-1].time / (len(found) - 1) > 0.15
