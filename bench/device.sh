@@ -108,7 +108,7 @@ workers=()
 "$PYTHON" -c "import xdist, pytest_timeout" 2> /dev/null &&
   workers=(-n "$(($(nproc) < 16 ? $(nproc) : 16))" --dist worksteal --timeout 60)
 # Those with tests on a GPU that need no video decoder.
-gpu_tests=(tests/test_conformance.py tests/test_gpu_only.py tests/test_compile.py tests/test_native.py tests/test_tower.py
+gpu_tests=(tests/test_conformance.py tests/test_conformance_quantize.py tests/test_gpu_only.py tests/test_compile.py tests/test_native.py tests/test_tower.py
   tests/test_visible.py)
 # Attention at 64-wide heads, which all its kernels take; of the others two forms; and the baseline of bench/step.py.
 forms="equals_dense and (triton or cuda-cuda) and attention and heads64 and not float64"
@@ -130,11 +130,11 @@ fi
 part build 110 bash -uo pipefail -c build
 part facts 30 bash -c facts
 part conformance 110 "${tests[@]}" "${workers[@]}" -m "gpu or not gpu" -k "$forms" --junitxml "$conformance" \
-  tests/test_conformance.py tests/test_step.py
+  tests/test_conformance.py tests/test_conformance_quantize.py tests/test_step.py
 part kernels-attention 60 "$PYTHON" bench/kernels.py "${kernels[@]}" --conformance "$conformance" \
   --op temporal_attention spatial_attention
 part kernels-rows 60 "$PYTHON" bench/kernels.py "${kernels[@]}" --conformance "$conformance" \
-  --op gather_embed gather_merge pool_video_tokens alignment_loss
+  --op gather_embed gather_merge pool_video_tokens alignment_loss residual_norm bias_gelu quantize_rows
 part step 100 "$PYTHON" bench/step.py --part step "${cases[@]}" --only eager sdpa none mlp --conformance "$conformance"
 part sanitize 75 bash -uo pipefail -c sanitize
 part gpu-tests 120 "${tests[@]}" "${workers[@]}" -m gpu "${rest[@]}" --junitxml "$OUT/gpu-tests.xml" "${gpu_tests[@]}"

@@ -62,7 +62,8 @@ def measure(variant: Variant, backend: str, calls: int, rounds: int) -> Row:
 
     def call() -> None:
         out = function(**arguments, backend=backend)
-        torch.autograd.grad(_tuple(out), leaves, upstream)
+        if leaves:
+            torch.autograd.grad(_tuple(out), leaves, upstream)
 
     kernel = next(each for each in op.kernels if each.backend == backend)
     bare = {name: None if t is None else t.detach() for name, t in inputs.items()}

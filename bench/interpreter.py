@@ -15,18 +15,20 @@ SECTOR = 32  # bytes: the unit a GPU's memory is read in
 
 
 def make_strict() -> None:
-    """Multiply bfloat16 by value, and fill what a masked load leaves undefined with NaN or an odd number.
+    """Multiply bfloat16 by value, round to float8, and fill what a masked load leaves undefined with NaN or 77.
 
-    The interpreter multiplies the raw bits of bfloat16, and gives zeros where a load is masked and has no ``other``,
-    so that a kernel relying on what a GPU leaves undefined would pass.
+    The interpreter multiplies the raw bits of bfloat16, loses the carry of a mantissa rounded to float8, and gives
+    zeros where a load is masked and has no ``other``, so that a kernel relying on what a GPU leaves undefined would
+    pass.
     """
+    import torch
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "bt_strict", False):
         return
-    dot, load = builder.create_dot, builder.create_masked_load
+    dot, load, convert = builder.create_dot, builder.create_masked_load, builder.create_fp_to_fp
 
     def widened(handle):
         if handle.dtype.scalar != tl.bfloat16:
@@ -36,6 +38,12 @@ def make_strict() -> None:
 
     def create_dot(self, a, b, *rest):
         return dot(self, widened(a), widened(b), *rest)
+
+    def create_fp_to_fp(self, source, kind, rounding):
+        if kind.scalar != tl.float8e4nv or source.dtype.scalar != tl.float32:
+            return convert(self, source, kind, rounding)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
+        return interpreter.TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
 
     def create_masked_load(self, ptrs, mask, other, *rest):
         if other is None and ptrs.data.size > 1:  # the interpreter drops a scalar's other=0
@@ -47,7 +55,12 @@ def make_strict() -> None:
             other = interpreter.TensorHandle(undefined, element)
         return load(self, ptrs, mask, other, *rest)
 
-    builder.create_dot, builder.create_masked_load, builder.bt_strict = create_dot, create_masked_load, True
+    builder.create_dot, builder.create_masked_load, builder.create_fp_to_fp = (
+        create_dot,
+        create_masked_load,
+        create_fp_to_fp,
+    )
+    builder.bt_strict = True
 
 
 @dataclass

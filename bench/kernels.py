@@ -47,6 +47,7 @@ NAMED = {
     "cpu": [("L/14", 8, 0.7, 1), ("L/14", 16, 0.0, 1)],
     "small": [("small", 4, 0.5, 2)],
 }
+CONFORMANCE = ("tests/test_conformance.py", "tests/test_conformance_quantize.py")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # of the largest value: do two implementations agree at all
 
 
@@ -162,7 +163,7 @@ class Conformance:
     @staticmethod
     def _run(name: str) -> str | None:
         wanted = f"{name} and (equals_dense or padding) and not float64"
-        command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_conformance.py", "-k", wanted]
+        command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *CONFORMANCE, "-k", wanted]
         done = subprocess.run(
             [sys.executable, *command],
             cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -187,7 +188,10 @@ def implementations(case: Case, device: str, dtype: torch.dtype, conformance: Co
 
 
 def run_both(implementation: Callable, inputs: dict, visible, learning: tuple[str, ...], upstream) -> list:
+    """Run forward and backward; of an op without gradients the forward alone."""
     out = implementation(inputs, visible)
+    if not learning:
+        return list(out)
     return [out, *torch.autograd.grad(out, [inputs[name] for name in learning], upstream)]
 
 
@@ -236,7 +240,7 @@ def measure(case: Case, device: str, seconds: float, bandwidth: float, conforman
     expected = upstream = None
     for name, implementation in implementations(case, device, dtype, conformance).items():
         try:
-            if upstream is None:
+            if upstream is None and learning:
                 upstream = torch.randn_like(implementation(inputs, visible))
             got = run_both(implementation, inputs, visible, learning, upstream)
         except (RuntimeError, ValueError, NotImplementedError, BackendUnavailable, ImportError) as error:
@@ -257,7 +261,7 @@ def measure(case: Case, device: str, seconds: float, bandwidth: float, conforman
     for direction, functions, least in (
         ("forward", forward, works[0].bytes),
         ("forward+backward", backward, works[0].bytes + works[1].bytes),
-    ):
+    )[: 1 + bool(learning)]:
         for function in functions.values():  # compile and warm up
             function()
         timed, timing, sleeps = enqueued(functions, device)
@@ -364,12 +368,13 @@ def _backends() -> list:
 def test_kernel(case: Case, backend: str, benchmark) -> None:
     """Forward and backward of one of our kernels on the CPU, for ``pytest --benchmark-compare``."""
     visible, inputs = case.visible("cpu"), case.inputs("cpu", torch.float32)
-    upstream = torch.randn_like(case.variant.run(inputs, visible, backend))
+    learning = case.variant.learning
+    upstream = torch.randn_like(case.variant.run(inputs, visible, backend)) if learning else None
 
     def run(inputs, visible):
         return case.variant.run(inputs, visible, backend)
 
-    benchmark.pedantic(run_both, (run, inputs, visible, case.variant.learning, upstream), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(run_both, (run, inputs, visible, learning, upstream), rounds=5, warmup_rounds=1)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,12 @@ def quick_gelu(inputs: dict, visible) -> Tensor:
     return y * torch.sigmoid(1.702 * y)
 
 
+def quantised(inputs: dict, visible) -> tuple[Tensor, Tensor]:
+    rows = inputs["rows"]
+    scale = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448
+    return (rows / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
 def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[..., H, L, E] each, by matrix products."""
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
@@ -146,7 +152,7 @@ def _compiled(peer: Peer) -> Peer:
 def peers(function: str, device: str, dtype: torch.dtype) -> dict[str, Peer]:
     """Every peer of an op that can run here, by name."""
     plain = {"gather_embed": embed, "gather_merge": merge, "pool_video_tokens": pool, "alignment_loss": alignment}
-    plain |= {"residual_norm": residual, "bias_gelu": quick_gelu}
+    plain |= {"residual_norm": residual, "bias_gelu": quick_gelu, "quantize_rows": quantised}
     if function in plain:
         eager = plain[function]
         return {"eager": eager, "compiled": _compiled(eager)}

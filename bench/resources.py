@@ -167,6 +167,9 @@ def distinct_launches(only: Sequence[str], targets: tuple[int, ...], quick: bool
                     if quick and (model, case, name) not in looked_at:
                         continue
                     wanted = looked_at[model, case, name] if quick else targets
+                    wanted = tuple(target for target in wanted if target >= variant.oldest)
+                    if not wanted:
+                        continue
                     for launch in launches(variant.name, visible, dtype, True, heads, width, every_gradient=True):
                         key = form(launch, TARGETS[0]).key
                         if key not in seen:

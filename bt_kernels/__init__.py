@@ -11,6 +11,7 @@ from bt_kernels.ops.bias_gelu import bias_gelu
 from bt_kernels.ops.gather_embed import gather_embed
 from bt_kernels.ops.gather_merge import gather_merge
 from bt_kernels.ops.pool_video_tokens import pool_video_tokens
+from bt_kernels.ops.quantize_rows import quantize_rows
 from bt_kernels.ops.residual_norm import residual_norm
 from bt_kernels.ops.spatial_attention import spatial_attention
 from bt_kernels.ops.temporal_attention import temporal_attention
@@ -25,6 +26,7 @@ __all__ = [
     "gather_embed",
     "gather_merge",
     "pool_video_tokens",
+    "quantize_rows",
     "residual_norm",
     "spatial_attention",
     "temporal_attention",

@@ -83,6 +83,7 @@ class Variant:
         options: arguments that are no tensors, by name.
         wide: names of the inputs that a model keeps in float32 when the others have 16 bits.
         takes_visible: whether the function takes visible tokens. If not, they only give the number of rows.
+        oldest: the oldest architecture that its Triton kernels run on (80 for sm_80).
     """
 
     function: str
@@ -95,6 +96,7 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     wide: tuple[str, ...] = ()
     takes_visible: bool = True
+    oldest: int = 80
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "op", self.op or self.function)
@@ -117,17 +119,17 @@ class Variant:
             arguments["norm"] = (arguments.pop("norm_weight"), arguments.pop("norm_bias"), NORM_EPS)
         return arguments
 
-    def call(self, function: Callable, inputs: Inputs, visible: VisibleTokens, **more) -> Tensor:
+    def call(self, function: Callable, inputs: Inputs, visible: VisibleTokens, **more) -> Any:
         """Call ``function``, which takes the public function's arguments, and return its result.
 
-        Several results are concatenated along the rows.
+        Several results are concatenated along the rows; those of an op without gradients are returned as a tuple.
         """
         if self.takes_visible:
             more["visible"] = visible
         out = function(**self.arguments(inputs), **more)
-        return torch.cat(out, 1) if isinstance(out, tuple) else out
+        return torch.cat(out, 1) if isinstance(out, tuple) and self.differentiable else out
 
-    def run(self, inputs: Inputs, visible: VisibleTokens, backend: str | None = None) -> Tensor:
+    def run(self, inputs: Inputs, visible: VisibleTokens, backend: str | None = None) -> Any:
         """Call the public function; see :meth:`call`."""
         return self.call(getattr(bt_kernels, self.function), inputs, visible, backend=backend)
 
@@ -147,7 +149,10 @@ def flat_arguments(variant: Variant, inputs: Inputs, visible: VisibleTokens, wan
 
 
 def passes(kernel: Kernel, op: Op, arguments: list, needs: tuple[bool, ...]) -> tuple[Callable, Callable]:
-    """Return a kernel's forward and its backward (from ones), without dispatch and autograd, to be called in turn."""
+    """Return a kernel's forward and its backward (from ones), without dispatch and autograd, to be called in turn.
+
+    The backward of an op without gradients does nothing.
+    """
     outputs: list[Tensor] = []
 
     def forward() -> None:
@@ -155,6 +160,8 @@ def passes(kernel: Kernel, op: Op, arguments: list, needs: tuple[bool, ...]) -> 
         outputs[:] = result if isinstance(result, tuple) else (result,)
 
     def backward() -> None:
+        if not op.differentiable:
+            return
         grads = [torch.ones_like(out) for out in outputs[: op.results]]
         saved = [outputs[place] for place in op.kept] + outputs[op.results :]
         kernel.backward(*grads, *arguments, *saved, needs)

@@ -18,20 +18,26 @@ class BackendUnavailable(RuntimeError):
     """Raised when the requested backend cannot run a call; the message lists the reason of every backend."""
 
 
+def _refuse_backward(*args):
+    """Serve as ``backward`` of a kernel of an op without gradients; it is never called."""
+    raise RuntimeError("this op has no gradient")
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One implementation of an op.
 
     Attributes:
         backend: one of "cuda", "triton", "cpu", "reference".
-        forward, backward: take the arguments of the registered op without its ``backend``.
+        forward, backward: take the arguments of the registered op without its ``backend``. An op without gradients has
+            no backward.
         why_not: takes the forward's arguments; returns the reason why the kernel cannot run, or None.
         why_not_default: takes the same; returns the reason why the kernel runs only when requested by name, or None.
     """
 
     backend: str
     forward: Callable
-    backward: Callable
+    backward: Callable = _refuse_backward
     why_not: Callable[..., str | None] = lambda *args: None
     why_not_default: Callable[..., str | None] = lambda *args: None
 

@@ -1,4 +1,4 @@
-"""Registration of an op: schema, fake kernels, autograd and autocast for one forward and one backward.
+"""Registration of an op: schema, fake kernels, autograd and autocast for one forward and, if any, one backward.
 
 Forward and backward are each a registered op, so ``torch.compile`` sees each as one call. The arguments are tensors,
 the flattened ``VisibleTokens`` (of an op that takes them), options and the backend, all positional (autocast
@@ -143,7 +143,7 @@ def define_op(
         name: name of the op.
         tensors: schema of the tensor arguments, for example ``"Tensor backbone, Tensor? gate"``.
         differentiable: the arguments that can have a gradient; the backward op returns one tensor for each (of size
-            0 where it is not needed).
+            0 where it is not needed). If there are none, there is no backward op.
         kernels: see :class:`Kernel`. ``forward(*args)`` returns the results and saved tensors, as a tuple if there are
             several; ``backward(*grads, *args, *kept, *saved, needs)`` returns a tuple. ``args`` are tensors, visible
             tokens (if the op takes them) and extras, ``needs`` one bool for each differentiable argument, ``grads`` one
@@ -166,12 +166,7 @@ def define_op(
     names = tuple(part.split()[-1] for part in arguments.split(", "))
     places = tuple(names.index(each) for each in differentiable)
     kept = tuple(results.index(each) for each in keep)
-    grads_in = ["Tensor grad"] if len(results) == 1 else [f"Tensor? grad_{each}" for each in results]
-    kept_in = [f"Tensor {each}" for each in (*keep, *saved)]
-    backward_in = ", ".join([*grads_in, arguments, *kept_in, f"bool[{len(places)}] needs", "str? backend"])
-    backward_name = f"{name}_backward"
     _LIBRARY.define(f"{name}({arguments}, str? backend) -> {_tensors(len(results) + len(saved))}")
-    _LIBRARY.define(f"{backward_name}({backward_in}) -> {_tensors(len(places))}")
 
     skipped = {names.index(each) for each in autocast_skip}
     shapes_of: dict[int, int | None] = {names.index(each): None for each in shape_only}
@@ -181,27 +176,10 @@ def define_op(
         lambda device, args: _autocast(device, args, autocast, skipped),
     )  # fmt: skip
 
-    def fake_backward(*args):
-        *args, needs, _ = args
-        args = args[len(results) :]
-        return _unpack_single(
-            tuple(
-                torch.empty_like(args[place], memory_format=torch.contiguous_format) if need else args[0].new_empty(0)
-                for place, need in zip(places, needs, strict=True)
-            )
-        )
-
     _LIBRARY.impl(name, op.run_forward, "CompositeExplicitAutograd")
-    _LIBRARY.impl(backward_name, op.run_backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bt_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
-    torch.library.register_fake(f"bt_kernels::{backward_name}", fake_backward, lib=_LIBRARY)
-    torch.library.register_autograd(
-        f"bt_kernels::{name}",
-        lambda ctx, *grads: _backward(ctx, op, grads),
-        setup_context=lambda ctx, inputs, output: _keep(ctx, op, inputs, output),
-        lib=_LIBRARY,
-    )
-    _refuse_second_derivative(backward_name)
+    if differentiable:
+        _define_backward(op, arguments, results, (*keep, *saved))
     for device in ("cpu", "cuda"):
 
         def cast_and_call(*args, device=device):
@@ -212,6 +190,35 @@ def define_op(
         _LIBRARY.impl(name, cast_and_call, f"Autocast{device.upper()}")
     OPS[name] = op
     return op
+
+
+def _define_backward(op: Op, arguments: str, results: tuple[str, ...], kept: tuple[str, ...]) -> None:
+    """Register the backward of an op and its autograd; ``kept`` names the tensors that the backward reads."""
+    name, backward_name = op.name, f"{op.name}_backward"
+    grads_in = ["Tensor grad"] if len(results) == 1 else [f"Tensor? grad_{each}" for each in results]
+    kept_in = [f"Tensor {each}" for each in kept]
+    backward_in = ", ".join([*grads_in, arguments, *kept_in, f"bool[{len(op.places)}] needs", "str? backend"])
+    _LIBRARY.define(f"{backward_name}({backward_in}) -> {_tensors(len(op.places))}")
+
+    def fake_backward(*args):
+        *args, needs, _ = args
+        args = args[len(results) :]
+        return _unpack_single(
+            tuple(
+                torch.empty_like(args[place], memory_format=torch.contiguous_format) if need else args[0].new_empty(0)
+                for place, need in zip(op.places, needs, strict=True)
+            )
+        )
+
+    _LIBRARY.impl(backward_name, op.run_backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bt_kernels::{backward_name}", fake_backward, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"bt_kernels::{name}",
+        lambda ctx, *grads: _backward(ctx, op, grads),
+        setup_context=lambda ctx, inputs, output: _keep(ctx, op, inputs, output),
+        lib=_LIBRARY,
+    )
+    _refuse_second_derivative(backward_name)
 
 
 def _tensors(count: int) -> str:

@@ -77,12 +77,12 @@ FORMS = (
 FORM = {form.name: form for form in FORMS}
 
 
-VARIANTS = variants()
+VARIANTS = tuple(each for each in variants() if each.differentiable)  # test_conformance_quantize.py has the other
 VARIANT = {variant.name: variant for variant in VARIANTS}
 
 
-def _runs() -> list:
-    """(variant, backend, device) of every kernel of every op; those on CUDA tensors are marked as GPU tests."""
+def runs(variants: Sequence[Variant]) -> list:
+    """(variant, backend, device) of every kernel of these ops; those on CUDA tensors are marked as GPU tests."""
     triton_device = "cpu" if interpreting() else "cuda"
     devices = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": (triton_device,), "cuda": ("cuda",)}
     return [
@@ -93,13 +93,13 @@ def _runs() -> list:
             id=f"{variant.name}-{kernel.backend}-{device}",
             marks=[pytest.mark.gpu] if device == "cuda" else [],
         )
-        for variant in VARIANTS
+        for variant in variants
         for kernel in OPS[variant.op].kernels
         for device in devices[kernel.backend]
     ]
 
 
-RUNS = _runs()
+RUNS = runs(VARIANTS)
 VISIBLE_RUNS = [run for run in RUNS if run.values[0].takes_visible]
 
 

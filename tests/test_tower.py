@@ -137,10 +137,25 @@ def test_eight_bits_need_sides_of_sixteen():
 def test_eight_bits_quantise_an_input_once(monkeypatch):
     model = make(depth=3)
     model.tower.optimize(dtype=torch.bfloat16, fp8=True)
-    inputs, quantise = [], fp8.quantize
-    monkeypatch.setattr(fp8, "quantize", lambda rows: inputs.append(rows.shape) or quantise(rows))
+    inputs, quantise = [], fp8.quantize_rows
+    monkeypatch.setattr(fp8, "quantize_rows", lambda rows: inputs.append(rows.shape) or quantise(rows))
     model.tower.run_layer(3, torch.randn(2, 17, 32, dtype=torch.bfloat16))
     assert inputs == [(34, 32), (34, 32), (34, 32), (34, 64)], "of the two norms, out_proj and fc2"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_eight_bits_add_the_bias(dtype):
+    """In the product or behind it: the product of what was quantised, plus the bias, rounded to bfloat16."""
+    weight, x = fp8.Fp8Weight(torch.randn(48, 32)), torch.randn(2, 5, 32, dtype=dtype)
+    bias = torch.randn(48, dtype=dtype)
+    values, scale = fp8.quantize_rows(x.flatten(0, 1))
+    of_weight = weight.get_buffer("bytes").view(torch.float8_e4m3fn).double()
+    of_weight = of_weight * weight.get_buffer("scale_bits").view(torch.float32).t()
+    exact = (values.double() * scale @ of_weight.t()).unflatten(0, (2, 5))
+    for given, expected in ((bias, exact + bias), (None, exact)):
+        got = weight.linear(x, given)
+        assert got.dtype == dtype and got.shape == (2, 5, 48)
+        torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=2**-7 * exact.abs().max().item())
 
 
 def test_compiled_layers():

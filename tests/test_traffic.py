@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("triton")
 
 
-OPS = ("temporal_attention", "gather_merge", "pool_video_tokens", "residual_norm", "bias_gelu")
+OPS = ("temporal_attention", "gather_merge", "pool_video_tokens", "residual_norm", "bias_gelu", "quantize_rows")
 
 
 @pytest.mark.slow

@@ -26,9 +26,9 @@ from bt_adapter.data.skipped import Skipped
 from bt_adapter.errors import CommandError
 from bt_adapter.files import digest, remove_unfinished, write_json, writing
 from bt_adapter.model.adapter import BTAdapterVisionModel
-from bt_adapter.towers.fp8 import quantize
 from bt_adapter.training.loop import Stopped
 from bt_adapter.training.processes import Processes
+from bt_kernels import quantize_rows
 
 SECONDS = 10.0  # between lines of progress
 ABOUT = "features.json"
@@ -120,7 +120,7 @@ class FeatureStore:
             if not tensors["features"].isfinite().all():
                 raise VideoError(f"{video}: its features leave the range of float16; use --feature-dtype float8")
         else:
-            values, scale = quantize(features.flatten(0, 1))
+            values, scale = quantize_rows(features.flatten(0, 1))
             if not scale.isfinite().all():
                 raise VideoError(f"{video}: its features are not finite")
             tensors = {"features": values.view(features.shape), "scale": scale.view(*features.shape[:2], 1)}
