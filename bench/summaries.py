@@ -14,6 +14,7 @@ NAMES = {
     "control-answers": "its control",
     "no-mbta": "branch without MBTA", "no-mbca": "branch without MBCA", "reference-order": "the published mask order",
     "one-exposure": "image stage on one kind of exposure", "plain-stills": "image stage on plain stills",
+    "speed-untuned": "branch pretrained mostly on speeds", "speed-tuned": "the same branch, tuned",
 }  # fmt: skip
 ON_BFLOAT16 = (
     "Rows in bfloat16 rest on a CPU with instructions for it (`avx512_bf16` or `amx_bf16` among the flags of `lscpu`); "
@@ -206,14 +207,17 @@ def ablation() -> str:
     found = load("miniature.json")
     kinds = ("motion", "size", "order", "speed", "item", "colour")
 
-    def row(label: str, shares: Mapping[str, Any], p: str) -> list[str]:
+    def row(label: str, shares: Mapping[str, Any], *p: str) -> list[str]:
         pair = "" if shares["motion"]["pair"] is None else f"{shares['motion']['pair']:.2f}"
-        return [label, *(f"{shares[kind]['right']:.2f}" for kind in kinds), pair, p]
+        return [label, *(f"{shares[kind]['right']:.2f}" for kind in kinds), pair, *p]
 
-    rows = [row("as in the headline", found["answers"]["untuned"][0], "")]
+    rows = [row("as in the headline", found["answers"]["untuned"][0], "", "")]
+    tuned = row("as in the headline, tuned", found["answers"]["tuned-answers"][0], "", "")
     for name, shares in found["ablations"].items():
-        rows.append(row(NAMES[name], shares, small(found["tests"][f"{name} against untuned"]["motion"]["p"])))
-    return table(["untuned, branch attached", *kinds, "motion, within the pair", "p, motion"], rows)
+        rows += [tuned] if name == "speed-tuned" else []
+        test = next(kinds for pair, kinds in found["tests"].items() if pair.startswith(f"{name} against "))
+        rows.append(row(NAMES[name], shares, *(small(test[kind]["p"]) for kind in ("motion", "speed"))))
+    return table(["branch attached", *kinds, "motion, within the pair", "p, motion", "p, speed"], rows)
 
 
 def captions() -> str:
@@ -227,12 +231,13 @@ def captions() -> str:
             f"{share:.3f}",
             spread([seed[kind] for seed in one["branch"]]),
             small(one["p"][kind]),
-            f"{speed[kind]:.3f}" if speed else "",
+            *([f"{speed[kind]:.3f}", small(one["mostly speed, p"][kind])] if speed else ["", ""]),
         ]
         for kind, share in one["mean"].items()
     ]
     for way, mean in both["mean"].items():
-        rows.append([f"{way} R@1", f"{mean['r1']:.3f}", spread([seed[way]["r1"] for seed in both["branch"]]), "", ""])
+        shares = [seed[way]["r1"] for seed in both["branch"]]
+        rows.append([f"{way} R@1", f"{mean['r1']:.3f}", spread(shares), "", "", ""])
     clip = found["clip"]["held_out"]
     right = {place: clip[f"exposures, {place}"]["event"] for place in ("CLS", "patches")}
     note = (
@@ -240,7 +245,7 @@ def captions() -> str:
         f"events: the event is right in {right['CLS']:.2f} by CLS, and in {right['patches']:.2f} by the mean of the "
         "patch tokens of the last layer but one."
     )
-    columns = ["", "CLIP, mean of the frames", "CLIP and branch", "p", "branch trained mostly on speeds"]
+    columns = ["", "CLIP, mean of the frames", "CLIP and branch", "p", "branch pretrained mostly on speeds", "p"]
     return f"{table(columns, rows)}\n\n{note}"
 
 

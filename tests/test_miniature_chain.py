@@ -68,7 +68,7 @@ def test_every_command_line_is_one_that_the_product_takes(tmp_path):
     commands = [
         stage.words(tmp_path)[3:] for stage in Plan(tmp_path, [0]).stages.values() if "bt-adapter" in stage.command
     ]
-    assert len(commands) == 22
+    assert len(commands) == 25
     for words in commands:
         parsed = cli.parse(words)
         if isinstance(parsed, Recipe | TuneRecipe):
@@ -249,7 +249,7 @@ def test_installed_weights_are_halves_without_paths_and_come_back_to_their_place
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("options", "ablations"), [(["--seeds", "0"], 5), (["--stored"], 0)], ids=["all", "stored"])
+@pytest.mark.parametrize(("options", "ablations"), [(["--seeds", "0"], 7), (["--stored"], 0)], ids=["all", "stored"])
 def test_a_quick_run_of_everything(tmp_path, options, ablations):
     subprocess.run([sys.executable, chain.ROOT / chain.HERE / "chain.py", tmp_path, "--quick", *options], check=True)
     found = json.loads((tmp_path / "miniature.json").read_text())

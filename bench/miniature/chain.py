@@ -122,6 +122,9 @@ class Plan:
             self._answers(f"ablations/{name}/untuned", f"seed{seed}/image", f"ablations/{name}/branch")
         self._branch("speed/branch", seed, data="speed")
         self._retrieval("speed/retrieval", "--branch WORK/speed/branch/branch")
+        self._answers("speed/untuned", f"seed{seed}/image", "speed/branch")
+        self._tune("speed/tuned", seed, "video", f"seed{seed}/image", "clips", "speed/branch")
+        self._answers("speed/tuned-answers", "speed/tuned")
         for name, data in IMAGE_ABLATIONS.items():
             self._tune(f"ablations/{name}/image", seed, "image", "fresh", data)
             self._answers(f"ablations/{name}/untuned", f"ablations/{name}/image", f"seed{seed}/branch")

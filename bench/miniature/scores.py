@@ -42,6 +42,10 @@ SYSTEMS = {
     "stills": "image chat model asked about stills, in which motion shows",
 }
 COMPARED = (("untuned", "untuned-off"), ("tuned-answers", "control-answers"), ("tuned-answers", "untuned"))
+# Answers of the first seed with one stage made in another way: folder, and the system they are compared with.
+OTHERWISE = {name: (f"ablations/{name}/untuned", "untuned") for name in (*BRANCH_ABLATIONS, *IMAGE_ABLATIONS)} | {
+    "speed-untuned": ("speed/untuned", "untuned"), "speed-tuned": ("speed/tuned-answers", "tuned-answers"),
+}  # fmt: skip
 HEADLINE = {
     "motion, of 6": ("motion", "right"), "within the pair": ("motion", "pair"), "order, of 8": ("order", "right"),
     "speed, of 2": ("speed", "right"), "item, of 8": ("item", "right"), "colour, of 6": ("colour", "right"),
@@ -160,6 +164,7 @@ def score_captions(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
     captions["p"] = {kind: max(mcnemar(one[kind], plain)["p"] for one in found[1:]) for kind, plain in found[0].items()}
     if speed:
         captions["mostly speed"] = shares[-1]
+        captions["mostly speed, p"] = {kind: mcnemar(speed[kind], plain)["p"] for kind, plain in found[0].items()}
     mean, *branch = map(recall, files[:-1])
     return {"captions": captions, "retrieval": {"mean": mean, "branch": branch}}
 
@@ -170,11 +175,11 @@ def score(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
     answers = {name: [read_answers(folder / name) for folder in own] for name in SYSTEMS}
     tests = {f"{a} against {b}": compare(answers[a], answers[b]) for a, b in COMPARED}
     ablations = {}
-    for name in (*BRANCH_ABLATIONS, *IMAGE_ABLATIONS):
-        if (work / "ablations" / name / "untuned" / "scores.json").exists():
-            found = read_answers(work / "ablations" / name / "untuned")
+    for name, (place, headline_system) in OTHERWISE.items():
+        if (work / place / "scores.json").exists():
+            found = read_answers(work / place)
             ablations[name] = figures(found)
-            tests[f"{name} against untuned"] = compare([found], answers["untuned"][:1])
+            tests[f"{name} against {headline_system}"] = compare([found], answers[headline_system][:1])
     times = read_lines(work / "times.jsonl")
     stages = {t["stage"]: {"command": t["command"], "seconds": 0.0} for t in times}
     for t in times:
