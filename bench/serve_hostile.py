@@ -6,12 +6,14 @@ A part comes from schemathesis, which reads the server's OpenAPI schema; the oth
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from serve_load import Server
 
 CHAT = "/v1/chat/completions"
+_CLIENTS = 4
 HOSTS = (
     "127.0.0.1", "localhost", "[::1]", "169.254.169.254", "10.0.0.1", "0.0.0.0", "2130706433", "0x7f000001",
     "017700000001", "[::ffff:127.0.0.1]", "metadata.google.internal", "example.org", "user:pass@example.org",
@@ -38,19 +41,23 @@ SCHEMES = (
     "file", "https", "http", "ftp", "gopher", "data", "javascript", "concat", "subfile", "rtsp", "pipe",
     "FILE", "hTTps", "",
 )  # fmt: skip
+HEADS = (
+    "data:", "data:video/mp4", "data:;base64,", "data:video/mp4;base64", "data:video/jpeg;base64,",
+    "DATA:video/webm;codecs=vp9,opus;BASE64,",
+)  # fmt: skip
 # what an answer must not tell: folders of this machine, and addresses that the client did not send
 _TOLD = re.compile(rb"/(?:home|root|usr|tmp|work|opt|var|proc|site-packages)/|Traceback|line \d+, in|\.py\b")
 _ADDRESS = re.compile(rb"\b\d{1,3}(?:\.\d{1,3}){3}\b")
 
 
 def hostile(server: Server, count: int) -> dict[str, Any]:
-    """Send so many requests, half of them of broken media; return what came back, and the server's memory."""
+    """Send so many requests by some clients, half of them of broken media; return what came back, and the memory."""
     seen: Counter[int] = Counter()
     faults: list[str] = []
     memory: list[float] = []
     draw = random.Random(0)
     makers = [*fuzzers(draw)]
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx.Client(base_url=server.url, timeout=120) as client, ThreadPoolExecutor(_CLIENTS) as pool:
 
         def check(answer: httpx.Response, sent: bytes) -> None:
             seen[answer.status_code] += 1
@@ -60,17 +67,21 @@ def hostile(server: Server, count: int) -> dict[str, Any]:
             if answer.status_code >= 500 or addresses or told or not shaped:
                 faults.append(f"{answer.status_code}: {answer.text[:200]!r} to {sent[:300]!r}")
 
-        by_schema = from_schema(server.url, max(1, count // 5), check)
-        warm = count // 10  # allocators and caches fill up
-        for number in range(count - by_schema):
-            content, kind = draw.choice(makers)()
+        def send(made: tuple[bytes, str]) -> None:
+            content, kind = made
             try:
                 answer = client.post(CHAT, content=content, headers={"Content-Type": kind})
             except httpx.HTTPError as error:
                 faults.append(f"{type(error).__name__} to {content[:300]!r}")
-                continue
+                return
             check(answer, content)
-            if number >= warm and number % max(1, count // 50) == 0:
+
+        by_schema = from_schema(server.url, max(1, count // 5), check)
+        left, warm = count - by_schema, count // 10  # allocators and caches fill up
+        for number in range(0, left, block := max(1, count // 50)):
+            bodies = [draw.choice(makers)() for _ in range(min(block, left - number))]
+            list(pool.map(send, bodies))
+            if number >= warm:
                 memory.append(server.memory)
         alive = client.get("/health").status_code == 200
         right = client.post(CHAT, json=good()).status_code == 200
@@ -92,9 +103,10 @@ def from_schema(url: str, count: int, check: Callable[[httpx.Response, bytes], N
 
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
+    posts = sum(operation.method.upper() == "POST" for operation in operations)
     sent = 0
     for operation in operations:
-        share = count if operation.method.upper() == "POST" else 20
+        share = max(2, count // posts) if operation.method.upper() == "POST" else 20
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
             if mode is GenerationMode.NEGATIVE and operation.method.upper() != "POST":
                 continue  # a request without parameters has no invalid form
@@ -119,10 +131,14 @@ def from_schema(url: str, count: int, check: Callable[[httpx.Response, bytes], N
     return sent
 
 
+@functools.cache
+def _clip() -> bytes:
+    return sorted((data_folder() / "clips").glob("*.mp4"))[0].read_bytes()
+
+
 def good() -> dict[str, Any]:
     """A request that must be answered."""
-    content = sorted((data_folder() / "clips").glob("*.mp4"))[0].read_bytes()
-    return json.loads(_about("video", _data("video/mp4", content)))
+    return json.loads(_about("video", _data("video/mp4", _clip())))
 
 
 def fuzzers(draw: random.Random) -> Iterator[Callable[[], tuple[bytes, str]]]:
@@ -163,9 +179,7 @@ def fuzzers(draw: random.Random) -> Iterator[Callable[[], tuple[bytes, str]]]:
         return _about(draw.choice(("video", "image")), url), kind
 
     def data_url() -> tuple[bytes, str]:
-        head = draw.choice(
-            ("data:", "data:video/mp4", "data:;base64,", "data:video/mp4;base64", "data:video/jpeg;base64,")
-        )
+        head = draw.choice(HEADS)
         return _about(
             "video", head + draw.choice(("", ",", ",,,,", "=" * 50, "A" * 401, "%00", "\u00e9", ";" * 3000))
         ), kind
@@ -185,7 +199,18 @@ def fuzzers(draw: random.Random) -> Iterator[Callable[[], tuple[bytes, str]]]:
         body = bytearray(json.dumps(good()).encode())
         for _ in range(draw.randrange(1, 6)):
             body[draw.randrange(len(body))] = draw.randrange(256)
-        odd = (b"", b"null", b"[" * 5000, b'{"a":' * 3000, b"9" * 6000, b"\xff\xfe", b'"\\ud800"', bytes(body))
+        odd = (
+            b"",
+            b"null",
+            b"[" * 5000,
+            b'{"messages":[' + b"0," * 150_000,
+            b'{"x":[' + b"{}," * 45_000 + b"0]}",
+            b'{"a":' * 3000,
+            b"9" * 6000,
+            b"\xff\xfe",
+            b'"\\ud800"',
+            bytes(body),
+        )
         return draw.choice(odd), draw.choice((kind, kind, "text/plain", "application/xml", "multipart/form-data", ""))
 
     yield from (video, video, video, still, still, frames, address, data_url, fields, syntax)

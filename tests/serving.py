@@ -39,11 +39,11 @@ def mini() -> VideoChat:
 
 @contextmanager
 def serving(
-    chat: VideoChat, api_key: str | None = None, extend: Extend | None = None, **options: Any
+    chat: VideoChat, api_key: str | None = None, extend: Extend | None = None, local: bool = False, **options: Any
 ) -> Iterator[tuple[str, Service]]:
-    """Serve within the context; yields the address without a path, and the service. extend: as for `run_serve`."""
+    """Serve within the context; yields the address without a path, and the service. local: see `make_app`."""
     service = Service(chat, ServiceOptions(**options))
-    app = make_app(service, api_key)
+    app = make_app(service, api_key, local)
     if extend is not None:
         extend(app, service, api_key)
     listener = socket.create_server(("127.0.0.1", 0))

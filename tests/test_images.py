@@ -260,3 +260,19 @@ def test_bytes_and_a_limit_on_pixels(tmp_path):
         read_image(b"no picture")
     with pytest.raises(ValueError, match="max_pixels"):
         read_image(path, 0)
+
+
+def test_a_check_is_called_while_a_picture_is_read(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    picture.save(tmp_path / "a.png")
+    content, calls = (tmp_path / "a.png").read_bytes(), []
+    assert (read_image(content, check=lambda: calls.append(1)) == read_image(content)).all()
+    assert len(calls) > len(content) / 4096
+
+    def stop():
+        raise VideoError("enough")
+
+    with pytest.raises(VideoError, match="^enough$"):
+        read_image(content, check=stop)
+    with pytest.raises(TypeError, match="check is called for bytes only"):
+        read_image(tmp_path / "a.png", check=stop)

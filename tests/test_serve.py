@@ -2,19 +2,24 @@
 
 import httpx
 import pytest
+import torch
 from serving import QUESTION, about, clip, data_url, mini, openai, serving
 
 from bt_adapter.chat.engine import read
 from bt_adapter.chat.watch import Sampling, encode_image, watch
 from bt_adapter.commands import cli
 from bt_adapter.data.stream import FrameStream
+from bt_adapter.errors import CommandError
+from bt_adapter.serve.run import bind, find_key, run_serve
+from bt_adapter.serve.settings import Serve
 
+LETTER = [{"role": "user", "content": "x"}]
 FPS_2 = len(FrameStream(clip(0), fps=2.0))
 
 
 @pytest.fixture(scope="module")
 def server():
-    with serving(mini()) as (url, service):
+    with serving(mini(), local=True) as (url, service):
         yield url, service
 
 
@@ -151,17 +156,24 @@ def test_length_stop_and_sampling(client):
         ({"num_frames": 0}, "num_frames", "greater than or equal to 1"),
         ({"num_frames": "8"}, "num_frames", "integer"),
         ({"num_frames": 129}, "num_frames", "at most 128"),
-        ({"num_frames": 9, "max_frames": 8}, None, "num_frames is 9, but max_frames is 8"),
-        ({"num_frames": 9, "media_io_kwargs": {"video": {"num_frames": 8}}}, None, "several times"),
+        ({"num_frames": 9, "max_frames": 8}, "num_frames", "num_frames is 9, but max_frames is 8"),
+        ({"num_frames": 9, "media_io_kwargs": {"video": {"num_frames": 8}}}, "num_frames", "several times"),
         ({"fps": 0}, "fps", "greater than 0"),
         ({"media_io_kwargs": {"video": {"speed": 2}}}, "media_io_kwargs.video.speed", "is not supported"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({"max_tokens": 3, "max_completion_tokens": 4}, None, "differ"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
         ({"max_tokens": 9000}, "messages", "context is 8192"),
-        ({"stream_options": {"include_usage": True}}, None, "stream is not true"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream is not true"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, None, "in turn"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "in turn"),
+        ({"messages": [*LETTER, {"role": "assistant", "content": "It"}]}, "messages", "in turn"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "at least 1 item"),
+        ({"messages": LETTER * 2001}, "messages", "at most 2000 items"),
+        ({"stop": ["a"] * 9}, "stop", "at most 8 items"),
+        ({"stop": "a" * 501}, "stop", "at most 500"),
+        ({"store": True}, "store", "only as False"),
+        ({"service_tier": "priority"}, "service_tier", "only as 'auto' or 'default'"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages", "empty"),
         ({"messages": [{"role": "user", "content": "<image>"}]}, "messages", "<image>"),
     ],
@@ -184,10 +196,16 @@ def test_errors_have_openais_shape_and_classes(client, server):
         assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
     answer = httpx.post(f"{server[0]}/v1/chat/completions", content=b"{", headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and "not JSON" in answer.json()["error"]["message"]
+    for content, kind in ((b"{}", "text/plain"), (b"[]", "application/json"), (b"null", "application/json")):
+        answer = httpx.post(f"{server[0]}/v1/chat/completions", content=content, headers={"Content-Type": kind})
+        assert answer.status_code == 400 and "a JSON object, sent with" in answer.json()["error"]["message"]
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        client.models.retrieve("other")
 
 
 def test_models_health_version_metrics(client, server):
     assert [model.id for model in client.models.list()] == ["mini"]
+    assert client.models.retrieve("mini") == next(iter(client.models.list()))
     assert httpx.get(f"{server[0]}/health").json() == {"status": "ok"}
     assert httpx.get(f"{server[0]}/version").json()["version"]
     text = httpx.get(f"{server[0]}/metrics").text
@@ -196,8 +214,49 @@ def test_models_health_version_metrics(client, server):
     assert httpx.get(f"{server[0]}/health", headers={"X-Request-Id": "<x>"}).headers["X-Request-Id"] != "<x>"
 
 
+def test_a_local_server_answers_to_no_other_name(server):
+    """The name of a site whose page is open in a browser of this machine may come to stand for 127.0.0.1."""
+    for host, status in (
+        ("localhost:80", 200), ("LOCALHOST.", 200), ("[::1]:8000", 200), ("10.0.0.1", 200), ("evil.org", 403),
+        ("127.0.0.1.evil.org:80", 403), ("localhost.evil.org", 403), ("", 403),
+    ):  # fmt: skip
+        answer = httpx.get(f"{server[0]}/v1/models", headers={"Host": host})
+        assert answer.status_code == status, host
+        assert status == 200 or answer.json()["error"]["code"] == "host_not_allowed"
+
+
+def test_a_port_that_another_server_took_meanwhile_is_told(monkeypatch):
+    """Two servers may both reserve a port before one of them listens."""
+    first = bind("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    listening = bind("127.0.0.1", port)
+    listening.listen()
+    monkeypatch.setattr("bt_adapter.serve.run.bind", lambda host, port: first)
+    monkeypatch.setattr("bt_adapter.serve.run.load", lambda model: mini())
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    try:
+        with pytest.raises(CommandError, match=rf"--port {port}: cannot listen there \(Address already in use\)"):
+            run_serve(Serve(port=port))
+        with pytest.raises(CommandError, match="cannot listen there"):
+            bind("127.0.0.1", port)
+    finally:
+        first.close()
+        listening.close()
+
+
+def test_an_empty_key_does_not_open_the_server(monkeypatch):
+    monkeypatch.setenv("BT_ADAPTER_API_KEY", "")
+    assert find_key("given") == "given"
+    for given, name in ((None, "BT_ADAPTER_API_KEY"), ("", "--api-key"), (" a", "--api-key"), ("a\n", "--api-key")):
+        with pytest.raises(CommandError, match=f"{name} must be a key without white space"):
+            find_key(given)
+    monkeypatch.delenv("BT_ADAPTER_API_KEY")
+    assert find_key(None) is None
+
+
 def test_options_of_the_command(capsys, tmp_path):
     for arguments, message in (
+        (("--api-key", ""), "--api-key"),
         (("--port", "70000"), "--port"),
         (("--allowed-media-path", str(tmp_path / "no")), "no such folder"),
         (("--allowed-media-domain", "https://x.org"), "expected HOST"),

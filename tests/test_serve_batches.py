@@ -24,6 +24,7 @@ from bt_adapter.chat.attach import attach
 from bt_adapter.chat.engine import VideoChat, read
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.watch import EncodedVisual, Sampling, encode_image, watch
+from bt_adapter.serve.errors import ApiError
 from bt_adapter.serve.limits import Limits
 from bt_adapter.serve.rows import AnswerText, Decoding, Row, Sampler
 from bt_adapter.serve.sharing import SharedWork
@@ -151,6 +152,53 @@ def test_the_same_video_of_two_requests_is_decoded_once(server):
     assert cache.labels("miss")._value.get() == before["miss"] + 1
 
 
+def test_the_same_video_with_and_without_the_branch_is_decoded_once(server, monkeypatch):
+    url, service = server
+    decoded, decode = [], service.decoder.video
+    monkeypatch.setattr(service.decoder, "video", lambda *options: decoded.append(options) or decode(*options))
+    with client_of(url) as ask, ThreadPoolExecutor(2) as pool:
+        with model_held(service):
+            both = [
+                pool.submit(ask, about(data_url(clip(6))), max_tokens=2, extra_body={"branch": branch})
+                for branch in (True, False)
+            ]
+            wait_for(lambda: len(service._encoding._running) == 2 and service.decoded._value == 2)
+        assert all(future.result() for future in both)
+    assert len(decoded) == 1
+
+
+def test_few_decoded_videos_wait_for_the_model(server, monkeypatch):
+    """While the model is busy, decoding stops after some visuals, and goes on with it."""
+    url, service = server
+    done, decode = [], service.decoder.video
+    monkeypatch.setattr(service.decoder, "video", lambda *options: done.append(decode(*options)) or done[-1])
+    part = [
+        about(data_url(clip(0).read_bytes() + bytes([0, 0, 0, 9]) + b"free" + bytes([n])))[0]["content"][0]
+        for n in range(6)
+    ]
+    content = [*part, {"type": "text", "text": QUESTION}]
+    with client_of(url) as ask, ThreadPoolExecutor(1) as pool:
+        with model_held(service):
+            answer = pool.submit(ask, [{"role": "user", "content": content}], max_tokens=1)
+            wait_for(lambda: len(done) == 4)
+            time.sleep(0.3)
+            assert len(done) == 4
+        assert answer.result().usage.video_frames == [8] * 6
+    assert len(done) == 6
+
+
+def test_files_and_downloads_are_limited_together(server, monkeypatch):
+    """The bytes of bodies and of files that are read are one sum."""
+    url, service = server
+    with service.held.account() as hold, service.held.account() as other:
+        hold(service.held.most - 10)
+        with pytest.raises(ApiError, match="too many large requests") as error:
+            other(11)
+        assert error.value.status == 429
+        other(10)
+    assert service.held.size == 0
+
+
 def test_a_client_that_goes_ends_its_answer(server, monkeypatch):
     url, service = server
     put, held = Row.put, threading.Event()
@@ -249,6 +297,14 @@ def test_text_of_an_answer(pieces, stop, text, found):
     assert any([answer.add(piece) for piece in pieces]) == found
     answer.end()
     assert "".join(said) == answer.said == text
+
+
+def test_a_long_stop_text_costs_no_more_than_what_is_held_back():
+    answer = AnswerText(("a" * 10**7 + "b",), lambda text: None)
+    begin = time.process_time()
+    for _ in range(100):
+        answer.add("a")
+    assert time.process_time() - begin < 1
 
 
 def test_draws_follow_the_distribution():

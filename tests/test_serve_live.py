@@ -146,8 +146,8 @@ def test_bad_requests(client, session):
         ({"question": ""}, "question"),
         ({"question": "x", "n": 2}, "n"),
         ({"question": "x", "temperature": 9.0}, "temperature"),
-        ({"question": "x", "max_tokens": 1, "max_completion_tokens": 2}, None),
-        ({"question": "x", "stream_options": {}}, None),
+        ({"question": "x", "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+        ({"question": "x", "stream_options": {}}, "stream_options"),
     ):
         assert error(client.post(f"{session}/ask", json=body), 400)["param"] == param
     for words in (3000, 300_000):

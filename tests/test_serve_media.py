@@ -3,6 +3,8 @@
 import asyncio
 import os
 import threading
+import time
+from dataclasses import replace
 from io import BytesIO
 
 import httpx
@@ -14,6 +16,7 @@ from serving import about, clip, data_url, mini, serving
 from bt_adapter.data import VideoError, read_video
 from bt_adapter.data.stream import FrameStream
 from bt_adapter.serve.decoding import DecodingTime, MediaDecoder
+from bt_adapter.serve.errors import ApiError
 from bt_adapter.serve.fetch import Downloader, is_public
 from bt_adapter.serve.limits import Limits
 from bt_adapter.serve.media import Media, MediaError, read_allowed_file, read_data_url
@@ -71,6 +74,16 @@ def test_key_and_size_of_the_body(server):
     assert post(server, body).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "values", ['"messages": [' + "0," * 100_001 + "0]", '"logit_bias": ' + "[" * 100_001, '"x": [' + "{}," * 60_000]
+)
+def test_a_body_of_very_many_values_is_not_parsed(server, values):
+    """400 KB of them took a second of the event loop's time; bodies of 64 MB would take minutes and gigabytes."""
+    content = f'{{"model": "mini", {values}}}'.encode()
+    answer = post(server, content=content[:299_000], headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413 and "100,000 values" in answer.json()["error"]["message"]
+
+
 def test_bodies_together_are_limited(server):
     """Two uploads that never end hold their bytes; a third request is told to come again, until one is closed."""
 
@@ -98,7 +111,7 @@ def test_bodies_together_are_limited(server):
     assert post(server, body).status_code == 200
 
 
-def test_files_only_below_the_allowed_folder(server, tmp_path):
+def test_files_only_below_the_allowed_folder(server, tmp_path, monkeypatch):
     folder = server[2]
     answer = post(server, {"messages": about((folder / "clip.mp4").as_uri())})
     assert answer.status_code == 200 and answer.json()["usage"]["video_frames"] == [8]
@@ -119,6 +132,8 @@ def test_files_only_below_the_allowed_folder(server, tmp_path):
     assert "without host" in refused(server, f"file://host{folder}/clip.mp4")
     with pytest.raises(MediaError, match="--allowed-media-path"):
         read_allowed_file((folder / "clip.mp4").as_uri(), None, 1000)
+    monkeypatch.chdir(folder)
+    assert "file:///PATH" in refused(server, "file:clip.mp4")
     with pytest.raises(MediaError, match="larger than the limit of 10 bytes"):
         read_allowed_file((folder / "clip.mp4").as_uri(), folder, 10)
 
@@ -169,7 +184,7 @@ def test_pixels_and_number_of_visuals(server):
 
 
 def test_a_rate_that_gives_too_many_frames():
-    decoder = MediaDecoder(mini().prepare, None, Limits(frames=4))
+    decoder = MediaDecoder(mini().prepare, mini().images, Limits(frames=4))
     media = Media((clip(0).read_bytes(),))  # 8 frames
 
     def count(most):
@@ -180,7 +195,45 @@ def test_a_rate_that_gives_too_many_frames():
         with pytest.raises(MediaError, match=words):
             count(most)
     with pytest.raises(VideoError, match="20 frames were asked for, but the video has 8"):
-        MediaDecoder(mini().prepare, None, Limits()).video(media, FrameChoice(20), False, TIME)
+        MediaDecoder(mini().prepare, mini().images, Limits()).video(media, FrameChoice(20), False, TIME)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "data:;base64,", "data:text/plain;base64,", "DATA:Video/MP4;BASE64,", "data:video/webm;codecs=vp9,opus;base64,",
+        'data:video/mp4;codecs="avc1.42E01E, mp4a.40.2";base64,',
+    ],
+)  # fmt: skip
+def test_heads_of_data_urls(head):
+    """The second last is what browsers write for what they record."""
+    assert read_data_url(f"{head}YWJj", 3) == Media((b"abc",))
+
+
+def test_a_picture_that_is_decoded_for_very_long_is_given_up():
+    """A progressive JPEG whose last scan, of 22 bytes and some milliseconds, is repeated: 64 MB would take hours."""
+    with BytesIO() as file:
+        Image.new("L", (2900, 2900), 128).save(file, "JPEG", progressive=True)
+        whole = file.getvalue()
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    media = Media((whole[:-2] + scan * 20_000 + whole[-2:],))
+    decoder = MediaDecoder(mini().prepare, mini().images, Limits())
+    begin = time.monotonic()
+    with pytest.raises(VideoError, match="longer than the limit of 0.05 seconds"):
+        decoder.still(media, DecodingTime(0.05))
+    with pytest.raises(VideoError, match="longer than the limit of 0.05 seconds"):
+        decoder.video(replace(media, frames=True), FrameChoice(), True, DecodingTime(0.05))
+    assert time.monotonic() - begin < 30
+    assert decoder.still(Media((whole,)), DecodingTime(60.0)).pixels.shape == (3, 2900, 2900)
+
+
+def test_frames_are_shown_as_the_model_sees_them():
+    chat = mini()
+    decoder = MediaDecoder(chat.prepare, chat.images, Limits())
+    video = decoder.video(Media((clip(0).read_bytes(),)), FrameChoice(4), True, TIME, show=True)
+    shown = np.stack([np.asarray(Image.open(BytesIO(picture))) for picture in video.pictures]).astype(float)
+    seen = chat.images.crop(read_video(clip(0), 4).frames).permute(0, 2, 3, 1).numpy()
+    assert shown.shape == seen.shape and np.abs(shown - seen).mean() < 4  # JPEG
 
 
 def test_decoding_time_is_limited():
@@ -220,6 +273,24 @@ def test_public_addresses(address, public):
 
 def reply(content):
     return httpx.Response(200, stream=httpx.ByteStream(content))
+
+
+def test_a_download_counts_its_bytes_as_they_come():
+    sizes = []
+
+    async def resolve(host, port):
+        return ["93.184.216.34"]
+
+    stream = httpx.MockTransport(lambda request: reply(b"x" * 1000))
+    downloader = Downloader(("media.org",), 2000, 5, resolve, stream)
+    asyncio.run(downloader.get("https://media.org/a", sizes.append))
+    assert sum(sizes) == 1000
+
+    def full(size):
+        raise ApiError(429, "full")
+
+    with pytest.raises(ApiError, match="full"):
+        asyncio.run(downloader.get("https://media.org/a", full))
 
 
 def fetch(answers, url="https://media.org/a.mp4", addresses=("93.184.216.34",), most=1000, domains=("media.org",)):

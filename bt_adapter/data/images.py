@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
@@ -37,9 +38,25 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIXTEEN_BITS = 65535
+_BLOCK = 4096  # bytes between two checks of a picture that is decoded piece by piece: a progressive JPEG repeats itself
 
 
-def read_image(path: str | os.PathLike[str] | bytes, max_pixels: int | None = None) -> torch.Tensor:
+class _Checked(io.BytesIO):
+    """Bytes of a picture; a function is called before each read."""
+
+    def __init__(self, content: bytes, check: Callable[[], object]) -> None:
+        super().__init__(content)
+        self._check = check
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read as a binary file."""
+        self._check()
+        return super().read(size)
+
+
+def read_image(
+    path: str | os.PathLike[str] | bytes, max_pixels: int | None = None, check: Callable[[], object] | None = None
+) -> torch.Tensor:
     """Read a picture file, or its bytes, as uint8 ``[3, H, W]``, RGB, rotated upright by its EXIF orientation.
 
     JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF and PPM are detected by content, not by name. An animation or a
@@ -49,17 +66,20 @@ def read_image(path: str | os.PathLike[str] | bytes, max_pixels: int | None = No
     max_pixels: limit on the picture's pixels, checked against its header before any memory is allocated for them; None:
     Pillow's own limit. Pillow's settings apply: ``PIL.Image.MAX_IMAGE_PIXELS`` (twice as many pixels are an error) and
     ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` (if it is unset, a truncated file is an error).
+    check: called often while bytes are read and decoded, to end it by raising VideoError; with bytes only.
 
     Raises:
-        ValueError: ``max_pixels`` is below 1.
+        ValueError: ``max_pixels`` is below 1. TypeError: ``check`` is given with a file's name.
         VideoError: the file is missing, no regular file, of another format, truncated, damaged or too large; the
             message names it.
     """
     if max_pixels is not None:
         check_count("max_pixels", max_pixels)
+    if check is not None and not isinstance(path, bytes):
+        raise TypeError(f"check is called for bytes only, but path is {path!r}")
     name = "<bytes>" if isinstance(path, bytes) else os.fspath(path)
     try:
-        with _opened(path) as file:
+        with _opened(path, check) as file:
             pixels = _pixels(file, name, max_pixels)
     except VideoError:
         raise
@@ -97,10 +117,10 @@ def is_animation(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _opened(path: str | os.PathLike[str] | bytes) -> BinaryIO:
+def _opened(path: str | os.PathLike[str] | bytes, check: Callable[[], object] | None) -> BinaryIO:
     """Open a picture. Raises VideoError for a name that is no regular file, OSError if it cannot be opened."""
     if isinstance(path, bytes):
-        return io.BytesIO(path)
+        return io.BytesIO(path) if check is None else _Checked(path, check)
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         found = "a directory" if stat.S_ISDIR(mode) else "no regular file"
@@ -116,6 +136,8 @@ def _pixels(file: BinaryIO, name: str, max_pixels: int | None) -> np.ndarray:
             raise VideoError(
                 f"{name}: its {image.width} x {image.height} pixels are more than the limit of {max_pixels:,}"
             )
+        if isinstance(file, _Checked):
+            image.decodermaxblock = _BLOCK
         image.load()
         try:
             turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))

@@ -82,9 +82,12 @@ def _describe(prepared: Prepared) -> str:
 
 
 async def answer(service: Service, request: ChatRequest) -> AsyncIterator[Prepared | str | Ended]:
-    """Answer a request as the API does: the prompt, pieces of text, the end. Raises ApiError."""
+    """Answer a request as the API does: the prompt, with its videos' frames to be shown, pieces of text, the end.
+
+    Raises ApiError.
+    """
     with service.admit():
-        prepared = await service.prepare(request)
+        prepared = await service.prepare(request, show=True)
         yield prepared
         async for piece in stream(service, prepared.answering):
             yield piece

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 from pydantic import ValidationError
 
 from bt_adapter.page.answers import ColumnAnswer, answer, answer_columns
-from bt_adapter.page.frames import FrameViewer
 from bt_adapter.page.live import LiveTalk
 from bt_adapter.page.talk import Choice, Exchange, Talk, make_request
 from bt_adapter.serve.batching import Ended
@@ -55,7 +56,7 @@ class VideoCallbacks:
     """
 
     def __init__(self, service: Service, open_talks: OpenTalks) -> None:
-        self.service, self.viewer, self.open_talks = service, FrameViewer(service), open_talks
+        self.service, self.open_talks = service, open_talks
         sampling = service.options.sampling
         self.fps, self.branch = sampling.fps, sampling.branch
 
@@ -80,24 +81,19 @@ class VideoCallbacks:
         choice, turns = Choice(int(frames), self.fps), talk.turns
         asked = [Exchange(question, talk.new_visuals(n, given), "") for n in range(2 if compare else 1)]
         starts = [partial(self._answer, [*turns[n], one], path, choice, n) for n, one in enumerate(asked)]
-        gallery = asyncio.create_task(self._look(talk, path, choice))
         answers: list[ColumnAnswer] = []
         field: Any = ""  # once only: what is typed during the answer stays
-        try:
-            with self.open_talks.noted(request, talk):
-                async for answers in answer_columns(starts, talk.running):
-                    if talk.turns is turns:  # else another video was chosen meanwhile
-                        yield (*self._show(turns, asked, answers, gallery), field, talk)
-                        field = gr.skip()
-            for n, one in enumerate(answers):
-                if one.text or one.ended is not None:
-                    turns[n].append(Exchange(question, asked[n].visuals, one.text))
-            await gallery
-        finally:
-            gallery.cancel()
+        with self.open_talks.noted(request, talk):
+            async for answers in answer_columns(starts, talk.running):
+                if talk.turns is turns:  # else another video was chosen meanwhile
+                    yield (*_show(turns, asked, answers), _frames(talk, choice, answers[0].prepared), field, talk)
+                    field = gr.skip()
+        for n, one in enumerate(answers):
+            if one.text or one.ended is not None:
+                turns[n].append(Exchange(question, asked[n].visuals, one.text))
         if talk.turns is turns:
             errors = [one.error for one in answers if one.error]
-            yield (*self._show(turns, [], answers, gallery), question if errors else gr.skip(), talk)
+            yield (*_show(turns, [], answers), gr.skip(), question if errors else gr.skip(), talk)
             for error in dict.fromkeys(errors):
                 tell(error)
 
@@ -126,30 +122,6 @@ class VideoCallbacks:
             raise bad_request(str(error.errors()[0]["msg"])) from error
         async for piece in answer(self.service, request):
             yield piece
-
-    async def _look(self, talk: Talk, video: Path | None, choice: Choice) -> Any:
-        """Return the gallery's new content, or that it stays."""
-        if talk.shown == (video, choice):
-            return gr.skip()
-        frames = [] if video is None else await self.viewer.read(video, choice)
-        talk.shown = (video, choice) if frames else None
-        return frames
-
-    def _show(
-        self,
-        turns: dict[int, list[Exchange]],
-        asked: Sequence[Exchange],
-        answers: Sequence[ColumnAnswer],
-        gallery: asyncio.Task[Any],
-    ) -> Updates:
-        chats: list[Any] = [gr.skip(), gr.skip()]
-        lines: list[Any] = [gr.skip(), ""]
-        for n, one in enumerate(answers):
-            new = [Exchange(asked[n].question, (), one.text)] if asked else []
-            chats[n] = _messages([*turns[n], *new])
-            lines[n] = one.line
-        shown = gallery.result() if gallery.done() and not gallery.cancelled() else gr.skip()
-        return (*chats, *lines, shown)
 
 
 class LiveCallbacks:
@@ -215,3 +187,26 @@ def _messages(turns: Sequence[Exchange]) -> list[dict[str, str]]:
         if turn.answer:
             messages.append({"role": "assistant", "content": turn.answer})
     return messages
+
+
+def _show(turns: dict[int, list[Exchange]], asked: Sequence[Exchange], answers: Sequence[ColumnAnswer]) -> Updates:
+    """Return the content of the columns and their lines. asked: the questions being answered; empty: none is."""
+    chats: list[Any] = [gr.skip(), gr.skip()]
+    lines: list[Any] = [gr.skip(), ""]
+    for n, one in enumerate(answers):
+        new = [Exchange(asked[n].question, (), one.text)] if asked else []
+        chats[n] = _messages([*turns[n], *new])
+        lines[n] = one.line
+    return (*chats, *lines)
+
+
+def _frames(talk: Talk, choice: Choice, prepared: Prepared | None) -> Any:
+    """Return the gallery's new content: the frames of the video with their numbers; or that it stays."""
+    if prepared is None or talk.shown == choice:
+        return gr.skip()
+    talk.shown = choice
+    return [
+        (Image.open(io.BytesIO(picture)), f"{number + 1} of {seen.visual.total}")
+        for seen, _ in prepared.seen
+        for picture, number in zip(seen.pictures, seen.numbers, strict=True)
+    ]

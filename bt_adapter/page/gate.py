@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bt_adapter.serve.errors import ApiError
-from bt_adapter.serve.gate import too_large
+from bt_adapter.serve.gate import JsonCount, too_large
 
 # gradio has more routes, among them a proxy, redirects to other hosts and an editor
 _ROUTES = re.compile(
@@ -56,13 +56,14 @@ class PageGate:
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
+        headers = Headers(scope=scope)
         try:
-            self._check(Headers(scope=scope), scope["path"])
+            self._check(headers, scope["path"])
         except ApiError as error:
-            headers = error.headers | ({"WWW-Authenticate": 'Basic realm="BT-Adapter"'} if error.status == 401 else {})
-            await JSONResponse(error.body, error.status, headers)(scope, receive, answer)
+            asked = {"WWW-Authenticate": 'Basic realm="BT-Adapter"'} if error.status == 401 else {}
+            await JSONResponse(error.body, error.status, error.headers | asked)(scope, receive, answer)
             return
-        await self.app(scope, _Counted(receive, self.most).receive, answer)
+        await self.app(scope, _Counted(headers, receive, self.most).receive, answer)
 
     def _check(self, headers: Headers, path: str) -> None:
         """Raise ApiError for a wrong key, a route that the page does not use, or a body stated to be too large."""
@@ -76,14 +77,19 @@ class PageGate:
 
 
 class _Counted:
-    """A request's body, which ends as if the browser had gone when it is longer than the limit."""
+    """A request's body, which ends as if the browser had gone when it is too long or has too many values."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
-        self._receive, self._left = receive, most
+    def __init__(self, headers: Headers, receive: Receive, most: int) -> None:
+        self._receive, self._left, self._values = receive, most, JsonCount(headers)
 
     async def receive(self) -> MutableMapping[str, Any]:
         message = await self._receive()
-        self._left -= len(message.get("body", b""))
+        piece = message.get("body", b"")
+        self._left -= len(piece)
+        try:
+            self._values.add(piece)
+        except ApiError:
+            self._left = -1
         return message if self._left >= 0 else {"type": "http.disconnect"}
 
 

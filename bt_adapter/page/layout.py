@@ -21,6 +21,7 @@ _NOT_MIRRORED: dict[str, Any] = {"mirror": False}
 _CAMERA = WebcamOptions(**_NOT_MIRRORED, constraints={"video": {"width": 320, "height": 240}})
 _FRAME_SECONDS = 0.1  # between frames of the live camera
 _LIVE_SECONDS = 600.0  # after which a camera is started anew
+_ALWAYS: Any = "multiple"  # a question during an answer is told to wait; gradio's default drops it without a word
 _CACHE_SECONDS = 3600  # uploaded files are deleted when they are older
 
 
@@ -101,7 +102,7 @@ def _build_clip(service: Service, open_talks: OpenTalks) -> None:
     hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     gr.on(
         [ask.click, question.submit], calls.ask, [question, video, stills, frames, compare, talk], outputs,
-        concurrency_limit=service.options.limits.waiting, **hidden,
+        concurrency_limit=service.options.limits.waiting, trigger_mode=_ALWAYS, **hidden,
     )  # fmt: skip
     gr.on([new.click, first.clear, second.clear], calls.clear, [video, talk], outputs, queue=False, **hidden)
     stopping.click(stop, talk, None, queue=False, **hidden)
@@ -131,7 +132,7 @@ def _build_live(sessions: LiveSessions, open_talks: OpenTalks) -> None:
     )  # fmt: skip
     gr.on(
         [ask.click, question.submit], calls.ask, [question, talk], [answer, line],
-        concurrency_limit=limits.waiting, **hidden,
+        concurrency_limit=limits.waiting, trigger_mode=_ALWAYS, **hidden,
     )  # fmt: skip
     stopping.click(stop, talk, None, queue=False, **hidden)
 

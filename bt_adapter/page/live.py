@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from bt_adapter.page.answers import stream
+from bt_adapter.page.talk import Answers
 from bt_adapter.serve.batching import Ended
 from bt_adapter.serve.errors import bad_request
 from bt_adapter.serve.live import LiveSessions, Question, SessionFields
@@ -15,17 +16,17 @@ from bt_adapter.serve.service import Prepared
 FPS = 4.0  # frames kept per second, as in bt-adapter live
 
 
-class LiveTalk:
+class LiveTalk(Answers):
     """The camera of one browser's page: a live session of the server, and its answers. Raises ApiError if too many run.
 
-    running: tasks of the answers in progress. came, kept, dropped: frames of the camera, those that the model has seen,
+    came, kept, dropped: frames of the camera, those that the model has seen,
     and those that came while it was busy.
     """
 
     def __init__(self, sessions: LiveSessions) -> None:
+        super().__init__()
         self._sessions = sessions
         self._key, _ = sessions.create(SessionFields(fps=FPS))
-        self.running: list[asyncio.Task[None]] = []
         self.came = self.kept = self.dropped = 0
         self._busy = False
 
@@ -57,8 +58,3 @@ class LiveTalk:
             yield prepared
             async for piece in stream(service, prepared.answering):
                 yield piece
-
-    def stop(self) -> None:
-        """Stop the answers in progress."""
-        for task in self.running:
-            task.cancel()

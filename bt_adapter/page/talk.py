@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +22,35 @@ class Exchange:
     answer: str
 
 
-@dataclass
-class Talk:
-    """The state of one browser's page.
+class Answers:
+    """The answers in progress on one browser's page. running: their tasks."""
 
-    video: the clip that the conversation is about. turns: by column; a column lacks the turns of the time when it was
-    not shown. running: tasks of the answers in progress. shown: the choice of frames in the gallery.
-    """
-
-    video: Path | None = None
-    turns: dict[int, list[Exchange]] = field(default_factory=lambda: {0: [], 1: []})
-    running: list[asyncio.Task[None]] = field(default_factory=list)
-    shown: Any = None
+    def __init__(self) -> None:
+        self.running: list[asyncio.Task[None]] = []
 
     def stop(self) -> None:
         """Stop the answers in progress."""
         for task in self.running:
             task.cancel()
 
+
+class Talk(Answers):
+    """The state of one browser's page.
+
+    video: the clip that the conversation is about. turns: by column; a column lacks the turns of the time when it was
+    not shown. shown: the choice of frames in the gallery.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin(None)
+
     def begin(self, video: Path | None) -> None:
         """Begin a new conversation about a video; None: about stills, or nothing yet."""
         self.stop()
-        self.video, self.turns, self.shown = video, {0: [], 1: []}, None
+        self.video = video
+        self.turns: dict[int, list[Exchange]] = {0: [], 1: []}
+        self.shown: Choice | None = None
 
     def new_visuals(self, column: int, stills: Sequence[Path]) -> tuple[Path, ...]:
         """Return the video and stills that a column's conversation has not seen yet."""

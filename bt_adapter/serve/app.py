@@ -20,7 +20,7 @@ from bt_adapter.serve.errors import ApiError, JsonResponse, bad_request, error_r
 from bt_adapter.serve.gate import Gate
 from bt_adapter.serve.live import add_live_routes
 from bt_adapter.serve.replies import Completion
-from bt_adapter.serve.requests import AnswerFields, ChatRequest
+from bt_adapter.serve.requests import AnswerFields, ChatRequest, FieldError
 from bt_adapter.serve.service import Prepared, Service
 
 T = TypeVar("T")
@@ -46,13 +46,14 @@ class ClientGone(Exception):
     """The client closed the connection before its answer was ready."""
 
 
-def make_app(service: Service, api_key: str | None = None) -> FastAPI:
+def make_app(service: Service, api_key: str | None = None, local: bool = False) -> FastAPI:
     """Make the application of a service, which it closes at its end.
 
     More routes, such as a page at ``/``, may be added to it: a path is looked up in the order of addition.
 
     Args:
         service: answers. api_key: key that requests below ``/v1/`` must have; None: none.
+        local: answer only requests to localhost or an IP address, see `Gate`.
     """
 
     @asynccontextmanager
@@ -63,10 +64,10 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     # the pages of /docs would load scripts from another host
     app = FastAPI(title="BT-Adapter", version=VERSION, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
-    app.add_middleware(Gate, service=service, api_key=api_key)
+    app.add_middleware(Gate, service=service, api_key=api_key, local=local)
     _add_error_handlers(app)
     errors: dict[int | str, dict[str, Any]] = {kind: {"model": ErrorBody} for kind in ("4XX", "5XX")}
-    started = int(time.time())
+    model = {"id": service.options.name, "object": "model", "created": int(time.time()), "owned_by": "bt-adapter"}
 
     @app.post("/v1/chat/completions", responses=errors)
     async def complete_chat(body: ChatRequest, request: Request) -> Response:
@@ -76,8 +77,13 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     @app.get("/v1/models", responses=errors)
     async def list_models() -> dict[str, Any]:
         """List the one model that is served."""
-        model = {"id": service.options.name, "object": "model", "created": started, "owned_by": "bt-adapter"}
         return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}", responses=errors)
+    async def show_model(name: str) -> dict[str, Any]:
+        """Describe the model that is served."""
+        service.check_model(name)
+        return model
 
     @app.get("/health", responses=errors)
     async def check_health() -> dict[str, str]:
@@ -188,9 +194,14 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 def _of_validation(error: RequestValidationError) -> ApiError:
     """Convert the most specific of a request's validation errors."""
-    found = max(error.errors(), key=lambda one: len(one["loc"]))
+    found = max(error.errors(), key=_specificity)
     if found["type"] == "json_invalid":
         return bad_request(f"the body is not JSON: {found.get('ctx', {}).get('error', found['msg'])}")
+    if found["loc"] == ("body",) and found["type"] != "value_error":
+        return bad_request("the body must be a JSON object, sent with the header Content-Type: application/json")
+    cause = found.get("ctx", {}).get("error")
+    if isinstance(cause, FieldError):
+        return bad_request(str(cause), cause.param)
     param = ""
     before: Any = None
     for part in found["loc"][1:]:
@@ -203,3 +214,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     known = {"missing": "is missing", "extra_forbidden": "is not supported"}
     text = known.get(found["type"], found["msg"].removeprefix("Value error, "))
     return bad_request(f"{param or 'body'}: {text}"[:_LONGEST_MESSAGE], param or None)
+
+
+def _specificity(found: Any) -> tuple[bool, int]:
+    """Rank a validation error: of a field that takes several types, those of the other types say little."""
+    return not found["type"].endswith("_type"), len(found["loc"])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bt_adapter.chat.ahead import PreparedVideo
 from bt_adapter.data import VideoError, read_image
+from bt_adapter.data.image_settings import ImageSettings
 from bt_adapter.data.stream import FrameStream
 from bt_adapter.serve.limits import Limits
 from bt_adapter.serve.media import Media, MediaError
@@ -42,6 +45,13 @@ class DecodingTime:
 
 
 @dataclass(frozen=True)
+class ShownVideo(PreparedVideo):
+    """A video's prepared frames, and on request the same frames to be shown. pictures: a JPEG file each."""
+
+    pictures: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True)
 class DecodedStill:
     """A still, uint8 ``[3, H, W]``, and the seconds that decoding took."""
 
@@ -52,22 +62,25 @@ class DecodedStill:
 class MediaDecoder:
     """Decodes stills and videos and prepares the frames of videos for the tower.
 
-    prepare: converts frames uint8 ``[t, 3, H, W]``, see ``VideoChat.prepare``. side: target side of its resize.
+    prepare: converts frames uint8 ``[t, 3, H, W]``, see ``VideoChat.prepare``. images: its resize and crop.
     """
 
-    def __init__(self, prepare: Callable[[Tensor], Tensor], side: int | None, limits: Limits) -> None:
-        self.prepare, self.side, self.limits = prepare, side, limits
+    def __init__(self, prepare: Callable[[Tensor], Tensor], images: ImageSettings, limits: Limits) -> None:
+        self.prepare, self.images, self.limits = prepare, images, limits
 
-    def still(self, media: Media) -> DecodedStill:
+    def still(self, media: Media, timer: DecodingTime) -> DecodedStill:
         """Decode a still. Raises VideoError."""
         begin = time.perf_counter()
-        pixels = read_image(media.pieces[0], self.limits.pixels)
+        pixels = read_image(media.pieces[0], self.limits.pixels, timer.check)
         return DecodedStill(pixels, time.perf_counter() - begin)
 
-    def video(self, media: Media, choice: FrameChoice, repeat: bool, timer: DecodingTime) -> PreparedVideo:
+    def video(
+        self, media: Media, choice: FrameChoice, repeat: bool, timer: DecodingTime, show: bool = False
+    ) -> ShownVideo:
         """Decode the chosen frames of a video.
 
         choice: with ``frames`` or ``fps``. repeat: repeat frames of a video that has fewer than ``frames``.
+        show: return the frames as pictures too.
 
         Raises:
             VideoError: the video cannot be decoded within the limits, or has too few frames.
@@ -76,15 +89,16 @@ class MediaDecoder:
         begin = time.perf_counter()
         if media.frames:
             chunks, numbers, total, cut = *self._pictures(media, choice, timer), False
-        else:
-            stream = self._open(media.pieces[0], choice, repeat, timer)
-            chunks = []
-            for chunk in stream:
-                chunks.append(self.prepare(chunk))
-                timer.check()
-            seen = sum(map(len, chunks))
-            numbers, total, cut = tuple(stream.numbers[:seen]), stream.total, stream.truncated
-        return PreparedVideo(tuple(chunks), numbers, total, cut, time.perf_counter() - begin)
+            return ShownVideo(tuple(chunks), numbers, total, cut, time.perf_counter() - begin)
+        stream = self._open(media.pieces[0], choice, repeat, timer)
+        chunks, pictures = [], []
+        for chunk in stream:
+            chunks.append(self.prepare(chunk))
+            pictures += [_jpeg(frame) for frame in self.images.crop(chunk)] if show else []
+            timer.check()
+        numbers = tuple(stream.numbers[: sum(map(len, chunks))])
+        seconds = time.perf_counter() - begin
+        return ShownVideo(tuple(chunks), numbers, stream.total, stream.truncated, seconds, pictures=tuple(pictures))
 
     def _open(self, content: bytes, choice: FrameChoice, repeat: bool, timer: DecodingTime) -> FrameStream:
         frames = choice.frames
@@ -100,9 +114,8 @@ class MediaDecoder:
         return stream
 
     def _stream(self, content: bytes, frames: int | None, fps: float | None, timer: DecodingTime) -> FrameStream:
-        return FrameStream(
-            content, frames, fps, True, _CHUNK, self.side, self.limits.pixels, threads=1, check=timer.check
-        )
+        most, side = self.limits.pixels, self.images.largest_side
+        return FrameStream(content, frames, fps, True, _CHUNK, side, most, threads=1, check=timer.check)
 
     def _check_frames(self, frames: int, name: str) -> None:
         if frames > self.limits.frames:
@@ -120,6 +133,12 @@ class MediaDecoder:
         numbers = tuple(((torch.arange(count) + 0.5) * total / count).long().tolist())
         frames = []
         for number in numbers:
-            timer.check()
-            frames.append(self.prepare(read_image(media.pieces[number], self.limits.pixels)[None]))
+            frames.append(self.prepare(read_image(media.pieces[number], self.limits.pixels, timer.check)[None]))
         return list(torch.cat(frames).split(_CHUNK)), numbers, total
+
+
+def _jpeg(frame: Tensor) -> bytes:
+    """Encode a frame uint8 ``[3, H, W]`` as a picture file to be shown."""
+    file = io.BytesIO()
+    Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()).save(file, "JPEG", quality=90)
+    return file.getvalue()

@@ -63,8 +63,8 @@ class Downloader:
         self.most, self.seconds = most, seconds
         self.resolve, self.transport = resolve, transport
 
-    async def get(self, url: str) -> bytes:
-        """Download a file. Raises MediaError."""
+    async def get(self, url: str, hold: Callable[[int], None] = lambda size: None) -> bytes:
+        """Download a file. hold: called with the size of each piece as it comes. Raises MediaError."""
         if not self.hosts:
             raise MediaError("URLs are not allowed by this server (option --allowed-media-domain of bt-adapter serve)")
         try:
@@ -74,7 +74,7 @@ class Downloader:
                     transport=self.transport, trust_env=False, follow_redirects=False, timeout=self.seconds
                 ) as client:
                     for _ in range(_REDIRECTS + 1):
-                        content, url = await self._get(client, url)
+                        content, url = await self._get(client, url, hold)
                         if content is not None:
                             return content
             raise MediaError("the media's host redirects too often")
@@ -85,7 +85,7 @@ class Downloader:
                 raise
             raise MediaError("the media's host cannot be reached") from error
 
-    async def _get(self, client: httpx.AsyncClient, url: str) -> tuple[bytes | None, str]:
+    async def _get(self, client: httpx.AsyncClient, url: str, hold: Callable[[int], None]) -> tuple[bytes | None, str]:
         """Request one address; return its content, or None and the address it redirects to."""
         host, port, target = self._checked(url)
         address = await self._address(host, port)
@@ -103,6 +103,7 @@ class Downloader:
                 raise MediaError("the media's host compressed its answer, though it was asked not to")
             content = bytearray()
             async for piece in answer.aiter_raw():
+                hold(len(piece))
                 content += piece
                 if len(content) > self.most:
                     raise MediaError(f"the file is larger than the limit of {self.most:,} bytes")

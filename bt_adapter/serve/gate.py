@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import re
 import secrets
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bt_adapter.serve.errors import ApiError, error_response
+from bt_adapter.serve.limits import Limits
 from bt_adapter.serve.service import Service
 
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -23,17 +25,41 @@ _GUARDED = "/v1/"
 _COUNTED = ("/v1/chat/completions", "/v1/models", "/health", "/version", "/metrics", "/openapi.json")
 
 
+class JsonCount:
+    """Counts the values of a JSON body as it comes, so that none is parsed that takes far more memory than its bytes.
+
+    Signs within texts count too: a request about what a model can read has a few thousand of them.
+
+    Args:
+        headers: of the request; bodies of other types are not counted.
+    """
+
+    most = 100_000
+
+    def __init__(self, headers: Headers) -> None:
+        self._is_json, self._values = "json" in headers.get("content-type", "").lower(), 0
+
+    def add(self, piece: bytes) -> None:
+        """Count a piece of the body. Raises ApiError if there are too many values."""
+        if self._is_json:
+            self._values += piece.count(b",") + piece.count(b"[") + piece.count(b"{")
+            if self._values > self.most:
+                text = f"the request's JSON holds more than the limit of {self.most:,} values"
+                raise ApiError(413, text, code="request_too_large")
+
+
 class Gate:
     """ASGI middleware around the routes.
 
     Args:
         app: the next application. service: its limits and metrics. api_key: required below ``/v1/``; None: none.
+        local: refuse requests to another name than localhost or an IP address. A page of any site, whose name its owner
+            lets stand for 127.0.0.1 after it was loaded, could else ask a server of this machine.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, api_key: str | None) -> None:
-        self.app, self.service, self.limits = app, service, service.options.limits
+    def __init__(self, app: ASGIApp, service: Service, api_key: str | None, local: bool) -> None:
+        self.app, self.service, self.limits, self.local = app, service, service.options.limits, local
         self.api_key = None if api_key is None else api_key.encode()
-        self._held = 0  # bytes of the bodies of all requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,16 +76,16 @@ class Gate:
                 self.service.metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
-        body = _Body(self, receive)
-        try:
-            if scope["path"].startswith(_GUARDED):
-                self._check(headers)
-                receive = body.receive
-            await self.app(scope, receive, answer)
-        except ApiError as error:
-            await error_response(error)(scope, receive, answer)
-        finally:
-            self._held -= body.size
+        with self.service.held.account() as hold:
+            try:
+                if self.local:
+                    _check_host(headers.get("host", ""))
+                if scope["path"].startswith(_GUARDED):
+                    self._check(headers)
+                    receive = _Body(self.limits, headers, hold, receive).receive
+                await self.app(scope, receive, answer)
+            except ApiError as error:
+                await error_response(error)(scope, receive, answer)
 
     def _check(self, headers: Headers) -> None:
         """Raise ApiError for a missing or wrong key, and for a body that is stated to be too large."""
@@ -72,40 +98,48 @@ class Gate:
         if length.isascii() and length.isdigit() and int(length[:20]) > self.limits.body:
             raise too_large(self.limits.body)
 
-    def hold(self, size: int) -> None:
-        """Count bytes of a body. Raises ApiError if all bodies together are too large."""
-        if self._held + size > self.limits.bodies:
-            raise self.service.busy("too many large requests at once")
-        self._held += size
-
 
 class _Body:
     """A request's body, counted as it comes."""
 
-    def __init__(self, gate: Gate, receive: Receive) -> None:
-        self.gate, self._receive, self.size = gate, receive, 0
-        self._end = time.monotonic() + gate.limits.upload
+    def __init__(self, limits: Limits, headers: Headers, hold: Callable[[int], None], receive: Receive) -> None:
+        self.limits, self._hold, self._receive, self._size = limits, hold, receive, 0
+        self._values = JsonCount(headers)
+        self._end = time.monotonic() + limits.upload
         self._complete = False
 
     async def receive(self) -> MutableMapping[str, Any]:
         """Receive the next message. Raises HTTPException, which the reader of the body lets through."""
-        limits = self.gate.limits
+        limits = self.limits
         try:
             if self._complete:  # only the end of the connection is still to come
                 return await self._receive()
             async with asyncio.timeout(self._end - time.monotonic()):
                 message = await self._receive()
             self._complete = not message.get("more_body", False)
-            new = len(message.get("body", b""))
-            if self.size + new > limits.body:
+            piece = message.get("body", b"")
+            self._size += len(piece)
+            if self._size > limits.body:
                 raise too_large(limits.body)
-            self.gate.hold(new)
-            self.size += new
+            self._values.add(piece)
+            self._hold(len(piece))
             return message
         except TimeoutError as error:
             raise HTTPException(408, f"the body did not come within {limits.upload:g} seconds") from error
         except ApiError as error:
             raise HTTPException(error.status, error.message, error.headers) from error
+
+
+def _check_host(host: str) -> None:
+    """Raise ApiError unless a request's Host is localhost or an IP address, with any port."""
+    name = re.sub(r":\d*$", "", host, flags=re.ASCII).rstrip(".").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError as error:
+        text = "this server answers to localhost or an IP address in the header Host alone, as it has no --api-key"
+        raise ApiError(403, text, code="host_not_allowed") from error
 
 
 def too_large(limit: int) -> ApiError:

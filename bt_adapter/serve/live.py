@@ -15,6 +15,7 @@ from bt_adapter.chat.watch import EncodedVisual
 from bt_adapter.data import VideoError
 from bt_adapter.live.session import LiveSession, SessionClosed
 from bt_adapter.live.video import WindowKind
+from bt_adapter.serve.decoding import DecodingTime
 from bt_adapter.serve.errors import ApiError, JsonResponse, bad_request, reader_text
 from bt_adapter.serve.media import Media
 from bt_adapter.serve.requests import AnswerFields, Count, Rate, Text
@@ -98,12 +99,13 @@ class LiveSessions:
 
     async def push(self, key: str, picture: bytes, time: float | None) -> bool:
         """Add a frame from a picture file, and tell whether it was kept; others are not decoded. Raises ApiError."""
-        session = self.find(key)
+        session, timer = self.find(key), DecodingTime(self.limits.seconds)
         try:
             if not await asyncio.to_thread(session.wants, time):  # it waits while a frame is encoded
                 return False
-            still = await asyncio.to_thread(self.service.decoder.still, Media((picture,)))
-            return await asyncio.wrap_future(self.service.model.run(lambda: session.push(still.pixels, time)))
+            async with self.service.decoded:
+                still = await asyncio.to_thread(self.service.decoder.still, Media((picture,)), timer)
+                return await asyncio.wrap_future(self.service.model.run(lambda: session.push(still.pixels, time)))
         except SessionClosed as error:
             raise _unknown() from error
         except VideoError as error:
@@ -112,6 +114,8 @@ class LiveSessions:
             raise bad_request(str(error), "time") from error
         except MemoryError as error:
             raise bad_request("the frame takes too much memory", "body", "invalid_media") from error
+        finally:
+            timer.cancelled.set()  # the client may have gone
 
     async def prepare(self, key: str, body: Question, headers: dict[str, str]) -> Prepared:
         """Encode a session's window and build the prompt; the frames' times are added to headers. Raises ApiError."""

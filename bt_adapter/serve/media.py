@@ -13,8 +13,9 @@ from urllib.parse import unquote, urlsplit
 
 from bt_adapter.data import VideoError
 
-# "data:[type][;parameter…];base64,": a header longer than this is none of a still or video
-_DATA = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]{0,200})*;base64,", re.ASCII)
+# "data:[type][;parameter…];base64,": a header longer than this is none of a still or video. A parameter may hold
+# commas, as in the "video/webm;codecs=vp9,opus" of what browsers record.
+_DATA = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;]{0,200})*;base64,", re.ASCII | re.IGNORECASE)
 _LONGEST_HEADER = 500
 
 
@@ -44,7 +45,7 @@ def read_data_url(url: str, most: int) -> Media:
     text = url[header.end() :]
     if len(text) * 3 // 4 > most + 2:
         raise MediaError(f"holds more than the limit of {most:,} bytes")
-    frames = header["type"] == "video/jpeg"
+    frames = (header["type"] or "").lower() == "video/jpeg"
     try:
         pieces = tuple(base64.b64decode(piece, validate=True) for piece in (text.split(",") if frames else [text]))
     except (binascii.Error, ValueError) as error:
@@ -67,7 +68,7 @@ def read_allowed_file(url: str, allowed: Path | None, most: int) -> Media:
         path = Path(unquote(parts.path, errors="strict"))
     except ValueError as error:
         raise MediaError("the file URL is not valid") from error
-    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+    if parts.netloc not in ("", "localhost") or not path.is_absolute() or parts.query or parts.fragment:
         raise MediaError("a file URL must be file:///PATH without host, query and fragment")
     try:
         handle = _open_below(path, allowed)

@@ -13,6 +13,15 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Rate = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+_MOST_MESSAGES = 2000  # and parts of one of them; a model's context ends before
+
+
+class FieldError(ValueError):
+    """Fields of a request that do not fit one another. param: the field to change."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class _Strict(BaseModel):
@@ -41,6 +50,7 @@ def _without_surrogates(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_without_surrogates)]
+StopText = Annotated[Text, Field(min_length=1, max_length=500)]
 
 
 class TextPart(_Strict):
@@ -48,6 +58,9 @@ class TextPart(_Strict):
 
     type: Literal["text"]
     text: Text
+
+
+Texts = Annotated[list[TextPart], Field(max_length=_MOST_MESSAGES, fail_fast=True)]
 
 
 class MediaUrl(_Strict):
@@ -75,7 +88,7 @@ class SystemMessage(_Strict):
     """Instructions before the conversation."""
 
     role: Literal["system", "developer"]
-    content: Text | list[TextPart]
+    content: Text | Texts
 
 
 class UserMessage(_Strict):
@@ -84,7 +97,10 @@ class UserMessage(_Strict):
     role: Literal["user"]
     content: (
         Text
-        | Annotated[list[Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]],
+            Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True),
+        ]
     )
 
 
@@ -92,7 +108,7 @@ class AssistantMessage(_Strict):
     """An earlier answer, also as this server returned it."""
 
     role: Literal["assistant"]
-    content: Text | list[TextPart]
+    content: Text | Texts
     refusal: None = None
     audio: None = None
     annotations: _only([]) = None  # type: ignore[valid-type]
@@ -145,6 +161,8 @@ class _Unsupported(_Strict):
     response_format: _only({"type": "text"}) = None  # type: ignore[valid-type]
     modalities: _only(["text"]) = None  # type: ignore[valid-type]
     chat_template_kwargs: _only({}) = None  # type: ignore[valid-type]
+    store: _only(False) = None  # type: ignore[valid-type]
+    service_tier: _only("auto", "default") = None  # type: ignore[valid-type]
 
 
 class _WithoutEffect(_Strict):
@@ -152,8 +170,6 @@ class _WithoutEffect(_Strict):
 
     user: str | None = None
     metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     parallel_tool_calls: bool | None = None
@@ -180,9 +196,7 @@ class AnswerFields(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[Text, Field(min_length=1)] | Annotated[
-        list[Annotated[Text, Field(min_length=1)]], Field(max_length=8)
-    ] | None = None  # fmt: skip
+    stop: StopText | Annotated[list[StopText], Field(max_length=8)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -190,9 +204,9 @@ class AnswerFields(_Strict):
     def _check_answer(self) -> Self:
         """Check fields that must fit one another."""
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+            raise FieldError("max_tokens", "max_tokens and max_completion_tokens differ; give one of them")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is given, but stream is not true")
+            raise FieldError("stream_options", "stream_options is given, but stream is not true")
         return self
 
     @property
@@ -215,7 +229,7 @@ class ChatRequest(AnswerFields, FrameFields, _Unsupported, _WithoutEffect):
     """
 
     model: Text
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
     media_io_kwargs: MediaOptions | None = None
     mm_processor_kwargs: FrameFields | None = None
     branch: bool | None = None
@@ -228,25 +242,26 @@ class ChatRequest(AnswerFields, FrameFields, _Unsupported, _WithoutEffect):
         if roles[0] in ("system", "developer"):
             roles = roles[1:]
         if not roles or roles != [("user", "assistant")[i % 2] for i in range(len(roles))] or roles[-1] != "user":
-            raise ValueError(
+            raise FieldError(
+                "messages",
                 "messages must be user and assistant in turn, with the user first and last; one system message may "
-                "stand before them"
+                "stand before them",
             )
         return self
 
     def frame_choice(self) -> FrameChoice:
         """Return the choice of frames; with ``fps`` and ``num_frames``, the fewer frames are taken, as in vLLM.
 
-        Raises ValueError if places contradict each other, or ``num_frames`` is more than ``max_frames``.
+        Raises FieldError if places contradict each other, or ``num_frames`` is more than ``max_frames``.
         """
         places = (self, self.media_io_kwargs and self.media_io_kwargs.video, self.mm_processor_kwargs)
         found: dict[str, Any] = {}
         for name in FrameFields.model_fields:
             values = {value for place in places if place and (value := getattr(place, name)) is not None}
             if len(values) > 1:
-                raise ValueError(f"{name} is given several times with different values; give it once")
+                raise FieldError(name, f"{name} is given several times with different values; give it once")
             found[name] = next(iter(values), None)
         frames, fps, most = found["num_frames"], found["fps"], found["max_frames"]
         if frames is not None and most is not None and frames > most:
-            raise ValueError(f"num_frames is {frames}, but max_frames is {most}")
+            raise FieldError("num_frames", f"num_frames is {frames}, but max_frames is {most}")
         return FrameChoice(frames, None, most) if fps is None else FrameChoice(None, fps, frames or most)

@@ -86,7 +86,8 @@ class AnswerText:
 
     def _begun(self) -> int:
         """Return the length of the longest end of the text that may be the beginning of a stop text."""
-        lengths = (n for text in self.stop for n in range(1, len(text)) if self._held.endswith(text[:n]))
+        held = len(self._held)
+        lengths = (n for text in self.stop for n in range(1, min(len(text), held + 1)) if self._held.endswith(text[:n]))
         return max(lengths, default=0)
 
     def _say(self, length: int) -> None:

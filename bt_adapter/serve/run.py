@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections.abc import Callable
@@ -31,6 +32,7 @@ def run_serve(command: Serve, extend: Extend | None = None) -> int:
     extend: adds the page, which this folder does not know; None: there is none.
     """
     notes = make_console(stderr=True)
+    api_key = find_key(command.api_key)
     listener = bind(command.host, command.port)  # before the model is loaded, so that a port in use is told early
     torch.set_num_threads(command.threads or default_threads(os.cpu_count() or 1))
     say_choices(notes, command.chat_model())
@@ -38,21 +40,41 @@ def run_serve(command: Serve, extend: Extend | None = None) -> int:
     with notes.status("loading the model"):
         chat = load(command.chat_model())
     service = Service(chat, options)
-    api_key = command.api_key or os.environ.get(API_KEY_VARIABLE) or None
-    app = make_app(service, api_key)
+    host, port = listener.getsockname()[:2]
+    is_local = ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    app = make_app(service, api_key, local=is_local and api_key is None)
     if extend is not None:
         with notes.status("loading the page"):
             extend(app, service, api_key)
     config = uvicorn.Config(
         app, log_level="info" if command.access_log else "warning", access_log=command.access_log,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS, server_header=False,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS, server_header=False, ws="none",
+        http="h11",  # it bounds the headers of a request, whose bytes are held before any check
     )  # fmt: skip
-    host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     page = "" if extend is None else f", and a page at http://{shown}:{port}/"
     ready = f"serving {command.name} at http://{shown}:{port}/v1{page}"
+    if api_key is None and not is_local:
+        say(notes, f"everyone who reaches {host} may ask: there is no --api-key")
+    try:
+        listener.listen()  # another server may have begun to while the model was loaded
+    except OSError as error:
+        raise _cannot_listen(command.host, command.port, error) from error
     _Server(config, lambda: say(notes, ready)).run(sockets=[listener])
     return 0
+
+
+def find_key(given: str | None) -> str | None:
+    """Return the API key of the option or else of the environment; None: there is none. Raises CommandError.
+
+    An empty key is refused: a variable that was not set must not open the server.
+    """
+    name, key = "--api-key", given
+    if given is None:
+        name, key = API_KEY_VARIABLE, os.environ.get(API_KEY_VARIABLE)
+    if key is not None and (not key or key != key.strip() or not key.isprintable()):
+        raise CommandError(f"{name} must be a key without white space around it, and not empty")
+    return key
 
 
 class _Server(uvicorn.Server):
@@ -108,8 +130,12 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise CommandError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from error
+        raise _cannot_listen(host, port, error) from error
     return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> CommandError:
+    return CommandError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})")
 
 
 def default_threads(cores: int) -> int:

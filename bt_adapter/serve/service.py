@@ -20,9 +20,10 @@ from bt_adapter.data import VideoError
 from bt_adapter.files import digest
 from bt_adapter.model.video_tokens import plan_windows
 from bt_adapter.serve.batching import Answering, ModelThread
-from bt_adapter.serve.decoding import DecodingTime, MediaDecoder
+from bt_adapter.serve.decoding import DecodingTime, MediaDecoder, ShownVideo
 from bt_adapter.serve.errors import ApiError, bad_request, reader_text
 from bt_adapter.serve.fetch import Downloader
+from bt_adapter.serve.held import HeldBytes
 from bt_adapter.serve.limits import Limits
 from bt_adapter.serve.media import Media, MediaError, read_allowed_file, read_data_url
 from bt_adapter.serve.messages import Address, read_messages
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from bt_adapter.chat.engine import VideoChat
 
 T = TypeVar("T")
+Decoded = tuple[str, bool, FrameChoice, bool]
+"""The frames of a video: digest of its content, whether that is pictures, the choice, and whether they are shown."""
 _CHARACTERS = 16  # of text at most for each token of the model's context
 
 
@@ -88,12 +91,16 @@ class Service:
         self.admitted = 0
         self.model = ModelThread(chat.model, chat.tokenizer, options.batch_size, self.metrics, lambda: self.admitted)
         self.cache = TokenCache(options.cache)
-        self.decoder = MediaDecoder(lambda frames: chat.prepare(frames)[0], chat.images.largest_side, options.limits)
+        self.decoder = MediaDecoder(lambda frames: chat.prepare(frames)[0], chat.images, options.limits)
         self.downloader = Downloader(options.media_domains, options.limits.media, options.limits.seconds)
         self._decoding = ThreadPoolExecutor(options.decoders, "decoding")
         # apart, so that a question about a cached video does not wait for the decoding of others
         self._loading = ThreadPoolExecutor(options.decoders, "loading")
         self._encoding: SharedWork[Seen] = SharedWork()
+        self._preparing: SharedWork[ShownVideo] = SharedWork()
+        self.held = HeldBytes(options.limits.bodies, self.busy)
+        # decoded visuals that the model has not encoded yet: their frames take far more memory than their files
+        self.decoded = asyncio.Semaphore(2 * options.decoders)
         self.metrics.watch("running", "Requests that are being answered or wait.", lambda: self.admitted)
         self.metrics.watch("waiting", "Prompts that wait for a batch.", lambda: self.model.waiting)
         self.metrics.watch("cache_bytes", "Bytes of cached visual tokens.", lambda: self.cache.size)
@@ -120,10 +127,9 @@ class Service:
         seconds = self.model.seconds * (1 + self.model.waiting / self.options.batch_size)
         return ApiError(429, f"{message}; try again later", code="busy", retry_after=max(1, min(60, round(seconds))))
 
-    async def prepare(self, request: ChatRequest) -> Prepared:
-        """Encode a request's media and build its prompt. Raises ApiError."""
-        if request.model != self.options.name:
-            raise ApiError(404, f"there is no model {request.model[:200]!r}", "model", "model_not_found")
+    async def prepare(self, request: ChatRequest, show: bool = False) -> Prepared:
+        """Encode a request's media and build its prompt. show: keep the videos' frames as pictures. Raises ApiError."""
+        self.check_model(request.model)
         turns, system, addresses = read_messages(request.messages)
         if len(addresses) > self.options.limits.visuals:
             raise bad_request(f"a request may have {self.options.limits.visuals} stills and videos", "messages")
@@ -132,7 +138,7 @@ class Service:
         sampling, choice = self._sampling(request)
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._see(address, sampling, choice, room)) for address in addresses]
+                tasks = [group.create_task(self._see(address, sampling, choice, room, show)) for address in addresses]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
         return await self.make_prompt(request, turns, system, [task.result() for task in tasks])
@@ -175,6 +181,11 @@ class Service:
         self.model.answer(prepared.answering)
         return prepared.answering
 
+    def check_model(self, name: str) -> None:
+        """Raise ApiError (404) for the name of a model that is not served."""
+        if name != self.options.name:
+            raise ApiError(404, f"there is no model {name[:200]!r}", "model", "model_not_found")
+
     def check_text(self, turns: Sequence[Turn], system: str | None) -> None:
         """Raise ApiError for text that cannot fit into the context, which would take long to tokenize."""
         length = len(system or "") + sum(len(turn.question) + len(turn.answer or "") for turn in turns)
@@ -199,19 +210,23 @@ class Service:
             raise bad_request("this server runs its model without the branch", "branch")
         return self.options.sampling.branch if asked is None else asked
 
-    async def _see(self, address: Address, sampling: Sampling, choice: FrameChoice, room: int) -> tuple[Seen, bool]:
+    async def _see(
+        self, address: Address, sampling: Sampling, choice: FrameChoice, room: int, show: bool
+    ) -> tuple[Seen, bool]:
         """Return the tokens of a still or video, and whether they were in the cache. Raises ApiError."""
         try:
-            media = await self._load(address)
-            content = await _in_thread(self._loading, _digest, media)
-            if address.kind == "image":
-                return await self._cached((content, "image"), partial(self._encode_image, media))
-            choice = self._with_defaults(choice, media.frames)
-            # no more sets than the longest video has, so that answers of other lengths find the same tokens
-            longest = len(plan_windows(self.options.limits.frames, self.chat.branch.config.max_frames))
-            sets = min(longest, max(1, room // self.chat.family.video_length))
-            key = (content, "video", media.frames, choice, sampling, sets)
-            return await self._cached(key, partial(self._encode_video, media, choice, sampling, sets))
+            with self.held.account() as hold:
+                media = await self._load(address, hold)
+                content = await _in_thread(self._loading, _digest, media)
+                if address.kind == "image":
+                    return await self._cached((content, "image"), partial(self._encode_image, media))
+                choice = self._with_defaults(choice, media.frames)
+                # no more sets than the longest video has, so that answers of other lengths find the same tokens
+                longest = len(plan_windows(self.options.limits.frames, self.chat.branch.config.max_frames))
+                sets = min(longest, max(1, room // self.chat.family.video_length))
+                decoded = (content, media.frames, choice, show)
+                encode = partial(self._encode_video, media, decoded, sampling, sets)
+                return await self._cached(("video", decoded, sampling, sets), encode)
         except (VideoError, ValueError) as error:
             text = f"the {address.kind} cannot be used: {reader_text(error)}"
             raise bad_request(text, address.param, "invalid_media") from error
@@ -227,15 +242,17 @@ class Service:
             return FrameChoice(fps=default.fps, most=choice.most or self.options.limits.frames)
         return FrameChoice(min(default.frames, choice.most or default.frames))
 
-    async def _load(self, address: Address) -> Media:
-        """Get the bytes of a still or video. Raises MediaError."""
+    async def _load(self, address: Address, hold: Callable[[int], None]) -> Media:
+        """Get the bytes of a still or video. hold: counts those that are not of the body. Raises MediaError."""
         most, scheme = self.options.limits.media, address.url[:8].lower()
         if scheme.startswith("data:"):
             return await _in_thread(self._loading, read_data_url, address.url, most)
         if scheme.startswith("file:"):
-            return await _in_thread(self._loading, read_allowed_file, address.url, self.options.media_path, most)
+            media = await _in_thread(self._loading, read_allowed_file, address.url, self.options.media_path, most)
+            hold(len(media.pieces[0]))
+            return media
         if scheme == "https://":
-            return Media((await self.downloader.get(address.url),))
+            return Media((await self.downloader.get(address.url, hold),))
         raise MediaError("its URL must begin with data:, https:// or file://")
 
     async def _cached(
@@ -251,25 +268,33 @@ class Service:
         return seen, False
 
     async def _encode_image(self, media: Media, cancelled: threading.Event) -> Seen:
-        still = await _in_thread(self._decoding, self.decoder.still, media)
-        begin = time.perf_counter()
-        visual = await self._in_model(lambda: self.chat.encode_image(still.pixels))
+        timer = DecodingTime(self.options.limits.seconds, cancelled)
+        async with self.decoded:
+            still = await _in_thread(self._decoding, self.decoder.still, media, timer)
+            begin = time.perf_counter()
+            visual = await self._in_model(lambda: self.chat.encode_image(still.pixels))
         encoded = EncodedVisual(
             "image", visual.tokens, "", visual.reads, decode=still.decode, encode=time.perf_counter() - begin
         )
-        return self._noted(encoded, ())
+        return self._noted(encoded)
 
     async def _encode_video(
-        self, media: Media, choice: FrameChoice, sampling: Sampling, sets: int, cancelled: threading.Event
+        self, media: Media, decoded: Decoded, sampling: Sampling, sets: int, cancelled: threading.Event
     ) -> Seen:
-        timer = DecodingTime(self.options.limits.seconds, cancelled)
-        video = await _in_thread(self._decoding, self.decoder.video, media, choice, sampling.repeat, timer)
-        room = sets * self.chat.family.video_length
-        encoded = await self._in_model(lambda: watch(self.chat, video, sampling, room=room))
+        async with self.decoded:
+            # with and without the branch, asked at one moment, take the same frames
+            video = await self._preparing.get(decoded, partial(self._decode, media, decoded))
+            room = sets * self.chat.family.video_length
+            encoded = await self._in_model(lambda: watch(self.chat, video, sampling, room=room))
         self.metrics.frames.inc(encoded.frames)
-        return self._noted(replace(encoded, decode=video.decode), video.numbers)
+        return self._noted(replace(encoded, decode=video.decode), video.numbers, video.pictures)
 
-    def _noted(self, visual: EncodedVisual, numbers: tuple[int, ...]) -> Seen:
+    async def _decode(self, media: Media, decoded: Decoded, cancelled: threading.Event) -> ShownVideo:
+        _, _, choice, show = decoded
+        timer, repeat = DecodingTime(self.options.limits.seconds, cancelled), self.options.sampling.repeat
+        return await _in_thread(self._decoding, self.decoder.video, media, choice, repeat, timer, show)
+
+    def _noted(self, visual: EncodedVisual, numbers: tuple[int, ...] = (), pictures: tuple[bytes, ...] = ()) -> Seen:
         """Record the times and the size of an encoded visual."""
         self.metrics.decode_seconds.observe(visual.decode)
         self.metrics.encode_seconds.observe(visual.encode)
@@ -277,7 +302,7 @@ class Service:
         if visual.reads is not None:  # the tokens of the tower and branch are kept, for any question
             config = self.chat.branch.vision_config
             size = visual.sets * (config.patches + 1) * config.hidden_size * self.chat.branch.tower.dtype.itemsize
-        return Seen(visual, numbers, size)
+        return Seen(visual, numbers, size + sum(map(len, pictures)), pictures)
 
     async def _in_model(self, work: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self.model.run(work))

@@ -14,12 +14,14 @@ class Seen:
     """An encoded video or still with what a client is told about it.
 
     visual: tokens for the language model. numbers: index of each frame among all frames of the file; empty for a still
-    and for frames that came as pictures. size: bytes of the tokens.
+    and for frames that came as pictures. size: bytes of the tokens and pictures. pictures: the frames as JPEG files,
+    where they are shown.
     """
 
     visual: EncodedVisual
     numbers: tuple[int, ...]
     size: int
+    pictures: tuple[bytes, ...] = ()
 
 
 class TokenCache:
