@@ -125,7 +125,10 @@ def api_answer(server, number, **fields):
 
 
 @needs_chromium
-def test_an_uploaded_clip_is_answered_in_pieces_and_its_frames_are_shown(page, server):
+def test_an_uploaded_clip_is_answered_in_pieces_and_its_frames_are_shown(page, server, monkeypatch):
+    decoder, decoded = server[1].decoder, []
+    decode = decoder.video
+    monkeypatch.setattr(decoder, "video", lambda *options: decoded.append(options) or decode(*options))
     choose(page, clip(0))
     page.evaluate(
         """() => { window.pieces = []; new MutationObserver(() => {
@@ -142,6 +145,7 @@ def test_an_uploaded_clip_is_answered_in_pieces_and_its_frames_are_shown(page, s
     pieces = page.evaluate("window.pieces")
     assert len(pieces) > 2 and pieces[-1] == expected and all(expected.startswith(piece) for piece in pieces)
     assert page.locator("#gallery img").count() == 8
+    assert len(decoded) == 2  # the page's question, and that of the API just now, whose frames are not shown
 
 
 @needs_chromium
@@ -171,6 +175,19 @@ def test_what_is_typed_during_an_answer_stays(page, server):
         page.locator("#question textarea").fill("What is it?")
     line(page, "tokens in")
     expect(page.locator("#gallery img")).to_have_count(8)
+    assert answers(page) == [api_answer(server, 0)]
+    expect(page.locator("#question textarea")).to_have_value("What is it?")
+
+
+@needs_chromium
+def test_a_question_during_an_answer_is_told_to_wait(page, server):
+    choose(page, clip(0))
+    with held(server[1]):
+        ask(page)
+        expect(page.locator("#question textarea")).to_have_value("")
+        ask(page, "What is it?")
+        expect(page.locator(".toast-body").filter(has_text="an answer is still running")).to_be_visible()
+    line(page, "tokens in")
     assert answers(page) == [api_answer(server, 0)]
     expect(page.locator("#question textarea")).to_have_value("What is it?")
 

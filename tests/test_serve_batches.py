@@ -238,7 +238,7 @@ def test_an_error_of_the_model_is_told_to_clients(server, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("/a/path of this machine")
 
-    monkeypatch.setattr("bt_adapter.serve.batching.generate_rows", fail)
+    monkeypatch.setattr("bt_adapter.serve.joining.batch_prompts", fail)
     answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "mini", "messages": LONG}, timeout=60)
     assert answer.status_code == 500 and "/a/path" not in answer.text
     assert answer.json()["error"]["type"] == "server_error"

@@ -265,6 +265,7 @@ def test_a_data_url_of_exactly_the_limit():
         ("::", False), ("fe80::1", False), ("fe80::1%eth0", False), ("fd00::1", False), ("ff02::1", False),
         ("::ffff:127.0.0.1", False), ("::ffff:93.184.216.34", True), ("64:ff9b::7f00:1", False),
         ("64:ff9b::5db8:d822", True), ("2002:7f00:1::", False), ("localhost", False), ("", False),
+        ("::127.0.0.1", False), ("64:ff9b:1::7f00:1", False), ("::ffff:0:127.0.0.1", False), ("fec0::1", False),
     ],
 )  # fmt: skip
 def test_public_addresses(address, public):

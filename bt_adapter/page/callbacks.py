@@ -74,6 +74,7 @@ class VideoCallbacks:
         question = (question or "").strip()
         if refusal := _refusal(question, talk.running):
             tell(refusal)
+            yield (gr.skip(),) * 7  # without any result the page would be emptied
             return
         if (path := Path(video) if video else None) != talk.video:
             talk.begin(path)
@@ -141,15 +142,14 @@ class LiveCallbacks:
             return error.message, None if error.code == "session_not_found" else talk
         return talk.line, talk
 
-    async def ask(self, question: str, talk: LiveTalk | None, request: gr.Request) -> AsyncIterator[tuple[str, str]]:
+    async def ask(self, question: str, talk: LiveTalk | None, request: gr.Request) -> AsyncIterator[Updates]:
         """Answer a question about the last frames."""
         question = (question or "").strip()
-        if talk is None:
-            tell("start the camera first")
-            return
-        if refusal := _refusal(question, talk.running):
+        if refusal := "start the camera first" if talk is None else _refusal(question, talk.running):
             tell(refusal)
+            yield gr.skip(), gr.skip()
             return
+        assert talk is not None
         answers: list[ColumnAnswer] = []
         with self.open_talks.noted(request, talk):
             async for answers in answer_columns([partial(talk.ask, question)], talk.running):

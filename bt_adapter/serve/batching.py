@@ -16,11 +16,13 @@ import torch
 
 from bt_adapter.chat.conversation import Visual
 from bt_adapter.serve.errors import ApiError
+from bt_adapter.serve.joining import OpenBatch, can_join
 from bt_adapter.serve.metrics import Metrics
 from bt_adapter.serve.rows import Decoding, Finish, Row, end_tokens, generate_rows
 
 T = TypeVar("T")
-_PATIENCE = 0.1  # share of a batch's time that prompts wait for others to come
+_PATIENCE = 0.1  # share of an answer's time that prompts wait for others to come
+_TOKENS = 4  # of a running batch between two stops for others, which cost a little each
 _LOG = logging.getLogger("bt_adapter.serve")
 
 
@@ -83,7 +85,7 @@ class ModelThread:
     """Runs all of a model's work in one thread, in batches.
 
     Work that encodes is done first, so that the answers it leads to are in the same batch, unless prompts have waited
-    for it.
+    for it. Between the tokens of a batch, work that came meanwhile is done and prompts join, as far as there is room.
 
     Args:
         model: a video chat model. tokenizer: its tokenizer. batch_size: most prompts answered at once.
@@ -95,11 +97,11 @@ class ModelThread:
     ) -> None:
         self.model, self.tokenizer, self.batch_size, self.metrics = model, tokenizer, batch_size, metrics
         self.expected = expected
-        self._ends = end_tokens(model)
+        self._ends, self._joins = end_tokens(model), can_join(model)
         self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._waiting: deque[Answering] = deque()
         self._changed, self._stopped = threading.Condition(), False
-        self.seconds = 1.0  # of a batch, a running mean
+        self.seconds = 1.0  # of an answer, a running mean
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
@@ -145,21 +147,30 @@ class ModelThread:
                 self._changed.wait_for(lambda: self._stopped or self._work or self._waiting)
                 if self._stopped:
                     break
-                work, self._work = self._work, deque()
-            for task, future in work:
-                _do(task, future)
-            batch = self._take_batch()
-            if batch := [answering for answering in batch if not answering.cancelled.is_set()]:
+            self._do_work()
+            if batch := self._take_batch():
                 self._answer(batch)
         for answering in self._waiting:
             answering.tell(ApiError(503, "the server is stopping"))
         for _, future in self._work:
             future.cancel()
 
+    def _do_work(self) -> None:
+        with self._changed:
+            work, self._work = self._work, deque()
+        for task, future in work:
+            _do(task, future)
+
+    def _take(self, most: int) -> list[Answering]:
+        """Take so many of the prompts that wait; those that were cancelled go."""
+        with self._changed:
+            taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+        return [answering for answering in taken if not answering.cancelled.is_set()]
+
     def _take_batch(self) -> list[Answering]:
         """Take the prompts of the next batch; none if there are none yet, or work that leads to more of them.
 
-        A batch that is not full waits a small part of a batch's time for requests that are being prepared.
+        A batch that is not full waits a small part of an answer's time for requests that are being prepared.
         """
         with self._changed:
             if not self._waiting:
@@ -171,27 +182,56 @@ class ModelThread:
                 if self._work:
                     return []
                 self._changed.wait(left)
-            return [self._waiting.popleft() for _ in range(min(self.batch_size, len(self._waiting)))]
+        return self._take(self.batch_size)
 
     def _answer(self, batch: list[Answering]) -> None:
-        begin = time.perf_counter()
-        rows = [
-            Row(self.tokenizer, self._ends, one.decoding, self._text_teller(one), one.end, one.cancelled)
-            for one in batch
-        ]
+        """Generate the answers to prompts, and to those that come meanwhile if they can join."""
+        rows = [self._row(one) for one in batch]
+        answered = [*zip(batch, rows, strict=True)]
+        prompts = [(one.ids, one.visuals) for one in batch]
+        self.metrics.batch_size.observe(len(batch))
         try:
-            generate_rows(self.model, self.tokenizer, [(one.ids, one.visuals) for one in batch], rows)
+            if not self._joins:
+                generate_rows(self.model, self.tokenizer, prompts, rows)
+                return
+            running = OpenBatch(self.model, self.tokenizer, prompts, rows)
+            while running.run(self._stops(running)):
+                self._do_work()
+                if more := self._take(self.batch_size - len(running.rows)):
+                    rows = [self._row(one) for one in more]
+                    answered += zip(more, rows, strict=True)
+                    running.add([(one.ids, one.visuals) for one in more], rows)
+                    self.metrics.batch_size.observe(len(running.rows))
         except Exception:
-            _LOG.exception("a batch of %d answers failed", len(batch))
-            for one, row in zip(batch, rows, strict=True):
+            _LOG.exception("a batch of %d answers failed", len(answered))
+            for one, row in answered:
                 if row.finish is None:
                     one.tell(ApiError(500, "the model failed to answer"))
-            return
-        self.seconds = 0.8 * self.seconds + 0.2 * (time.perf_counter() - begin)
-        self.metrics.count_batch([len(one.ids) for one in batch], [row.tokens for row in rows])
-        for one, row in zip(batch, rows, strict=True):
-            if row.first is not None:
-                self.metrics.first_token_seconds.observe(row.first - one.begin)
+
+    def _stops(self, running: OpenBatch) -> Callable[[], bool]:
+        """Make a function that tells after each token whether the batch is to stop for work or prompts that wait."""
+        tokens = 0
+
+        def stops() -> bool:
+            nonlocal tokens
+            tokens += 1
+            if tokens < _TOKENS or self._stopped:
+                return False
+            free = sum(row.finish is None for row in running.rows) < self.batch_size
+            return bool(self._work) or (bool(self._waiting) and free)
+
+        return stops
+
+    def _row(self, one: Answering) -> Row:
+        begin = time.perf_counter()
+
+        def end(row: Row) -> None:
+            now = time.perf_counter()
+            self.seconds = 0.8 * self.seconds + 0.2 * (now - begin)
+            self.metrics.count_answer(len(one.ids), row.tokens, (row.first or now) - one.begin)
+            one.end(row)
+
+        return Row(self.tokenizer, self._ends, one.decoding, self._text_teller(one), end, one.cancelled)
 
     def _text_teller(self, answering: Answering) -> Callable[[str], None]:
         def tell(text: str) -> None:

@@ -17,6 +17,7 @@ import httpx
 from bt_adapter.serve.media import MediaError
 
 _REDIRECTS = 3
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6 that is assigned to the public; Python's own list is older
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # addresses that stand for IPv4 ones
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
@@ -39,6 +40,8 @@ def is_public(address: str) -> bool:
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
         if inner:
             return is_public(str(inner))
+        if ip not in _UNICAST:
+            return False
     return ip.is_global and not ip.is_multicast
 
 

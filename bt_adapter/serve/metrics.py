@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from prometheus_client import (
     CollectorRegistry,
@@ -40,7 +40,10 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self.batch_size = Histogram(
-            f"{name}batch_size", "Prompts answered at once.", buckets=(1, 2, 4, 8, 16, 32), registry=registry
+            f"{name}batch_size",
+            "Prompts answered at once, as a batch begins or others join it.",
+            buckets=(1, 2, 4, 8, 16, 32),
+            registry=registry,
         )
         self.prompt_tokens = Counter(f"{name}prompt_tokens", "Tokens of prompts.", registry=registry)
         self.answer_tokens = Counter(f"{name}answer_tokens", "Generated tokens.", registry=registry)
@@ -52,11 +55,11 @@ class Metrics:
         """Add a gauge that is read when the metrics are."""
         Gauge(f"bt_adapter_{name}", help, registry=self.registry).set_function(value)
 
-    def count_batch(self, prompts: Sequence[int], answers: Sequence[int]) -> None:
-        """Count a batch by the lengths of its prompts and answers in tokens."""
-        self.batch_size.observe(len(prompts))
-        self.prompt_tokens.inc(sum(prompts))
-        self.answer_tokens.inc(sum(answers))
+    def count_answer(self, prompt: int, answer: int, first: float) -> None:
+        """Count an answer by the tokens of its prompt and its own, and the seconds to its first token."""
+        self.prompt_tokens.inc(prompt)
+        self.answer_tokens.inc(answer)
+        self.first_token_seconds.observe(first)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

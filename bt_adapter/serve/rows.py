@@ -109,7 +109,7 @@ class Row:
 
     Attributes:
         tokens: number generated, with the one that ended the answer. finish: why the answer ended; None: it has not.
-        first: time of the first token, in seconds of ``time.perf_counter``.
+        first: time of the first token, in seconds of ``time.perf_counter``. last: id of the last token.
     """
 
     def __init__(
@@ -127,6 +127,7 @@ class Row:
         self._words = WordStreamer(tokenizer, self._hear)
         self._words.next_tokens_are_prompt = False
         self.tokens, self.finish, self.first = 0, None, None  # type: int, Finish | None, float | None
+        self.last = -1
 
     def put(self, token: int) -> None:
         """Add a generated token; none is taken after the end."""
@@ -134,6 +135,7 @@ class Row:
             return
         self.first = self.first or time.perf_counter()
         self.tokens += 1
+        self.last = token
         if token in self.ends:
             self._end("stop")
             return
@@ -172,12 +174,33 @@ def generate_rows(
     Each answer equals the one generated alone: prompts are padded on the left, and a row's end, sampling and stop texts
     concern that row only. The batch ends when all rows have ended. Prompts are as for ``answer_batch``.
     """
-    embeds, mask, cache = batch_prompts(model, prompts)
-    streamer = _Streamer(rows)
-    further: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([_Ended(rows)])}
+    run_rows(model, tokenizer, *batch_prompts(model, prompts), rows)
+
+
+@torch.no_grad()
+def run_rows(
+    model: Any,
+    tokenizer: Any,
+    embeds: Tensor,
+    mask: Tensor,
+    cache: Any,
+    rows: Sequence[Row],
+    stops: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Generate after the result of ``batch_prompts``, until all rows have ended or are to stop.
+
+    stops: called after each token of each row. Returns whether it stopped the rows, of which some have not ended.
+    """
+    ended = _Ended(rows, stops)
+    further: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([ended])}
     if any(row.sampler is not None for row in rows):
         further["logits_processor"] = LogitsProcessorList([_Sampling(rows)])
-    generate(model, embeds, mask, max(row.decoding.most for row in rows), streamer, cache, tokenizer, further)
+    most = max(row.decoding.most - row.tokens for row in rows)
+    generate(model, embeds, mask, most, _Streamer(rows), cache, tokenizer, further)
+    if not ended.stopped:
+        for row in rows:
+            row.close()
+    return ended.stopped
 
 
 def end_tokens(model: Any) -> frozenset[int]:
@@ -204,19 +227,19 @@ class _Streamer(BaseStreamer):
             row.put(token)
 
     def end(self) -> None:
-        """Take the end of the batch."""
-        for row in self.rows:
-            row.close()
+        """Take the end of the call, which need not be that of the answers."""
 
 
 class _Ended(StoppingCriteria):
-    """Tells ``generate`` which rows have ended."""
+    """Tells ``generate`` which rows have ended. stops: whether to stop all of them; stopped: they were."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = rows
+    def __init__(self, rows: Sequence[Row], stops: Callable[[], bool]) -> None:
+        self.rows, self.stops, self.stopped = rows, stops, False
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.tensor([row.finish is not None for row in self.rows], device=input_ids.device)
+        ended = [row.finish is not None for row in self.rows]
+        self.stopped = not all(ended) and self.stops()
+        return torch.tensor([one or self.stopped for one in ended], device=input_ids.device)
 
 
 class _Sampling(LogitsProcessor):
