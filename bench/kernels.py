@@ -119,7 +119,7 @@ KEYS = ("op", "model", "frames", "ratio", "batch", "direction", "implementation"
 
 def cases(device: str, shapes: list[tuple] | None = None, only: Sequence[str] = ()) -> Iterator[Case]:
     """Yield the cases, attention first: those that targets name or, in ``shapes``, others. ``only``: of these ops."""
-    chosen = [v for v in variants() if (not only or v.function in only) and v.suffix in ("", "-norm")]
+    chosen = [v for v in variants() if (not only or v.function in only) and not v.suffix]
     if device == "cpu":  # an op without a kernel is the plain PyTorch that it would be compared with
         chosen = [v for v in chosen if any(kernel.backend == "cpu" for kernel in OPS[v.op].kernels)]
     shapes = NAMED[device] if shapes is None else shapes

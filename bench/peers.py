@@ -23,24 +23,17 @@ def _rows(tower: Tensor, visible) -> Tensor:
     return tower[videos, visible.index % visible.frames, 1 + visible.index // visible.frames]
 
 
-def _normed(out: Tensor, inputs: dict) -> Tensor:
-    if "norm_weight" not in inputs:
-        return out
-    rows = F.layer_norm(out[:, 1:], out.shape[-1:], inputs["norm_weight"], inputs["norm_bias"], 1e-5)
-    return torch.cat([out, rows], 1)
-
-
 def embed(inputs: dict, visible) -> Tensor:
     x, pos, time = inputs["backbone"], inputs["pos"], inputs["time"]
     cls = (x[:, :, 0].mean(1) + inputs["cls_token"] + pos[0]) / 2
     rows = _rows(x, visible) + pos[1 + visible.index // visible.frames] + time[visible.index % visible.frames]
-    return _normed(torch.cat([cls[:, None], rows], 1), inputs)
+    return torch.cat([cls[:, None], rows], 1)
 
 
 def merge(inputs: dict, visible) -> Tensor:
     x, z, gate = inputs["backbone"], inputs["branch"], inputs["gate"]
     incoming = torch.cat([x[:, :, 0].mean(1, keepdim=True), _rows(x, visible)], 1)
-    return _normed(z + incoming if gate is None else torch.lerp(z, incoming, gate), inputs)
+    return z + incoming if gate is None else torch.lerp(z, incoming, gate)
 
 
 def pool(inputs: dict, visible) -> Tensor:

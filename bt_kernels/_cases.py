@@ -114,10 +114,7 @@ class Variant:
 
     def arguments(self, inputs: Inputs) -> dict:
         """Return ``inputs`` as the keyword arguments of the public function."""
-        arguments: dict = self.options | inputs
-        if "norm_weight" in inputs:
-            arguments["norm"] = (arguments.pop("norm_weight"), arguments.pop("norm_bias"), NORM_EPS)
-        return arguments
+        return self.options | inputs
 
     def call(self, function: Callable, inputs: Inputs, visible: VisibleTokens, **more) -> Any:
         """Call ``function``, which takes the public function's arguments, and return its result.
@@ -136,7 +133,7 @@ class Variant:
 
 def flat_arguments(variant: Variant, inputs: Inputs, visible: VisibleTokens, wanted: bool = True) -> list:
     """Return ``inputs`` as the positional arguments of the registered op, without its backend."""
-    values: dict = dict.fromkeys(("eps", "norm_eps", "head_norm_eps", "target_norm_eps"), NORM_EPS)
+    values: dict = dict.fromkeys(("eps", "head_norm_eps", "target_norm_eps"), NORM_EPS)
     values |= inputs | variant.options
     narrow = (t.dtype for name, t in inputs.items() if t is not None and name not in variant.wide)
     values["dtype"] = next(narrow)  # of a result whose dtype is chosen, for the product that reads it
@@ -167,25 +164,6 @@ def passes(kernel: Kernel, op: Op, arguments: list, needs: tuple[bool, ...]) -> 
         kernel.backward(*grads, *arguments, *saved, needs)
 
     return forward, backward
-
-
-def norm_inputs(dim: int, draw: Draw) -> Inputs:
-    """Draw the weight and bias of a LayerNorm of width ``dim``."""
-    return {"norm_weight": 1 + draw(dim) / 4, "norm_bias": draw(dim)}
-
-
-def with_norm(work: Callable[[Shape], tuple[Work, Work]]) -> Callable[[Shape], tuple[Work, Work]]:
-    """Add to a gather's ``work`` that of writing normalised patch rows too."""
-
-    def both(s: Shape) -> tuple[Work, Work]:
-        forward, backward = work(s)
-        statistics = 2 * s.batch * s.tokens * 4
-        return (
-            Work(forward.bytes + s.bytes(s.tokens) + s.table(2) + statistics),
-            Work(backward.bytes + 2 * s.bytes(s.tokens) + s.table(3) + statistics),  # the rows, their gradient
-        )
-
-    return both
 
 
 @cache

@@ -42,16 +42,6 @@ def check_tensor(
             raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, but is on {tensor.device}")
 
 
-def check_norm(norm: tuple, width: int, like: tuple[str, Tensor]) -> tuple[Tensor, Tensor, float]:
-    """Return ``norm`` if it is ``(weight [D], bias [D], eps)``; raise if not."""
-    if not isinstance(norm, (tuple, list)) or len(norm) != 3:
-        raise TypeError(f"norm must be (weight, bias, eps), but is {type(norm).__name__}")
-    weight, bias, eps = norm
-    check_tensor("norm_weight", weight, "[D]", (width,), like)
-    check_tensor("norm_bias", bias, "[D]", (width,), like)
-    return weight, bias, float(eps)
-
-
 def check_is_visible(visible: VisibleTokens) -> None:
     """Raise unless ``visible`` is a VisibleTokens. Call this first: the shape checks of the tensors read its sizes."""
     if not isinstance(visible, VisibleTokens):

@@ -70,9 +70,7 @@ def mean_of_real_frames(values: Tensor, count: int) -> Tensor:
     return total / max(count, 1)
 
 
-def gather_embed(
-    backbone: Tensor, cls_token: Tensor, pos: Tensor, time: Tensor, visible: VisibleTokens, norm: tuple | None = None
-) -> Tensor:
+def gather_embed(backbone: Tensor, cls_token: Tensor, pos: Tensor, time: Tensor, visible: VisibleTokens) -> Tensor:
     """z_cls = ½(mean_t X[:,t,0] + c + pos[0]); z(p,t) = X[:,t,1+p] + pos[1+p] + time[t]."""
     videos = []
     for b in range(visible.batch):
@@ -85,13 +83,10 @@ def gather_embed(
             ]
         )
         videos.append(torch.cat([cls[None], one_hot(visible, b, full.dtype) @ full]))
-    out = stacked(videos, (0, 1 + visible.tokens, backbone.shape[-1]), backbone)
-    return out if norm is None else with_normed_rows(out, visible, *norm)
+    return stacked(videos, (0, 1 + visible.tokens, backbone.shape[-1]), backbone)
 
 
-def gather_merge(
-    backbone: Tensor, branch: Tensor, gate: Tensor | None, visible: VisibleTokens, norm: tuple | None = None
-) -> Tensor:
+def gather_merge(backbone: Tensor, branch: Tensor, gate: Tensor | None, visible: VisibleTokens) -> Tensor:
     """z <- (1-w)·z + w·m with m the tower's tokens at the rows' places; z + m without a gate."""
     videos = []
     for b in range(visible.batch):
@@ -100,21 +95,7 @@ def gather_merge(
         mixed = branch[b] + tower if gate is None else (1 - gate) * branch[b] + gate * tower
         real = torch.tensor([True] + [row is not None for row in rows(visible, b)])
         videos.append(torch.where(real[:, None], mixed, torch.zeros_like(mixed)))
-    out = stacked(videos, branch.shape, backbone)
-    return out if norm is None else with_normed_rows(out, visible, *norm)
-
-
-def with_normed_rows(out: Tensor, visible: VisibleTokens, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """[B,1+N,D] -> [B,1+N+N,D]: behind the rows, LayerNorm of the patch rows; padded rows are zeros."""
-    videos = []
-    for b in range(visible.batch):
-        layout = rows(visible, b)
-        rest = [
-            torch.zeros_like(weight) if row is None else normed(out[b, 1 + n], weight, bias, eps)
-            for n, row in enumerate(layout)
-        ]
-        videos.append(torch.cat([out[b], torch.stack(rest)]))
-    return stacked(videos, (0, 1 + 2 * visible.tokens, out.shape[-1]), out)
+    return stacked(videos, branch.shape, backbone)
 
 
 def temporal_attention(qkv: Tensor, visible: VisibleTokens) -> Tensor:

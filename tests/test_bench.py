@@ -10,7 +10,7 @@ import measure
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_conformance" name="test_equals_dense[gather_merge-triton-cuda-tube70-bfloat16]"/>
-<testcase classname="tests.test_conformance" name="test_equals_dense[gather_merge-norm-triton-cuda-tube70-bfloat16]">
+<testcase classname="tests.test_conformance" name="test_equals_dense[gather_merge-sum-triton-cuda-tube70-bfloat16]">
   <failure message="wrong"/></testcase>
 <testcase classname="tests.test_conformance" name="test_equals_dense[temporal_attention-cuda-cuda-heads64-bfloat16]">
   <skipped message="no library"/></testcase>
@@ -24,7 +24,7 @@ def test_conformance_from_a_report(tmp_path, capsys):
     (tmp_path / "report.xml").write_text(REPORT)
     conformance = kernels.Conformance("cuda", [tmp_path / "report.xml"])
     assert conformance.why_not("gather_merge", "triton") is None
-    assert conformance.why_not("gather_merge-norm", "triton").startswith("1 of 1 tests failed")
+    assert conformance.why_not("gather_merge-sum", "triton").startswith("1 of 1 tests failed")
     assert conformance.why_not("spatial_attention", "triton").startswith("1 of 1 tests failed")
     for never_ran in (("temporal_attention", "cuda"), ("gather_embed", "triton"), ("gather_merge", "cuda")):
         assert conformance.why_not(*never_ran) == "no test of it ran"

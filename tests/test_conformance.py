@@ -135,8 +135,6 @@ def exact_shape(variant: Variant, inputs: Inputs, visible: VisibleTokens) -> Ten
         return torch.empty(batch, rows, *inputs["qkv"].shape[3:])
     if variant.op == "pool_video_tokens":
         return torch.empty(batch, visible.patches + 1, inputs["branch"].shape[-1])
-    if "norm_weight" in inputs:  # the rows and the patch rows normalised, joined
-        rows += visible.tokens
     return torch.empty(batch, rows, inputs["backbone"].shape[-1])
 
 
@@ -253,10 +251,8 @@ def poisoned_tower(inputs: Inputs, visible: VisibleTokens, op: str) -> Inputs:
 def padded_upstream(out_shape: torch.Size, visible: VisibleTokens) -> Tensor:
     """A gradient with NaN at the padded rows, whose results are constants."""
     upstream = upstream_like(torch.empty(out_shape))
-    if upstream.ndim and upstream.shape[1] in (visible.tokens, 1 + visible.tokens, 1 + 2 * visible.tokens):
-        first = upstream.shape[1] % visible.tokens if visible.tokens > 1 else upstream.shape[1] % 2
-        for rows in upstream[:, first:].split(visible.tokens, 1):
-            rows[visible.index < 0] = torch.nan
+    if upstream.ndim and upstream.shape[1] in (visible.tokens, 1 + visible.tokens):
+        upstream[:, upstream.shape[1] - visible.tokens :][visible.index < 0] = torch.nan
     return upstream
 
 
@@ -403,7 +399,7 @@ def test_padding_a_batch_changes_no_video(variant, backend, device):
         alone = VisibleTokens(torch.tensor([[p * count + t for p, t in shown]]), 5, count).to(device)
         cut = {}
         for name, tensor in inputs.items():
-            if tensor is None or name in ("cls_token", "pos", "time", "gate", "norm_weight", "norm_bias"):
+            if tensor is None or name in ("cls_token", "pos", "time", "gate"):
                 cut[name] = tensor
             elif name in ("backbone", "frame_weight"):
                 cut[name] = tensor[b : b + 1, :count]
@@ -413,10 +409,7 @@ def test_padding_a_batch_changes_no_video(variant, backend, device):
             inputs["frame_weight"][b, count:] = 0
             together = call(variant, inputs, padded.to(device), backend).detach().cpu()
         single = call(variant, cut, alone, backend).detach().cpu()[0]
-        same = together[b]
-        if "norm_weight" in inputs:  # the rows normalised follow all the others
-            same = torch.cat([same[: 1 + len(shown)], same[1 + padded.tokens :]])
-        torch.testing.assert_close(same[: len(single)], single, rtol=0, atol=1e-12)
+        torch.testing.assert_close(together[b][: len(single)], single, rtol=0, atol=1e-12)
 
 
 def test_pooling_a_long_video():

@@ -57,8 +57,8 @@ INTERPRETED = {
     torch.float32: {
         "temporal_attention": ("frames5", "frames40", "ragged9", "ragged20"),
         "spatial_attention": ("patches40",),
-        "gather_embed-norm": ("frames11", "patches70"),
-        "gather_merge-norm": ("frames11",),
+        "gather_embed": ("frames11", "patches70"),
+        "gather_merge": ("frames11",),
         "pool_video_tokens": ("frames11",),
         "residual_norm": ("frames11", "patches70"),
         "residual_norm-patches": ("patches70",),

@@ -1,6 +1,6 @@
 """Test inputs and minimum work of gather_embed."""
 
-from bt_kernels._cases import INDEX_BYTES, Shape, Variant, Work, norm_inputs, with_norm
+from bt_kernels._cases import INDEX_BYTES, Shape, Variant, Work
 
 
 def _inputs(visible, heads, width, draw):
@@ -13,10 +13,6 @@ def _inputs(visible, heads, width, draw):
     }
 
 
-def _norm_inputs(visible, heads, width, draw):
-    return {**_inputs(visible, heads, width, draw), **norm_inputs(heads * width, draw)}
-
-
 def _work(s: Shape) -> tuple[Work, Work]:
     index = s.batch * s.tokens * INDEX_BYTES
     tables = s.table(1 + 1 + min(s.patches, s.batch * s.groups) + s.frames)
@@ -27,13 +23,4 @@ def _work(s: Shape) -> tuple[Work, Work]:
 
 VARIANTS = (
     Variant("gather_embed", "", _inputs, ("backbone", "cls_token", "pos", "time"), ("cls_token", "time"), _work),
-    Variant(
-        "gather_embed",
-        "-norm",
-        _norm_inputs,
-        ("backbone", "cls_token", "pos", "time", "norm_weight", "norm_bias"),
-        ("cls_token", "time", "norm_weight", "norm_bias"),
-        with_norm(_work),
-        op="gather_embed_norm",
-    ),
 )

@@ -1,12 +1,10 @@
-"""gather_embed in C++ for CPU (csrc/cpu/gather_embed.cpp, row_norm.cpp) and CUDA (csrc/cuda/gather_embed.cu).
+"""gather_embed in C++ for CPU (csrc/cpu/gather_embed.cpp) and CUDA (csrc/cuda/gather_embed.cu).
 
 They take one dtype: a tower in another is converted first, as a whole.
 """
 
 import torch
 from torch import Tensor
-
-from bt_kernels._row_norm import native_norm, native_norm_backward
 
 
 def forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots) -> Tensor:
@@ -29,19 +27,3 @@ def backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches,
         grad_backbone = grad_backbone.to(backbone.dtype)
     tables = ops.gather_embed_tables_backward(grad, index, patches, frames, len(time), *needs[1:])
     return grad_backbone, *(g if need else None for g, need in zip(tables, needs[1:], strict=True))
-
-
-def forward_norm(
-    backbone, cls_token, pos, time, norm_weight, norm_bias, index, frame_counts, patches, frames, slots, norm_eps
-):  # fmt: skip
-    out = forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots)
-    return out, *native_norm(out, index, norm_weight, norm_bias, norm_eps)
-
-
-def backward_norm(
-    grad_out, grad_normed, backbone, cls_token, pos, time, norm_weight, norm_bias, index, frame_counts, patches,
-    frames, slots, norm_eps, out, mean, rstd, needs,
-):  # fmt: skip
-    grad, *norm_grads = native_norm_backward(grad_out, grad_normed, out, norm_weight, index, mean, rstd)
-    grads = backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs[:4])
-    return *grads, *norm_grads

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from bt_kernels._layout import frame_weights, mean_over_frames, patch_places, patch_rows, zero_padding
-from bt_kernels._row_norm import normalise, normalise_backward
 
 
 def forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots) -> Tensor:
@@ -38,21 +37,3 @@ def backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches,
         grads[3].index_add_(0, frame.flatten(), rows.flatten(0, 1))
     dtypes = (backbone.dtype, *[grad.dtype] * 3)
     return tuple(None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True))
-
-
-def forward_norm(
-    backbone, cls_token, pos, time, norm_weight, norm_bias, index, frame_counts, patches, frames, slots, norm_eps
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots)
-    return out, *normalise(out, index, norm_weight, norm_bias, norm_eps)
-
-
-def backward_norm(
-    grad_out, grad_normed, backbone, cls_token, pos, time, norm_weight, norm_bias, index, frame_counts, patches,
-    frames, slots, norm_eps, out, mean, rstd, needs,
-):  # fmt: skip
-    grad, *norm_grads = normalise_backward(grad_out, grad_normed, out, mean, rstd, index, norm_weight, needs[4:])
-    grad_backbone, *grads = backward(
-        grad, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs[:4]
-    )
-    return grad_backbone, *(None if g is None else g.to(out.dtype) for g in grads), *norm_grads

@@ -3,17 +3,18 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from bt_kernels._triton import launch
-from bt_kernels._triton_gather import RowResults, row_places, write_rows
-from bt_kernels._triton_gather_backward import RowGrads, spread, sum_by_list
+from bt_kernels._triton_gather import plan_rows, row_places, write_rows
+from bt_kernels._triton_gather_backward import spread, sum_by_list
 from bt_kernels._triton_rows import LENGTHS, RowLists, adjacent, mean_over_frames, real_frames, sum_dtype
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _forward(
-    tower, cls_token, pos, time, index, frame_counts, out, norm_weight, norm_bias, normed, mean, rstd,
-    tower_b, tower_t, tower_p, index_b, N, T, D, eps,
+    tower, cls_token, pos, time, index, frame_counts, out,
+    tower_b, tower_t, tower_p, index_b, N, T, D,
     W: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Write ½(mean of the tower's CLS + cls_token + pos[0]), or tower + pos[1+p] + time[t] of R patch rows."""
@@ -37,74 +38,35 @@ def _forward(
         value = tl.load(video + at[:, None] + columns, mask=used, other=0.0).to(ACC)
         value += tl.load(pos + (token * D)[:, None] + columns, mask=used, other=0.0).to(ACC)
         value += tl.load(time + (t * D)[:, None] + columns, mask=used, other=0.0).to(ACC)
-        write_rows(
-            value, out, norm_weight, norm_bias, normed, mean, rstd, b, n, visible, N, d, inside, D, eps, ACC
-        )  # fmt: skip
+        write_rows(value, out, b, n, N, d, inside, D)
 
 
-def _run_forward(backbone, cls_token, pos, time, index, frame_counts, norm=None):
+def forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots) -> Tensor:
     tower, index = adjacent(backbone), adjacent(index)
-    # More spill a few registers.
-    results = RowResults(time, index, norm, {80: 24, 90: 32, 100: 24} if norm is None else 32)
+    batch, tokens, width = *index.shape, tower.shape[3]
+    out = time.new_empty(batch, 1 + tokens, width)
+    programs, options = plan_rows(index, width, time.dtype, {80: 24, 90: 32, 100: 24})  # more spill a few registers
     launch(
-        _forward, results.programs, tower, cls_token.contiguous(), pos.contiguous(), time.contiguous(), index,
-        frame_counts, *results.arguments(), *tower.stride()[:3], index.stride(0), index.shape[1], tower.shape[1],
-        tower.shape[3], results.eps, **results.options,
+        _forward, programs, tower, cls_token.contiguous(), pos.contiguous(), time.contiguous(), index, frame_counts,
+        out, *tower.stride()[:3], index.stride(0), tokens, tower.shape[1], width, **options,
     )  # fmt: skip
-    return results.returned()
-
-
-def forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots):
-    return _run_forward(backbone, cls_token, pos, time, index, frame_counts)[0]
+    return out
 
 
 def backward(grad, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs):
-    return _backward(RowGrads(grad), grad, backbone, pos, time, index, frame_counts, patches, frames, needs)[:4]
-
-
-def forward_norm(
-    backbone, cls_token, pos, time, norm_weight, norm_bias, index, frame_counts, patches, frames, slots, norm_eps
-):  # fmt: skip
-    norm = (norm_weight, norm_bias, norm_eps)
-    return _run_forward(backbone, cls_token, pos, time, index, frame_counts, norm)
-
-
-def backward_norm(
-    grad_out, grad_normed, backbone, cls_token, pos, time, norm_weight, norm_bias, index, frame_counts, patches,
-    frames, slots, norm_eps, out, mean, rstd, needs,
-):  # fmt: skip
-    if grad_normed is None:
-        zeros = [torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)]
-        grads = backward(
-            grad_out, backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots, needs[:4]
-        )
-        return *grads, *zeros
-    rows = RowGrads(grad_out, grad_normed, norm_weight, (out, mean, rstd))
-    return _backward(rows, grad_out, backbone, pos, time, index, frame_counts, patches, frames, needs)
-
-
-def _backward(rows: RowGrads, grad, backbone, pos, time, index, frame_counts, patches, frames, needs):
-    """Return the gradients of backbone, cls_token, pos, time, norm weight and norm bias.
-
-    If the tower and its position table are frozen (training), each gradient row is read once and summed by frame.
-    """
-    dtype, acc = rows.dtype, sum_dtype(rows.dtype)
-    batch, tokens = index.shape
-    half_cls = rows.empty(batch, rows.width, dtype=acc).zero_() if grad is None else 0.5 * grad[:, 0].to(acc)
-    total = None
-    if rows.norm and (needs[0] or needs[2]):
-        total = rows.empty(batch, 1 + tokens, rows.width, dtype=acc).zero_()
-        total[:, 0] = 2 * half_cls
-    by_frame, *norm_grads = sum_by_list(rows, RowLists.by_frame(index, patches, frames), tokens, total)
-    total_rows = rows if total is None else RowGrads(total)
+    """Compute the gradients. If the tower and its position table are frozen, each row is read once, summed by frame."""
+    grad = adjacent(grad)
+    dtype, tokens = grad.dtype, index.shape[1]
+    half_cls = 0.5 * grad[:, 0].to(sum_dtype(dtype))
     grad_backbone = grad_cls = grad_pos = grad_time = None
     if needs[0]:
-        grad_backbone = spread(total_rows.grad, None, index, frame_counts, frames, patches, backbone.dtype, 0.5)
+        grad_backbone = spread(grad, None, index, frame_counts, frames, patches, backbone.dtype, 0.5)
     if needs[1]:
         grad_cls = half_cls.sum(0).to(dtype)
     if needs[2]:
-        by_patch = sum_by_list(total_rows, RowLists.by_patch(index, patches, frames), tokens)[0]
+        by_patch = sum_by_list(grad, RowLists.by_patch(index, patches, frames), tokens)
         grad_pos = torch.cat([half_cls.sum(0, keepdim=True), by_patch]).to(dtype)
     if needs[3]:
+        by_frame = sum_by_list(grad, RowLists.by_frame(index, patches, frames), tokens)
         grad_time = torch.nn.functional.pad(by_frame.to(dtype), (0, 0, 0, len(time) - frames))
-    return grad_backbone, grad_cls, grad_pos, grad_time, *(g.to(dtype) for g in norm_grads)
+    return grad_backbone, grad_cls, grad_pos, grad_time

@@ -1,77 +1,37 @@
 """The op gather_merge: it gathers the tokens of a tower layer and mixes them into the branch."""
 
-from typing import overload
-
 from torch import Tensor
 
-from bt_kernels._checks import check_is_visible, check_norm, check_tensor, check_visible
-from bt_kernels._dispatch import Kernel, slower_than_compiled, unmeasured
+from bt_kernels._checks import check_is_visible, check_tensor, check_visible
+from bt_kernels._dispatch import Kernel, unmeasured
 from bt_kernels._library import define_op
 from bt_kernels._native import why_not_cpu_kernel, why_not_cuda_kernel
-from bt_kernels._row_norm import fake_norm
 from bt_kernels._triton import triton_kernel
 from bt_kernels.ops.gather_merge import native, reference
 from bt_kernels.visible import VisibleTokens
 
-_TRITON = f"{__name__}.triton"
 _OP = define_op(
     "gather_merge",
     "Tensor backbone, Tensor branch, Tensor? gate",
     differentiable=("backbone", "branch", "gate"),
     kernels=(
         Kernel("cuda", native.forward, native.backward, why_not_cuda_kernel, unmeasured),
-        triton_kernel(_TRITON),
+        triton_kernel(f"{__name__}.triton"),
         Kernel("cpu", native.forward, native.backward, why_not_cpu_kernel),
         Kernel("reference", reference.forward, reference.backward),
     ),
     autocast_skip=("backbone",),
     fake=lambda backbone, branch, *_: branch.new_empty(branch.shape),
 )
-_NORM_OP = define_op(
-    "gather_merge_norm",
-    "Tensor backbone, Tensor branch, Tensor? gate, Tensor norm_weight, Tensor norm_bias",
-    differentiable=("backbone", "branch", "gate", "norm_weight", "norm_bias"),
-    kernels=(
-        triton_kernel(_TRITON, "_norm"),
-        Kernel("cpu", native.forward_norm, native.backward_norm, why_not_cpu_kernel, slower_than_compiled),
-        Kernel("reference", reference.forward_norm, reference.backward_norm),
-    ),
-    autocast_skip=("backbone",),
-    fake=lambda backbone, branch, *_: fake_norm(branch.new_empty(branch.shape)),
-    extra=", float norm_eps",
-    results=("out", "normed"),
-    keep=("out",),
-    saved=("mean", "rstd"),
-)
 
 
-@overload
-def gather_merge(
-    backbone: Tensor,
-    branch: Tensor,
-    gate: Tensor | None,
-    visible: VisibleTokens,
-    backend: str | None = ...,
-    norm: None = ...,
-) -> Tensor: ...
-@overload
-def gather_merge(
-    backbone: Tensor,
-    branch: Tensor,
-    gate: Tensor | None,
-    visible: VisibleTokens,
-    backend: str | None = ...,
-    *,
-    norm: tuple[Tensor, Tensor, float],
-) -> tuple[Tensor, Tensor]: ...
 def gather_merge(
     backbone: Tensor,
     branch: Tensor,
     gate: Tensor | None,
     visible: VisibleTokens,
     backend: str | None = None,
-    norm: tuple[Tensor, Tensor, float] | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Mix the tower's tokens of one layer into the branch: visible rows gathered, CLS averaged over frames.
 
     With m[b, 0] = mean_t backbone[b, t, 0] and m[b, 1+n] = backbone[b, t, 1+p] for row n, patch p of frame t:
@@ -90,11 +50,9 @@ def gather_merge(
         gate: ``[D]`` in (0, 1), or None for the sum.
         visible: the tokens and their order.
         backend: "reference", "cpu", "triton" or "cuda"; None chooses automatically.
-        norm: ``(weight [D], bias [D], eps)`` of a LayerNorm of the patch rows, computed in the same pass.
 
     Returns:
-        ``[B, 1+N, D]`` in the dtype of ``branch``, and with ``norm`` the patch rows normalised, ``[B, N, D]``;
-        padding rows (index -1) are zero.
+        ``[B, 1+N, D]`` in the dtype of ``branch``; padding rows (index -1) are zero.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not match; the message names the argument.
@@ -111,7 +69,4 @@ def gather_merge(
     like = ("branch", branch)
     if gate is not None:
         check_tensor("gate", gate, "[D]", (width,), like)
-    if norm is None:
-        return _OP(backbone, branch, gate, *visible.as_arguments(), backend)
-    weight, bias, eps = check_norm(norm, width, like)
-    return _NORM_OP(backbone, branch, gate, weight, bias, *visible.as_arguments(), eps, backend)[:2]
+    return _OP(backbone, branch, gate, *visible.as_arguments(), backend)

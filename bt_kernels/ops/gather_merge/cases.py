@@ -1,6 +1,6 @@
 """Test inputs and minimum work of gather_merge."""
 
-from bt_kernels._cases import INDEX_BYTES, Shape, Variant, Work, norm_inputs, with_norm
+from bt_kernels._cases import INDEX_BYTES, Shape, Variant, Work
 
 
 def _inputs(visible, heads, width, draw, gated=True):
@@ -14,10 +14,6 @@ def _inputs(visible, heads, width, draw, gated=True):
 
 def _sum_inputs(visible, heads, width, draw):
     return _inputs(visible, heads, width, draw, gated=False)
-
-
-def _norm_inputs(visible, heads, width, draw):
-    return {**_inputs(visible, heads, width, draw), **norm_inputs(heads * width, draw)}
 
 
 def _work(s: Shape) -> tuple[Work, Work]:
@@ -36,13 +32,4 @@ def _sum_work(s: Shape) -> tuple[Work, Work]:
 VARIANTS = (
     Variant("gather_merge", "", _inputs, ("backbone", "branch", "gate"), ("branch", "gate"), _work),
     Variant("gather_merge", "-sum", _sum_inputs, ("backbone", "branch"), ("branch",), _sum_work),
-    Variant(
-        "gather_merge",
-        "-norm",
-        _norm_inputs,
-        ("backbone", "branch", "gate", "norm_weight", "norm_bias"),
-        ("branch", "gate", "norm_weight", "norm_bias"),
-        with_norm(_work),
-        op="gather_merge_norm",
-    ),
 )

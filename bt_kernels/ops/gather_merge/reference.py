@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from bt_kernels._layout import frame_weights, mean_over_frames, patch_places, patch_rows, zero_padding
-from bt_kernels._row_norm import normalise, normalise_backward
 
 
 def forward(backbone, branch, gate, index, frame_counts, patches, frames, slots) -> Tensor:
@@ -31,24 +30,6 @@ def backward(grad, backbone, branch, gate, index, frame_counts, patches, frames,
         difference = torch.cat([difference[:, :1], zero_padding(difference[:, 1:], index)], 1)
         grad_gate = (grad.to(acc) * difference).sum((0, 1)).to(grad.dtype)
     return grad_backbone, grad_branch, grad_gate
-
-
-def forward_norm(
-    backbone, branch, gate, norm_weight, norm_bias, index, frame_counts, patches, frames, slots, norm_eps
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = forward(backbone, branch, gate, index, frame_counts, patches, frames, slots)
-    return out, *normalise(out, index, norm_weight, norm_bias, norm_eps)
-
-
-def backward_norm(
-    grad_out, grad_normed, backbone, branch, gate, norm_weight, norm_bias, index, frame_counts, patches, frames, slots,
-    norm_eps, out, mean, rstd, needs,
-):  # fmt: skip
-    grad, *norm_grads = normalise_backward(grad_out, grad_normed, out, mean, rstd, index, norm_weight, needs[3:])
-    grad_backbone, *grads = backward(
-        grad, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs[:3]
-    )
-    return grad_backbone, *(None if g is None else g.to(out.dtype) for g in grads), *norm_grads
 
 
 def _incoming(backbone: Tensor, index: Tensor, frame_counts: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -1,12 +1,12 @@
 """gather_merge in Triton. ``bt_kernels/_triton_gather.py`` has the legend and what it shares with gather_embed."""
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from bt_kernels._triton import launch
-from bt_kernels._triton_gather import RowResults, row_places, write_rows
-from bt_kernels._triton_gather_backward import RowGrads, merge_backward
+from bt_kernels._triton_gather import plan_rows, row_places, write_rows
+from bt_kernels._triton_gather_backward import merge_backward
 from bt_kernels._triton_rows import LENGTHS, adjacent, mean_over_frames, real_frames
 
 
@@ -23,8 +23,8 @@ def _merged(value, x, gate, d, inside, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _forward(
-    tower, branch, gate, index, frame_counts, out, norm_weight, norm_bias, normed, mean, rstd,
-    tower_b, tower_t, tower_p, branch_b, branch_n, index_b, N, T, D, eps,
+    tower, branch, gate, index, frame_counts, out,
+    tower_b, tower_t, tower_p, branch_b, branch_n, index_b, N, T, D,
     W: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Write (1 - gate)·branch + gate·m of CLS, where m is the mean of the tower's CLS, or of R patch rows."""
@@ -47,44 +47,20 @@ def _forward(
         value = tl.load(video + at[:, None] + columns, mask=used, other=0.0).to(ACC)
         x = tl.load(rows + ((1 + n) * branch_n)[:, None] + columns, mask=used, other=0.0).to(ACC)
         value = _merged(value, x, gate, columns, inside[None, :], ACC)
-        write_rows(
-            value, out, norm_weight, norm_bias, normed, mean, rstd, b, n, visible, N, d, inside, D, eps, ACC
-        )  # fmt: skip
+        write_rows(value, out, b, n, N, d, inside, D)
 
 
-def _run_forward(backbone, branch, gate, index, frame_counts, norm=None):
+def forward(backbone, branch, gate, index, frame_counts, patches, frames, slots) -> Tensor:
     tower, branch, index = adjacent(backbone), adjacent(branch), adjacent(index)
     gate = None if gate is None else gate.contiguous()
-    results = RowResults(branch, index, norm)
+    out = branch.new_empty(branch.shape)
+    programs, options = plan_rows(index, branch.shape[-1], branch.dtype)
     launch(
-        _forward, results.programs, tower, branch, gate, index, frame_counts, *results.arguments(),
-        *tower.stride()[:3], *branch.stride()[:2], index.stride(0), index.shape[1], tower.shape[1], tower.shape[3],
-        results.eps, **results.options,
+        _forward, programs, tower, branch, gate, index, frame_counts, out, *tower.stride()[:3], *branch.stride()[:2],
+        index.stride(0), index.shape[1], tower.shape[1], tower.shape[3], **options,
     )  # fmt: skip
-    return results.returned()
-
-
-def forward(backbone, branch, gate, index, frame_counts, patches, frames, slots):
-    return _run_forward(backbone, branch, gate, index, frame_counts)[0]
+    return out
 
 
 def backward(grad, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs):
-    return merge_backward(RowGrads(grad), backbone, branch, gate, index, frame_counts, needs)[:3]
-
-
-def forward_norm(
-    backbone, branch, gate, norm_weight, norm_bias, index, frame_counts, patches, frames, slots, norm_eps
-):  # fmt: skip
-    return _run_forward(backbone, branch, gate, index, frame_counts, (norm_weight, norm_bias, norm_eps))
-
-
-def backward_norm(
-    grad_out, grad_normed, backbone, branch, gate, norm_weight, norm_bias, index, frame_counts, patches, frames, slots,
-    norm_eps, out, mean, rstd, needs,
-):  # fmt: skip
-    if grad_normed is None:
-        zeros = [torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)]
-        grads = backward(grad_out, backbone, branch, gate, index, frame_counts, patches, frames, slots, needs[:3])
-        return *grads, *zeros
-    rows = RowGrads(grad_out, grad_normed, norm_weight, (out, mean, rstd))
-    return merge_backward(rows, backbone, branch, gate, index, frame_counts, needs[:3])
+    return merge_backward(grad, backbone, branch, gate, index, frame_counts, needs)

@@ -3,13 +3,11 @@
 import torch
 from torch import Tensor
 
-from bt_kernels._row_norm import norm_rows, norm_rows_backward
-
 
 def forward(x, update, scale, weight, bias, eps, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the sum (of size 0 without an update), its LayerNorm, and mean and rstd ``[B, R]``."""
     summed = x if update is None else _add(x, update, scale)
-    normed, mean, rstd = norm_rows(summed, weight, bias, eps)
+    normed, mean, rstd = _norm_rows(summed, weight, bias, eps)
     return x.new_empty(0) if update is None else summed, normed.to(dtype or x.dtype), mean, rstd
 
 
@@ -31,7 +29,7 @@ def backward(grad_summed, grad_normed, x, update, scale, weight, bias, eps, dtyp
         grad = torch.zeros_like(x, dtype=acc) if grad_summed is None else grad_summed.to(acc)
         of_weights = [torch.zeros_like(weight) if need else None for need in needs[2:]]
     else:
-        grad, *of_weights = norm_rows_backward(grad_normed, rows, mean, rstd, weight, needs[2:])
+        grad, *of_weights = _norm_rows_backward(grad_normed, rows, mean, rstd, weight, needs[2:])
         if grad_summed is not None:
             grad = grad + grad_summed
     grad_x = _copy(grad, x.dtype) if needs[0] else None
@@ -56,3 +54,27 @@ def gradient_of_stream(grad_summed: Tensor | None, x: Tensor) -> Tensor | None:
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a contiguous copy in ``dtype``: a registered op must not return its arguments or one tensor twice."""
     return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _norm_rows(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the LayerNorm of ``rows [..., D]`` and its mean and rstd ``[...]``, all in float32 or wider."""
+    acc = torch.promote_types(rows.dtype, torch.float32)
+    normed, mean, rstd = torch.ops.aten.native_layer_norm(
+        rows.to(acc), rows.shape[-1:], weight.to(acc), bias.to(acc), eps
+    )
+    return normed, mean[..., 0], rstd[..., 0]
+
+
+def _norm_rows_backward(
+    grad: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of the rows, in float32 or wider, and those needed of weight and bias, in weight's dtype."""
+    acc = torch.promote_types(rows.dtype, torch.float32)
+    grad_rows, *of_weights = torch.ops.aten.native_layer_norm_backward(
+        grad.to(acc), rows.to(acc), [rows.shape[-1]], mean[..., None], rstd[..., None], weight.to(acc), weight.to(acc),
+        [True, *needs],
+    )  # fmt: skip
+    grad_weight, grad_bias = (
+        each.to(weight.dtype) if need else None for each, need in zip(of_weights, needs, strict=True)
+    )
+    return grad_rows, grad_weight, grad_bias
