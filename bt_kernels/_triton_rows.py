@@ -71,6 +71,22 @@ def layer_norm_grad(grad_normed, x, mean, rstd, weight, inside, D, ACC: tl.const
     return rstd[:, None] * through, normed
 
 
+@triton.jit
+def activation(y, ACT: tl.constexpr):
+    """Return act(y) / y, between 0 and 1, and its derivative in y."""
+    if ACT == "gelu":  # the normal distribution
+        share = 0.5 + 0.5 * tl.erf(y * 0.7071067811865476)
+        slope = 0.3989422804014327 * tl.exp(-0.5 * y * y)
+    elif ACT == "gelu_pytorch_tanh":  # ½(1 + tanh(u)) = sigmoid(2u)
+        square = y * y
+        share = tl.sigmoid(1.5957691216057308 * y * (1 + 0.044715 * square))
+        slope = share * (1 - share) * (1.5957691216057308 * (1 + 0.134145 * square))
+    else:
+        share = tl.sigmoid(1.702 * y)
+        slope = share * (1 - share) * 1.702
+    return share, slope
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def list_rows(
     index, order, other, counts, index_b, N, T, L, K, BY_FRAME: tl.constexpr, C: tl.constexpr

@@ -11,25 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bt_kernels._triton import launch
-from bt_kernels._triton_rows import accumulator, rows_per_sum, sum_dtype
+from bt_kernels._triton_rows import accumulator, activation, rows_per_sum, sum_dtype
 
 _COLUMNS, _FORWARD_ROWS, _BACKWARD_ROWS = 512, 8, 4
-
-
-@triton.jit
-def _share(y, ACT: tl.constexpr):
-    """Return act(y) / y, between 0 and 1, and its derivative in y."""
-    if ACT == "gelu":  # the normal distribution
-        share = 0.5 + 0.5 * tl.erf(y * 0.7071067811865476)
-        slope = 0.3989422804014327 * tl.exp(-0.5 * y * y)
-    elif ACT == "gelu_pytorch_tanh":  # ½(1 + tanh(u)) = sigmoid(2u)
-        square = y * y
-        share = tl.sigmoid(1.5957691216057308 * y * (1 + 0.044715 * square))
-        slope = share * (1 - share) * (1.5957691216057308 * (1 + 0.134145 * square))
-    else:
-        share = tl.sigmoid(1.702 * y)
-        slope = share * (1 - share) * 1.702
-    return share, slope
 
 
 @triton.jit(do_not_specialize=["M", "blocks"])
@@ -44,7 +28,7 @@ def _forward(x, bias, out, M, F, blocks, ACT: tl.constexpr, ACC: tl.constexpr, C
     y = tl.load(x + at, mask=used, other=0.0).to(ACC)
     if bias is not None:
         y += tl.load(bias + column, mask=inside, other=0.0).to(ACC)[None, :]
-    share, _ = _share(y, ACT)
+    share, _ = activation(y, ACT)
     tl.store(out + at, (y * share).to(out.dtype.element_ty), mask=used)
 
 
@@ -67,7 +51,7 @@ def _backward(
         used = (row < M)[:, None] & inside[None, :]
         at = (row.to(tl.int64) * F)[:, None] + column[None, :]
         y = tl.load(x + at, mask=used, other=0.0).to(ACC) + shift[None, :]
-        share, slope = _share(y, ACT)
+        share, slope = activation(y, ACT)
         through = tl.load(grad + at, mask=used, other=0.0).to(ACC) * (share + y * slope)
         if grad_x is not None:
             tl.store(grad_x + at, through.to(grad_x.dtype.element_ty), mask=used)
