@@ -27,6 +27,7 @@ HEADS, WIDTH, PATCHES = 16, 64, 256  # ViT-L/14
 STEP = ("gather_embed", "gather_merge", "temporal_attention", "spatial_attention", "spatial_attention-weighted",
         "alignment_loss")  # fmt: skip
 CHAT = ("gather_embed", "gather_merge", "temporal_attention", "spatial_attention", "pool_video_tokens")
+PRODUCTS = ("linear_add", "mlp")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def form(launch: _triton.Launch, architecture: int) -> Form:
     from triton.runtime.jit import compute_cache_key
 
     kernel, backend, bind = _binder(launch.kernel, architecture)
-    given = launch.constants | launch.options(architecture)
+    given = launch.constants(architecture) | launch.options(architecture)
     bound, specialisation, options = bind(*launch.args, **given)
     key = kernel.__name__ + compute_cache_key({}, specialisation, options)
     _, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialisation, options)
@@ -126,6 +127,7 @@ def sequences() -> Iterator[tuple[str, int, list[Form]]]:
     yield "a training step at ratios 0.1 … 0.9", 18, compiled(STEP, ratios, torch.bfloat16, True)
     lengths = [VisibleTokens.all(1, PATCHES, frames) for frames in range(1, 65)]
     yield "a chat at T = 1 … 64", 14, compiled(CHAT, lengths, torch.float16, False)
+    yield "products of a step at T = 1 … 64", 4, compiled(PRODUCTS, lengths, torch.bfloat16, True)
     yield "a chat's tuning at T = 1 … 64", 24, compiled(CHAT, lengths, torch.bfloat16, True)
 
 

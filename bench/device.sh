@@ -90,7 +90,7 @@ sanitize() {
   [ -n "$REHEARSE" ] && on=cpu
   for case in temporal_attention-triton-$on-heads64 spatial_attention-triton-$on-heads64 gather_merge-triton-$on-padded \
     gather_embed-triton-$on-padded pool_video_tokens-triton-$on-padded alignment_loss-triton-$on-tube70 \
-    temporal_attention-cuda-cuda-heads64 gather_merge-cuda-cuda-padded; do
+    linear_add-triton-$on-heads64 mlp-triton-$on-heads64 temporal_attention-cuda-cuda-heads64 gather_merge-cuda-cuda-padded; do
     ids+=("$test[$case-bfloat16]")
   done
   [ -n "$REHEARSE" ] && { "${pytest[@]}" --collect-only "${ids[@]}"; return; }
@@ -119,12 +119,13 @@ if [ -n "$REHEARSE" ]; then
   unset TRITON_INTERPRET # which tests set themselves; kernels in the interpreter are not timed
   workers=()
   forms="equals_dense and temporal_attention and triton and heads64 and bfloat16 or baseline_computes and eager"
+  forms+=" or equals_dense and (linear_add-triton or mlp-triton) and tube70 and bfloat16"
   forms+=" or equals_dense and cpu-cpu and (heads64 or tube70) and float32"
   kernels=(--small --seconds 0.01) cases=(--small --no-peaks --seconds 0.01 --rounds 1 --frames 4 --mask-ratio 0.5)
   cases+=(--batch-size 2) last=(none) rest=(--collect-only)
 else
   kernels=(--named) cases=(--batch-size 52) rest=()
-  last=(none mlp eager checkpoint layer compiled "compiled tower" graphs fp8)
+  last=(none mlp eager checkpoint layer "mlp own" compiled "compiled tower" graphs fp8)
 fi
 
 part build 110 bash -uo pipefail -c build
@@ -133,8 +134,8 @@ part conformance 110 "${tests[@]}" "${workers[@]}" -m "gpu or not gpu" -k "$form
   tests/test_conformance.py tests/test_conformance_quantize.py tests/test_step.py
 part kernels-attention 60 "$PYTHON" bench/kernels.py "${kernels[@]}" --conformance "$conformance" \
   --op temporal_attention spatial_attention
-part kernels-rows 60 "$PYTHON" bench/kernels.py "${kernels[@]}" --conformance "$conformance" \
-  --op gather_embed gather_merge pool_video_tokens alignment_loss residual_norm bias_gelu quantize_rows
+part kernels-rows 75 "$PYTHON" bench/kernels.py "${kernels[@]}" --conformance "$conformance" \
+  --op gather_embed gather_merge pool_video_tokens alignment_loss linear_add mlp residual_norm bias_gelu quantize_rows
 part step 100 "$PYTHON" bench/step.py --part step "${cases[@]}" --only eager sdpa none mlp --conformance "$conformance"
 part sanitize 75 bash -uo pipefail -c sanitize
 part gpu-tests 120 "${tests[@]}" "${workers[@]}" -m gpu "${rest[@]}" --junitxml "$OUT/gpu-tests.xml" "${gpu_tests[@]}"

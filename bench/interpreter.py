@@ -45,7 +45,7 @@ def make_strict() -> None:
         rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
         return interpreter.TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
 
-    def create_masked_load(self, ptrs, mask, other, *rest):
+    def create_masked_load(self, ptrs, mask, other, *rest, **named):
         if other is None and ptrs.data.size > 1:  # the interpreter drops a scalar's other=0
             element = ptrs.get_element_ty()
             kind = interpreter._get_np_dtype(element)
@@ -53,7 +53,7 @@ def make_strict() -> None:
             if element == tl.bfloat16:
                 undefined = np.full(ptrs.data.shape, 0x7FC0, dtype=kind)
             other = interpreter.TensorHandle(undefined, element)
-        return load(self, ptrs, mask, other, *rest)
+        return load(self, ptrs, mask, other, *rest, **named)
 
     builder.create_dot, builder.create_masked_load, builder.create_fp_to_fp = (
         create_dot,

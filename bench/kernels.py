@@ -48,6 +48,8 @@ NAMED = {
     "small": [("small", 4, 0.5, 2)],
 }
 CONFORMANCE = ("tests/test_conformance.py", "tests/test_conformance_quantize.py")
+# Rows of the frozen tower for the products: a chunk of 32 images, and all images of a step.
+PRODUCTS, TOWER_ROWS = ("linear_add", "mlp"), [("L/14", 8, 0.0, 4), ("L/14", 8, 0.0, 52)]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # of the largest value: do two implementations agree at all
 
 
@@ -128,6 +130,8 @@ def cases(device: str, shapes: list[tuple] | None = None, only: Sequence[str] = 
             for variant in chosen:
                 if ("attention" in variant.function) == is_first:
                     yield Case(variant, *shape)
+    for shape in TOWER_ROWS if device == "cuda" and shapes is NAMED["cuda"] else ():
+        yield from (Case(variant, *shape) for variant in chosen if variant.function in PRODUCTS)
 
 
 def other_shapes(device: str) -> list[tuple]:

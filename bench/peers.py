@@ -77,6 +77,15 @@ def quantised(inputs: dict, visible) -> tuple[Tensor, Tensor]:
     return (rows / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
+def add_linear(inputs: dict, visible) -> Tensor:
+    return inputs["stream"] + F.linear(inputs["x"], inputs["weight"], inputs["bias"])
+
+
+def mlp(inputs: dict, visible) -> Tensor:
+    y = F.linear(inputs["x"], inputs["fc1_weight"], inputs["fc1_bias"])
+    return inputs["stream"] + F.linear(y * torch.sigmoid(1.702 * y), inputs["fc2_weight"], inputs["fc2_bias"])
+
+
 def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[..., H, L, E] each, by matrix products."""
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
@@ -146,6 +155,7 @@ def peers(function: str, device: str, dtype: torch.dtype) -> dict[str, Peer]:
     """Every peer of an op that can run here, by name."""
     plain = {"gather_embed": embed, "gather_merge": merge, "pool_video_tokens": pool, "alignment_loss": alignment}
     plain |= {"residual_norm": residual, "bias_gelu": quick_gelu, "quantize_rows": quantised}
+    plain |= {"linear_add": add_linear, "mlp": mlp}
     if function in plain:
         eager = plain[function]
         return {"eager": eager, "compiled": _compiled(eager)}

@@ -10,6 +10,8 @@ from bt_kernels.ops.alignment_loss import alignment_loss
 from bt_kernels.ops.bias_gelu import bias_gelu
 from bt_kernels.ops.gather_embed import gather_embed
 from bt_kernels.ops.gather_merge import gather_merge
+from bt_kernels.ops.linear_add import linear_add
+from bt_kernels.ops.mlp import mlp
 from bt_kernels.ops.pool_video_tokens import pool_video_tokens
 from bt_kernels.ops.quantize_rows import quantize_rows
 from bt_kernels.ops.residual_norm import residual_norm
@@ -25,6 +27,8 @@ __all__ = [
     "bias_gelu",
     "gather_embed",
     "gather_merge",
+    "linear_add",
+    "mlp",
     "pool_video_tokens",
     "quantize_rows",
     "residual_norm",

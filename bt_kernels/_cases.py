@@ -141,6 +141,7 @@ def flat_arguments(variant: Variant, inputs: Inputs, visible: VisibleTokens, wan
     names = ("index", "frame_counts", "patches", "frames", "slots")
     values |= dict(zip(names, visible.as_arguments(index), strict=True))
     values["product"] = None
+    values["keep"] = wanted
     values["wanted"] = [wanted] * len(OPS[variant.op].differentiable)
     return [values[name] for name in OPS[variant.op].arguments]
 

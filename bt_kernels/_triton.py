@@ -28,35 +28,45 @@ around_launch: Callable[[], AbstractContextManager] = nullcontext  # entered aro
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: its grid, run-time arguments, compile-time constants and options (see :func:`launch`)."""
+    """One launch of a kernel: its grid, run-time arguments, compile-time constants and options (see :func:`launch`).
+
+    ``planned`` are the constants, of which some may be mappings by architecture.
+    """
 
     kernel: Any
     programs: int
     args: tuple
-    constants: dict[str, Any]
+    planned: dict[str, Any]
     warps: int | Mapping[int, int]
     stages: int
     warps_per_sm: int | Mapping[int, int]
 
+    def constants(self, architecture: int) -> dict[str, Any]:
+        """Return the compile-time constants on ``architecture``."""
+        return {
+            name: for_architecture(value, architecture) if isinstance(value, Mapping) else value
+            for name, value in self.planned.items()
+        }
+
     def programs_per_sm(self, architecture: int) -> int:
         """Return how many programs are planned to share a multiprocessor of ``architecture`` (90 for sm_90)."""
-        return max(1, _planned(self.warps_per_sm, architecture) // _planned(self.warps, architecture))
+        return max(1, for_architecture(self.warps_per_sm, architecture) // for_architecture(self.warps, architecture))
 
     def registers(self, architecture: int) -> int:
         """Return the most registers a thread may use for that; the hardware gives them out by eights."""
-        threads = 32 * _planned(self.warps, architecture) * self.programs_per_sm(architecture)
+        threads = 32 * for_architecture(self.warps, architecture) * self.programs_per_sm(architecture)
         return min(255, _REGISTERS // threads // 8 * 8)
 
     def options(self, architecture: int) -> dict[str, int]:
         """Return Triton's options of the kernel."""
-        options = {"num_warps": _planned(self.warps, architecture), "num_stages": self.stages}
+        options = {"num_warps": for_architecture(self.warps, architecture), "num_stages": self.stages}
         registers = self.registers(architecture)
         return options if registers == 255 else options | {"maxnreg": registers}
 
 
-def _planned(number: int | Mapping[int, int], architecture: int) -> int:
-    """Return the number for an architecture: in a mapping, that of the newest one which is not newer."""
-    return number if isinstance(number, int) else number[max(each for each in number if each <= architecture)]
+def for_architecture(planned: int | Mapping[int, Any], architecture: int) -> Any:
+    """Return what is planned for an architecture: in a mapping, that of the newest one which is not newer."""
+    return planned if isinstance(planned, int) else planned[max(each for each in planned if each <= architecture)]
 
 
 @cache
@@ -134,7 +144,7 @@ def launch(
             (``bench/resources.py``) show that the kernel then spills nothing and that its shared memory fits.
             Here and in ``warps`` a mapping gives the number by architecture (90 for sm_90); that of the newest one
             which is not newer than the device applies.
-        constants: the kernel's ``tl.constexpr`` arguments by name.
+        constants: the kernel's ``tl.constexpr`` arguments by name, or mappings by architecture of them.
 
     Raises:
         ValueError: ``programs`` exceeds the largest grid.
@@ -150,7 +160,8 @@ def launch(
     device = next(a.device for a in args if isinstance(a, Tensor))
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else nullcontext(), around_launch():
-        kernel[(programs,)](*args, **constants, **planned.options(architecture(device)))
+        target = architecture(device)
+        kernel[(programs,)](*args, **planned.constants(target), **planned.options(target))
 
 
 @contextmanager

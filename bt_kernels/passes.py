@@ -29,6 +29,9 @@ __all__ = [
     "forced_backend",
     "gather_merge",
     "gather_merge_backward",
+    "linear_add",
+    "mlp",
+    "mlp_hidden_grad",
     "patch_rows",
     "residual_norm",
     "residual_norm_backward",
@@ -159,3 +162,43 @@ def bias_gelu_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and bias; one that ``needs`` does not ask for is an empty tensor."""
     return OPS["bias_gelu"].backward(grad, x, bias, act, list(needs), backend)
+
+
+def linear_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor, scale: Tensor | None, backend: str | None
+) -> Tensor:
+    """Compute :func:`bt_kernels.linear_add` of ``x`` [B, Q, K] and ``stream`` [B, R, D]."""
+    return OPS["linear_add"].forward(x, weight, bias, stream, scale, backend)
+
+
+def mlp(
+    x: Tensor,
+    fc1: tuple[Tensor, Tensor | None],
+    fc2: tuple[Tensor, Tensor | None],
+    act: str,
+    stream: Tensor | None,
+    scale: Tensor | None,
+    keep: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`bt_kernels.mlp` of ``x`` [B, Q, D]; ``fc1`` and ``fc2`` are weight and bias.
+
+    Returns:
+        The result and, with ``keep``, the argument of the activation ``[B, Q, F]``, otherwise a tensor of size 0.
+    """
+    return OPS["mlp"].forward(x, *fc1, *fc2, stream, scale, act, keep, backend)
+
+
+def mlp_hidden_grad(
+    grad: Tensor, fc2_weight: Tensor, hidden: Tensor, act: str, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of the activation's argument from ``grad`` [B, Q, E], that of the second product's result.
+
+    Args:
+        hidden: the argument of the activation, ``[B, Q, F]``.
+
+    Returns:
+        The gradient of ``hidden``, and the activation for the gradient of ``fc2_weight``, in the dtype of ``hidden``;
+        the gradient of the first product's bias ``[F]``, in float32 or wider.
+    """
+    return OPS["mlp_hidden_grad"].forward(grad, fc2_weight, hidden, act, backend)

@@ -211,6 +211,26 @@ def bias_gelu(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
     return y / (1 + (-inner).exp())
 
 
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Each row of a stream plus that of a linear layer, of which the first rows may have none."""
+    rows = torch.einsum("bqk,dk->bqd", x, weight)
+    rows = rows if bias is None else rows + bias
+    rows = rows if scale is None else rows * scale[:, :, None]
+    first = stream.shape[1] - x.shape[1]
+    return torch.cat([stream[:, :first], stream[:, first:] + rows], 1)
+
+
+def mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None, act: str,
+    stream: Tensor | None = None, scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The activation of one linear layer through another, added to a stream."""
+    hidden = bias_gelu(torch.einsum("bqd,fd->bqf", x, fc1_weight), fc1_bias, act)
+    if stream is None:
+        stream = x.new_zeros(*x.shape[:2], len(fc2_weight))
+    return linear_add(hidden, fc2_weight, fc2_bias, stream, scale)
+
+
 def normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm of one vector, written out."""
     centred = x - x.mean()

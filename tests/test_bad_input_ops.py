@@ -166,6 +166,14 @@ def test_pooling_of_padded_videos_wants_the_same_frames():
         ("residual_norm", "weight"),
         ("residual_norm", "bias"),
         ("bias_gelu", "bias"),
+        ("linear_add", "weight"),
+        ("linear_add", "bias"),
+        ("linear_add", "stream"),
+        ("mlp", "fc1_weight"),
+        ("mlp", "fc1_bias"),
+        ("mlp", "fc2_weight"),
+        ("mlp", "fc2_bias"),
+        ("mlp", "stream"),
     ],
 )
 def test_another_number_of_channels(name, argument):
@@ -185,8 +193,17 @@ def test_update_of_more_rows_and_scale_without_update():
     refused(variant, {"bias": good(variant, "bias").half()}, TypeError, "bias", "weight", "float16")
 
 
+def test_stream_of_fewer_rows_and_scale_of_other_rows():
+    for name in ("linear_add-patches", "mlp-scale"):
+        stream = good(VARIANT[name], "stream")[:, 2:]
+        refused(VARIANT[name], {"stream": stream}, ValueError, "stream", list(stream.shape), stream.shape[1] + 1)
+        scale = good(VARIANT[name], "scale")[:, :-1]
+        refused(VARIANT[name], {"scale": scale}, ValueError, "scale", list(scale.shape), scale.shape[1] + 1)
+
+
 def test_unknown_activation():
     for act in ("silu", None):
+        refused(VARIANT["mlp"], {"act": act}, ValueError, "act", repr(act), "quick_gelu")
         refused(VARIANT["bias_gelu-no-bias"], {"act": act}, ValueError, "act", repr(act), "quick_gelu")
 
 

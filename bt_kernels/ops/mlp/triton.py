@@ -1,0 +1,39 @@
+"""mlp in Triton: two products forward; in backward one product and torch's for the gradients of x and the weights."""
+
+import torch
+from torch import Tensor
+
+from bt_kernels._triton_product import flat, multiply, row_blocks
+from bt_kernels.ops.linear_add.triton import forward as linear_add
+from bt_kernels.ops.mlp import reference
+
+
+def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, stream, scale, act, keep) -> tuple[Tensor, Tensor]:
+    activated = x.new_empty(*x.shape[:-1], fc1_weight.shape[0])
+    hidden = torch.empty_like(activated) if keep else None
+    bias = None if fc1_bias is None else fc1_bias.contiguous()
+    multiply(flat(x), fc1_weight.contiguous(), activated, bias=bias, act=act, hidden=hidden)
+    kept = x.new_empty(0) if hidden is None else hidden
+    if stream is not None:
+        return linear_add(activated, fc2_weight, fc2_bias, stream, scale), kept
+    out = x.new_empty(*x.shape[:-1], fc2_weight.shape[0])
+    multiply(
+        flat(activated), fc2_weight.contiguous(), out, bias=None if fc2_bias is None else fc2_bias.contiguous(),
+        scale=None if scale is None else scale.contiguous(),
+    )  # fmt: skip
+    return out, kept
+
+
+def hidden_grad(grad, fc2_weight, hidden, act) -> tuple[Tensor, Tensor, Tensor]:
+    rows, hidden = flat(grad), hidden.contiguous()
+    grad_hidden, activated = torch.empty_like(hidden), torch.empty_like(hidden)
+    sums = hidden.new_empty(row_blocks(rows), hidden.shape[-1], dtype=torch.float32)
+    multiply(
+        rows, fc2_weight.contiguous(), grad_hidden, act=act, before=hidden, activated=activated, sums=sums,
+        by_columns=True,
+    )  # fmt: skip
+    return grad_hidden, activated, sums.sum(0)
+
+
+def backward(*args) -> tuple[Tensor | None, ...]:
+    return reference.backward_by(hidden_grad, *args)
