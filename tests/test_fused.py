@@ -7,6 +7,7 @@ import torch
 from small_models import EVA, PATCHES, SIZES, make, shake, video
 
 from bt_adapter import BTAdapterConfig, BTAdapterVisionModel
+from bt_adapter.model.fused import layer
 from bt_adapter.towers import rows
 from bt_kernels import VisibleTokens, backend
 
@@ -14,11 +15,16 @@ POLICIES = ("none", "mlp", "layer")
 policies = pytest.mark.parametrize("recompute", POLICIES)
 
 
-@pytest.fixture(params=["torch", "kernels"])
+@pytest.fixture(params=["torch", "kernels", "products"])
 def row_ops(request, monkeypatch):
-    """Sums, LayerNorms and activations by torch's operators, as on a CPU, or by the row ops, as on a GPU."""
-    if request.param == "kernels":
+    """Sums, LayerNorms and activations by torch's operators, as on a CPU, or by the row ops, as on a GPU.
+
+    "products" are those of bt_kernels, which add or activate themselves.
+    """
+    if request.param != "torch":
         monkeypatch.setattr(rows, "has_kernels", lambda x: True)
+    if request.param == "products":
+        monkeypatch.setattr(layer, "find_kernels", lambda x, products: rows.find_kernels(x, "bt_kernels"))
 
 
 def with_config(model: BTAdapterVisionModel, **changes) -> BTAdapterVisionModel:
@@ -225,6 +231,17 @@ def test_compiles_whole(recompute):
     torch.compiler.reset()
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_products_of_bt_kernels_are_refused_where_only_torch_runs():
+    model = make(depth=2, products="bt_kernels")
+    with pytest.raises(ValueError, match="products='bt_kernels' needs a GPU.* are on cpu"):
+        model(video(4), visible_tokens("tube"))
+    with pytest.raises(ValueError, match="products must be 'torch' or 'bt_kernels', but is 'cublas'"):
+        BTAdapterConfig(products="cublas")
+    with pytest.raises(ValueError, match="products must be 'torch' if fused is False"):
+        BTAdapterConfig(products="bt_kernels", fused=False)
+    assert "products" not in model.config.to_dict()
 
 
 def test_row_ops_leave_out_backends_that_they_have_no_kernels_for():

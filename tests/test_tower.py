@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from small_models import EVA, SIZES, make, shake, video
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bt_adapter.towers import attention, fp8, rows
-from bt_kernels import VisibleTokens
+from bt_adapter.towers import attention, cuda_graph, fp8, layers, rows
+from bt_adapter.towers.tower import Tower
+from bt_kernels import VisibleTokens, linear_add
 
 towers = pytest.mark.parametrize("config", [SIZES, EVA], ids=["clip", "eva"])
 
@@ -184,6 +185,49 @@ def test_row_kernels_change_nothing(config, monkeypatch):
     expected = model(pixels).backbone_tokens
     monkeypatch.setattr(rows, "has_kernels", lambda x: True)
     torch.testing.assert_close(model(pixels).backbone_tokens, expected, rtol=1e-12, atol=1e-12)
+
+
+@towers
+@torch.no_grad()
+def test_products_of_bt_kernels_change_nothing(config, monkeypatch):
+    model = make(config, depth=3).double()
+    model.tower.optimize(chunk=3)
+    pixels = video(5).double()
+    expected = model(pixels).backbone_tokens
+    monkeypatch.setattr(rows, "has_kernels", lambda x: True)
+    called = []
+    monkeypatch.setattr(layers, "linear_add", lambda *args: called.append(args) or linear_add(*args))
+    with monkeypatch.context() as patched:
+        patched.setattr(Tower, "device", torch.device("cuda"))
+        assert model.tower.optimize(products="bt_kernels").products == "bt_kernels"
+    torch.testing.assert_close(model(pixels).backbone_tokens, expected, rtol=1e-12, atol=1e-12)
+    assert len(called) == 4 * len(model.tower.layers), "each layer of each of four chunks"
+
+
+def test_products_of_bt_kernels_are_obeyed_or_refused(monkeypatch):
+    tower = make().tower
+    with pytest.raises(ValueError, match="products must be 'torch' or 'bt_kernels', but is 'cublas'"):
+        tower.optimize(products="cublas")
+    with pytest.raises(ValueError, match="needs the tower on a GPU, but it is on the CPU"):
+        tower.optimize(products="bt_kernels")
+    monkeypatch.setattr(Tower, "device", torch.device("cuda"))
+    for other in ("fp8", "compile"):
+        with pytest.raises(ValueError, match=f"but {other} is set"):
+            tower.optimize(products="bt_kernels", **{other: True})
+    assert tower.products == "torch" and not tower.is_fp8 and all(map(layers.is_eager, tower.layers))
+    tower.graphs = recorded = cuda_graph.GraphCache()
+    tower.optimize(products="bt_kernels")
+    assert tower.graphs is not recorded, "they recorded other products"
+    with pytest.raises(ValueError, match="but compile is set"):
+        tower.optimize(compile=True)
+    tower.layers[0].fc1.register_forward_hook(lambda module, args, output: output)
+    with pytest.raises(ValueError, match="unmodified tower layers"):
+        tower.optimize(products="bt_kernels")
+    other = make().tower
+    for layer in other.layers:
+        layer.products = "bt_kernels"
+    with torch.no_grad(), pytest.raises(ValueError, match="products='bt_kernels' needs a GPU.* are on cpu"):
+        other.run(video(2)[0], 2)
 
 
 @torch.no_grad()

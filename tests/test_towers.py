@@ -43,13 +43,16 @@ def pixels(model: BTAdapterVisionModel, *shape: int) -> torch.Tensor:
 
 
 @kinds
-@pytest.mark.parametrize("runs", ["in place", "called", "by kernels"])
+@pytest.mark.parametrize("runs", ["in place", "called", "by kernels", "by products of bt_kernels"])
 @torch.no_grad()
 def test_hidden_states_after_every_layer_are_the_librarys_own(kind, runs, monkeypatch):
     source = MAKERS[kind]()
     model = BTAdapterVisionModel.from_clip(source, adapter())
-    if runs == "by kernels":  # as on a GPU, here by their references
+    if runs.startswith("by"):  # as on a GPU, here by their references
         monkeypatch.setattr(rows, "has_kernels", lambda x: True)
+    if runs == "by products of bt_kernels":
+        for layer in model.tower.layers:
+            layer.products = "bt_kernels"
     if runs == "called":  # a hook: the parts are called as modules
         model.tower.layers[1].fc1.register_forward_hook(lambda module, args, output: output)
     images = pixels(model, 2)

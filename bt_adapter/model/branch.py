@@ -195,7 +195,9 @@ class Branch(nn.Module):
         time_scale, space_scale = scale(visible.sequences), scale(visible.steps)
         temporal, spatial = self.temporal[layer], self.spatial[layer]
         if self.config.fused and _are_plain(temporal, spatial):
-            z = fused.run_layer(z, temporal, spatial, visible, time_scale, space_scale, self.config.recompute)
+            z = fused.run_layer(
+                z, temporal, spatial, visible, time_scale, space_scale, self.config.recompute, self.config.products
+            )
         elif self.config.recompute != "none" and torch.is_grad_enabled():
             # modules cannot recompute single parts, so backward runs the whole layer again
             z = checkpoint(_call, temporal, spatial, z, visible, time_scale, space_scale, use_reentrant=False)

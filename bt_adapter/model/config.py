@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-RUN_TIME_FIELDS = ("recompute", "fused")  # of BTAdapterConfig: choices of a process, not properties of a branch
+# Of BTAdapterConfig: choices of a process, not properties of a branch.
+RUN_TIME_FIELDS = ("recompute", "fused", "products")
 AlignLayer = Literal["last", "chat"]  # layer at which pretraining aligns the branch: see the model's `forward`
 
 
@@ -13,7 +14,7 @@ AlignLayer = Literal["last", "chat"]  # layer at which pretraining aligns the br
 class BTAdapterConfig:
     """Configuration of the branch (arXiv 2309.15785, section 3).
 
-    ``recompute`` and ``fused`` choose how a process computes the branch, not what it computes (up to
+    ``recompute``, ``fused`` and ``products`` choose how a process computes the branch, not what it computes (up to
     rounding). They are not saved. Folders of earlier versions contain them: loading such a folder uses its values,
     saving leaves them out.
 
@@ -33,6 +34,8 @@ class BTAdapterConfig:
         fused: run the layers of ``model.fused`` if no part of a layer was replaced or wrapped (adapters, hooks);
             other layers are called as modules. False: always use the plain layers of ``bt_adapter.model.branch``, which
             support only recompute "none".
+        products: library of the fused layers' products that can activate, or add onto the residual stream, before they
+            write: "torch", whose products cannot, or "bt_kernels", on a GPU alone. See ``Tower.optimize``.
     """
 
     depth: int = 4
@@ -45,6 +48,7 @@ class BTAdapterConfig:
     recompute: str = "none"
     fused: bool = True
     trained_steps: int | None = None
+    products: str = "torch"
 
     def __post_init__(self) -> None:
         for name in ("depth", "max_frames"):
@@ -60,11 +64,15 @@ class BTAdapterConfig:
             raise ValueError(f"recompute must be 'none', 'mlp' or 'layer', but is {self.recompute!r}")
         if self.recompute != "none" and not self.fused:
             raise ValueError(f"recompute must be 'none' if fused is False, but is {self.recompute!r}")
+        if self.products not in ("torch", "bt_kernels"):
+            raise ValueError(f"products must be 'torch' or 'bt_kernels', but is {self.products!r}")
+        if self.products != "torch" and not self.fused:
+            raise ValueError(f"products must be 'torch' if fused is False, but is {self.products!r}")
 
     def drop_rate(self, layer: int) -> float:
         """Return the stochastic depth rate of a branch layer, 0-based."""
         return self.drop_path * layer / max(self.depth - 1, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields that are saved with a branch as a dict for JSON: all but ``recompute`` and ``fused``."""
+        """Return the fields that are saved with a branch as a dict for JSON: all but :data:`RUN_TIME_FIELDS`."""
         return {name: value for name, value in asdict(self).items() if name not in RUN_TIME_FIELDS}

@@ -18,7 +18,7 @@ from bt_adapter.towers.attention import Attention, sdpa
 from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.fp8 import Fp8Weight
 from bt_adapter.towers.products import join, linear
-from bt_kernels import residual_norm
+from bt_kernels import linear_add, residual_norm
 from bt_kernels.plain import why_not_all_plain
 
 Attend = Callable[[Tensor], Tensor]  # stacked q, k and v, [..., 3, H, E], to [..., H, E]
@@ -156,18 +156,22 @@ class TowerLayer(LayerWeights):
     def __init__(self, config: TowerConfig, eps: float):
         super().__init__(config, eps, _tower_attention(config))
         self.attend: Attention = sdpa
+        self.products = "torch"  # or "bt_kernels": see Tower.optimize
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the layer on ``[n, 1+P, D]``; in place on ``x`` without gradients, if every part is plain.
 
         If gradients are enabled, or a part was replaced or wrapped (``bt_kernels.plain``), each part is called as a
         module, and ``x`` is not changed.
+
+        Raises:
+            ValueError: ``products`` is "bt_kernels", but only torch's operators can run on ``x``.
         """
         if not self.is_computed():
             x = x + self.attention(self.norm1(x), self._attend_packed)
             return x + self.mlp(self.norm2(x))
-        if rows.has_kernels(x):
-            return torch.add(*self.advance(x), out=x)
+        if rows.find_kernels(x, self.products) is not None:
+            return _add_up(*self.advance(x), x)
         attended = self.attend(*self.attention.split(self.norm1(x))).flatten(2)
         out = self.attention.out_proj
         x += linear(attended, out.weight, out.bias)
@@ -179,18 +183,24 @@ class TowerLayer(LayerWeights):
         """Whether the layer is computed from its weights, without gradients, and not by calling its parts."""
         return not torch.is_grad_enabled() and why_not_all_plain(self, PLAIN_PARTS) is None
 
-    def advance(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def advance(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Run the layer on ``x + update`` (None: on ``x``), with each sum and the LayerNorm after it in one pass.
 
         Args:
             x: residual stream, ``[n, s, D]``; not changed. update: of the layer before, ``[n, s, D]``.
 
         Returns:
-            The residual stream before the MLP and the MLP's update, ``[n, s, D]`` each: their sum is the result.
+            The residual stream before the MLP and the MLP's update, ``[n, s, D]`` each: their sum is the result. With
+            the products of ``bt_kernels`` the result and None.
         """
         norm1, norm2, out = self.norm1, self.norm2, self.attention.out_proj
         x, n = residual_norm(x, update, norm1.weight, norm1.bias, norm1.eps)
-        update = linear(self.attend(*self.attention.split(n)).flatten(2), out.weight, out.bias)
+        attended = self.attend(*self.attention.split(n)).flatten(2)
+        if self.products == "bt_kernels":
+            x = linear_add(attended, out.weight, out.bias, x)
+            _, n = residual_norm(x, None, norm2.weight, norm2.bias, norm2.eps)
+            return mlp.add_output_in_product(x, n, self.mlp_weights(), self.act), None
+        update = linear(attended, out.weight, out.bias)
         x, n = residual_norm(x, update, norm2.weight, norm2.bias, norm2.eps)
         return x, mlp.compute_output(n, self.mlp_weights(), self.act)
 
@@ -254,8 +264,13 @@ def run_layers(
         stream, update = layer.advance(stream, update)
         done()
     out = x if out is None else out
-    torch.add(stream, update, out=layers[0].sequence(out))
+    _add_up(stream, update, layers[0].sequence(out))
     return layers[0].finish(out)
+
+
+def _add_up(x: Tensor, update: Tensor | None, out: Tensor) -> Tensor:
+    """Write ``x + update`` (None: x) to ``out`` and return it."""
+    return out.copy_(x) if update is None else torch.add(x, update, out=out)
 
 
 def is_eager(layer: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import bt_kernels
 from bt_adapter.towers.products import input_grad, linear, weight_grad
 from bt_adapter.towers.rows import RowKernels, bias_grad
 from bt_kernels import bias_gelu, passes
@@ -41,14 +42,26 @@ def activate(x: Tensor, act: str) -> Tensor:
 def compute_hidden(n: Tensor, w: Weights, act: str, kernels: RowKernels | None = None) -> Tensor:
     """Compute the input of the activation, ``[..., M]``, which :func:`backward` needs.
 
-    It is ``fc1(n)``, for quick-GELU multiplied by c; with ``kernels``, which add the bias themselves, without the bias
-    and without c.
+    It is ``fc1(n)``, for quick-GELU multiplied by c; with ``kernels`` without c and, unless they have products of their
+    own, without the bias, which they add themselves.
     """
     if kernels is not None:
-        return linear(n, w.fc1_weight)
+        return linear(n, w.fc1_weight, w.fc1_bias if kernels.products else None)
     if act == "quick_gelu":
         return linear(n * _QUICK, w.fc1_weight, w.fc1_bias * _QUICK)
     return linear(n, w.fc1_weight, w.fc1_bias)
+
+
+def run(
+    y: Tensor, n: Tensor, w: Weights, act: str, kernels: RowKernels | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute ``y`` plus the MLP's output for ``n``, and with ``keep`` the result of :func:`compute_hidden`."""
+    if kernels is not None and kernels.products:
+        out, hidden = passes.mlp(n, w[:2], w[2:], act, y, None, keep, kernels.backend)
+    else:
+        hidden = compute_hidden(n, w, act, kernels)
+        out = add_output(y, hidden, w, act, kernels)
+    return out, hidden if keep else None
 
 
 def add_output(y: Tensor, x: Tensor, w: Weights, act: str, kernels: RowKernels | None = None) -> Tensor:
@@ -76,6 +89,11 @@ def compute_output(n: Tensor, w: Weights, act: str) -> Tensor:
     return linear(hidden, w.fc2_weight, w.fc2_bias)
 
 
+def add_output_in_product(y: Tensor, n: Tensor, w: Weights, act: str) -> Tensor:
+    """Compute ``y`` plus the MLP's output for ``n [n, s, D]``, both steps inside the products (``bt_kernels.mlp``)."""
+    return bt_kernels.mlp(n, *w, act=act, stream=y)
+
+
 def backward(
     grad: Tensor, n: Tensor, x: Tensor, w: Weights, act: str, kernels: RowKernels | None = None,
     dtype: torch.dtype | None = None,
@@ -86,6 +104,13 @@ def backward(
         grad: gradient of the MLP's output, ``[..., D]``. n: the MLP's input. x: the result of :func:`compute_hidden`
             for the same ``kernels``. dtype: of the weights' gradients where ``products.weight_grad`` can write it.
     """
+    if kernels is not None and kernels.products:
+        grad_x, activated, of_bias = passes.mlp_hidden_grad(grad, w.fc2_weight, x, act, kernels.backend)
+        of_weight, of_bias = weight_grad(grad, activated, dtype), of_bias.to(w.fc1_bias.dtype)
+        del activated
+        return input_grad(grad_x, w.fc1_weight), (
+            weight_grad(grad_x, n, dtype), of_bias, of_weight, bias_grad(grad, dtype),
+        )  # fmt: skip
     grad_x = input_grad(grad, w.fc2_weight)
     if kernels is not None:
         activated = passes.bias_gelu(x, w.fc1_bias, act, kernels.backend)

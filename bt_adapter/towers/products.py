@@ -40,6 +40,17 @@ def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     return linear(grad, weight.t()) if _by_onednn(grad) else grad @ weight.to(grad.dtype)
 
 
+def input_grad_behind(grad: Tensor, weight: Tensor) -> Tensor:
+    """Compute :func:`input_grad` of ``[B, N, O]`` and write it behind a row of zeros of each sequence: ``[B, 1+N, I]``.
+
+    Without another copy of it: as a batch of products, one of each sequence.
+    """
+    out = grad.new_empty(len(grad), 1 + grad.shape[1], weight.shape[1])
+    out[:, :1].zero_()
+    torch.bmm(grad, weight.to(grad.dtype).expand(len(grad), -1, -1), out=out[:, 1:])
+    return out
+
+
 def weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Compute the gradient of a product's weight, ``gradᵀ·x`` over all rows.
 

@@ -35,14 +35,29 @@ def has_kernels(x: Tensor) -> bool:
 
 
 class RowKernels(NamedTuple):
-    """The row ops of ``bt_kernels``, on a forced backend or, for None, on the one that they choose."""
+    """The row ops of ``bt_kernels``, on a forced backend or, for None, on the one that they choose.
+
+    With ``products`` the products of ``bt_kernels`` too, which add or activate before they write.
+    """
 
     backend: str | None
+    products: bool = False
 
 
-def find_kernels(x: Tensor) -> RowKernels | None:
-    """Return the row ops if they compute on ``x`` (:func:`has_kernels`), or None."""
-    return RowKernels(passes.forced_backend()) if has_kernels(x) else None
+def find_kernels(x: Tensor, products: str = "torch") -> RowKernels | None:
+    """Return the row ops if they compute on ``x`` (:func:`has_kernels`), or None.
+
+    Raises:
+        ValueError: ``products`` is "bt_kernels", but only torch's operators can run on ``x``.
+    """
+    if has_kernels(x):
+        return RowKernels(passes.forced_backend(), products == "bt_kernels")
+    if products == "bt_kernels":
+        raise ValueError(
+            "products='bt_kernels' needs a GPU, no torch.compile, and neither of the backends 'cpu' and 'cuda' forced, "
+            f"but the tokens are on {x.device}, and the forced backend is {passes.forced_backend()}"
+        )
+    return None
 
 
 def normalize(x: Tensor, norm: Norm, dtype: torch.dtype, kernels: RowKernels | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +134,8 @@ def normalize_patches_backward(
     """Compute the gradients of a LayerNorm of the patch rows ``z[:, 1:]``.
 
     Args:
-        grad: gradient of the LayerNorm's result, ``[B, N, D]``.
+        grad: gradient of the LayerNorm's result, ``[B, N, D]``; with ``kernels`` behind zeros for CLS, ``[B, 1+N, D]``,
+            so that the op writes all rows and none are copied to lie behind CLS.
         passed: gradient of the state from elsewhere, ``[B, 1+N, D]``, which is added; possibly overwritten.
         z: the state, ``[B, 1+N, D]``. moments: mean and reciprocal standard deviation of its patch rows.
 
@@ -127,8 +143,6 @@ def normalize_patches_backward(
         The gradients of the state, of weight and of bias.
     """
     if kernels is not None:
-        # With a gradient of zeros for CLS the op writes all rows, so that none are copied to lie behind CLS.
-        grad = torch.cat([torch.zeros_like(grad[:, :1]), grad], 1)
         padded = F.pad(torch.stack([moment.flatten(1) for moment in moments]), (1, 0)).unbind(0)
         grad_z, _, of_weight, of_bias = passes.residual_norm_backward(
             passed, grad, z, None, None, norm, z.new_empty(0), padded, (True, False, True, True), kernels.backend

@@ -25,6 +25,7 @@ from bt_adapter.towers.layers import (
     PoolingHead,
     SiglipLayer,
     TowerLayer,
+    is_eager,
     run_layers,
     with_mean,
 )
@@ -114,6 +115,7 @@ class Tower(nn.Module):
         graphs: bool = False,
         fp8: bool = False,
         attention: str | None = None,
+        products: str | None = None,
     ) -> Tower:
         """Set options of the tower's execution; options that are not given do not change.
 
@@ -129,11 +131,17 @@ class Tower(nn.Module):
                 undone.
             attention: library of the attention: "sdpa" (torch's, initially), "flash-attn" or "xformers", the last two
                 on CUDA devices and for the dtype that the tower has then.
+            products: library of the products of the MLP and behind attention, without gradients: "torch" (initially),
+                or "bt_kernels", whose products activate, or add onto the residual stream, before they write. They move
+                less memory; whether they are faster has not been measured. For GPUs, and neither with ``compile`` nor
+                with ``fp8``. A layer that is wrapped later calls its parts, as always.
 
         Raises:
             ValueError: ``chunk`` is not positive, ``graphs`` is True without a CUDA device, ``fp8`` is True and a layer
-                was replaced or wrapped, or the package of ``attention`` is absent or does not support the tower.
+                was replaced or wrapped, the package of ``attention`` is absent or does not support the tower, or
+                ``products`` is unknown or cannot be "bt_kernels" together with the other options.
         """
+        self._check_products(self.products if products is None else products, compile, fp8)
         if chunk is not None:
             if chunk < 1:
                 raise ValueError(f"chunk must be a positive int, but is {chunk}")
@@ -144,6 +152,10 @@ class Tower(nn.Module):
             attend = find_attention(attention, self.device, self.dtype)
             for tower_layer in cast(list[TowerLayer], list(self.layers)):
                 tower_layer.attend = attend
+        if products is not None and products != self.products:
+            for tower_layer in cast(list[TowerLayer], list(self.layers)):
+                tower_layer.products = products
+            self.graphs = None if self.graphs is None else GraphCache()  # which recorded the other products
         if fp8:
             if (reason := why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList))) is not None:
                 raise ValueError(f"fp8 needs unmodified tower layers, but {reason}")
@@ -160,6 +172,26 @@ class Tower(nn.Module):
                 raise ValueError(f"graphs needs the tower on a CUDA device, but it is on {self.position.device}")
             self.graphs = GraphCache()
         return self
+
+    @property
+    def products(self) -> str:
+        """Whose products the layers call, "torch" or "bt_kernels": see :meth:`optimize`."""
+        return next((layer.products for layer in cast(list[TowerLayer], list(self.layers))), "torch")
+
+    def _check_products(self, products: str, compile: bool, fp8: bool) -> None:
+        """Raise a ValueError unless ``products`` is known and can be had together with the other options."""
+        if products not in ("torch", "bt_kernels"):
+            raise ValueError(f"products must be 'torch' or 'bt_kernels', but is {products!r}")
+        if products == "torch":
+            return
+        if self.device.type == "cpu":
+            raise ValueError("products='bt_kernels' needs the tower on a GPU, but it is on the CPU")
+        if fp8 or self.is_fp8:
+            raise ValueError("products='bt_kernels' has no 8-bit weights, but fp8 is set")
+        if compile or not all(map(is_eager, self.layers)):
+            raise ValueError("products='bt_kernels' is for layers that are not compiled, but compile is set")
+        if (reason := why_not_all_plain(self.layers, (*PLAIN_PARTS, nn.ModuleList))) is not None:
+            raise ValueError(f"products='bt_kernels' needs unmodified tower layers, but {reason}")
 
     def _convert_to_eight_bits(self) -> None:
         attentions = [m for m in self.layers.modules() if isinstance(m, ClipAttention) and m.eight_bits is None]

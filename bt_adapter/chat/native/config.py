@@ -17,9 +17,9 @@ class VideoFields:
 
     Attributes:
         bt_adapter: the branch: under "branch" the fields of :class:`bt_adapter.BTAdapterConfig` (``recompute`` and
-            ``fused``, which folders of earlier versions contain, are used but not saved again), under "layers" the
-            number of stored branch layers (video tokens need depth - 1), and under "tower_name" the CLIP that the
-            branch was trained with.
+            ``fused``, which folders of earlier versions contain, and ``products`` are used but not saved again), under
+            "layers" the number of stored branch layers (video tokens need depth - 1), and under "tower_name" the CLIP
+            that the branch was trained with.
         video_token_index: id of the token that represents a video in ``input_ids``. It needs no row in the embedding
             table.
         use_branch: False: video tokens are the mean over the frames of the frozen tower's tokens, the baseline

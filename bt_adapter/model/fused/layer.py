@@ -83,6 +83,7 @@ def run_layer(
     time_scale: Tensor | None,
     space_scale: Tensor | None,
     recompute: str = "none",
+    products: str = "torch",
 ) -> Tensor:
     """Compute ``spatial_layer(temporal_layer(z))`` from the parameters of the two layers.
 
@@ -93,9 +94,13 @@ def run_layer(
         time_scale: scale of each sequence by stochastic depth, ``[B, sequences]``, or None.
         space_scale: scale of each frame by stochastic depth, ``[B, steps]``, or None.
         recompute: activations that backward recomputes: "none", "mlp" or "layer".
+        products: library of the products that can add or activate before they write: "torch" or "bt_kernels".
 
     Returns:
         The new state, ``[B, 1+N, D]``.
+
+    Raises:
+        ValueError: ``products`` is "bt_kernels", but only torch's operators can run on ``z``.
     """
     scales = Scales(None, None, None)
     if time_scale is not None:
@@ -112,7 +117,7 @@ def run_layer(
         recompute = "layer"  # nothing is stored, and each part's tensors are freed before the next part runs
     layer = Layer(
         temporal_layer.attention.heads, temporal_layer.norm.eps, spatial_layer.norm1.eps, spatial_layer.act,
-        recompute, passes.forced_backend(), product, find_kernels(z), tuple(sizes),
+        recompute, passes.forced_backend(), product, find_kernels(z, products), tuple(sizes),
     )  # fmt: skip
     norms = (temporal_layer.norm, spatial_layer.norm1, spatial_layer.norm2)
     weights = [
@@ -151,10 +156,10 @@ class _Parts:
         self.spatial = spatial.Weights(*weights[12:16])
         self.mlp = mlp.Weights(*weights[16:20])
 
-    def temporal_call(self) -> tuple:
+    def temporal_call(self) -> tuple[temporal.Weights, int, Tensor | None, tuple, str | None]:
         return self.temporal, self.layer.heads, self.scales.temporal, self.visible, self.layer.backend
 
-    def spatial_call(self) -> tuple:
+    def spatial_call(self) -> tuple[spatial.Weights, int, Tensor | None, tuple, str | None]:
         return self.spatial, self.layer.heads, self.scales.frame_weight, self.visible, self.layer.backend
 
 
@@ -167,12 +172,21 @@ def _run_attentions(z: Tensor, parts: _Parts, keep: bool) -> tuple[Tensor, Tenso
     """
     product, kernels = parts.layer.product, parts.layer.kernels
     n, *_ = normalize(z[:, 1:], parts.norm, product, kernels)
-    update, of_time = temporal.forward(n, *parts.temporal_call())
-    x, n = add_and_normalize(z, update, None, parts.norm1, product, kernels)
+    adds = kernels is not None and kernels.products
+    if adds and parts.scales.temporal is None:
+        x, of_time = temporal.forward(n, *parts.temporal_call(), stream=z)
+        n, *_ = normalize(x, parts.norm1, product, kernels)
+    else:  # the bias of ``fc`` is not scaled, which no product of bt_kernels does
+        update, of_time = temporal.forward(n, *parts.temporal_call())
+        x, n = add_and_normalize(z, update, None, parts.norm1, product, kernels)
     if not keep:
         of_time = ()
-    update, of_space = spatial.forward(n, *parts.spatial_call())
-    y, n = add_and_normalize(x, update, parts.scales.spatial, parts.norm2, product, kernels)
+    if adds:
+        y, of_space = spatial.forward(n, *parts.spatial_call(), stream=x, scale=parts.scales.spatial)
+        n, *_ = normalize(y, parts.norm2, product, kernels)
+    else:
+        update, of_space = spatial.forward(n, *parts.spatial_call())
+        y, n = add_and_normalize(x, update, parts.scales.spatial, parts.norm2, product, kernels)
     return n, y, (*of_time, x, *of_space) if keep else ()
 
 
@@ -183,10 +197,9 @@ class _Layer(torch.autograd.Function):
         parts = _Parts(layer, index, frame_counts, scales, weights)
         with torch.autocast(z.device.type, enabled=False):
             n, y, kept = _run_attentions(z, parts, layer.recompute != "layer")
-            hidden = mlp.compute_hidden(n, parts.mlp, layer.act, layer.kernels)
-            out = mlp.add_output(y, hidden, parts.mlp, layer.act, layer.kernels)
+            out, hidden = mlp.run(y, n, parts.mlp, layer.act, layer.kernels, layer.recompute == "none")
         if kept:
-            kept = (y, *kept, hidden) if layer.recompute == "none" else (y, *kept)
+            kept = (y, *kept) if hidden is None else (y, *kept, hidden)
         ctx.layer = layer
         ctx.save_for_backward(z, index, frame_counts, *scales, *weights, *kept)
         return out
@@ -218,7 +231,7 @@ class _Layer(torch.autograd.Function):
             )
             n, *moments = normalize(z[:, 1:], parts.norm, product, kernels)
             grad_n, temporal_grads = temporal.backward(
-                grad_update, n, (qkv, other), *parts.temporal_call(), parts.dtype
+                grad_update, n, (qkv, other), *parts.temporal_call(), parts.dtype, kernels is not None
             )
             grad, *norm_grads = normalize_patches_backward(grad_n, grad, z, moments, parts.norm, kernels)
         grads = (*norm_grads, *norm1_grads, *norm2_grads, *temporal_grads, *spatial_grads, *mlp_grads)

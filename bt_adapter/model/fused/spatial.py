@@ -27,7 +27,8 @@ class Weights(NamedTuple):
 
 
 def forward(
-    n: Tensor, w: Weights, heads: int, frame_weight: Tensor | None, visible: tuple, backend: str | None
+    n: Tensor, w: Weights, heads: int, frame_weight: Tensor | None, visible: tuple, backend: str | None,
+    stream: Tensor | None = None, scale: Tensor | None = None,
 ):  # fmt: skip
     """Compute the update ``[B, 1+N, D]``, and return it with the tensors that :func:`backward` needs.
 
@@ -35,11 +36,17 @@ def forward(
         n: normalised state, ``[B, 1+N, D]``.
         frame_weight: weight of each frame in CLS's mean, ``[B, S]``; None: equal weights.
         visible: the visible tokens as arguments of the ops. backend: name of a forced backend, or None.
+        stream: state ``[B, 1+N, D]`` that the last product adds the update to; the sum is then returned in place of
+            the update. scale: of each row of the update then, ``[B, 1+N, 1]``; None: 1.
     """
     qkv = linear(n, w.qkv_weight, w.qkv_bias)
     split = qkv.unflatten(2, (3, heads, -1))
     attended, lse, cls_out = passes.spatial_attention(split, frame_weight, visible, backend)
-    return linear(attended.flatten(2), w.out_weight, w.out_bias), (qkv, attended, lse, cls_out)
+    kept = (qkv, attended, lse, cls_out)
+    if stream is None:
+        return linear(attended.flatten(2), w.out_weight, w.out_bias), kept
+    factors = None if scale is None else scale[:, :, 0]
+    return passes.linear_add(attended.flatten(2), w.out_weight, w.out_bias, stream, factors, backend), kept
 
 
 def backward(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bt_adapter.towers.products import input_grad, linear, weight_grad
+from bt_adapter.towers.products import input_grad, input_grad_behind, linear, weight_grad
 from bt_adapter.towers.rows import bias_grad
 from bt_kernels import passes
 
@@ -30,34 +30,41 @@ class Weights(NamedTuple):
     fc_bias: Tensor
 
 
-def forward(n: Tensor, w: Weights, heads: int, scale: Tensor | None, visible: tuple, backend: str | None):
+def forward(
+    n: Tensor, w: Weights, heads: int, scale: Tensor | None, visible: tuple, backend: str | None,
+    stream: Tensor | None = None,
+):  # fmt: skip
     """Compute the update ``[B, N, D]``, and return it with the tensors that :func:`backward` needs.
 
     Args:
         n: normalised state of the patch rows, ``[B, N, D]``.
         scale: scale s of each row, ``[B, N, 1]``; None: 1.
         visible: the visible tokens as arguments of the ops. backend: name of a forced backend, or None.
+        stream: state ``[B, 1+N, D]`` that the last product adds the update to, without a scale; the sum is then
+            returned in place of the update.
     """
     qkv = linear(n, w.qkv_weight, w.qkv_bias)
     attended = _attend(qkv, heads, visible, backend)
     if is_joint_cheaper(n):
         joint = input_grad(w.fc_weight.to(n.dtype), w.out_weight)
         if scale is None:
-            return linear(attended, joint, torch.addmv(w.fc_bias, w.fc_weight, w.out_bias)), (qkv, joint)
+            bias = torch.addmv(w.fc_bias, w.fc_weight, w.out_bias)
+            return _add_product(attended, joint, bias, stream, backend), (qkv, joint)
         return linear(attended, joint, w.fc_weight @ w.out_bias).mul_(scale).add_(w.fc_bias), (qkv, joint)
     mixed = linear(attended, w.out_weight, w.out_bias)
     if scale is not None:
         mixed.mul_(scale)
-    return linear(mixed, w.fc_weight, w.fc_bias), (qkv, mixed)
+    return _add_product(mixed, w.fc_weight, w.fc_bias, stream, backend), (qkv, mixed)
 
 
 def backward(
     grad: Tensor, n: Tensor, kept: tuple, w: Weights, heads: int, scale: Tensor | None, visible: tuple,
-    backend: str | None, dtype: torch.dtype | None = None,
+    backend: str | None, dtype: torch.dtype | None = None, behind_cls: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """Compute the gradients of n and of the weights from that of the update.
 
     kept: from :func:`forward`. dtype: of the weights' gradients where ``products.weight_grad`` can write it.
+    behind_cls: write the gradient of n behind a row of zeros for CLS, ``[B, 1+N, D]``.
     """
     qkv, other = kept
     attended = _attend(qkv, heads, visible, backend)
@@ -81,7 +88,13 @@ def backward(
     grads = (
         weight_grad(grad_qkv, n, dtype), bias_grad(grad_qkv, dtype), *out_grads, fc_weight_grad, fc_bias_grad,
     )  # fmt: skip
-    return input_grad(grad_qkv, w.qkv_weight), grads
+    return (input_grad_behind if behind_cls else input_grad)(grad_qkv, w.qkv_weight), grads
+
+
+def _add_product(x: Tensor, weight: Tensor, bias: Tensor, stream: Tensor | None, backend: str | None) -> Tensor:
+    if stream is None:
+        return linear(x, weight, bias)
+    return passes.linear_add(x, weight, bias, stream, None, backend)
 
 
 def is_joint_cheaper(n: Tensor) -> bool:
