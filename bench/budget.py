@@ -30,7 +30,7 @@ from typing import Any
 import device_work as work
 import torch
 from compiled_forms import form, print_sequences
-from contenders import BASELINES, Case, Contender, make_inputs, make_model
+from contenders import BASELINES, OWN, POLICIES, Case, Contender, choose_form, make_inputs, make_model
 from devices import DEVICES
 from emulated_gpu import DEVICE, emulated_gpu
 from measure import ROOT, kept_bytes, update
@@ -43,7 +43,8 @@ from bt_adapter.pretrain.step import draw_depth, draw_visible
 from bt_kernels import VisibleTokens, _triton
 from bt_kernels._library import OPS
 
-COUNTED = ("eager", "sdpa", "none", "mlp", "layer")
+COUNTED = ("eager", "sdpa", *(name for pair in zip(POLICIES, OWN, strict=True) for name in pair))
+PRODUCT = "_product"  # our own matrix product, of bt_kernels/_triton_product.py
 PARTS = ("inputs", "tower", "branch")
 KEYS = ("contender", "part", "frames", "ratio", "batch")  # of a row: what tells it apart
 GPU = torch.device(DEVICE)
@@ -159,9 +160,18 @@ class Work(TorchDispatchMode):
                 moved, tower_bytes = tower_bytes, 0
             moved += sum(map(work.bytes_of, tensors.values()))
             dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-            self.events.append(Event(self.part, launch.kernel.__name__, "other", dtype, operations, moved, 1))
+            if launch.kernel.__name__ == PRODUCT:
+                kind, count, dtype = "product", _product_operations(launch), launch.args[0].dtype
+            else:
+                kind, count, operations = "other", operations, 0
+            self.events.append(Event(self.part, launch.kernel.__name__, kind, dtype, count, moved, 1))
             self.kernels[self.part].add(form(launch, ARCHITECTURE).key)
-            operations = 0
+
+
+def _product_operations(launch: _triton.Launch) -> int:
+    """Return the operations of a launch of our own matrix product."""
+    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    return 2 * given["M"] * given["N"] * given["K"]
 
 
 def _attention_operations(name: str, inputs: dict[str, Any]) -> int:
@@ -238,7 +248,7 @@ def kept_by_forward(policy: str, case: Case) -> int:
     with emulated_gpu(), Work(_selected(single)):
         model = make_model("step", DEVICE)
         model.tower.optimize(dtype=torch.float32)
-        model.recompute = policy
+        choose_form(model, policy)
         pixels, visible = make_inputs(single, DEVICE)["pixels"], single.visible(DEVICE)
         return kept_bytes(lambda: model(pixels, visible), {work.memory_of(t) for t in model.parameters()})
 
@@ -286,7 +296,7 @@ def print_row(row: Row) -> None:
     times = "".join(f"{ms:>19.1f}" for ms in row.least_ms.values())
     kept = "" if row.kept_mb is None else f"{row.kept_mb:.1f}"
     print(
-        f"{row.contender:<11}{row.part:<8}{row.tflop:>7.2f}{row.product_gb:>14.2f}{row.other_gb:>11.2f}"
+        f"{row.contender:<12}{row.part:<8}{row.tflop:>7.2f}{row.product_gb:>14.2f}{row.other_gb:>11.2f}"
         f"{row.launches:>10}{row.waits:>7}{row.kernels:>9}{times}{kept:>8}",
         flush=True,
     )
@@ -303,7 +313,7 @@ def main() -> int:
     options = parser.parse_args()
     case = Case("step", options.frames, options.mask_ratio, options.batch_size)
     head = "".join(f"{device + ', ms':>19}" for device in DEVICES)
-    print(f"{'contender':<11}{'part':<8}{'TFLOP':>7}{'products, GB':>14}{'other, GB':>11}{'launches':>10}{'waits':>7}"
+    print(f"{'contender':<12}{'part':<8}{'TFLOP':>7}{'products, GB':>14}{'other, GB':>11}{'launches':>10}{'waits':>7}"
           f"{'kernels':>9}{head}{'kept':>8}")  # fmt: skip
     rows: list[Row] = []
     for name in options.only:

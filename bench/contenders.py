@@ -30,6 +30,8 @@ BASELINES = {
     "checkpoint": Options(checkpoint=True),
 }
 POLICIES = ("none", "mlp", "layer")
+# The same with the products of bt_kernels in tower and branch, which need a GPU or one that is emulated.
+OWN = tuple(f"{policy} own" for policy in POLICIES)
 # Ours with the tower run otherwise (``Tower.optimize``), under "mlp"; on a GPU it is in bfloat16 always.
 TOWERS: dict[str, dict] = {"half": {"dtype": torch.bfloat16}}
 GPU_TOWERS: dict[str, dict] = {
@@ -39,7 +41,8 @@ GPU_TOWERS: dict[str, dict] = {
 }
 if torch.cuda.is_available():
     TOWERS = GPU_TOWERS
-CONTENDERS = (*BASELINES, *POLICIES, *TOWERS)
+OURS = (*POLICIES, "mlp own") if torch.cuda.is_available() else POLICIES
+CONTENDERS = (*BASELINES, *OURS, *TOWERS)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Case:
     def contenders(self) -> tuple[str, ...]:
         if self.part == "chat":
             return ("eager", "sdpa", "compiled", "none", *TOWERS)
-        return CONTENDERS if self.part == "step" else (*BASELINES, *POLICIES)
+        return CONTENDERS if self.part == "step" else (*BASELINES, *OURS)
 
     @property
     def name(self) -> str:
@@ -102,6 +105,9 @@ class Contender:
         elif name in TOWERS:
             self.model = copy.deepcopy(model)
             self.model.tower.optimize(**TOWERS[name])
+        elif name in OWN:
+            self.model = copy.deepcopy(model)
+            choose_form(self.model, name)
         else:
             self.model = model
         learning = self.model if name in BASELINES else self.model.branch
@@ -128,7 +134,8 @@ class Contender:
         if self.name in BASELINES:
             z = self.model.branch([x.flatten(0, 1) for x in states], self.case.frames, self.mask)
         else:
-            self.model.recompute, branch = self.name, self.model.branch
+            choose_form(self.model, self.name)
+            branch = self.model.branch
             z = branch.embed(states[0], self.model.tower.position, self.visible)
             for layer, x in enumerate(states):
                 z = z if layer == 0 else branch.merge(x, z, self.visible)
@@ -140,7 +147,7 @@ class Contender:
         if self.name in BASELINES:
             losses = self.model(pixels, text, self.mask)
         else:
-            self.model.recompute = "mlp" if self.name in TOWERS else self.name
+            choose_form(self.model, self.name)
             losses = self._pretraining_losses(self.model(pixels, self.visible), text)
         return sum(losses.values())
 
@@ -163,6 +170,15 @@ class Contender:
         spatial = self.model.spatial if self.name in BASELINES else self.model.branch.spatial
         own = self.model if self.name in BASELINES else self.model.branch
         return [spatial[0].fc1.weight.grad, spatial[-1].fc2.weight.grad, own.time.grad, own.merge_gate.grad]
+
+
+def choose_form(model: BTAdapterVisionModel, name: str) -> None:
+    """Let a model compute as the contender of a name, one of ours, does."""
+    policy = "mlp" if name in TOWERS else name.removesuffix(" own")
+    products = "bt_kernels" if name in OWN else "torch"
+    model.branch.config = dataclasses.replace(model.branch.config, recompute=policy, products=products)
+    if products != model.tower.products:
+        model.tower.optimize(products=products)
 
 
 def make_model(part: str, device: str) -> BTAdapterVisionModel:

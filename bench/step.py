@@ -45,7 +45,7 @@ from bt_adapter import BTAdapterVisionModel
 from bt_adapter.towers.products import input_grad, linear, weight_grad
 
 KEYS = ("part", "frames", "ratio", "batch", "contender")  # of a row: what tells it apart
-LAST = ("compiled", *GPU_TOWERS)  # contenders whose first run takes long or may fail
+LAST = ("compiled", "mlp own", *GPU_TOWERS)  # contenders whose first run takes long or may fail
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # gradients, relative in norm
 
 

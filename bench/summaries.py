@@ -142,6 +142,9 @@ def budget() -> str:
     names = {
         "eager": "the published structure", "sdpa": "the same with SDPA", "none": '**ours**, `recompute="none"`',
         "mlp": '**ours**, `"mlp"`', "layer": '**ours**, `"layer"`',
+        "none own": '**ours**, `"none"`, `products="bt_kernels"`',
+        "mlp own": '**ours**, `"mlp"`, `products="bt_kernels"`',
+        "layer own": '**ours**, `"layer"`, `products="bt_kernels"`',
     }  # fmt: skip
     parts = {"inputs": "drawing and normalising", "tower": "tower", "branch": "branch, losses, backward"}
     device = "H200 SXM"
