@@ -149,7 +149,7 @@ class LiveSource:
             self.close()
 
     def close(self) -> None:
-        """End the reading, after the read in progress: at most ``read_timeout`` seconds."""
+        """End the reading, after the read in progress: at most ``read_timeout`` seconds, or twice ``open_timeout``."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
