@@ -176,14 +176,14 @@ def load(clients: int, batch: int, count: int) -> dict[str, Any]:
             after = client.get("/metrics").text
             grown = server.memory - memory
     times, firsts = [all_ for all_, _ in found], [first for _, first in found if first is not None]
-    answers, batches = (
+    sizes, batches = (
         _metric(after, name) - _metric(before, name)
         for name in ("bt_adapter_batch_size_sum", "bt_adapter_batch_size_count")
     )
     row = {
         "part": "load", "clients": clients, "batch_size": batch, "requests": count,
         "requests_per_s": count / seconds, "p50_s": median(times), "p95_s": quantiles(times, n=20)[-1],
-        "first_text_p50_s": median(firsts), "cpu_s_per_request": used / count, "mean_batch": answers / batches,
+        "first_text_p50_s": median(firsts), "cpu_s_per_request": used / count, "mean_batch": sizes / batches,
         "memory_grown_mib": grown,
     }  # fmt: skip
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}

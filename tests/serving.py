@@ -26,7 +26,7 @@ if missing := mini_is_there():
 import uvicorn  # noqa: E402
 
 from bt_adapter.serve.app import make_app  # noqa: E402
-from bt_adapter.serve.run import Extend  # noqa: E402
+from bt_adapter.serve.run import Extend, Server  # noqa: E402
 from bt_adapter.serve.service import Service, ServiceOptions  # noqa: E402
 
 QUESTION = "How is it moving?"
@@ -48,7 +48,7 @@ def serving(
         extend(app, service, api_key)
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    server = Server(config, lambda: None, service.stop)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -333,6 +333,9 @@ def test_routes_and_bodies_that_the_page_does_not_need_are_refused(server):
         large.endheaders()
         assert large.getresponse().status == 413
         large.close()
+        many = b'{"data": [' + b"0," * 100_001 + b"0]}"
+        answer = client.post("/gradio_api/run/predict", content=many, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400 and "/" not in answer.text
         text = client.get("/").text
         assert not re.search(r" at 0x[0-9a-f]{6}", text)  # addresses of the process's memory
 

@@ -246,6 +246,31 @@ def test_an_error_of_the_model_is_told_to_clients(server, monkeypatch):
         list(ask(LONG, stream=True))
 
 
+def test_a_server_that_stops_ends_its_answers_with_an_error(monkeypatch):
+    put, begun = Row.put, threading.Event()
+
+    def put_and_hold(row, token):
+        if row.tokens == 4:
+            begun.set()
+            row.cancelled.wait(60)
+        put(row, token)
+
+    monkeypatch.setattr(Row, "put", put_and_hold)
+
+    def listen(url, stream):
+        body = {"model": "mini", "messages": LONG, "max_tokens": 2000, "stream": stream}
+        return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+
+    with ThreadPoolExecutor(2) as pool:
+        with serving(mini()) as (url, _):
+            heard = [pool.submit(listen, url, stream) for stream in (True, False)]
+            assert begun.wait(60)
+        streamed, whole = (one.result(60) for one in heard)
+    assert streamed.text.rstrip().endswith('"code":"stopping"}}') and "[DONE]" not in streamed.text
+    assert '"finish_reason":"' not in streamed.text
+    assert whole.status_code == 503 and whole.json()["error"]["code"] == "stopping"
+
+
 def test_a_killed_server_leaves_an_error_and_no_process(tmp_path):
     """The command itself: it prints its address, streams, and dies in the middle of an answer."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

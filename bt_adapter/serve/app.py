@@ -16,7 +16,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from bt_adapter.files import VERSION
-from bt_adapter.serve.errors import ApiError, JsonResponse, bad_request, error_response
+from bt_adapter.serve.errors import ApiError, JsonResponse, bad_request, error_response, stopping
 from bt_adapter.serve.gate import Gate
 from bt_adapter.serve.live import add_live_routes
 from bt_adapter.serve.replies import Completion
@@ -144,22 +144,29 @@ class _Stream(StreamingResponse):
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Wait for work, and cancel it when the client closes the connection. Raises ClientGone."""
+    """Wait for work, and cancel it when the client closes the connection or the server stops.
+
+    Raises ClientGone, ApiError.
+    """
+    service = request.app.state.service
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
     working, waiting = asyncio.create_task(work), asyncio.create_task(gone())
+    ending = asyncio.create_task(service.stopping.wait())
     try:
-        await asyncio.wait((working, waiting), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, waiting, ending), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        request.app.state.service.metrics.cancelled.inc()
+        if ending.done():
+            raise stopping()
+        service.metrics.cancelled.inc()
         raise ClientGone
     finally:
-        working.cancel()
-        waiting.cancel()
+        for task in (working, waiting, ending):
+            task.cancel()
 
 
 def _observe(service: Service, begin: float) -> None:

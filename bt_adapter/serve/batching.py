@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import torch
 
 from bt_adapter.chat.conversation import Visual
-from bt_adapter.serve.errors import ApiError
+from bt_adapter.serve.errors import ApiError, stopping
 from bt_adapter.serve.joining import OpenBatch, can_join
 from bt_adapter.serve.metrics import Metrics
 from bt_adapter.serve.rows import Decoding, Finish, Row, end_tokens, generate_rows
 
 T = TypeVar("T")
 _PATIENCE = 0.1  # share of an answer's time that prompts wait for others to come
-_TOKENS = 4  # of a running batch between two stops for others, which cost a little each
+_TOKENS = 8  # of a running batch between two stops for others, which cost a little each
 _LOG = logging.getLogger("bt_adapter.serve")
 
 
@@ -61,9 +61,12 @@ class Answering:
             self.cancelled.set()
 
     def end(self, row: Row) -> None:
-        """Pass the end on."""
+        """Pass the end on; one that the client did not cause is an error, lest it takes the answer for complete."""
         now = time.perf_counter()
         assert row.finish is not None
+        if row.finish == "cancelled":
+            self.tell(stopping())
+            return
         self.tell(Ended(row.finish, row.tokens, (row.first or now) - self.begin, now - self.begin))
 
     async def __aiter__(self) -> AsyncIterator[str | Ended]:
@@ -100,6 +103,7 @@ class ModelThread:
         self._ends, self._joins = end_tokens(model), can_join(model)
         self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._waiting: deque[Answering] = deque()
+        self._running: list[Answering] = []
         self._changed, self._stopped = threading.Condition(), False
         self.seconds = 1.0  # of an answer, a running mean
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -110,7 +114,8 @@ class ModelThread:
         future: Future[T] = Future()
         with self._changed:
             if self._stopped:
-                future.cancel()
+                future.set_exception(stopping())
+                return future
             self._work.append((work, future))
             self._changed.notify()
         return future
@@ -119,15 +124,22 @@ class ModelThread:
         """Add a prompt to those that wait."""
         with self._changed:
             if self._stopped:
-                answering.tell(ApiError(503, "the server is stopping"))
+                answering.tell(stopping())
+                return
             self._waiting.append(answering)
             self._changed.notify()
 
-    def close(self) -> None:
-        """Stop after the current batch, whose answers are cancelled; wait for the thread a few seconds."""
+    def stop(self) -> None:
+        """End the answers in progress at their next token and refuse all others, with an error each."""
         with self._changed:
             self._stopped = True
+            for answering in self._running:
+                answering.cancelled.set()
             self._changed.notify()
+
+    def close(self) -> None:
+        """Stop, and wait for the thread a few seconds."""
+        self.stop()
         self._thread.join(5.0)
 
     @property
@@ -150,10 +162,12 @@ class ModelThread:
             self._do_work()
             if batch := self._take_batch():
                 self._answer(batch)
+                self._running.clear()
         for answering in self._waiting:
-            answering.tell(ApiError(503, "the server is stopping"))
+            answering.tell(stopping())
         for _, future in self._work:
-            future.cancel()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(stopping())
 
     def _do_work(self) -> None:
         with self._changed:
@@ -165,7 +179,12 @@ class ModelThread:
         """Take so many of the prompts that wait; those that were cancelled go."""
         with self._changed:
             taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
-        return [answering for answering in taken if not answering.cancelled.is_set()]
+            taken = [answering for answering in taken if not answering.cancelled.is_set()]
+            self._running += taken
+            if self._stopped:  # between the look at it and here
+                for answering in taken:
+                    answering.cancelled.set()
+        return taken
 
     def _take_batch(self) -> list[Answering]:
         """Take the prompts of the next batch; none if there are none yet, or work that leads to more of them.
@@ -231,15 +250,7 @@ class ModelThread:
             self.metrics.count_answer(len(one.ids), row.tokens, (row.first or now) - one.begin)
             one.end(row)
 
-        return Row(self.tokenizer, self._ends, one.decoding, self._text_teller(one), end, one.cancelled)
-
-    def _text_teller(self, answering: Answering) -> Callable[[str], None]:
-        def tell(text: str) -> None:
-            if self._stopped:
-                answering.cancelled.set()
-            answering.tell(text)
-
-        return tell
+        return Row(self.tokenizer, self._ends, one.decoding, one.tell, end, one.cancelled)
 
 
 def _do(task: Callable[[], Any], future: Future[Any]) -> None:

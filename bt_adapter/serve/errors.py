@@ -52,6 +52,11 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param, code)
 
 
+def stopping() -> ApiError:
+    """Make the error of a request that the server's end cuts short (503)."""
+    return ApiError(503, "the server is stopping", code="stopping")
+
+
 def reader_text(error: Exception) -> str:
     """Return what a reader of media says in an error, without its name for bytes and without its advice."""
     text = str(error).removeprefix("<bytes>: ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bt_adapter.chat.caches import keeps_all, make_cache
-from bt_adapter.chat.conversation import Visual, batch_prompts, cache_option, embed
+from bt_adapter.chat.conversation import Visual, batch_prompts
 from bt_adapter.chat.families import family_of
 from bt_adapter.serve.rows import Row, run_rows
 
@@ -50,9 +49,8 @@ class OpenBatch:
 
     def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[Prompt], rows: Sequence[Row]) -> None:
         self.model, self.tokenizer, self.rows = model, tokenizer, list(rows)
-        self._config = model.config.get_text_config(decoder=True)
         self._embeds, self._mask, cache = batch_prompts(model, prompts)
-        self._cache = make_cache(self._config) if cache is None else cache
+        self._cache = make_cache(model.config.get_text_config(decoder=True)) if cache is None else cache
 
     @torch.no_grad()
     def run(self, stops: Callable[[], bool]) -> bool:
@@ -67,27 +65,18 @@ class OpenBatch:
 
     @torch.no_grad()
     def add(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> None:
-        """Run the tokens of further prompts up to the last, one prompt after another, and add their rows."""
-        for (ids, visuals), row in zip(prompts, rows, strict=True):
-            embeds = embed(self.model, ids, visuals)
-            cache, known = self._prefill(embeds[None, :-1]), self._mask[:, :-1]
-            length = max(known.shape[1], len(embeds) - 1)
-            for layer, new in zip(self._cache.layers, cache.layers, strict=True):
-                layer.keys = torch.cat([_lengthen(layer.keys, length), _lengthen(new.keys, length)])
-                layer.values = torch.cat([_lengthen(layer.values, length), _lengthen(new.values, length)])
-            fresh = known.new_ones(1, len(embeds) - 1)
-            mask = torch.cat([pad(one, (length - one.shape[1], 0)) for one in (known, fresh)])
-            self.rows.append(row)
-            self._continue(mask, torch.cat([self._embeds[:, -1], embeds[-1:]]))
-
-    def _prefill(self, embeds: Tensor) -> Any:
-        """Run embeddings ``[1, S, E]``; return their KV cache."""
-        generator, cache = family_of(self.model).generator, make_cache(self._config)
-        options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(generator.forward).parameters else {}
-        mask = torch.ones_like(embeds[..., 0], dtype=torch.long)
-        options |= cache_option(generator, cache)
-        generator(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **options)
-        return cache
+        """Generate the first token of further answers, and add those that go on."""
+        others = OpenBatch(self.model, self.tokenizer, prompts, rows)
+        if not others.run(lambda: True):
+            return
+        masks = self._mask[:, :-1], others._mask[:, :-1]
+        length = max(mask.shape[1] for mask in masks)
+        for layer, new in zip(self._cache.layers, others._cache.layers, strict=True):
+            layer.keys = torch.cat([_lengthen(layer.keys, length), _lengthen(new.keys, length)])
+            layer.values = torch.cat([_lengthen(layer.values, length), _lengthen(new.values, length)])
+        self.rows += others.rows
+        mask = torch.cat([pad(mask, (length - mask.shape[1], 0)) for mask in masks])
+        self._continue(mask, torch.cat([self._embeds[:, -1], others._embeds[:, -1]]))
 
     def _drop_ended(self) -> None:
         """Keep the rows that go on, and the columns that one of them needs."""

@@ -11,8 +11,9 @@ MEBIBYTE = 1 << 20
 class Limits:
     """Limits of a server.
 
-    body: bytes of a request's body. bodies: bytes of all bodies that are read at one time. media: bytes of one still
-    or video. pixels: of one frame or still. frames: of one video. visuals: stills and videos of one request.
+    body: bytes of a request's body. bodies: bytes of all bodies, files and downloads that are held at one time. media:
+    bytes of one still or video. pixels: of one frame or still. frames: of one video. visuals: stills and videos of one
+    request.
     seconds: decoding time of one still or video. upload: seconds in which a body must have come. waiting: requests
     that are being answered or wait at one time. live_sessions: open live sessions. live_bytes: bytes of all their
     windows. live_idle: seconds after which an idle one is closed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 import socket
@@ -24,6 +25,7 @@ Extend = Callable[[FastAPI, Service, str | None], None]
 """Adds routes to an application, given its service and the API key."""
 API_KEY_VARIABLE = "BT_ADAPTER_API_KEY"
 _SHUTDOWN_SECONDS = 5
+_BY_THEMSELVES = 0.6  # share of it in which requests may end as usual
 
 
 def run_serve(command: Serve, extend: Extend | None = None) -> int:
@@ -60,7 +62,7 @@ def run_serve(command: Serve, extend: Extend | None = None) -> int:
         listener.listen()  # another server may have begun to while the model was loaded
     except OSError as error:
         raise _cannot_listen(command.host, command.port, error) from error
-    _Server(config, lambda: say(notes, ready)).run(sockets=[listener])
+    Server(config, lambda: say(notes, ready), service.stop).run(sockets=[listener])
     return 0
 
 
@@ -77,18 +79,30 @@ def find_key(given: str | None) -> str | None:
     return key
 
 
-class _Server(uvicorn.Server):
-    """A server that calls a function once it accepts connections."""
+class Server(uvicorn.Server):
+    """A server that calls a function once it accepts connections, and ends requests in progress with an error.
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    on_end: ends them; called after a part of the time that requests have to end by themselves when the server stops.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None], on_end: Callable[[], None]) -> None:
         super().__init__(config)
-        self.on_ready = on_ready
+        self.on_ready, self.on_end = on_ready, on_end
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
         if self.started:
             self.on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening, and wait for requests in progress."""
+        seconds = _BY_THEMSELVES * (self.config.timeout_graceful_shutdown or 0)
+        ending = asyncio.get_running_loop().call_later(seconds, self.on_end)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
 
 
 def service_options(command: Serve) -> ServiceOptions:

@@ -96,6 +96,7 @@ class Service:
         self._decoding = ThreadPoolExecutor(options.decoders, "decoding")
         # apart, so that a question about a cached video does not wait for the decoding of others
         self._loading = ThreadPoolExecutor(options.decoders, "loading")
+        self.stopping = asyncio.Event()
         self._encoding: SharedWork[Seen] = SharedWork()
         self._preparing: SharedWork[ShownVideo] = SharedWork()
         self.held = HeldBytes(options.limits.bodies, self.busy)
@@ -104,6 +105,11 @@ class Service:
         self.metrics.watch("running", "Requests that are being answered or wait.", lambda: self.admitted)
         self.metrics.watch("waiting", "Prompts that wait for a batch.", lambda: self.model.waiting)
         self.metrics.watch("cache_bytes", "Bytes of cached visual tokens.", lambda: self.cache.size)
+
+    def stop(self) -> None:
+        """End all requests in progress with an error that says so."""
+        self.stopping.set()
+        self.model.stop()
 
     def close(self) -> None:
         """Stop the threads; answers that are being generated are cut short."""
