@@ -215,14 +215,28 @@ def test_command_answers_about_a_file_at_its_own_pace(chat, monkeypatch, capsys,
 
 
 def test_command_reads_a_stream_until_it_has_its_answers(chat, monkeypatch, capsys):
+    given, make_source = [], run.LiveSource
+    monkeypatch.setattr(run, "LiveSource", lambda *options: given.append(options[-1]) or make_source(*options))
     with streaming(transport_stream(1500)) as streamer:  # a minute, as a busy machine answers slowly
         code, out, err = run_command(
-            chat, monkeypatch, capsys, streamer.url, QUESTION, "--every", "0.4", "--answers", "2", "--fps", "10"
+            chat,
+            monkeypatch,
+            capsys,
+            streamer.url,
+            QUESTION,
+            "--every",
+            "0.4",
+            "--answers",
+            "2",
+            "--fps",
+            "10",
+            "--pace",
         )
     assert code == 0
     assert len(out) == 2
     assert "frames from" in err
     assert "source lost 0 times" in err
+    assert given == [True]
 
 
 def test_command_refuses(monkeypatch, capsys, chat, tmp_path):

@@ -279,6 +279,16 @@ def test_a_finished_playlist_ends_by_itself(tmp_path):
     assert source.counts.lost == 0
 
 
+def test_a_recording_over_http_can_be_held_to_its_times(tmp_path):
+    write_numbered(tmp_path / "clip.mp4", 25)
+    with serving(tmp_path) as url:
+        begin = time.monotonic()
+        source = LiveSource(f"{url}/clip.mp4", buffer=99, pace=True)
+        assert numbers(list(source)) == list(range(25))
+        assert time.monotonic() - begin > 0.9
+    assert source.counts.lost == 0
+
+
 def test_a_running_playlist_keeps_up(tmp_path):
     for number in range(20):
         (tmp_path / f"{number}.ts").write_bytes(b"".join(transport_stream(10, first=10 * number)))

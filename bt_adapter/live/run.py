@@ -23,7 +23,7 @@ def run_live(command: LiveChat) -> int:
     try:
         source = LiveSource(
             command.source, command.fps, command.format, command.options, command.open_timeout, command.read_timeout,
-            command.give_up,
+            command.give_up, command.pace or None,
         )  # fmt: skip
     except ValueError as error:
         raise CommandError(str(error)) from error

@@ -27,6 +27,9 @@ class SourceOptions:
     detected; a device needs it."""
     source_option: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME=VALUE")] = ()
     """Option of FFmpeg for the source, such as video_size=640x480 or rtsp_transport=udp; may be given several times."""
+    pace: bool = False
+    """Take frames at the times of their time stamps, as those of files and HLS always are: for a recording that comes
+    faster than it plays."""
     open_timeout: float = 10.0
     """Longest time to connect, in seconds."""
     read_timeout: float = 10.0
