@@ -103,3 +103,17 @@ def test_a_merge_as_a_pass_takes_a_narrow_tower():
     with torch.no_grad():
         out = passes.gather_merge(*inputs.values(), visible.as_arguments(), None)
     torch.testing.assert_close(out, bt_kernels.gather_merge(*inputs.values(), visible))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_alignment_keeps_neither_state_for_its_backward(backend):
+    """The forward computes the gradients: the tower's and the branch's last states, the largest inputs, may be freed."""
+    visible = FORM["tube70"].build()
+    inputs, kept = inputs_of("alignment_loss", visible, torch.float32), []
+    states = {inputs[name].untyped_storage().data_ptr() for name in ("branch", "target")}
+    pack = lambda tensor: kept.append(tensor.untyped_storage().data_ptr()) or tensor  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = VARIANT["alignment_loss"].run(inputs, visible, backend)
+    assert kept and not states & set(kept)
+    loss.backward()
+    assert inputs["branch"].grad.any()

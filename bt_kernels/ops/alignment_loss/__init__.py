@@ -44,6 +44,7 @@ _OP = define_op(
     extra=", float head_norm_eps, float target_norm_eps, ScalarType? product, bool[5] wanted",
     autocast_skip=("target",),
     saved=tuple(f"sum_grad_{name}" for name in _HEAD),
+    shape_only=("branch", "target"),  # of which the backward reads the dtype of the one and nothing of the other
 )
 
 
