@@ -2,6 +2,7 @@
 
     python bench/budget.py                          ViT-L/14, 52 clips of 8 frames, tubes 0.7; rows to bench/results/
     python bench/budget.py --only none --operators 12   and what moves the most bytes, operator by operator
+    python bench/budget.py --only "8 bits"          the tower in 8 bits (fp8) alone, which is not compiled here
 
 The step runs on meta tensors under CUDA's autocast rule (``emulated_gpu.py``) and bfloat16; our kernels are Triton's,
 whose launchers are recorded. Parts: "inputs" (ours alone: visible tokens and stochastic depth are drawn, pixels
@@ -13,37 +14,49 @@ the host for the device: values read, boolean indices, copies through pageable m
 compiled. Then the least milliseconds on each device: for each kernel its operations at the peak or its bytes at the
 bandwidth (``devices.py``), added up. "kept" is what our forward pass of one clip in float32 keeps for backward once its
 output is dropped, in MB. The last lines count the kernels that Triton compiles while lengths change
-(``compiled_forms.py``).
+(``compiled_forms.py``). A device without products of float8 has no least time of a tower in 8 bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter as Bag
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import device_work as work
 import torch
-from compiled_forms import form, print_sequences
-from contenders import BASELINES, OWN, POLICIES, Case, Contender, choose_form, make_inputs, make_model
+from compiled_forms import Count, form, print_sequences
+from contenders import (
+    BASELINES,
+    COUNTED_TOWERS,
+    OWN,
+    POLICIES,
+    Case,
+    Contender,
+    choose_form,
+    make_inputs,
+    make_model,
+)
 from devices import DEVICES
 from emulated_gpu import DEVICE, emulated_gpu
-from measure import ROOT, kept_bytes, update
+from measure import ROOT, kept_bytes, merged
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bt_adapter import BTAdapterVisionModel
+from bt_adapter.files import write_json
 from bt_adapter.pretrain.recipe import Recipe
 from bt_adapter.pretrain.step import draw_depth, draw_visible
 from bt_kernels import VisibleTokens, _triton
 from bt_kernels._library import OPS
 
-COUNTED = ("eager", "sdpa", *(name for pair in zip(POLICIES, OWN, strict=True) for name in pair))
+COUNTED = ("eager", "sdpa", *(name for pair in zip(POLICIES, OWN, strict=True) for name in pair), *COUNTED_TOWERS)
 PRODUCT = "_product"  # our own matrix product, of bt_kernels/_triton_product.py
 PARTS = ("inputs", "tower", "branch")
 KEYS = ("contender", "part", "frames", "ratio", "batch")  # of a row: what tells it apart
@@ -258,8 +271,8 @@ def _selected(case: Case) -> int:
 
 
 def rows_of(name: str, case: Case, counter: Work) -> Iterator[Row]:
-    """Add up the events of each part."""
-    for part in PARTS:
+    """Add up the events of each part; of a contender that has another tower alone, the tower's."""
+    for part in ("tower",) if name in COUNTED_TOWERS else PARTS:
         events = [event for event in counter.events if event.part == part]
         if not events:
             continue
@@ -274,6 +287,7 @@ def rows_of(name: str, case: Case, counter: Work) -> Iterator[Row]:
             least_ms={
                 device: 1e3 * sum(peaks.seconds(event.operations, event.bytes, event.dtype) for event in events)
                 for device, peaks in DEVICES.items()
+                if peaks.multiplies_float8 or all(event.dtype != torch.float8_e4m3fn for event in events)
             },
         )  # fmt: skip
 
@@ -293,13 +307,20 @@ def print_operators(counter: Work, most: int) -> None:
 
 def print_row(row: Row) -> None:
     """Print a line of the table."""
-    times = "".join(f"{ms:>19.1f}" for ms in row.least_ms.values())
+    times = "".join(f"{row.least_ms[device]:>19.1f}" if device in row.least_ms else f"{'-':>19}" for device in DEVICES)
     kept = "" if row.kept_mb is None else f"{row.kept_mb:.1f}"
     print(
         f"{row.contender:<12}{row.part:<8}{row.tflop:>7.2f}{row.product_gb:>14.2f}{row.other_gb:>11.2f}"
         f"{row.launches:>10}{row.waits:>7}{row.kernels:>9}{times}{kept:>8}",
         flush=True,
     )
+
+
+def store(rows: list[Row], counts: list[Count], path: Path) -> None:
+    """Write "steps", the rows after those stored of other cases, and "compiled", the counts of compiled kernels."""
+    stored = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.exists() else []
+    steps = [row if isinstance(row, dict) else asdict(row) for row in merged(stored, rows, KEYS)]
+    write_json(path, {"steps": steps, "compiled": [asdict(count) for count in counts]}, indent=1)
 
 
 def main() -> int:
@@ -319,14 +340,15 @@ def main() -> int:
     for name in options.only:
         counter = counted_step(name, case)
         own = list(rows_of(name, case, counter))
-        if name not in BASELINES:
+        if name in POLICIES + OWN:
             own[-1].kept_mb = kept_by_forward(name, case) / 1e6
         for row in own:
             print_row(row)
         print_operators(counter, options.operators)
         rows += own
-    update(rows, options.out, KEYS)
-    return int(print_sequences())
+    counts = print_sequences()
+    store(rows, counts, options.out)
+    return int(any(count.broken for count in counts))
 
 
 if __name__ == "__main__":

@@ -131,17 +131,31 @@ def sequences() -> Iterator[tuple[str, int, list[Form]]]:
     yield "a chat's tuning at T = 1 … 64", 24, compiled(CHAT, lengths, torch.bfloat16, True)
 
 
-def print_sequences(every: bool = False) -> bool:
-    """Print a line for each sequence of calls, with ``every`` its kernels too; return whether a limit is exceeded."""
-    broken = False
+@dataclass(frozen=True)
+class Count:
+    """The number of kernels compiled in a sequence of calls, and its limit."""
+
+    sequence: str
+    kernels: int
+    limit: int
+
+    @property
+    def broken(self) -> bool:
+        """Whether the limit is exceeded."""
+        return self.kernels > self.limit
+
+
+def print_sequences(every: bool = False) -> list[Count]:
+    """Print and return the count of each sequence of calls; with ``every`` print its kernels too."""
+    counts = []
     for name, limit, found in sequences():
-        broken |= len(found) > limit
+        counts.append(Count(name, len(found), limit))
         print(f"{name:<40}{len(found):>4} kernels compiled, limit {limit}{'   <--' * (len(found) > limit)}", flush=True)
         for one in sorted(found, key=lambda one: one.key) if every else ():
             constants = {name: one.constants.get((place,)) for place, name in enumerate(one.signature)}
             shown = ", ".join(f"{k}={v}" for k, v in constants.items() if one.signature[k] == "constexpr")
             print(f"    {one.name:<20}{shown}")
-    return broken
+    return counts
 
 
 def main() -> int:
@@ -150,7 +164,7 @@ def main() -> int:
     options = parser.parse_args()
     if _triton.interpreting():
         sys.exit("TRITON_INTERPRET=1 keeps Triton from compiling: unset it")
-    return int(print_sequences(options.list))
+    return int(any(count.broken for count in print_sequences(options.list)))
 
 
 if __name__ == "__main__":

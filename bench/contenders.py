@@ -41,6 +41,8 @@ GPU_TOWERS: dict[str, dict] = {
 }
 if torch.cuda.is_available():
     TOWERS = GPU_TOWERS
+# A tower in 8 bits for a count: an emulated GPU compiles nothing.
+COUNTED_TOWERS: dict[str, dict] = {"8 bits": {"fp8": True}}
 OURS = (*POLICIES, "mlp own") if torch.cuda.is_available() else POLICIES
 CONTENDERS = (*BASELINES, *OURS, *TOWERS)
 
@@ -102,9 +104,9 @@ class Contender:
                 for layer in self.model.tower:
                     layer.compile(dynamic=False)
                 self.model.branch = torch.compile(self.model.branch, dynamic=False)
-        elif name in TOWERS:
+        elif name in TOWERS | COUNTED_TOWERS:
             self.model = copy.deepcopy(model)
-            self.model.tower.optimize(**TOWERS[name])
+            self.model.tower.optimize(**(TOWERS | COUNTED_TOWERS)[name])
         elif name in OWN:
             self.model = copy.deepcopy(model)
             choose_form(self.model, name)
@@ -174,7 +176,7 @@ class Contender:
 
 def choose_form(model: BTAdapterVisionModel, name: str) -> None:
     """Let a model compute as the contender of a name, one of ours, does."""
-    policy = "mlp" if name in TOWERS else name.removesuffix(" own")
+    policy = "mlp" if name in TOWERS | COUNTED_TOWERS else name.removesuffix(" own")
     products = "bt_kernels" if name in OWN else "torch"
     model.branch.config = dataclasses.replace(model.branch.config, recompute=policy, products=products)
     if products != model.tower.products:

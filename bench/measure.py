@@ -164,8 +164,13 @@ def write(rows: list, path: Path) -> None:
 def update(rows: list, path: Path, keys: Sequence[str]) -> None:
     """Write the rows after those that the file has of other cases, which the fields ``keys`` tell apart."""
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write(merged(stored, rows, keys), path)
+
+
+def merged(stored: list[dict], rows: list, keys: Sequence[str]) -> list:
+    """Return the rows after those ``stored`` of other cases, which the fields ``keys`` tell apart."""
     new = {tuple(getattr(row, key) for key in keys) for row in rows}
-    write([row for row in stored if tuple(row[key] for key in keys) not in new] + rows, path)
+    return [row for row in stored if tuple(row[key] for key in keys) not in new] + rows
 
 
 def verdicts(reports: Sequence[Path]) -> dict[str, bool]:

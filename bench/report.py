@@ -13,7 +13,7 @@ from pathlib import Path
 import live_tables
 import plugins
 import serve_tables
-from summaries import ON_BFLOAT16, SMALL_WORLD, budget, decode, highlights, long_videos, pretrain
+from summaries import ON_BFLOAT16, SMALL_WORLD, budget, compiled, decode, highlights, long_videos, pretrain
 
 from bt_adapter.files import write_whole
 
@@ -200,6 +200,7 @@ TABLES = {
     "traffic": traffic,
     "step": step,
     "budget": budget,
+    "compiled": compiled,
     "chat": chat,
     "vllm": plugins.vllm,
     "lmms-eval": plugins.lmms_eval,

@@ -145,10 +145,11 @@ def budget() -> str:
         "none own": '**ours**, `"none"`, `products="bt_kernels"`',
         "mlp own": '**ours**, `"mlp"`, `products="bt_kernels"`',
         "layer own": '**ours**, `"layer"`, `products="bt_kernels"`',
+        "8 bits": "**ours**, `tower.optimize(fp8=True)`",
     }  # fmt: skip
     parts = {"inputs": "drawing and normalising", "tower": "tower", "branch": "branch, losses, backward"}
     device = "H200 SXM"
-    found = load("budget.json")
+    found = load("budget.json")["steps"]
     rows = [
         (
             names[row["contender"]], parts[row["part"]], f"{row['tflop']:.1f}", f"{row['product_gb']:.0f}",
@@ -164,6 +165,17 @@ def budget() -> str:
         f"Counted, not measured: ViT-L/14, depth 4, {first['batch']} clips of {first['frames']} frames, tubes "
         f"{first['ratio']}, bfloat16 under CUDA's autocast rule; printed by `python bench/budget.py`, which says how "
         "each column is taken.",
+    ])  # fmt: skip
+
+
+def compiled() -> str:
+    """Make the table of the kernels that Triton compiles while lengths change, from ``bench/budget.py``."""
+    counts = load("budget.json")["compiled"]
+    rows = [(count["sequence"], str(count["kernels"]), str(count["limit"])) for count in counts]
+    return "\n".join([
+        table(("calls", "kernels compiled", "limit"), rows),
+        "",
+        "By Triton's own keys, sm_90; counted by `python bench/compiled_forms.py`.",
     ])  # fmt: skip
 
 

@@ -227,6 +227,20 @@ def test_the_whole_step_keeps_to_its_limits(monkeypatch):
     assert own == kept
 
 
+def test_the_tower_in_8_bits_keeps_to_its_limits(monkeypatch):
+    """One kernel quantises an input, and the bias is added in the product: 12 launches a layer and chunk of images."""
+    monkeypatch.setattr(contenders, "VIT_L", LARGE)
+    case = contenders.Case("step", 8, 0.7, 52)
+    counter = budget.counted_step("8 bits", case)
+    (row,) = budget.rows_of("8 bits", case, counter)
+    assert row.part == "tower" and row.other_gb <= 162.8
+    assert row.launches <= 3848 and row.waits == 0
+    of_float8 = [event for event in counter.events if event.dtype == torch.float8_e4m3fn and event.kind == "product"]
+    layers, chunks = LARGE.num_hidden_layers, -(-case.batch * case.frames // 32)
+    assert len(of_float8) == 4 * layers * chunks, "q, k and v together, out, fc1 and fc2"
+    assert "A100 80GB SXM" not in row.least_ms and row.least_ms["H200 SXM"] > 0
+
+
 def test_own_kernels_move_what_no_implementation_can_avoid():
     """The launches' tensors against ``cases.py``: the same bytes but for partial sums and lists of rows."""
     from compiled_forms import launches
@@ -264,9 +278,14 @@ def test_command_writes_rows(tmp_path, monkeypatch, capsys):
     assert budget.main() == 0
     import json
 
-    rows = json.loads(out.read_text())
+    stored = json.loads(out.read_text())
+    rows = stored["steps"]
     assert [row["part"] for row in rows] == ["inputs", "tower", "branch"]
     assert all(row["least_ms"]["H200 SXM"] > 0 for row in rows) and rows[-1]["kept_mb"] > 0
     printed = capsys.readouterr().out
     assert device_work.name_of(torch.ops.aten.add.Tensor) == "add" and "tower" in printed
-    assert printed.count("kernels compiled, limit") == 5
+    assert printed.count("kernels compiled, limit") == len(stored["compiled"]) == 5
+    assert all(0 < count["kernels"] <= count["limit"] for count in stored["compiled"])
+    monkeypatch.setattr(budget, "print_sequences", list)
+    budget.main()
+    assert json.loads(out.read_text()) == {"steps": rows, "compiled": []}, "a row counted again takes its own place"

@@ -107,7 +107,7 @@ def test_a_merge_as_a_pass_takes_a_narrow_tower():
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_alignment_keeps_neither_state_for_its_backward(backend):
-    """The forward computes the gradients: the tower's and the branch's last states, the largest inputs, may be freed."""
+    """The forward computes the gradients: the last states of tower and branch, the largest inputs, may be freed."""
     visible = FORM["tube70"].build()
     inputs, kept = inputs_of("alignment_loss", visible, torch.float32), []
     states = {inputs[name].untyped_storage().data_ptr() for name in ("branch", "target")}
