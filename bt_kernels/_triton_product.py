@@ -150,7 +150,7 @@ class _Form:
 
 # By architecture. 86, 89 and 120 have 99 KiB of shared memory for a program, as little as the small forms take.
 _SMALL = _Form(128, 128, 32, 8, 4, 4)
-_LARGE = _Form(128, 256, 64, 4, 3, 8)
+_LARGE = _Form(128, 256, 64, 8, 3, 8)
 _FORMS = {80: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
 _DESCRIPTORS = (90, 100)  # of these, those that read by tensor descriptors
 _FLOAT32 = {80: _Form(64, 64, 32, 2, 3, 4)}
