@@ -202,7 +202,7 @@ def run_both(implementation: Callable, inputs: dict, visible, learning: tuple[st
 def agrees(got: list, expected: list, dtype: torch.dtype) -> str:
     """Empty, or how far apart two implementations are."""
     for a, b in zip(got, expected, strict=True):
-        size = b.abs().max().item() or 1.0
+        size = b.float().abs().max().item() or 1.0
         error = (a.float() - b.float()).abs().max().item() / size
         if not error <= TOLERANCE[dtype]:
             return f"differs from ours by {error:.1e} of the largest value"
