@@ -32,8 +32,8 @@ def on_device(variant, backend: str, form: str, device: str) -> None:
 
 @BY_RUN
 def test_the_same_bits_every_time(variant, backend, device):
-    if variant.op == "alignment_loss":
-        pytest.skip("its products are cuBLAS's, which promises that under a setting of its own alone")
+    if variant.op in ("alignment_loss", "linear_add", "mlp"):
+        pytest.skip("some of its products are cuBLAS's, which promises that under a setting of its own alone")
     torch.use_deterministic_algorithms(True)
     try:
         same_bits(variant, backend, device)
@@ -64,7 +64,8 @@ def under_autocast(variant, dtype: torch.dtype, device: str) -> None:
     inputs = prepared(variant.draw(visible), torch.float32, device, variant)
     with torch.autocast(device, dtype):
         out = call(variant, inputs, visible.to(device), None)
-    assert out.dtype == (dtype if "attention" in variant.op else torch.float32)
+    is_lower = "attention" in variant.op or variant.name == "mlp-no-stream"
+    assert out.dtype == (dtype if is_lower else torch.float32)
     for gradient in grads(out, inputs, variant.differentiable, torch.ones_like(out)).values():
         assert gradient.dtype == torch.float32 and gradient.isfinite().all()
 

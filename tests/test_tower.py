@@ -376,6 +376,24 @@ def test_cuda_graphs_change_nothing(frames):
 
 
 @pytest.mark.gpu
+def test_products_of_bt_kernels_change_little_on_a_gpu():
+    """In float32 without TF32; of tower and branch, with gradients, and replayed."""
+    pixels = video(5).cuda()
+    results = []
+    for products in ("torch", "bt_kernels"):
+        model = shake(make(depth=3, products=products)).cuda()
+        model.tower.optimize(chunk=3, products=products)
+        output = model(pixels)
+        output.branch_tokens.square().mean().backward()
+        found = [output.backbone_tokens, output.branch_tokens, *(p.grad for p in model.branch.spatial[0].parameters())]
+        model.tower.optimize(graphs=True)
+        with torch.no_grad():
+            results.append([*found, model.video_tokens(pixels), model.video_tokens(pixels)])
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
 def test_eight_bits_on_a_gpu_that_has_them():
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs compute capability 8.9")
