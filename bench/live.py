@@ -5,9 +5,9 @@
 
 "hour": the small stack watches an hour at 4 frames a second, 14,400 frames from a pool, pushed as fast as they are
 taken; its tokens are computed every 2 seconds of the stream, and a question is answered every 6 minutes. Per tenth of
-the hour: milliseconds of this process's CPU time per frame (which a shared machine does not stretch) and for the
-tokens, and the resident memory at its end. The tokens of a sliding window are compared with ``video_tokens`` at the
-end.
+the hour: milliseconds of this process's CPU time per frame and for the tokens (which other work stretches too, though
+less than time), and the resident memory at its end. The tokens of a sliding window are compared with ``video_tokens``
+at the end.
 
 "rate": seconds of CPU time to push a frame of 640 × 360, preprocessing included (median), and to compute the tokens of
 8 frames; frames per second of a core that has no other work, and the tower's share of a push. L/14: ViT-L/14 at 224
