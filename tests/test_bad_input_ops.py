@@ -60,7 +60,9 @@ def test_not_floating_point(variant, name, dtype):
 
 
 # the tower's tokens, where the branch may have another dtype
-OF_ANY_DTYPE = {"gather_embed": "backbone", "gather_merge": "backbone", "alignment_loss": "target"}
+OF_ANY_DTYPE = {
+    "gather_embed": "backbone", "gather_merge": "backbone", "pool_video_tokens": "backbone", "alignment_loss": "target"
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant, name", TENSORS)

@@ -13,7 +13,7 @@ from bt_kernels._cases import flat_arguments
 from bt_kernels._library import OPS
 
 BACKENDS = ("reference", "cpu", "triton")
-NAMES = ("gather_embed", "gather_merge", "gather_merge-sum", "alignment_loss")
+NAMES = ("gather_embed", "gather_merge", "gather_merge-sum", "pool_video_tokens", "alignment_loss")
 TOWER = {"alignment_loss": "target"}
 forms = pytest.mark.parametrize("form", ["tube70", "padded"])
 names = pytest.mark.parametrize("name", NAMES)

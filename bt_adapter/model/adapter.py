@@ -224,7 +224,7 @@ class BTAdapterVisionModel(TowerWithBranch):
             )
         visible = VisibleTokens.all(batch, places - 1, plan.steps, tokens.device, slots)
         tokens, z = run_lockstep(self, tokens, visible, self.config.depth - 1, draws, plan, done)
-        return pool_video_tokens(tokens.to(z.dtype), z, visible)
+        return pool_video_tokens(tokens, z, visible)
 
     def frame_mean_tokens(self, pixel_values: Tensor, progress: Progress | None = None) -> Tensor:
         """Compute video tokens without the branch: the mean over time of tower layer L-2's tokens.

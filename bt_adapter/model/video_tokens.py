@@ -115,7 +115,7 @@ def tokens_of_states(
     """
     visible = VisibleTokens.all(1, model.vision_config.patches, steps, rows.device)
     z = call_branch(model, states, visible, plan=plan)
-    return pool_video_tokens(rows.to(z.dtype), z, visible)[0]
+    return pool_video_tokens(rows, z, visible)[0]
 
 
 def mean_tokens(rows: Tensor) -> Tensor:

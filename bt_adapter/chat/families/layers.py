@@ -64,12 +64,12 @@ def video_tokens_of_layers(
 
     def read_both(number: int, x: Tensor, z: Tensor) -> None:
         if (layer := first + 1 + number) in layers and layer != last:
-            read[layer] = pool_video_tokens(x.to(z.dtype), z, visible)
+            read[layer] = pool_video_tokens(x, z, visible)
 
     if branch and last > first:
         # the last layer is read from the branch's return value, which a hook on the branch may change
         x, z = run_lockstep(model, x, visible, last - first, draws, plan, done, read_both)
-        read[last] = pool_video_tokens(x.to(z.dtype), z, visible)
+        read[last] = pool_video_tokens(x, z, visible)
     return torch.cat([read[layer].to(read[last].dtype) for layer in layers], -1)
 
 

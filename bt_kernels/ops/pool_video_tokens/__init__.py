@@ -23,6 +23,7 @@ _OP = define_op(
     fake=lambda backbone, branch, index, frame_counts, patches, *_: branch.new_empty(
         branch.shape[0], patches + 1, branch.shape[2]
     ),
+    autocast_skip=("backbone",),
     shape_only=("backbone", "branch"),
 )
 
@@ -42,13 +43,14 @@ def pool_video_tokens(backbone: Tensor, branch: Tensor, visible: VisibleTokens, 
     Args:
         backbone: output of a tower layer, ``[B, T', 1+P, D]``, CLS first. T' may differ from ``visible.frames``
             (long videos run the branch on averaged pairs of frames) unless ``visible.frame_counts`` is given, which
-            counts the real frames of both tower and branch.
+            counts the real frames of both tower and branch. Any strides, any float dtype, also under autocast: it is
+            read as it is.
         branch: hidden state of the branch, ``[B, 1+N, D]``, usually of every token (N = P·T).
         visible: the tokens of the rows of ``branch``.
         backend: "reference", "cpu", "triton" or "cuda"; None chooses automatically.
 
     Returns:
-        ``[B, P+1, D]``, CLS last.
+        ``[B, P+1, D]`` in the dtype of ``branch``, CLS last.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not match; the message names the argument.
@@ -59,5 +61,5 @@ def pool_video_tokens(backbone: Tensor, branch: Tensor, visible: VisibleTokens, 
     check_tensor("backbone", backbone, "[B, T, 1+P, D]", (None, frames, 1 + visible.patches, None))
     check_visible(visible, "backbone", backbone)
     size = (visible.batch, 1 + visible.tokens, backbone.shape[3])
-    check_tensor("branch", branch, "[B, 1+N, D]", size, ("backbone", backbone))
+    check_tensor("branch", branch, "[B, 1+N, D]", size, ("backbone", backbone), any_dtype=True)
     return _OP(backbone, branch, *visible.as_arguments(), backend)

@@ -7,7 +7,8 @@ from bt_kernels._layout import frame_weights, mean_over_frames, zero_padding
 
 
 def forward(backbone, branch, index, frame_counts, patches, frames, slots) -> Tensor:
-    tower = mean_over_frames(backbone, frame_counts)  # [B, 1+P, D]
+    acc = torch.promote_types(branch.dtype, torch.float32)
+    tower = mean_over_frames(backbone, frame_counts).to(acc)  # [B, 1+P, D]
     rows = zero_padding(branch[:, 1:], index).to(tower.dtype) * _row_weights(index, patches, frames, tower)
     patch = (index.clamp(min=0) // frames)[:, :, None].expand_as(rows)
     pooled = rows.new_zeros(rows.shape[0], patches, rows.shape[2]).scatter_add(1, patch, rows)  # [B, P, D]
@@ -16,12 +17,12 @@ def forward(backbone, branch, index, frame_counts, patches, frames, slots) -> Te
 
 
 def backward(grad, backbone, branch, index, frame_counts, patches, frames, slots, needs):
-    weights = frame_weights(frame_counts, backbone.shape[0], backbone.shape[1], backbone)
+    weights = frame_weights(frame_counts, backbone.shape[0], backbone.shape[1], grad)
     half = 0.5 * grad.to(weights.dtype)  # [B, P+1, D], CLS last
     half = torch.cat([half[:, -1:], half[:, :-1]], 1)  # CLS first
     grad_backbone = grad_branch = None
     if needs[0]:
-        grad_backbone = (weights[:, :, None, None] * half[:, None]).to(grad.dtype)
+        grad_backbone = (weights[:, :, None, None] * half[:, None]).to(backbone.dtype)
     if needs[1]:
         patch = (1 + index.clamp(min=0) // frames)[:, :, None].expand(-1, -1, half.shape[2])
         rows = half.gather(1, patch) * _row_weights(index, patches, frames, weights)
