@@ -3,12 +3,13 @@
     python bench/serve_load.py                           everything, to bench/results/serve-cpu.json
     python bench/serve_load.py --only load --requests 60 --clients 1 8
 
-Four parts, each with a server of its own in another process, on a free port of the loopback interface:
+Five parts, each with a server of its own in another process, on a free port of the loopback interface:
 
 - load: mixed requests (new and known videos, stills, text; whole and streamed) by 1, 4 and 16 clients at once, batched,
   and by the most clients with one answer at a time: requests per second, median and 95th percentile of their times, the
   time to the first piece of streamed text, and the server's own CPU seconds per request, which other work on the
   machine does not change.
+- lengths: the same by the most clients, with answers of very different lengths, which others join.
 - threads: one answer at a time by one and two threads, which wait passively or busily, on the machine as it is.
 - hostile: requests that a server must refuse or survive, see ``serve_hostile.py``. No answer may be a 500 or tell a
   path or address, and the server's memory must stay flat.
@@ -45,7 +46,7 @@ from bt_adapter.data import read_video
 from bt_adapter.files import write_json
 from bt_adapter.mini import data_folder
 
-PARTS = ("threads", "load", "hostile", "kill")
+PARTS = ("threads", "load", "lengths", "hostile", "kill")
 CLIENTS = (1, 4, 16)
 QUESTIONS = ("How is it moving?", "What is it?", "What colour is it?", "Is it moving left?")
 TOKENS = 12  # of an answer at most
@@ -162,8 +163,16 @@ def ask(client: httpx.Client, body: dict[str, Any]) -> tuple[float, float | None
     return time.perf_counter() - begin, first
 
 
-def load(clients: int, batch: int, count: int) -> dict[str, Any]:
-    """Send mixed requests by so many clients to a new server that answers so many at once."""
+def of_mixed_lengths(count: int) -> list[dict[str, Any]]:
+    """Bodies of mixed requests with answers of 8 to 200 tokens, streamed; so hot that they do not end before."""
+    draw = random.Random(3)
+    answers = [{"max_tokens": draw.choice((8, 16, 64, 200)), "temperature": 2.0, "seed": n} for n in range(count)]
+    return [body | {"stream": True} | answer for body, answer in zip(mixed(count), answers, strict=True)]
+
+
+def load(clients: int, batch: int, bodies: list[dict[str, Any]], part: str = "load") -> dict[str, Any]:
+    """Send requests by so many clients to a new server that answers so many at once."""
+    count = len(bodies)
     with started("--batch-size", str(batch), "--threads", "1") as server:
         with httpx.Client(base_url=server.url, timeout=600) as client:
             for body in mixed(10, seed=1):  # libraries come up
@@ -171,7 +180,7 @@ def load(clients: int, batch: int, count: int) -> dict[str, Any]:
             before = client.get("/metrics").text
             memory, cpu, begin = server.memory, server.cpu, time.perf_counter()
             with ThreadPoolExecutor(clients) as pool:
-                found = list(pool.map(lambda body: ask(client, body), mixed(count)))
+                found = list(pool.map(lambda body: ask(client, body), bodies))
             seconds, used = time.perf_counter() - begin, server.cpu - cpu
             after = client.get("/metrics").text
             grown = server.memory - memory
@@ -181,7 +190,7 @@ def load(clients: int, batch: int, count: int) -> dict[str, Any]:
         for name in ("bt_adapter_batch_size_sum", "bt_adapter_batch_size_count")
     )
     row = {
-        "part": "load", "clients": clients, "batch_size": batch, "requests": count,
+        "part": part, "clients": clients, "batch_size": batch, "requests": count,
         "requests_per_s": count / seconds, "p50_s": median(times), "p95_s": quantiles(times, n=20)[-1],
         "first_text_p50_s": median(firsts), "cpu_s_per_request": used / count, "mean_batch": sizes / batches,
         "memory_grown_mib": grown,
@@ -247,8 +256,11 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield threads(count, waiting, max(3, options.requests // 20))
     if "load" in options.only:
         for clients in options.clients:
-            yield load(clients, options.batch_size, options.requests)
-        yield load(max(options.clients), 1, options.requests)
+            yield load(clients, options.batch_size, mixed(options.requests))
+        yield load(max(options.clients), 1, mixed(options.requests))
+    if "lengths" in options.only:
+        bodies = of_mixed_lengths(max(20, options.requests // 3))
+        yield load(max(options.clients), options.batch_size, bodies, "lengths")
     if "hostile" in options.only:
         from serve_hostile import hostile
 

@@ -223,6 +223,13 @@ def test_a_local_server_answers_to_no_other_name(server):
         answer = httpx.get(f"{server[0]}/v1/models", headers={"Host": host})
         assert answer.status_code == status, host
         assert status == 200 or answer.json()["error"]["code"] == "host_not_allowed"
+    origin = {"Origin": "https://evil.org", "Access-Control-Request-Method": "POST"}
+    for method, path in (
+        ("OPTIONS", "/v1/chat/completions"),
+        ("GET", "/v1/models"),
+    ):  # a browser then withholds answers
+        answer = httpx.request(method, f"{server[0]}{path}", headers=origin)
+        assert not any(name.startswith("access-control") for name in answer.headers)
 
 
 def test_a_port_that_another_server_took_meanwhile_is_told(monkeypatch):
