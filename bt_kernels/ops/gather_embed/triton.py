@@ -43,7 +43,7 @@ def _forward(
 
 def forward(backbone, cls_token, pos, time, index, frame_counts, patches, frames, slots) -> Tensor:
     tower, index = adjacent(backbone), adjacent(index)
-    batch, tokens, width = *index.shape, tower.shape[3]
+    (batch, tokens), width = index.shape, tower.shape[3]
     out = time.new_empty(batch, 1 + tokens, width)
     programs, options = plan_rows(index, width, time.dtype, {80: 24, 90: 32, 100: 24})  # more spill a few registers
     launch(
