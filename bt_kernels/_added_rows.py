@@ -20,10 +20,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
 
 
-def add_rows(rows: Tensor, stream: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Add ``scale · rows`` to the last rows of the stream; without a stream return the rows in ``dtype``."""
+def add_rows(
+    rows: Tensor, stream: Tensor | None, scale: Tensor | None, dtype: torch.dtype, offset: Tensor | None = None
+) -> Tensor:
+    """Add ``scale · rows + offset`` to the last rows of the stream; without a stream return them in ``dtype``."""
     if scale is not None:
         rows = scale.to(rows.dtype)[:, :, None] * rows
+    if offset is not None:
+        rows = rows + offset.to(rows.dtype)
     if stream is None:
         return rows.to(dtype, memory_format=torch.contiguous_format)
     first = stream.shape[1] - rows.shape[1]

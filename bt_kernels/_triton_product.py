@@ -48,7 +48,7 @@ def _halves(x, PARTS: tl.constexpr):
 
 @triton.jit
 def _end(
-    y, m, n, bias, stream, scale, hidden, before, activated, sums, out, M, N, part, each, skipped,
+    y, m, n, bias, stream, scale, offset, hidden, before, activated, sums, out, M, N, part, each, skipped,
     ACT: tl.constexpr,
 ):  # fmt: skip
     """Finish the columns ``n`` of rows ``m`` of a tile, sums ``y`` in float32, and write them."""
@@ -72,6 +72,8 @@ def _end(
         y *= share
     if scale is not None:
         y *= tl.load(scale + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
+    if offset is not None:
+        y += tl.load(offset + n, mask=inside, other=0.0).to(tl.float32)[None, :]
     if stream is not None:
         # a sequence of the stream has ``skipped`` rows before the ``each`` rows that are added to
         row = m.to(tl.int64) + (m // each + 1) * skipped
@@ -82,7 +84,7 @@ def _end(
 
 @triton.jit(do_not_specialize=["M", "programs", "each", "skipped"])
 def _product(
-    x, w, bias, stream, scale, hidden, before, activated, sums, out, M, N, K, programs, each, skipped,
+    x, w, bias, stream, scale, offset, hidden, before, activated, sums, out, M, N, K, programs, each, skipped,
     ACT: tl.constexpr, BY_COLUMNS: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -132,7 +134,7 @@ def _product(
         cut = _halves(total, PARTS)
         for i in tl.static_range(PARTS):
             n = column_block * BN + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
-            _end(cut[i], m, n, bias, stream, scale, hidden, before, activated, sums, out, M, N, row_block, each,
+            _end(cut[i], m, n, bias, stream, scale, offset, hidden, before, activated, sums, out, M, N, row_block, each,
                  skipped, ACT)  # fmt: skip
 
 
@@ -196,6 +198,7 @@ def multiply(
     act: str = "none",
     stream: Tensor | None = None,
     scale: Tensor | None = None,
+    offset: Tensor | None = None,
     hidden: Tensor | None = None,
     before: Tensor | None = None,
     activated: Tensor | None = None,
@@ -209,7 +212,7 @@ def multiply(
         bias: ``[N]``, added first. act: applied then, or "none".
         stream: ``[B, R, N]``, added last, where x has Q ≤ R rows of each of B sequences: to the last Q of each. ``out``
             has its shape, and its first R - Q rows are not written.
-        scale: factor of each row before that, ``[M]``.
+        scale: factor of each row before that, ``[M]``. offset: ``[N]``, added after the scale.
         hidden: gets the sum before the activation, ``[M, N]``.
         before: the argument of the activation, ``[M, N]``, if the product is the gradient of its result. ``out`` then
             gets the gradient of ``before``, ``activated`` the activation, ``[M, N]``, and ``sums`` those of ``out``'s
@@ -230,8 +233,8 @@ def multiply(
         _provide_scratch(x.device)
     programs = min(tiles, _processors(x.device) * (8 // form.warps))
     launch(
-        _product, programs, x, weight, bias, stream, scale, hidden, before, activated, sums, out, rows, columns, inner,
-        programs, each, skipped, ACT=act, BY_COLUMNS=by_columns, TMA=tma,
+        _product, programs, x, weight, bias, stream, scale, offset, hidden, before, activated, sums, out,
+        rows, columns, inner, programs, each, skipped, ACT=act, BY_COLUMNS=by_columns, TMA=tma,
         EVEN={key: inner % each.inner == 0 for key, each in forms.items()},
         BM={key: each.rows for key, each in forms.items()}, BN={key: each.columns for key, each in forms.items()},
         BK={key: each.inner for key, each in forms.items()}, GROUP=_GROUP,

@@ -165,10 +165,16 @@ def bias_gelu_backward(
 
 
 def linear_add(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor, scale: Tensor | None, backend: str | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stream: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    backend: str | None,
 ) -> Tensor:
     """Compute :func:`bt_kernels.linear_add` of ``x`` [B, Q, K] and ``stream`` [B, R, D]."""
-    return OPS["linear_add"].forward(x, weight, bias, stream, scale, backend)
+    return OPS["linear_add"].forward(x, weight, bias, stream, scale, offset, backend)
 
 
 def mlp(

@@ -211,11 +211,15 @@ def bias_gelu(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
     return y / (1 + (-inner).exp())
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor, scale: Tensor | None = None) -> Tensor:
+def linear_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stream: Tensor, scale: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Each row of a stream plus that of a linear layer, of which the first rows may have none."""
     rows = torch.einsum("bqk,dk->bqd", x, weight)
     rows = rows if bias is None else rows + bias
     rows = rows if scale is None else rows * scale[:, :, None]
+    rows = rows if offset is None else rows + offset
     first = stream.shape[1] - x.shape[1]
     return torch.cat([stream[:, :first], stream[:, first:] + rows], 1)
 

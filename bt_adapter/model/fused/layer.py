@@ -173,10 +173,10 @@ def _run_attentions(z: Tensor, parts: _Parts, keep: bool) -> tuple[Tensor, Tenso
     product, kernels = parts.layer.product, parts.layer.kernels
     n, *_ = normalize(z[:, 1:], parts.norm, product, kernels)
     adds = kernels is not None and kernels.products
-    if adds and parts.scales.temporal is None:
+    if adds:
         x, of_time = temporal.forward(n, *parts.temporal_call(), stream=z)
         n, *_ = normalize(x, parts.norm1, product, kernels)
-    else:  # the bias of ``fc`` is not scaled, which no product of bt_kernels does
+    else:
         update, of_time = temporal.forward(n, *parts.temporal_call())
         x, n = add_and_normalize(z, update, None, parts.norm1, product, kernels)
     if not keep:

@@ -46,7 +46,7 @@ def forward(
     if stream is None:
         return linear(attended.flatten(2), w.out_weight, w.out_bias), kept
     factors = None if scale is None else scale[:, :, 0]
-    return passes.linear_add(attended.flatten(2), w.out_weight, w.out_bias, stream, factors, backend), kept
+    return passes.linear_add(attended.flatten(2), w.out_weight, w.out_bias, stream, factors, None, backend), kept
 
 
 def backward(

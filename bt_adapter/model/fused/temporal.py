@@ -40,8 +40,8 @@ def forward(
         n: normalised state of the patch rows, ``[B, N, D]``.
         scale: scale s of each row, ``[B, N, 1]``; None: 1.
         visible: the visible tokens as arguments of the ops. backend: name of a forced backend, or None.
-        stream: state ``[B, 1+N, D]`` that the last product adds the update to, without a scale; the sum is then
-            returned in place of the update.
+        stream: state ``[B, 1+N, D]`` that the last product adds the update to; the sum is then returned in place of the
+            update.
     """
     qkv = linear(n, w.qkv_weight, w.qkv_bias)
     attended = _attend(qkv, heads, visible, backend)
@@ -50,7 +50,11 @@ def forward(
         if scale is None:
             bias = torch.addmv(w.fc_bias, w.fc_weight, w.out_bias)
             return _add_product(attended, joint, bias, stream, backend), (qkv, joint)
-        return linear(attended, joint, w.fc_weight @ w.out_bias).mul_(scale).add_(w.fc_bias), (qkv, joint)
+        bias = w.fc_weight @ w.out_bias
+        if stream is None:
+            return linear(attended, joint, bias).mul_(scale).add_(w.fc_bias), (qkv, joint)
+        summed = passes.linear_add(attended, joint, bias, stream, scale[:, :, 0], w.fc_bias, backend)
+        return summed, (qkv, joint)
     mixed = linear(attended, w.out_weight, w.out_bias)
     if scale is not None:
         mixed.mul_(scale)
@@ -94,7 +98,7 @@ def backward(
 def _add_product(x: Tensor, weight: Tensor, bias: Tensor, stream: Tensor | None, backend: str | None) -> Tensor:
     if stream is None:
         return linear(x, weight, bias)
-    return passes.linear_add(x, weight, bias, stream, None, backend)
+    return passes.linear_add(x, weight, bias, stream, None, None, backend)
 
 
 def is_joint_cheaper(n: Tensor) -> bool:

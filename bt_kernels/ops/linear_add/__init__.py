@@ -10,16 +10,16 @@ from bt_kernels.ops.linear_add import reference
 
 _OP = define_op(
     "linear_add",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor stream, Tensor? scale",
-    differentiable=("x", "weight", "bias", "stream"),
+    "Tensor x, Tensor weight, Tensor? bias, Tensor stream, Tensor? scale, Tensor? offset",
+    differentiable=("x", "weight", "bias", "stream", "offset"),
     kernels=(
         triton_kernel(f"{__name__}.triton", why_not=why_not_without_float64),
         Kernel("reference", reference.forward, reference.backward),
     ),
-    fake=lambda x, weight, bias, stream, scale: stream.new_empty(stream.shape),
+    fake=lambda x, weight, bias, stream, *_: stream.new_empty(stream.shape),
     autocast="lower",
-    autocast_skip=("bias", "stream", "scale"),
-    shape_only=("bias", "stream"),
+    autocast_skip=("bias", "stream", "scale", "offset"),
+    shape_only=("bias", "stream", "offset"),
     takes_visible=False,
 )
 
@@ -30,17 +30,18 @@ def linear_add(
     bias: Tensor | None,
     stream: Tensor,
     scale: Tensor | None = None,
+    offset: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Add a linear layer's result to a residual stream, in the product itself: the result alone is never written.
 
     Equivalent to (of a layer of all rows)::
 
-        stream + scale[:, :, None] * F.linear(x, weight, bias)
+        stream + scale[:, :, None] * F.linear(x, weight, bias) + offset
 
     The sums are float32 or wider and rounded once, to the dtype of ``stream``, which may differ from that of the
     product. Float32 operands are multiplied as torch's setting for its own products says (TF32 or not). Differentiable
-    in ``x``, ``weight``, ``bias`` and ``stream``. Under autocast the product takes autocast's dtype.
+    in ``x``, ``weight``, ``bias``, ``stream`` and ``offset``. Under autocast the product takes autocast's dtype.
 
     Args:
         x: ``[B, Q, K]``, any strides.
@@ -48,6 +49,7 @@ def linear_add(
         stream: ``[B, R, D]`` with Q ≤ R; the result is added to the last Q rows of each sequence (a layer may leave CLS
             alone). Not changed.
         scale: factor of each row of the result (stochastic depth), ``[B, Q]``, without a gradient; None: 1.
+        offset: ``[D]``, a bias that is not scaled; None: 0.
         backend: "reference" or "triton"; None chooses automatically.
 
     Returns:
@@ -63,7 +65,9 @@ def linear_add(
         check_tensor("bias", bias, "[D]", (weight.shape[0],), ("x", x))
     check_stream(stream, x, weight.shape[0])
     scale = check_scale(scale, x)
-    return _OP(x, weight, bias, stream, scale, backend)
+    if offset is not None:
+        check_tensor("offset", offset, "[D]", (weight.shape[0],), ("x", x))
+    return _OP(x, weight, bias, stream, scale, offset, backend)
 
 
 def check_stream(stream: Tensor, x: Tensor, width: int) -> None:
