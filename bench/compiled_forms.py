@@ -90,7 +90,7 @@ def launches(
         return torch.empty(*size, dtype=dtype, device="meta")
 
     inputs = variant.inputs(visible, heads, width, draw)
-    inputs |= {name: inputs[name].float() for name in variant.wide}
+    inputs |= {name: inputs[name].float() for name in variant.float32}
     op = OPS[variant.op]
     kernel = next(each for each in op.kernels if each.backend == "triton")
     arguments = flat_arguments(variant, inputs, visible.to("meta"), wanted=training)

@@ -91,7 +91,7 @@ def count(variant: Variant, case: str, visible: VisibleTokens) -> list[Row]:
     """Forward and backward of one op, with the gradients that training needs."""
     shape = Shape(1, visible.patches, visible.frames, visible.tokens, HEADS, WIDTH, DTYPE.itemsize)
     inputs = {
-        name: None if t is None else t.to(torch.float32 if name in variant.wide else DTYPE)
+        name: None if t is None else t.to(torch.float32 if name in variant.float32 else DTYPE)
         for name, t in variant.draw(visible, HEADS, WIDTH).items()
     }
     op = OPS[variant.op]

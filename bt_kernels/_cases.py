@@ -81,7 +81,7 @@ class Variant:
         work: returns the work of forward and backward on a regular grid.
         op: name of the registered op; empty: ``function``.
         options: arguments that are no tensors, by name.
-        wide: names of the inputs that a model keeps in float32 when the others have 16 bits.
+        float32: names of the inputs that a model keeps in float32 when the others have 16 bits.
         takes_visible: whether the function takes visible tokens. If not, they only give the number of rows.
         oldest: the oldest architecture that its Triton kernels run on (80 for sm_80).
     """
@@ -94,7 +94,7 @@ class Variant:
     work: Callable[[Shape], tuple[Work, Work]]
     op: str = ""
     options: dict[str, Any] = field(default_factory=dict, hash=False)
-    wide: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
     takes_visible: bool = True
     oldest: int = 80
 
@@ -135,7 +135,7 @@ def flat_arguments(variant: Variant, inputs: Inputs, visible: VisibleTokens, wan
     """Return ``inputs`` as the positional arguments of the registered op, without its backend."""
     values: dict = dict.fromkeys(("eps", "head_norm_eps", "target_norm_eps"), NORM_EPS)
     values |= inputs | variant.options
-    narrow = (t.dtype for name, t in inputs.items() if t is not None and name not in variant.wide)
+    narrow = (t.dtype for name, t in inputs.items() if t is not None and name not in variant.float32)
     values["dtype"] = next(narrow)  # of a result whose dtype is chosen, for the product that reads it
     index = visible.target_index if variant.function == "alignment_loss" else visible.index
     names = ("index", "frame_counts", "patches", "frames", "slots")

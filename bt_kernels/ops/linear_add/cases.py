@@ -55,6 +55,6 @@ VARIANTS = (
     Variant("linear_add", "", _inputs, _ALL, _ALL, _work, takes_visible=False),
     Variant(
         "linear_add", "-patches", _inputs_of_patches, _WITH_OFFSET, _WITH_OFFSET, _work_of_patches,
-        wide=("stream", "scale"), takes_visible=False,
+        float32=("stream", "scale"), takes_visible=False,
     ),
 )  # fmt: skip

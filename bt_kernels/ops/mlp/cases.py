@@ -69,6 +69,6 @@ VARIANTS = (
     ),
     Variant(
         "mlp", "-scale", _inputs_with_scale, ("x", *_WEIGHTS, "stream"), ("x", *_WEIGHTS, "stream"), _work_with_scale,
-        options={"act": "gelu_pytorch_tanh"}, wide=("stream", "scale"), takes_visible=False,
+        options={"act": "gelu_pytorch_tanh"}, float32=("stream", "scale"), takes_visible=False,
     ),
 )  # fmt: skip

@@ -61,6 +61,7 @@ VARIANTS = (
     ),
     Variant(
         "residual_norm", "-patches", _inputs_of_patches, ("x", "update", "weight", "bias"),
-        ("x", "update", "weight", "bias"), _work_of_patches, wide=("x", "scale", "weight", "bias"), takes_visible=False,
+        ("x", "update", "weight", "bias"), _work_of_patches, float32=("x", "scale", "weight", "bias"),
+        takes_visible=False,
     ),
 )  # fmt: skip

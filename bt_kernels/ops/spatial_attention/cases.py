@@ -21,5 +21,5 @@ def _work(s: Shape) -> tuple[Work, Work]:
 
 VARIANTS = (
     Variant("spatial_attention", "", _inputs, ("qkv",), ("qkv",), _work),
-    Variant("spatial_attention", "-weighted", _weighted_inputs, ("qkv",), ("qkv",), _work, wide=("frame_weight",)),
+    Variant("spatial_attention", "-weighted", _weighted_inputs, ("qkv",), ("qkv",), _work, float32=("frame_weight",)),
 )
