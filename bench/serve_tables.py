@@ -14,14 +14,15 @@ def _rows(part: str) -> list[dict[str, Any]]:
 
 def load() -> str:
     """Throughput and times of mixed requests by several clients."""
-    rows = _rows("load")
-    head = ["clients", "`--batch-size`", "requests", "requests/s", "median, s", "95 %, s", "first text, s",
-            "server's CPU, s a request"]  # fmt: skip
+    tokens = {"load": "12", "lengths": "8 to 200"}
+    rows = [row for part in tokens for row in _rows(part)]
+    head = ["tokens of an answer, at most", "clients", "`--batch-size`", "requests", "requests/s", "median, s",
+            "95 %, s", "first text, s", "server's CPU, s a request"]  # fmt: skip
     cells = [
         [
-            str(row["clients"]), str(row["batch_size"]), str(row["requests"]), f"{row['requests_per_s']:.2f}",
-            f"{row['p50_s']:.1f}", f"{row['p95_s']:.1f}", f"{row['first_text_p50_s']:.1f}",
-            f"{row['cpu_s_per_request']:.2f}",
+            tokens[row["part"]], str(row["clients"]), str(row["batch_size"]), str(row["requests"]),
+            f"{row['requests_per_s']:.2f}", f"{row['p50_s']:.2f}", f"{row['p95_s']:.2f}",
+            f"{row['first_text_p50_s']:.2f}", f"{row['cpu_s_per_request']:.2f}",
         ]
         for row in rows
     ]  # fmt: skip
@@ -36,8 +37,8 @@ def threads() -> str:
     words = {"PASSIVE": "passively", "ACTIVE": "busily"}
     cells = [
         [
-            str(row["threads"]), words[row["waiting"]], str(row["requests"]), f"{row['p50_s']:.1f}",
-            f"{row['longest_s']:.1f}", f"{row['cpu_s_per_request']:.2f}", f"{row['load_average']:.0f}",
+            str(row["threads"]), words[row["waiting"]], str(row["requests"]), f"{row['p50_s']:.2f}",
+            f"{row['longest_s']:.2f}", f"{row['cpu_s_per_request']:.2f}", f"{row['load_average']:.0f}",
         ]
         for row in _rows("threads")
     ]  # fmt: skip
