@@ -20,6 +20,7 @@ from bt_adapter.data.transforms import TrainTransform
 from bt_adapter.errors import CommandError
 from bt_adapter.pretrain.recipe import Recipe, from_yaml
 from bt_adapter.pretrain.run import choose_temperature, pretrain, start_model
+from bt_adapter.towers.config import TowerConfig
 from bt_adapter.towers.text import load_clip
 
 needs_mini = pytest.mark.skipif(bool(mini_is_there()), reason=str(mini_is_there()))
@@ -194,3 +195,26 @@ def test_the_run_uses_the_rates(listed, tmp_path):
     found = BTAdapterVisionModel.from_pretrained(folder, clip=clip).branch.state_dict()
     moved = {name for name in found if (found[name] - begin[name]).abs().max() > 1e-6}
     assert moved == {"merge_gate", "output_gate"}
+
+
+@needs_mini
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"products": "bt_kernels"}, "products='bt_kernels' needs the tower on a GPU"),
+        ({"tower_attention": "flash-attn"}, "attention='flash-attn' needs the tower on a CUDA device"),
+        ({"tower_graphs": True}, "graphs needs the tower on a CUDA device"),
+    ],
+)
+def test_what_only_a_gpu_runs_is_refused_on_a_cpu(option, reason, tmp_path):
+    asked = recipe(data="synthetic", steps=1, out=tmp_path / "out", **option)
+    with pytest.raises(CommandError, match=f"--tower-graphs.* or --products: {reason}"):
+        pretrain(asked)
+
+
+def test_the_branch_computes_with_the_products_that_are_asked_for():
+    model = BTAdapterVisionModel(TowerConfig(32, 64, 3, 2, 16, 4, 24), BTAdapterConfig(depth=1))
+    model.products = "bt_kernels"
+    assert model.branch.config.products == "bt_kernels" and "products" not in model.config.to_dict()
+    with pytest.raises(ValueError, match="products must be 'torch' or 'bt_kernels'"):
+        model.products = "cublas"

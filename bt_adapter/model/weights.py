@@ -87,6 +87,15 @@ class TowerWithBranch(nn.Module):
         self.branch.config = replace(self.branch.config, recompute=policy)
 
     @property
+    def products(self) -> str:
+        """Library of the branch's products: see :class:`BTAdapterConfig`. It can be set at any time."""
+        return self.branch.config.products
+
+    @products.setter
+    def products(self, library: str) -> None:
+        self.branch.config = replace(self.branch.config, products=library)
+
+    @property
     def trained_steps(self) -> int | None:
         """Number of time steps of the branch's training: see :class:`BTAdapterConfig`. It can be set at any time."""
         return self.branch.config.trained_steps

@@ -226,6 +226,11 @@ class PretrainRun(RunOptions):
     """Run the tower as CUDA graphs."""
     tower_fp8: bool = False
     """Compute the tower's products in 8 bits."""
+    tower_attention: Literal["sdpa", "flash-attn", "xformers"] = "sdpa"
+    """Library of the tower's attention; sdpa is torch's, the others need a GPU."""
+    products: Literal["torch", "bt_kernels"] = "torch"
+    """Library of the products in tower and branch that can activate, or add onto the residual stream, before they
+    write: bt_kernels moves less memory on a GPU. Whether it is faster has not been measured."""
 
 
 @dataclass(frozen=True)

@@ -175,11 +175,16 @@ class Run(TrainingRun):
             raise CommandError(f"--lr-gates is {recipe.lr_gates}, but the branch has no gates: leave it out")
         self.text.to(device)
         self.model.to(device).train()
-        self.model.recompute = recipe.recompute
+        self.model.recompute, self.model.products = recipe.recompute, recipe.products
         tower_dtype = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
-        self.model.tower.optimize(
-            tower_dtype, recipe.tower_chunk, recipe.tower_compile, recipe.tower_graphs, recipe.tower_fp8
-        )
+        try:
+            self.model.tower.optimize(
+                tower_dtype, recipe.tower_chunk, recipe.tower_compile, recipe.tower_graphs, recipe.tower_fp8,
+                recipe.tower_attention, recipe.products,
+            )  # fmt: skip
+        except ValueError as error:
+            given = "--tower-chunk, --tower-compile, --tower-graphs, --tower-fp8, --tower-attention or --products"
+            raise CommandError(f"the tower cannot run with the given {given}: {error}") from error
         self.module: nn.Module = wrap(Pretraining(self.model, recipe), recipe, device, self.processes.group is not None)
         groups = self.model.parameter_groups(recipe.lr, recipe.weight_decay, recipe.lr_temporal, recipe.lr_gates)
         self._make_optimizer(self.model.branch, groups)
