@@ -160,8 +160,9 @@ def test_inductor_runs_a_branch_layer():
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
 @BY_NAME
 def test_autocast(variant, mixed, lower):
-    """Attention runs in autocast's dtype, as matrix products do, other ops on tokens of videos in the widest of their
-    inputs' dtypes, and the rest in that of the first input, as elementwise operators do."""
+    """Attention and the MLP run in autocast's dtype, as matrix products do, unless they add onto a stream, which keeps
+    its own; other ops on tokens of videos run in the widest of their inputs' dtypes, and the rest in that of the first
+    input, as elementwise operators do."""
     visible = FORM["padded"].build()
     inputs = learning(variant, visible)
     given = dict(inputs)
@@ -170,7 +171,11 @@ def test_autocast(variant, mixed, lower):
         given[first] = inputs[first].to(lower)
     with torch.autocast("cpu", lower):
         out = call(variant, given, visible, None)
-    assert out.dtype == (lower if "attention" in variant.op or not variant.takes_visible and mixed else torch.float32)
+    if variant.op in ("mlp", "linear_add"):
+        expected = lower if given.get("stream") is None else given["stream"].dtype
+    else:
+        expected = lower if "attention" in variant.op or not variant.takes_visible and mixed else torch.float32
+    assert out.dtype == expected
     upstream = torch.randn(out.shape, generator=seeded(4)).to(out.dtype)
     found = torch.autograd.grad(out, [inputs[name] for name in variant.differentiable], upstream)
     for name, gradient in zip(variant.differentiable, found, strict=True):
