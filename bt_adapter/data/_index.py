@@ -161,9 +161,9 @@ def scan(source: Source) -> Index:
         try:
             for packet in container.demux(*streams):
                 source.check()
-                table = tables[packet.stream_index]
+                table = tables[packet.stream.index]  # the packet that ends a stream has stream_index 0
                 if packet.size:
-                    table.add(packet, codecs[packet.stream_index])
+                    table.add(packet, codecs[packet.stream.index])
                 elif packet.dts is not None or packet.pts is not None:
                     table.empty += 1
         except FFmpegError:
