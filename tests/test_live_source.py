@@ -8,6 +8,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+import video_files
 from live_streams import PICTURES, RATE, number_of, picture, shade, streaming, transport_stream
 from rtsp_server import camera
 
@@ -224,6 +225,16 @@ def test_a_file_as_fast_as_possible_loses_no_frame(tmp_path):
     assert source.counts.dropped == 0
     with pytest.raises(ValueError, match="only once"):
         list(source)
+
+
+@pytest.mark.parametrize("sound_first", [False, True])
+def test_a_file_with_sound_is_read_to_its_last_frame(tmp_path, sound_first):
+    """The packet that ends a stream says stream 0, whichever it ends; the last frames are those that were held back."""
+    path = tmp_path / "sound.mp4"
+    video_files.mux(path, video_files.numbered(16), range(0, 1600, 100), audio=0.5, sound_first=sound_first)
+    with LiveSource(path, pace=False, buffer=16) as source:
+        found = torch.stack([frame.pixels for frame in source])
+    assert video_files.numbers(found) == list(range(16))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
+import video_files
 from odd_videos import clip, mux, number, picture
 
 from bt_adapter.data import VideoError, read_video, write_video
@@ -156,16 +157,9 @@ def test_a_song_with_a_cover_is_no_video():
 def test_a_video_behind_its_sound_is_read(tmp_path, suffix, sound, codec):
     """The packet that ends a stream says stream 0, which is then the sound."""
     path = tmp_path / f"sound-first.{suffix}"
-    with av.open(str(path), "w") as container:
-        audio, video = container.add_stream(sound, rate=48000), container.add_stream(codec, rate=8)
-        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        for _ in range(8):
-            container.mux(video.encode(av.VideoFrame(64, 48, "yuv420p")))
-        heard = av.AudioFrame(format="s16", layout="stereo", samples=960)
-        heard.sample_rate = 48000
-        container.mux(audio.encode(heard))
-        container.mux(audio.encode(None))
-        container.mux(video.encode(None))
+    video_files.mux(
+        path, video_files.numbered(8), range(0, 800, 100), codec, audio=0.5, sound_codec=sound, sound_first=True
+    )
     with av.open(str(path)) as container:
         assert [stream.type for stream in container.streams] == ["audio", "video"]
-    assert len(read_video(path, 8).frames) == 8
+    assert video_files.numbers(read_video(path, 8).frames) == list(range(8))

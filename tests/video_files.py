@@ -43,15 +43,20 @@ def numbers(frames: torch.Tensor) -> list[int]:
     return result
 
 
-def mux(path, frames, pts, codec="libx264", time_base=Fraction(1, 1000), options=None, rotation=None, audio=None):
-    """Write frames at times of our choice, in units of time_base."""
+def mux(
+    path, frames, pts, codec="libx264", time_base=Fraction(1, 1000), options=None, rotation=None, audio=None,
+    sound_codec="aac", sound_first=False,
+):  # fmt: skip
+    """Write frames at times of our choice, in units of time_base. audio: seconds of sound."""
     with av.open(str(path), "w") as container:
+        sound = container.add_stream(sound_codec, rate=16000, layout="mono") if sound_first else None
         stream = container.add_stream(codec, rate=25, options=options or {})
         stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "yuv420p"
         stream.codec_context.time_base = time_base
         if rotation is not None:
             stream.set_display_rotation(rotation)
-        sound = container.add_stream("aac", rate=16000, layout="mono") if audio else None
+        if audio and not sound_first:
+            sound = container.add_stream(sound_codec, rate=16000, layout="mono")
         for frame, time in zip(frames, pts, strict=True):
             picture = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
             picture.pts, picture.time_base = int(time), time_base

@@ -126,7 +126,7 @@ class Connection:
         alive(read_timeout)
         for packet in container.demux():  # all streams, so that a silent one among others is noticed
             decoded: list[av.VideoFrame] = []
-            if packet.stream_index == number:
+            if packet.stream.index == number:  # its stream_index is 0 in the packet that ends a stream
                 try:
                     decoded = stream.decode(packet)
                 except av.error.InvalidDataError:
