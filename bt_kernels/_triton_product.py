@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -205,7 +206,9 @@ def multiply(
     sums: Tensor | None = None,
     by_columns: bool = False,
 ) -> None:
-    """Write to ``out`` the product of x ``[M, K]`` and ``weight``, finished tile by tile. All tensors are contiguous.
+    """Write to ``out`` the product of x ``[M, K]`` and ``weight``, finished tile by tile.
+
+    x and what is written are contiguous, and so is ``before``; the others may have any strides.
 
     Args:
         weight: ``[N, K]``, of which the rows are multiplied; with ``by_columns`` ``[K, N]``.
@@ -220,28 +223,37 @@ def multiply(
     """
     rows, inner = x.shape
     columns = out.shape[-1]
-    forms = _forms(x.dtype)
-    form = for_architecture(forms, architecture(x.device))
+    weight = weight.contiguous()
+    bias, stream, scale, offset = (None if t is None else t.contiguous() for t in (bias, stream, scale, offset))
+    form = _form(x)
     tiles = triton.cdiv(rows, form.rows) * triton.cdiv(columns, form.columns)
     each, skipped = max(rows, 1), 0
     if stream is not None and rows:
         each = rows // stream.shape[0]
         skipped = stream.shape[1] - each
     aligned = _is_aligned(x, inner) and _is_aligned(weight, columns if by_columns else inner)
-    tma = {key: key in _DESCRIPTORS and aligned for key in forms}
-    if for_architecture(tma, architecture(x.device)) and x.device.type == "cuda":
+    constants = _plan(x.dtype, inner, aligned)
+    if x.device.type == "cuda" and for_architecture(constants["TMA"], architecture(x.device)):
         _provide_scratch(x.device)
     programs = min(tiles, _processors(x.device) * (8 // form.warps))
     launch(
         _product, programs, x, weight, bias, stream, scale, offset, hidden, before, activated, sums, out,
-        rows, columns, inner, programs, each, skipped, ACT=act, BY_COLUMNS=by_columns, TMA=tma,
-        EVEN={key: inner % each.inner == 0 for key, each in forms.items()},
-        BM={key: each.rows for key, each in forms.items()}, BN={key: each.columns for key, each in forms.items()},
-        BK={key: each.inner for key, each in forms.items()}, GROUP=_GROUP,
-        PARTS={key: each.parts for key, each in forms.items()},
-        STAGES={key: each.stages for key, each in forms.items()}, PRECISION=_precision(x.dtype),
-        warps={key: each.warps for key, each in forms.items()}, warps_per_sm=8,
+        rows, columns, inner, programs, each, skipped, ACT=act, BY_COLUMNS=by_columns, PRECISION=_precision(x.dtype),
+        **constants, warps_per_sm=8,
     )  # fmt: skip
+
+
+@cache
+def _plan(dtype: torch.dtype, inner: int, aligned: bool) -> dict[str, Any]:
+    """Return what of a launch depends on the form of its tiles, by architecture."""
+    forms = _forms(dtype)
+    sizes = {"BM": "rows", "BN": "columns", "BK": "inner", "PARTS": "parts", "STAGES": "stages", "warps": "warps"}
+    return {
+        **{name: {key: getattr(form, size) for key, form in forms.items()} for name, size in sizes.items()},
+        "TMA": {key: key in _DESCRIPTORS and aligned for key in forms},
+        "EVEN": {key: inner % form.inner == 0 for key, form in forms.items()},
+        "GROUP": _GROUP,
+    }
 
 
 def _is_aligned(tensor: Tensor, row: int) -> bool:

@@ -27,8 +27,6 @@ _RESTARTING_CONTAINERS = ("mpegts", "mpeg")
 # FFmpeg's frame rate for raw streams, which store no times.
 _UNKNOWN_FPS = 25.0
 
-Span = tuple[float, float]  # seconds from the start of the file, half-open
-
 
 @dataclass
 class _Packets:

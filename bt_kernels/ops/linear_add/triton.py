@@ -14,8 +14,5 @@ def forward(x, weight, bias, stream, scale, offset=None) -> Tensor:
     first = stream.shape[1] - x.shape[1]
     if first:
         out[:, :first] = stream[:, :first]
-    multiply(
-        flat(x), weight.contiguous(), out, bias=None if bias is None else bias.contiguous(), stream=stream.contiguous(),
-        scale=None if scale is None else scale.contiguous(), offset=None if offset is None else offset.contiguous(),
-    )  # fmt: skip
+    multiply(flat(x), weight, out, bias=bias, stream=stream, scale=scale, offset=offset)
     return out

@@ -11,16 +11,12 @@ from bt_kernels.ops.mlp import reference
 def forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, stream, scale, act, keep) -> tuple[Tensor, Tensor]:
     activated = x.new_empty(*x.shape[:-1], fc1_weight.shape[0])
     hidden = torch.empty_like(activated) if keep else None
-    bias = None if fc1_bias is None else fc1_bias.contiguous()
-    multiply(flat(x), fc1_weight.contiguous(), activated, bias=bias, act=act, hidden=hidden)
+    multiply(flat(x), fc1_weight, activated, bias=fc1_bias, act=act, hidden=hidden)
     kept = x.new_empty(0) if hidden is None else hidden
     if stream is not None:
         return linear_add(activated, fc2_weight, fc2_bias, stream, scale), kept
     out = x.new_empty(*x.shape[:-1], fc2_weight.shape[0])
-    multiply(
-        flat(activated), fc2_weight.contiguous(), out, bias=None if fc2_bias is None else fc2_bias.contiguous(),
-        scale=None if scale is None else scale.contiguous(),
-    )  # fmt: skip
+    multiply(flat(activated), fc2_weight, out, bias=fc2_bias, scale=scale)
     return out, kept
 
 
@@ -28,10 +24,7 @@ def hidden_grad(grad, fc2_weight, hidden, act) -> tuple[Tensor, Tensor, Tensor]:
     rows, hidden = flat(grad), hidden.contiguous()
     grad_hidden, activated = torch.empty_like(hidden), torch.empty_like(hidden)
     sums = hidden.new_empty(row_blocks(rows), hidden.shape[-1], dtype=torch.float32)
-    multiply(
-        rows, fc2_weight.contiguous(), grad_hidden, act=act, before=hidden, activated=activated, sums=sums,
-        by_columns=True,
-    )  # fmt: skip
+    multiply(rows, fc2_weight, grad_hidden, act=act, before=hidden, activated=activated, sums=sums, by_columns=True)
     return grad_hidden, activated, sums.sum(0)
 
 
