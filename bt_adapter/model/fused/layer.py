@@ -15,6 +15,7 @@ with a weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -170,24 +171,30 @@ def _run_attentions(z: Tensor, parts: _Parts, keep: bool) -> tuple[Tensor, Tenso
         The normalised input of the MLP, the state before that norm, and the tensors that backward needs: two of the
         temporal update, the state between the two updates, four of the spatial update; none if ``keep`` is False.
     """
-    product, kernels = parts.layer.product, parts.layer.kernels
-    n, *_ = normalize(z[:, 1:], parts.norm, product, kernels)
-    adds = kernels is not None and kernels.products
-    if adds:
-        x, of_time = temporal.forward(n, *parts.temporal_call(), stream=z)
-        n, *_ = normalize(x, parts.norm1, product, kernels)
-    else:
-        update, of_time = temporal.forward(n, *parts.temporal_call())
-        x, n = add_and_normalize(z, update, None, parts.norm1, product, kernels)
+    n, *_ = normalize(z[:, 1:], parts.norm, parts.layer.product, parts.layer.kernels)
+    x, n, of_time = _add_attention(temporal.forward, n, parts.temporal_call(), z, None, parts.norm1, parts.layer)
     if not keep:
         of_time = ()
-    if adds:
-        y, of_space = spatial.forward(n, *parts.spatial_call(), stream=x, scale=parts.scales.spatial)
-        n, *_ = normalize(y, parts.norm2, product, kernels)
-    else:
-        update, of_space = spatial.forward(n, *parts.spatial_call())
-        y, n = add_and_normalize(x, update, parts.scales.spatial, parts.norm2, product, kernels)
+    scale = parts.scales.spatial
+    y, n, of_space = _add_attention(spatial.forward, n, parts.spatial_call(), x, scale, parts.norm2, parts.layer)
     return n, y, (*of_time, x, *of_space) if keep else ()
+
+
+def _add_attention(
+    forward: Callable, n: Tensor, call: tuple, stream: Tensor, scale: Tensor | None, norm: Norm, layer: Layer
+) -> tuple[Tensor, Tensor, tuple]:
+    """Add an attention's scaled update to the stream, inside its last product where ``layer.kernels`` have that.
+
+    Returns:
+        The sum, its LayerNorm, and the tensors that the attention's backward needs.
+    """
+    if layer.kernels is None or not layer.kernels.products:
+        update, kept = forward(n, *call)
+        return *add_and_normalize(stream, update, scale, norm, layer.product, layer.kernels), kept
+    scaled = {} if scale is None else {"scale": scale}
+    x, kept = forward(n, *call, stream=stream, **scaled)
+    n, *_ = normalize(x, norm, layer.product, layer.kernels)
+    return x, n, kept
 
 
 class _Layer(torch.autograd.Function):
