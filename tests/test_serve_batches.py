@@ -199,18 +199,23 @@ def test_files_and_downloads_are_limited_together(server, monkeypatch):
     assert service.held.size == 0
 
 
-def test_a_client_that_goes_ends_its_answer(server, monkeypatch):
-    url, service = server
+@pytest.fixture
+def held(monkeypatch):
+    """An event that is set when an answer has come to its fifth token, where it is held until it is cancelled."""
     put, held = Row.put, threading.Event()
 
     def put_and_hold(row, token):
-        """Hold an answer at its fifth token until it is cancelled, so that no machine ends it before."""
         if row.tokens == 4:
             held.set()
             row.cancelled.wait(60)
         put(row, token)
 
     monkeypatch.setattr(Row, "put", put_and_hold)
+    return held
+
+
+def test_a_client_that_goes_ends_its_answer(server, held):
+    url, service = server
     generated, cancelled = service.metrics.answer_tokens._value, service.metrics.cancelled._value
     begin, gone = generated.get(), cancelled.get()
     body = {"model": "mini", "messages": LONG, "max_tokens": 2000}
@@ -246,17 +251,7 @@ def test_an_error_of_the_model_is_told_to_clients(server, monkeypatch):
         list(ask(LONG, stream=True))
 
 
-def test_a_server_that_stops_ends_its_answers_with_an_error(monkeypatch):
-    put, begun = Row.put, threading.Event()
-
-    def put_and_hold(row, token):
-        if row.tokens == 4:
-            begun.set()
-            row.cancelled.wait(60)
-        put(row, token)
-
-    monkeypatch.setattr(Row, "put", put_and_hold)
-
+def test_a_server_that_stops_ends_its_answers_with_an_error(held):
     def listen(url, stream):
         body = {"model": "mini", "messages": LONG, "max_tokens": 2000, "stream": stream}
         return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
@@ -264,7 +259,7 @@ def test_a_server_that_stops_ends_its_answers_with_an_error(monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         with serving(mini()) as (url, _):
             heard = [pool.submit(listen, url, stream) for stream in (True, False)]
-            assert begun.wait(60)
+            assert held.wait(60)
         streamed, whole = (one.result(60) for one in heard)
     assert streamed.text.rstrip().endswith('"code":"stopping"}}') and "[DONE]" not in streamed.text
     assert '"finish_reason":"' not in streamed.text
