@@ -1,6 +1,6 @@
 // The passes over rows of alignment_loss on the CPU; torch computes the matrix products between them.
-//   gather_norm: LayerNorm of the tower's token at each place; rows of place -1 become zeros and are not read.
-//   cosine: a = LayerNorm(y), loss = 2 - 2 cos(a, b); gradients in y and, summed over rows, in bias, gain and shift.
+//   gather_norm: LayerNorm of the tower's token at the place of each row of the branch; rows without one become zeros.
+//   cosine: a = LayerNorm(y), loss = sum of 2 - 2 cos(a, b); gradients in y and, summed over rows, in bias, gain and shift.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -76,15 +76,36 @@ BT_TARGET_CLONES double cosine(const double* y, const double* b, const double* g
   return cosine_row(y, b, gain, shift, n, eps, a, grad_y, sums);
 }
 
-// target [B, T, 1+P, D], places [B*(1+N)]; takes entries [first, first + count) of places.
-Tensor gather_norm(const Tensor& target_in, const Tensor& places_in, int64_t first, int64_t count, const Tensor& weight,
+// The places p*T + t of the rows of the branch, B*(1+N); those of index [B, N], and -1 of a video's first row, CLS.
+class Places {
+ public:
+  explicit Places(const Tensor& index) : index_(index.const_data_ptr<int64_t>()), rows_(1 + index.size(1)) {}
+  int64_t video(int64_t row) const { return row / rows_; }
+  int64_t operator[](int64_t row) const {
+    const int64_t token = row % rows_;
+    return token ? index_[video(row) * (rows_ - 1) + token - 1] : -1;
+  }
+
+ private:
+  const int64_t* index_;
+  int64_t rows_;
+};
+
+void check_rows(const Tensor& index, int64_t first, int64_t count) {
+  STD_TORCH_CHECK(index.is_contiguous(), "alignment_loss: index must be contiguous");
+  STD_TORCH_CHECK(first >= 0 && first + count <= index.size(0) * (1 + index.size(1)),
+                  "alignment_loss: rows past the end of the branch");
+}
+
+// target [B, T, 1+P, D], index [B, N]; rows [first, first + count) of the branch.
+Tensor gather_norm(const Tensor& target_in, const Tensor& index, int64_t first, int64_t count, const Tensor& weight,
                    const Tensor& bias, double eps) {
   const char* op = "alignment_loss";
-  const Tensor target = adjacent_rows(target_in), places = torch::stable::contiguous(places_in);
+  const Tensor target = adjacent_rows(target_in);
   const int64_t frames = target.size(1), patches = target.size(2) - 1, width = target.size(3);
-  STD_TORCH_CHECK(first >= 0 && first + count <= places.size(0), op, ": rows past the end of places");
-  const int64_t rows = target.size(0) ? places.size(0) / target.size(0) : 1;
-  const int64_t* place = places.const_data_ptr<int64_t>();
+  check_rows(index, first, count);
+  STD_TORCH_CHECK(index.size(0) == target.size(0), op, ": index and target must have the same batch size");
+  const Places place(index);
   for (int64_t i = first; i < first + count; ++i) {
     STD_TORCH_CHECK(place[i] < frames * patches, op, ": index holds ", place[i], ", expected -1 or a value below P*T = ",
                     frames * patches);
@@ -104,7 +125,7 @@ Tensor gather_norm(const Tensor& target_in, const Tensor& places_in, int64_t fir
           std::fill_n(to + i * width, width, A(0));
           continue;
         }
-        const T* x = from + (first + i) / rows * target.stride(0) + at % frames * target.stride(1) +
+        const T* x = from + place.video(first + i) * target.stride(0) + at % frames * target.stride(1) +
                      (1 + at / frames) * target.stride(2);
         norm(x, w, b, width, static_cast<A>(eps), to + i * width);
       }
@@ -113,50 +134,56 @@ Tensor gather_norm(const Tensor& target_in, const Tensor& places_in, int64_t fir
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> cosine_rows(const Tensor& y_in, const Tensor& b_in, const Tensor& places_in,
-                                               const Tensor& gain, const Tensor& shift, double eps, bool grads) {
+// y and b [count, F] of rows [first, first + count). Returns the sum of the losses, and with grads the gradients in y
+// [count, F] and, summed over the rows, in bias, gain and shift [3, F].
+std::tuple<Tensor, Tensor, Tensor> cosine_rows(const Tensor& y_in, const Tensor& b_in, const Tensor& index,
+                                               int64_t first, const Tensor& gain, const Tensor& shift, double eps,
+                                               bool grads) {
   const char* op = "alignment_loss";
   const Tensor y = torch::stable::contiguous(y_in), b = torch::stable::contiguous(b_in);
-  const Tensor places = torch::stable::contiguous(places_in);
   const int64_t count = y.size(0), width = y.size(1), parts = (count + kRows - 1) / kRows;
-  Tensor losses = empty_like_shape(y, {count});
+  check_rows(index, first, count);
+  const Places place(index);
+  Tensor loss = empty_like_shape(y, {});
   Tensor grad_y = grads ? empty_like_shape(y, {count, width}) : empty_like_shape(y, {0});
   Tensor sums = grads ? empty_like_shape(y, {3, width}) : empty_like_shape(y, {0});
-  Tensor scratch = empty_like_shape(y, {parts, 4, width});  // for each part: three sums and one row
-  const int64_t* place = places.const_data_ptr<int64_t>();
+  const int64_t each = 4 * width + 1;  // of a part: three sums, one row and the loss
+  Tensor scratch = empty_like_shape(y, {parts, each});
   dispatch_float(y.scalar_type(), op, [&](auto zero) {
     using A = decltype(zero);
     if constexpr (std::is_same_v<A, float> || std::is_same_v<A, double>) {
       const A *from = y.const_data_ptr<A>(), *other = b.const_data_ptr<A>();
       const A *w = gain.const_data_ptr<A>(), *s = shift.const_data_ptr<A>();
-      A *loss = losses.mutable_data_ptr<A>(), *partial = scratch.mutable_data_ptr<A>();
+      A* partial = scratch.mutable_data_ptr<A>();
       A* to = grads ? grad_y.mutable_data_ptr<A>() : nullptr;
       torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
         for (int64_t part = begin; part < end; ++part) {
-          A *sum = partial + part * 4 * width, *row = sum + 3 * width;
-          std::fill_n(sum, 3 * width, A(0));
+          A *sum = partial + part * each, *row = sum + 3 * width, *lost = row + width;
+          std::fill_n(sum, each, A(0));
           for (int64_t i = part * kRows; i < std::min(count, (part + 1) * kRows); ++i) {
-            if (place[i] < 0) {
-              loss[i] = 0;
-              if (to) std::fill_n(to + i * width, width, A(0));
-              continue;
+            if (place[first + i] >= 0) {
+              *lost += cosine(from + i * width, other + i * width, w, s, width, static_cast<A>(eps), row,
+                              to ? to + i * width : nullptr, sum);
+            } else if (to) {
+              std::fill_n(to + i * width, width, A(0));
             }
-            loss[i] = cosine(from + i * width, other + i * width, w, s, width, static_cast<A>(eps), row,
-                             to ? to + i * width : nullptr, sum);
           }
         }
       });
+      double total = 0;
+      for (int64_t part = 0; part < parts; ++part) total += partial[(part + 1) * each - 1];
+      *loss.mutable_data_ptr<A>() = static_cast<A>(total);
       if (!grads) return;
-      A* total = sums.mutable_data_ptr<A>();
-      std::fill_n(total, 3 * width, A(0));
+      A* to_sums = sums.mutable_data_ptr<A>();
+      std::fill_n(to_sums, 3 * width, A(0));
       for (int64_t part = 0; part < parts; ++part) {
-        for (int64_t i = 0; i < 3 * width; ++i) total[i] += partial[part * 4 * width + i];
+        for (int64_t i = 0; i < 3 * width; ++i) to_sums[i] += partial[part * each + i];
       }
     } else {
       STD_TORCH_CHECK(false, op, ": y must be float32 or float64");
     }
   });
-  return {losses, grad_y, sums};
+  return {loss, grad_y, sums};
 }
 
 }  // namespace
@@ -164,11 +191,11 @@ std::tuple<Tensor, Tensor, Tensor> cosine_rows(const Tensor& y_in, const Tensor&
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bt_kernels_native, m) {
   m.def(
-      "alignment_gather_norm(Tensor target, Tensor places, int first, int count, Tensor weight, Tensor bias, "
+      "alignment_gather_norm(Tensor target, Tensor index, int first, int count, Tensor weight, Tensor bias, "
       "float eps) -> Tensor");
   m.def(
-      "alignment_cosine(Tensor y, Tensor b, Tensor places, Tensor gain, Tensor shift, float eps, bool grads) -> "
-      "(Tensor, Tensor, Tensor)");
+      "alignment_cosine(Tensor y, Tensor b, Tensor index, int first, Tensor gain, Tensor shift, float eps, bool grads) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bt_kernels_native, CPU, m) {

@@ -17,12 +17,11 @@ _HEAD = ("branch", "head_weight", "head_bias", "head_norm_weight", "head_norm_bi
 def _fake(branch, target, head_weight, *rest):
     wanted = rest[-1]
     acc = torch.promote_types(branch.dtype, torch.float32)
-    shared = head_weight.shape[:1]
-    sizes = (branch.shape, head_weight.shape, shared, shared, shared)
-    dtypes = (branch.dtype, acc, acc, acc, acc)
+    sizes = (branch.shape, head_weight.shape, (3, head_weight.shape[0]))
+    stored, dtypes = (*wanted[:2], any(wanted[2:])), (branch.dtype, acc, acc)
     grads = [
-        branch.new_empty(size if want else (0,), dtype=dtype)
-        for size, dtype, want in zip(sizes, dtypes, wanted, strict=True)
+        branch.new_empty(size if each else (0,), dtype=dtype)
+        for size, dtype, each in zip(sizes, dtypes, stored, strict=True)
     ]
     return branch.new_empty(()), *grads
 
@@ -43,7 +42,7 @@ _OP = define_op(
     fake=_fake,
     extra=", float head_norm_eps, float target_norm_eps, ScalarType? product, bool[5] wanted",
     autocast_skip=("target",),
-    saved=tuple(f"sum_grad_{name}" for name in _HEAD),
+    saved=("sum_grad_branch", "sum_grad_head_weight", "sum_grad_head_vectors"),  # the vectors: [3, F]
     shape_only=("branch", "target"),  # of which the backward reads the dtype of the one and nothing of the other
 )
 
@@ -119,15 +118,20 @@ def alignment_loss(
     check_tensor("target_projection", target_projection, "[F, D]", (shared, width), like)
     if target_projection_bias is not None:
         check_tensor("target_projection_bias", target_projection_bias, "[F]", (shared,), like)
-        target_projection_bias = target_projection_bias.detach()
+        target_projection_bias = _frozen(target_projection_bias)
     learning = (branch, head_weight, head_bias, head_norm_weight, head_norm_bias)
     wanted = [torch.is_grad_enabled() and each.requires_grad for each in learning]
     return _OP(
-        branch, target.detach(), head_weight, head_bias, head_norm_weight, head_norm_bias,
-        target_norm_weight.detach(), target_norm_bias.detach(), target_projection.detach(), target_projection_bias,
+        branch, _frozen(target), head_weight, head_bias, head_norm_weight, head_norm_bias,
+        _frozen(target_norm_weight), _frozen(target_norm_bias), _frozen(target_projection), target_projection_bias,
         *visible.as_arguments(visible.target_index), head_norm_eps, target_norm_eps,
         _product_dtype(branch), wanted, backend,
     )[0]  # fmt: skip
+
+
+def _frozen(tensor: Tensor) -> Tensor:
+    """Return the tensor as one that gets no gradient."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _product_dtype(branch: Tensor) -> torch.dtype | None:

@@ -4,12 +4,11 @@ torch computes the matrix products with the library of each device. A backend pr
 rows, ``gather_norm`` and ``cosine``. Rows are those of ``branch`` [B·(1+N), D]: a video's CLS row counts as padding, so
 no row of the branch is copied.
 
-Legend: B, T, P, N, D; F width of the shared space, C rows of a chunk, M = B·(1+N).
+Legend: B, T, P, N, D; F width of the shared space.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,38 +24,25 @@ def chunk_rows(device: torch.device) -> int:
 
 
 class RowKernels(Protocol):
-    """The kernels of a backend. ``places`` [C] are p·T + t, or -1; rows of -1 are not read and become zeros."""
+    """The kernels of a backend, on ``count`` rows from ``first`` on.
+
+    Row i is token i % (1+N) of video i // (1+N). Its place p·T + t is that of ``index`` [B, N], in which a CLS row has
+    none. Rows whose place is -1, or that have none, are not read and become zeros.
+    """
 
     def gather_norm(
-        self,
-        target: Tensor,
-        places: Tensor,
-        first: int,
-        count: int,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
+        self, target: Tensor, index: Tensor, first: int, count: int, weight: Tensor, bias: Tensor, eps: float,
         dtype: torch.dtype,
-    ) -> Tensor:
-        """Apply LayerNorm to the tower's tokens at ``count`` of ``places`` [M] from ``first`` on: ``[count, D]`` in
-        ``dtype``."""
+    ) -> Tensor:  # fmt: skip
+        """Apply LayerNorm to the tower's tokens at the places of the rows: ``[count, D]`` in ``dtype``."""
 
     def cosine(
-        self, y: Tensor, b: Tensor, places: Tensor, gain: Tensor, shift: Tensor, eps: float, grads: bool,
+        self, y: Tensor, b: Tensor, index: Tensor, first: int, gain: Tensor, shift: Tensor, eps: float, grads: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Return 2 - 2·cos(a, b) of each row, ``[C]``, where a = LayerNorm(y); with ``grads`` also its gradient in y,
-        ``[C, F]`` in ``dtype``, and those of bias, gain and shift summed over the rows, ``[3, F]``."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """Tensors of the alignment head: the weight in the dtype of the products, the others in that of the sums."""
-
-    weight: Tensor
-    bias: Tensor
-    gain: Tensor
-    shift: Tensor
+        """Return the sum over the rows of 2 - 2·cos(a, b), ``[]``, where a = LayerNorm(y); with ``grads`` also its
+        gradient in y, ``[count, F]`` in ``dtype``, and those in bias, gain and shift, ``[3, F]``; else neither is
+        read."""
 
 
 def forward(
@@ -68,53 +54,54 @@ def forward(
     batch, tokens = index.shape
     dtype, width, shared = branch.dtype, branch.shape[2], head_weight.shape[0]
     acc, operand = torch.promote_types(dtype, torch.float32), _operand_dtype(branch, product)
-    head = Head(
-        head_weight.to(operand), *(t.to(acc).contiguous() for t in (head_bias, head_norm_weight, head_norm_bias))
-    )
-    norm_weight, norm_bias = (t.to(acc).contiguous() for t in (target_norm_weight, target_norm_bias))
-    projection = target_projection.to(operand)
+    weight, projection = head_weight.to(operand), target_projection.to(operand)
+    bias, gain, shift = _vector(head_bias, acc), _vector(head_norm_weight, acc), _vector(head_norm_bias, acc)
+    norm_weight, norm_bias = _vector(target_norm_weight, acc), _vector(target_norm_bias, acc)
     projection_bias = None if target_projection_bias is None else target_projection_bias.to(acc)
-    places = F.pad(index, (1, 0), value=-1).flatten()  # CLS precedes the rows of each video and is not compared
-    rows_in = branch.reshape(-1, width)
-    needs_grads = any(wanted)
-    chunk = chunk_rows(branch.device)
+    index, all_rows = index.contiguous(), branch.reshape(-1, width)
+    # Padding of a ragged batch may hold NaN, which a product would spread.
+    hidden = F.pad(index < 0, (1, 0), value=True).view(-1, 1) if slots is None else None
+    needs_grads, rows_at_once = any(wanted), chunk_rows(branch.device)
     losses, grad_rows, grad_weights, sums = [], [], [], []
-    for first in range(0, len(places), chunk):
-        part = places[first : first + chunk]
-        rows = rows_in[first : first + chunk].to(operand)
-        if slots is None:  # padding may hold NaN, which a product would spread
-            rows = rows.masked_fill(part[:, None] < 0, 0)
-        y = _product(rows, head.weight.T, acc, head.bias)
-        b = kernels.gather_norm(target, places, first, len(part), norm_weight, norm_bias, target_eps, operand)
+    for first in range(0, batch * (1 + tokens), rows_at_once):
+        rows = all_rows[first : first + rows_at_once].to(operand)
+        if hidden is not None:
+            rows = rows.masked_fill(hidden[first : first + rows_at_once], 0)
+        y = _product(rows, weight.T, acc, bias)
+        b = kernels.gather_norm(target, index, first, len(rows), norm_weight, norm_bias, target_eps, operand)
         b = _product(b, projection.T, acc, projection_bias)
-        of_rows, grad_y, row_sums = kernels.cosine(y, b, part, head.gain, head.shift, head_eps, needs_grads, operand)
-        losses.append(of_rows)
-        if needs_grads:
-            sums.append(row_sums)
+        loss, grad_y, row_sums = kernels.cosine(y, b, index, first, gain, shift, head_eps, needs_grads, operand)
+        losses.append(loss)
         if wanted[0]:
-            grad_rows.append(_product(grad_y, head.weight, acc).to(dtype))
+            grad_rows.append(_product(grad_y, weight, acc).to(dtype))
         if wanted[1]:
             grad_weights.append(_product(grad_y.T, rows, acc))
-    loss = (_join(losses, branch.new_empty(0, dtype=acc)).sum() / count_of(index, slots)).to(dtype)
-    grads = [
-        _join(grad_rows, branch.new_empty(0, width)).view(branch.shape) if wanted[0] else branch.new_empty(0),
-        _total(grad_weights, branch, shared, width) if wanted[1] else branch.new_empty(0, dtype=acc),
-    ]
-    of_head = _total(sums, branch, 3, shared).unbind(0)
-    grads += [each if want else each.new_empty(0) for each, want in zip(of_head, wanted[2:], strict=True)]
-    return loss, *(g.clone() if g.dim() == 1 else g for g in grads)
+        if any(wanted[2:]):
+            sums.append(row_sums)
+    return (
+        (_total(losses, branch, acc) / count_of(index, slots)).to(dtype),
+        _join(grad_rows, branch) if wanted[0] else branch.new_empty(0),
+        _total(grad_weights, branch, acc, shared, width) if wanted[1] else branch.new_empty(0, dtype=acc),
+        _total(sums, branch, acc, 3, shared) if any(wanted[2:]) else branch.new_empty(0, dtype=acc),
+    )
 
 
-def _join(parts: list[Tensor], empty: Tensor) -> Tensor:
-    """Return the rows of all chunks; ``empty`` if there are none."""
-    return parts[0] if len(parts) == 1 else torch.cat([empty, *parts])
+def _vector(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a vector as the kernels read it."""
+    return tensor.to(dtype).contiguous()
 
 
-def _total(parts: list[Tensor], like: Tensor, *size: int) -> Tensor:
-    """Add up the parts of all chunks; zeros of a size, in float32 or wider, if there are none."""
+def _join(parts: list[Tensor], branch: Tensor) -> Tensor:
+    """Return the rows of all chunks in the shape of ``branch``."""
+    rows = parts[0] if len(parts) == 1 else torch.cat([branch.new_empty(0, branch.shape[2]), *parts])
+    return rows.view(branch.shape)
+
+
+def _total(parts: list[Tensor], like: Tensor, dtype: torch.dtype, *size: int) -> Tensor:
+    """Add up the parts of all chunks; zeros of a size if there are none."""
     if len(parts) == 1:
         return parts[0]
-    total = like.new_zeros(size, dtype=torch.promote_types(like.dtype, torch.float32))
+    total = like.new_zeros(size, dtype=dtype)
     for part in parts:
         total += part
     return total

@@ -18,8 +18,7 @@ def scale_gradients(
     if any(need and not want for need, want in zip(needs, wanted, strict=True)):
         raise RuntimeError("alignment_loss: the backward needs a gradient that the forward was not told to compute")
     scale = grad.to(torch.promote_types(grad.dtype, torch.float32)) / count_of(index, slots)
-    needed = [i for i, need in enumerate(needs) if need]
-    grads: list[torch.Tensor | None] = [None] * len(needs)
-    for i, scaled in zip(needed, torch._foreach_mul([sums[i] for i in needed], scale), strict=True):  # one launch
-        grads[i] = scaled.to(branch.dtype)
-    return tuple(grads)
+    of_vectors = sums[2].unbind(0) if any(needs[2:]) else (None,) * 3
+    given = [each for each, need in zip((*sums[:2], *of_vectors), needs, strict=True) if need]
+    scaled = iter(torch._foreach_mul(given, scale))  # one launch
+    return tuple(next(scaled).to(branch.dtype) if need else None for need in needs)

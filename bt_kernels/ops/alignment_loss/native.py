@@ -7,15 +7,14 @@ from bt_kernels.ops.alignment_loss import chunks
 
 class _Rows:
     @staticmethod
-    def gather_norm(target, places, first, count, weight, bias, eps, dtype):
-        if torch.promote_types(target.dtype, torch.float32) != weight.dtype:
+    def gather_norm(target, index, first, count, weight, bias, eps, dtype):
+        if target.dtype != weight.dtype and torch.promote_types(target.dtype, torch.float32) != weight.dtype:
             target = target.to(weight.dtype)
-        return torch.ops.bt_kernels_native.alignment_gather_norm(target, places, first, count, weight, bias, eps)
+        return torch.ops.bt_kernels_native.alignment_gather_norm(target, index, first, count, weight, bias, eps)
 
     @staticmethod
-    def cosine(y, b, places, gain, shift, eps, grads, dtype):
-        losses, grad_y, sums = torch.ops.bt_kernels_native.alignment_cosine(y, b, places, gain, shift, eps, grads)
-        return losses, grad_y, sums
+    def cosine(y, b, index, first, gain, shift, eps, grads, dtype):
+        return torch.ops.bt_kernels_native.alignment_cosine(y, b, index, first, gain, shift, eps, grads)
 
 
 def forward(*args):

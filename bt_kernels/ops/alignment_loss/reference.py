@@ -28,7 +28,7 @@ def forward(
     cosine = (unit * b).sum(-1, keepdim=True)
     loss = ((2 - 2 * cosine) * real).sum().div(count_of(index, slots)).to(dtype)
     if not any(wanted):
-        return loss, *(branch.new_empty(0, dtype=dtype if i == 0 else acc) for i in range(5))
+        return loss, branch.new_empty(0), *(branch.new_empty(0, dtype=acc) for _ in range(2))
     # d(2 - 2·cos)/da = -2·(b̂ - cos·â)/|a|
     grad_a = (b - cosine * unit) / length * (-2.0 * real)
     grad_y, grad_gain, grad_shift = torch.ops.aten.native_layer_norm_backward(
@@ -38,11 +38,10 @@ def forward(
     grads = (
         torch.cat([torch.zeros_like(grad_rows[:, :1]), grad_rows], 1),
         torch.einsum("bnf,bnd->fd", grad_y, rows),
-        grad_y.sum((0, 1)),
-        grad_gain,
-        grad_shift,
+        torch.stack([grad_y.sum((0, 1)), grad_gain, grad_shift]),
     )
-    return loss, *(g.contiguous() if want else g.new_empty(0) for g, want in zip(grads, wanted, strict=True))
+    stored = (*wanted[:2], any(wanted[2:]))
+    return loss, *(g.contiguous() if each else g.new_empty(0) for g, each in zip(grads, stored, strict=True))
 
 
 def _target(target, index, norm_weight, norm_bias, projection, projection_bias, eps, acc) -> Tensor:

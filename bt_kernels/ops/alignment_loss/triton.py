@@ -1,6 +1,6 @@
 """alignment_loss in Triton: the two passes over rows. The rest is in ``chunks.py``.
 
-Legend: B, T, P, N, D; F width of the shared space, C rows of a chunk, W the next power of two of a row.
+Legend: B, T, P, N, D; F width of the shared space, W the next power of two of a row.
 """
 
 import triton
@@ -13,16 +13,23 @@ from bt_kernels.ops.alignment_loss import chunks, gradients
 _ROWS = 8  # rows of one program of _cosine
 
 
+@triton.jit
+def _load_place(index, i, rows_of_video):
+    """Load the place p·T + t of row ``i`` of the branch; -1 for padding and for a video's first row, CLS."""
+    video, row = i // rows_of_video, i % rows_of_video
+    return tl.load(index + video * (rows_of_video - 1) + row - 1, mask=row > 0, other=-1)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _gather_norm(
-    target, places, weight, bias, out, stride_b, stride_t, stride_p, first, rows_of_video, T, D, eps,
+    target, index, weight, bias, out, stride_b, stride_t, stride_p, first, rows_of_video, T, D, eps,
     W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Normalise one token of the tower by LayerNorm."""
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, W)
     inside = d < D
-    place = tl.load(places + first + i)
+    place = _load_place(index, first + i, rows_of_video)
     real = place >= 0
     b = (first + i) // rows_of_video
     at = target + b * stride_b + (place % T) * stride_t + (1 + place // T) * stride_p
@@ -36,7 +43,7 @@ def _gather_norm(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _cosine(
-    y, b, places, gain, shift, losses, grad_y, partials, row_count, F, rows_each, eps,
+    y, b, index, gain, shift, losses, grad_y, partials, first, row_count, rows_of_video, F, rows_each, eps,
     W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Compute the loss 2 - 2·â·b̂ of rows, a = LayerNorm(y), and its gradient in y from d/da = -2·(b̂ - cos·â)/|a|."""
@@ -47,7 +54,7 @@ def _cosine(
     bias = tl.load(shift + f, mask=inside, other=0.0)
     bias_sum, weight_sum, shift_sum = tl.zeros([W], ACC), tl.zeros([W], ACC), tl.zeros([W], ACC)
     for i in range(pid * rows_each, tl.minimum((pid + 1) * rows_each, row_count)):
-        real = tl.load(places + i) >= 0
+        real = _load_place(index, first + i, rows_of_video) >= 0
         used = inside & real
         x = tl.load(y + i * F + f, mask=used, other=0.0)[None, :]
         other = tl.load(b + i * F + f, mask=used, other=0.0)[None, :]
@@ -76,29 +83,28 @@ def _cosine(
 
 class _Rows:
     @staticmethod
-    def gather_norm(target, places, first, count, weight, bias, eps, dtype):
+    def gather_norm(target, index, first, count, weight, bias, eps, dtype):
         target = adjacent(target)
-        width = target.shape[3]
-        rows = len(places) // max(target.shape[0], 1)
+        width, rows = target.shape[3], 1 + index.shape[1]
         out = target.new_empty(count, width, dtype=dtype)
         launch(
-            _gather_norm, count, target, places, weight, bias, out, *target.stride()[:3], first, rows, target.shape[1],
+            _gather_norm, count, target, index, weight, bias, out, *target.stride()[:3], first, rows, target.shape[1],
             width, eps, **row_options(width, weight.dtype),
         )  # fmt: skip
         return out
 
     @staticmethod
-    def cosine(y, b, places, gain, shift, eps, grads, dtype):
+    def cosine(y, b, index, first, gain, shift, eps, grads, dtype):
         count, shared = y.shape
         losses = y.new_empty(count)
         programs = triton.cdiv(count, _ROWS)
         grad_y = y.new_empty(y.shape, dtype=dtype) if grads else None
         partials = y.new_empty(3, programs, shared) if grads else None
         launch(
-            _cosine, programs, y, b, places, gain, shift, losses, grad_y, partials, count, shared, _ROWS, eps,
-            **row_options(shared, y.dtype),
+            _cosine, programs, y, b, index, gain, shift, losses, grad_y, partials, first, count, 1 + index.shape[1],
+            shared, _ROWS, eps, **row_options(shared, y.dtype),
         )  # fmt: skip
-        return losses, grad_y, partials.sum(1) if grads else None
+        return losses.sum(), grad_y, partials.sum(1) if grads else None
 
 
 def forward(*args):
