@@ -97,7 +97,10 @@ def check_same(variant: Variant, plain, compiled, visible: VisibleTokens, seed: 
 @BY_NAME
 def test_one_graph_serves_every_number_of_tokens(variant, kind):
     """With dynamic shapes, another number of visible tokens and videos compiles nothing new."""
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import
+    from torch.fx.experimental import _config
+
+    graphs = CompileCounterWithBackend("aot_eager")
 
     def step(inputs, visible):
         return variant.run(inputs, visible)
@@ -105,7 +108,7 @@ def test_one_graph_serves_every_number_of_tokens(variant, kind):
     compiled = torch.compile(step, fullgraph=True, backend=graphs, dynamic=True)
     first = 0
     # Duck shapes would bind sizes that are equal by chance in these small inputs.
-    with torch.fx.experimental._config.patch(use_duck_shape=False):
+    with _config.patch(use_duck_shape=False):
         for batch, ratio in ((2, 0.5), (3, 0.25), (4, 0.7)):
             visible = getattr(VisibleTokens, kind)(batch, 12, 4, ratio, seeded(batch))
             check_same(variant, step, compiled, visible, seed=batch)
