@@ -24,6 +24,7 @@ from bt_adapter.serve.service import Prepared, Service
 
 Updates = tuple[Any, ...]
 LONGEST_QUESTION = 4000  # characters
+_UNCHANGED: Updates = (gr.skip(),) * 8  # all outputs of the conversation stay
 
 
 class OpenTalks:
@@ -52,7 +53,8 @@ class OpenTalks:
 class VideoCallbacks:
     """Callbacks of the conversation about a video and stills.
 
-    Their outputs are the two columns' conversations and lines, the gallery of frames, the question and the talk.
+    Their outputs are the two columns' conversations and lines, the gallery of frames, the question, the button that
+    stops and the talk.
     """
 
     def __init__(self, service: Service, open_talks: OpenTalks) -> None:
@@ -74,7 +76,7 @@ class VideoCallbacks:
         question = (question or "").strip()
         if refusal := _refusal(question, talk.running):
             tell(refusal)
-            yield (gr.skip(),) * 7  # without any result the page would be emptied
+            yield _UNCHANGED  # without any result the page would be emptied
             return
         if (path := Path(video) if video else None) != talk.video:
             talk.begin(path)
@@ -84,31 +86,36 @@ class VideoCallbacks:
         starts = [partial(self._answer, [*turns[n], one], path, choice, n) for n, one in enumerate(asked)]
         answers: list[ColumnAnswer] = []
         field: Any = ""  # once only: what is typed during the answer stays
+        stopping: Any = _can_stop(True)  # not before: nothing runs yet that a click could stop
         with self.open_talks.noted(request, talk):
             async for answers in answer_columns(starts, talk.running):
                 if talk.turns is turns:  # else another video was chosen meanwhile
-                    yield (*_show(turns, asked, answers), _frames(talk, choice, answers[0].prepared), field, talk)
-                    field = gr.skip()
+                    frames_seen = _frames(talk, choice, answers[0].prepared)
+                    yield (*_show(turns, asked, answers), frames_seen, field, stopping, talk)
+                    field = stopping = gr.skip()
         for n, one in enumerate(answers):
             if one.text or one.ended is not None:
                 turns[n].append(Exchange(question, asked[n].visuals, one.text))
-        if talk.turns is turns:
-            errors = [one.error for one in answers if one.error]
-            yield (*_show(turns, [], answers), gr.skip(), question if errors else gr.skip(), talk)
-            for error in dict.fromkeys(errors):
-                tell(error)
+        stopping = _can_stop(bool(talk.running))  # by now another question may be answered
+        if talk.turns is not turns:
+            yield (*_UNCHANGED[:-2], stopping, talk)
+            return
+        errors = [one.error for one in answers if one.error]
+        yield (*_show(turns, [], answers), gr.skip(), question if errors else gr.skip(), stopping, talk)
+        for error in dict.fromkeys(errors):
+            tell(error)
 
     async def choose(self, video: str | None, talk: Talk) -> Updates:
         """Begin a new conversation about a video, if it is another one."""
         if (path := Path(video) if video else None) == talk.video:
-            return (gr.skip(),) * 7
+            return _UNCHANGED
         talk.begin(path)
-        return [], [], "", "", [], gr.skip(), talk
+        return [], [], "", "", [], gr.skip(), gr.skip(), talk
 
     async def clear(self, video: str | None, talk: Talk) -> Updates:
         """Begin a new conversation about the same video."""
         talk.begin(Path(video) if video else None)
-        return [], [], "", "", [], "", talk
+        return [], [], "", "", [], "", gr.skip(), talk
 
     async def _answer(
         self, turns: Sequence[Exchange], video: Path | None, choice: Choice, column: int
@@ -143,17 +150,20 @@ class LiveCallbacks:
         return talk.line, talk
 
     async def ask(self, question: str, talk: LiveTalk | None, request: gr.Request) -> AsyncIterator[Updates]:
-        """Answer a question about the last frames."""
+        """Answer a question about the last frames. Its outputs are the answer, its line and the button that stops."""
         question = (question or "").strip()
         if refusal := "start the camera first" if talk is None else _refusal(question, talk.running):
             tell(refusal)
-            yield gr.skip(), gr.skip()
+            yield gr.skip(), gr.skip(), gr.skip()
             return
         assert talk is not None
         answers: list[ColumnAnswer] = []
+        stopping: Any = _can_stop(True)
         with self.open_talks.noted(request, talk):
             async for answers in answer_columns([partial(talk.ask, question)], talk.running):
-                yield answers[0].text, answers[0].line
+                yield answers[0].text, answers[0].line, stopping
+                stopping = gr.skip()
+        yield gr.skip(), gr.skip(), _can_stop(bool(talk.running))
         if answers and answers[0].error:
             tell(answers[0].error)
 
@@ -162,6 +172,11 @@ async def stop(talk: Talk | LiveTalk | None) -> None:
     """Stop the answers in progress; what was generated stays. A coroutine, so that it runs in the tasks' event loop."""
     if talk is not None:
         talk.stop()
+
+
+def _can_stop(running: bool) -> gr.Button:
+    """Return the change of the button that stops: it can be clicked while an answer is running."""
+    return gr.Button(interactive=running)
 
 
 def tell(message: str) -> None:

@@ -98,7 +98,7 @@ def _build_clip(service: Service, open_talks: OpenTalks) -> None:
             example_labels=[label for *_, label in clips], label="Examples", api_visibility="private",
             elem_id="examples",
         )  # fmt: skip
-    outputs = [first, second, first_line, second_line, gallery, question, talk]
+    outputs = [first, second, first_line, second_line, gallery, question, stopping, talk]
     hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     gr.on(
         [ask.click, question.submit], calls.ask, [question, video, stills, frames, compare, talk], outputs,
@@ -131,7 +131,7 @@ def _build_live(sessions: LiveSessions, open_talks: OpenTalks) -> None:
         concurrency_limit=limits.live_sessions, **hidden,
     )  # fmt: skip
     gr.on(
-        [ask.click, question.submit], calls.ask, [question, talk], [answer, line],
+        [ask.click, question.submit], calls.ask, [question, talk], [answer, line, stopping],
         concurrency_limit=limits.waiting, trigger_mode=_ALWAYS, **hidden,
     )  # fmt: skip
     stopping.click(stop, talk, None, queue=False, **hidden)
@@ -154,11 +154,11 @@ def _line(name: str) -> gr.Textbox:
 
 
 def _question(name: str) -> tuple[gr.Textbox, gr.Button, gr.Button]:
-    """Add a field for a question and the buttons to ask it and to stop the answer."""
+    """Add a field for a question and the buttons to ask it and to stop the answer, which works once there is one."""
     question = gr.Textbox(label="Question", placeholder="How is it moving?", max_length=LONGEST_QUESTION, elem_id=name)
     with gr.Row():
         ask = gr.Button("Ask", variant="primary", elem_id=f"{name}-ask")
-        stopping = gr.Button("Stop", variant="stop", elem_id=f"{name}-stop")
+        stopping = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{name}-stop")
     return question, ask, stopping
 
 
