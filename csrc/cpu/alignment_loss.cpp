@@ -1,6 +1,6 @@
 // The passes over rows of alignment_loss on the CPU; torch computes the matrix products between them.
 //   gather_norm: LayerNorm of the tower's token at the place of each row of the branch; rows without one become zeros.
-//   cosine: a = LayerNorm(y), loss = sum of 2 - 2 cos(a, b); gradients in y and, summed over rows, in bias, gain and shift.
+//   cosine: a = LayerNorm(y), loss = sum of 2 - 2 cos(a, b); gradients in y, and in bias, gain and shift summed over rows.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -107,8 +107,8 @@ Tensor gather_norm(const Tensor& target_in, const Tensor& index, int64_t first, 
   STD_TORCH_CHECK(index.size(0) == target.size(0), op, ": index and target must have the same batch size");
   const Places place(index);
   for (int64_t i = first; i < first + count; ++i) {
-    STD_TORCH_CHECK(place[i] < frames * patches, op, ": index holds ", place[i], ", expected -1 or a value below P*T = ",
-                    frames * patches);
+    STD_TORCH_CHECK(place[i] < frames * patches, op, ": index holds ", place[i],
+                    ", expected -1 or a value below P*T = ", frames * patches);
   }
   Tensor out = empty_like_shape(target, {count, width}, wide_type(target));
   dispatch_float(target.scalar_type(), op, [&](auto zero) {
