@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import pytest
 import torch
 from chat_models import FAMILIES, make_branch, make_chat
@@ -15,6 +16,7 @@ from bt_adapter.chat.engine import VideoChat
 from bt_adapter.chat.families import family_of
 from bt_adapter.chat.prompts import Turn, conversation_ids
 from bt_adapter.chat.watch import Sampling, watch
+from bt_adapter.serve import joining
 from bt_adapter.serve.joining import OpenBatch, can_join
 from bt_adapter.serve.rows import Decoding, Row, end_tokens, generate_rows
 
@@ -95,6 +97,28 @@ def test_a_new_video_is_encoded_while_another_answer_is_generated(server, hold):
         assert ask(**question).choices[0] == answer
 
 
+def test_prompts_that_fail_when_they_join_leave_the_batch_alone(server, hold, monkeypatch):
+    url, service = server
+    sizes, make = service.metrics.batch_size, joining.batch_prompts
+    with client_of(url) as ask, ThreadPoolExecutor(2) as pool:
+        alone = ask(**RAMBLING).choices[0]
+        begin = sizes._sum.get()
+        go_on = hold(lambda: service.model.waiting == 1)
+        rambling = pool.submit(ask, **RAMBLING)
+        wait_for(lambda: sizes._sum.get() == begin + 1)
+
+        def fail(*arguments):
+            monkeypatch.setattr(joining, "batch_prompts", make)
+            raise RuntimeError("not enough memory")
+
+        monkeypatch.setattr(joining, "batch_prompts", fail)
+        with pytest.raises(openai.APIError, match="failed to answer"):
+            pool.submit(ask, **ASKED[1]).result(60)
+        assert not rambling.done()
+        go_on.set()
+        assert rambling.result(60).choices[0] == alone
+
+
 def test_a_full_batch_takes_no_more(hold):
     with serving(mini(), batch_size=1) as (url, service):
         with client_of(url) as ask, ThreadPoolExecutor(2) as pool:
@@ -154,15 +178,20 @@ def test_every_family_that_can_be_joined(family):
         calls = iter(range(1, 100))
         return lambda: next(calls) >= count
 
+    def begun(prompts, rows):
+        batch = OpenBatch(engine.model, tokenizer, prompts, rows)
+        assert batch.run(lambda: True)
+        return batch
+
     together = rows()
     batch = OpenBatch(engine.model, tokenizer, prompts[:2], together[:2])
     stopped = batch.run(after(3))
     if stopped:
-        batch.add(prompts[2:4], together[2:4])
+        batch.add(begun(prompts[2:4], together[2:4]))
         if batch.run(after(3)):
-            batch.add(prompts[4:], together[4:])
+            batch.add(begun(prompts[4:], together[4:]))
             assert not batch.run(lambda: False)
-    begun = [(row, one) for row, one in zip(together, alone, strict=True) if row.tokens]
-    assert stopped and len(begun) >= 4
-    for row, one in begun:
+    answered = [(row, one) for row, one in zip(together, alone, strict=True) if row.tokens]
+    assert stopped and len(answered) >= 4
+    for row, one in answered:
         assert (row.noted, row.finish) == (one.noted, one.finish)

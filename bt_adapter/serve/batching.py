@@ -7,8 +7,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import torch
 
 from bt_adapter.chat.conversation import Visual
 from bt_adapter.serve.errors import ApiError, stopping
-from bt_adapter.serve.joining import OpenBatch, can_join
+from bt_adapter.serve.joining import OpenBatch, Prompt, can_join
 from bt_adapter.serve.metrics import Metrics
 from bt_adapter.serve.rows import Decoding, Finish, Row, end_tokens, generate_rows
 
@@ -205,27 +206,30 @@ class ModelThread:
 
     def _answer(self, batch: list[Answering]) -> None:
         """Generate the answers to prompts, and to those that come meanwhile if they can join."""
-        rows = [self._row(one) for one in batch]
-        answered = [*zip(batch, rows, strict=True)]
-        prompts = [(one.ids, one.visuals) for one in batch]
+        answered = [(one, self._row(one)) for one in batch]
         self.metrics.batch_size.observe(len(batch))
-        try:
+        with _told_of_failure(answered):
+            prompts, rows = _split(answered)
             if not self._joins:
                 generate_rows(self.model, self.tokenizer, prompts, rows)
                 return
             running = OpenBatch(self.model, self.tokenizer, prompts, rows)
             while running.run(self._stops(running)):
                 self._do_work()
-                if more := self._take(self.batch_size - len(running.rows)):
-                    rows = [self._row(one) for one in more]
-                    answered += zip(more, rows, strict=True)
-                    running.add([(one.ids, one.visuals) for one in more], rows)
+                more = self._take(self.batch_size - len(running.rows))
+                if more and (begun := self._begin(more)):
+                    answered += begun[0]
+                    running.add(begun[1])
                     self.metrics.batch_size.observe(len(running.rows))
-        except Exception:
-            _LOG.exception("a batch of %d answers failed", len(answered))
-            for one, row in answered:
-                if row.finish is None:
-                    one.tell(ApiError(500, "the model failed to answer"))
+
+    def _begin(self, more: list[Answering]) -> tuple[list[tuple[Answering, Row]], OpenBatch] | None:
+        """Generate the first token of further answers; None if it ends them all, or fails, which concerns no other."""
+        answered = [(one, self._row(one)) for one in more]
+        with _told_of_failure(answered):
+            batch = OpenBatch(self.model, self.tokenizer, *_split(answered))
+            if batch.run(lambda: True):
+                return answered, batch
+        return None
 
     def _stops(self, running: OpenBatch) -> Callable[[], bool]:
         """Make a function that tells after each token whether the batch is to stop for work or prompts that wait."""
@@ -251,6 +255,23 @@ class ModelThread:
             one.end(row)
 
         return Row(self.tokenizer, self._ends, one.decoding, one.tell, end, one.cancelled)
+
+
+def _split(answered: Sequence[tuple[Answering, Row]]) -> tuple[list[Prompt], list[Row]]:
+    """Return the prompts and the rows of answers."""
+    return [(one.ids, one.visuals) for one, _ in answered], [row for _, row in answered]
+
+
+@contextmanager
+def _told_of_failure(answered: Sequence[tuple[Answering, Row]]) -> Iterator[None]:
+    """End the answers that have no end with an error if generating them raises one, which is logged."""
+    try:
+        yield
+    except Exception:
+        _LOG.exception("a batch of %d answers failed", len(answered))
+        for one, row in answered:
+            if row.finish is None:
+                one.tell(ApiError(500, "the model failed to answer"))
 
 
 def _do(task: Callable[[], Any], future: Future[Any]) -> None:

@@ -64,11 +64,8 @@ class OpenBatch:
         return stopped
 
     @torch.no_grad()
-    def add(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> None:
-        """Generate the first token of further answers, and add those that go on."""
-        others = OpenBatch(self.model, self.tokenizer, prompts, rows)
-        if not others.run(lambda: True):
-            return
+    def add(self, others: OpenBatch) -> None:
+        """Add the answers of another batch of the same model that was stopped after a token."""
         masks = self._mask[:, :-1], others._mask[:, :-1]
         length = max(mask.shape[1] for mask in masks)
         for layer, new in zip(self._cache.layers, others._cache.layers, strict=True):
