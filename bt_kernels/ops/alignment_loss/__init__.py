@@ -15,13 +15,12 @@ _HEAD = ("branch", "head_weight", "head_bias", "head_norm_weight", "head_norm_bi
 
 
 def _fake(branch, target, head_weight, *rest):
-    wanted = rest[-1]
     acc = torch.promote_types(branch.dtype, torch.float32)
     sizes = (branch.shape, head_weight.shape, (3, head_weight.shape[0]))
-    stored, dtypes = (*wanted[:2], any(wanted[2:])), (branch.dtype, acc, acc)
+    stored = gradients.stored(rest[-1])
     grads = [
         branch.new_empty(size if each else (0,), dtype=dtype)
-        for size, dtype, each in zip(sizes, dtypes, stored, strict=True)
+        for size, dtype, each in zip(sizes, (branch.dtype, acc, acc), stored, strict=True)
     ]
     return branch.new_empty(()), *grads
 

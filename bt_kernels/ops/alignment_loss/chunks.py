@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bt_kernels.ops.alignment_loss.gradients import count_of
+from bt_kernels.ops.alignment_loss.gradients import count_of, stored
 
 
 def chunk_rows(device: torch.device) -> int:
@@ -61,6 +61,7 @@ def forward(
     index, all_rows = index.contiguous(), branch.reshape(-1, width)
     # Padding of a ragged batch may hold NaN, which a product would spread.
     hidden = F.pad(index < 0, (1, 0), value=True).view(-1, 1) if slots is None else None
+    of_branch, of_weight, of_vectors = stored(wanted)
     needs_grads, rows_at_once = any(wanted), chunk_rows(branch.device)
     losses, grad_rows, grad_weights, sums = [], [], [], []
     for first in range(0, batch * (1 + tokens), rows_at_once):
@@ -72,17 +73,17 @@ def forward(
         b = _product(b, projection.T, acc, projection_bias)
         loss, grad_y, row_sums = kernels.cosine(y, b, index, first, gain, shift, head_eps, needs_grads, operand)
         losses.append(loss)
-        if wanted[0]:
+        if of_branch:
             grad_rows.append(_product(grad_y, weight, acc).to(dtype))
-        if wanted[1]:
+        if of_weight:
             grad_weights.append(_product(grad_y.T, rows, acc))
-        if any(wanted[2:]):
+        if of_vectors:
             sums.append(row_sums)
     return (
         (_total(losses, branch, acc) / count_of(index, slots)).to(dtype),
-        _join(grad_rows, branch) if wanted[0] else branch.new_empty(0),
-        _total(grad_weights, branch, acc, shared, width) if wanted[1] else branch.new_empty(0, dtype=acc),
-        _total(sums, branch, acc, 3, shared) if any(wanted[2:]) else branch.new_empty(0, dtype=acc),
+        _join(grad_rows, branch) if of_branch else branch.new_empty(0),
+        _total(grad_weights, branch, acc, shared, width) if of_weight else branch.new_empty(0, dtype=acc),
+        _total(sums, branch, acc, 3, shared) if of_vectors else branch.new_empty(0, dtype=acc),
     )
 
 

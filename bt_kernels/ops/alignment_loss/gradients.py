@@ -8,6 +8,14 @@ def count_of(index: torch.Tensor, slots: int | None) -> torch.Tensor | int:
     return (index >= 0).sum().clamp(min=1) if slots is None else max(index.numel(), 1)
 
 
+def stored(wanted: list[bool]) -> tuple[bool, bool, bool]:
+    """Return whether the forward stores the gradients of the branch, of the head's weight, and of its three vectors.
+
+    wanted: whether each differentiable argument gets one; those of the vectors are one tensor, ``[3, F]``.
+    """
+    return wanted[0], wanted[1], any(wanted[2:])
+
+
 def scale_gradients(
     grad, branch, target, head_weight, head_bias, head_norm_weight, head_norm_bias, target_norm_weight,
     target_norm_bias, target_projection, target_projection_bias, index, frame_counts, patches, frames, slots, head_eps,

@@ -8,7 +8,7 @@ from bt_kernels.ops.alignment_loss import chunks
 class _Rows:
     @staticmethod
     def gather_norm(target, index, first, count, weight, bias, eps, dtype):
-        if target.dtype != weight.dtype and torch.promote_types(target.dtype, torch.float32) != weight.dtype:
+        if torch.promote_types(target.dtype, torch.float32) != weight.dtype:
             target = target.to(weight.dtype)
         return torch.ops.bt_kernels_native.alignment_gather_norm(target, index, first, count, weight, bias, eps)
 

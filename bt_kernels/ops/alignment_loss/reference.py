@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bt_kernels._layout import patch_rows
-from bt_kernels.ops.alignment_loss.gradients import count_of
+from bt_kernels.ops.alignment_loss.gradients import count_of, stored
 
 
 def forward(
@@ -40,8 +40,7 @@ def forward(
         torch.einsum("bnf,bnd->fd", grad_y, rows),
         torch.stack([grad_y.sum((0, 1)), grad_gain, grad_shift]),
     )
-    stored = (*wanted[:2], any(wanted[2:]))
-    return loss, *(g.contiguous() if each else g.new_empty(0) for g, each in zip(grads, stored, strict=True))
+    return loss, *(g.contiguous() if each else g.new_empty(0) for g, each in zip(grads, stored(wanted), strict=True))
 
 
 def _target(target, index, norm_weight, norm_bias, projection, projection_bias, eps, acc) -> Tensor:
