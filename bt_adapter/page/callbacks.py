@@ -25,6 +25,7 @@ from bt_adapter.serve.service import Prepared, Service
 Updates = tuple[Any, ...]
 LONGEST_QUESTION = 4000  # characters
 _UNCHANGED: Updates = (gr.skip(),) * 8  # all outputs of the conversation stay
+_STOPPABLE = gr.update(interactive=True)  # of the button that stops; before an answer runs it has nothing to stop
 
 
 class OpenTalks:
@@ -86,17 +87,16 @@ class VideoCallbacks:
         starts = [partial(self._answer, [*turns[n], one], path, choice, n) for n, one in enumerate(asked)]
         answers: list[ColumnAnswer] = []
         field: Any = ""  # once only: what is typed during the answer stays
-        stopping: Any = _can_stop(True)  # not before: nothing runs yet that a click could stop
         with self.open_talks.noted(request, talk):
             async for answers in answer_columns(starts, talk.running):
                 if talk.turns is turns:  # else another video was chosen meanwhile
-                    frames_seen = _frames(talk, choice, answers[0].prepared)
-                    yield (*_show(turns, asked, answers), frames_seen, field, stopping, talk)
-                    field = stopping = gr.skip()
+                    gallery = _frames(talk, choice, answers[0].prepared)
+                    yield (*_show(turns, asked, answers), gallery, field, _STOPPABLE, talk)
+                    field = gr.skip()
         for n, one in enumerate(answers):
             if one.text or one.ended is not None:
                 turns[n].append(Exchange(question, asked[n].visuals, one.text))
-        stopping = _can_stop(bool(talk.running))  # by now another question may be answered
+        stopping = gr.update(interactive=bool(talk.running))  # by now another question may be answered
         if talk.turns is not turns:
             yield (*_UNCHANGED[:-2], stopping, talk)
             return
@@ -158,12 +158,10 @@ class LiveCallbacks:
             return
         assert talk is not None
         answers: list[ColumnAnswer] = []
-        stopping: Any = _can_stop(True)
         with self.open_talks.noted(request, talk):
             async for answers in answer_columns([partial(talk.ask, question)], talk.running):
-                yield answers[0].text, answers[0].line, stopping
-                stopping = gr.skip()
-        yield gr.skip(), gr.skip(), _can_stop(bool(talk.running))
+                yield answers[0].text, answers[0].line, _STOPPABLE
+        yield gr.skip(), gr.skip(), gr.update(interactive=bool(talk.running))
         if answers and answers[0].error:
             tell(answers[0].error)
 
@@ -172,11 +170,6 @@ async def stop(talk: Talk | LiveTalk | None) -> None:
     """Stop the answers in progress; what was generated stays. A coroutine, so that it runs in the tasks' event loop."""
     if talk is not None:
         talk.stop()
-
-
-def _can_stop(running: bool) -> gr.Button:
-    """Return the change of the button that stops: it can be clicked while an answer is running."""
-    return gr.Button(interactive=running)
 
 
 def tell(message: str) -> None:
