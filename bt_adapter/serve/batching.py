@@ -218,8 +218,9 @@ class ModelThread:
                 self._do_work()
                 more = self._take(self.batch_size - len(running.rows))
                 if more and (begun := self._begin(more)):
-                    answered += begun[0]
-                    running.add(begun[1])
+                    further, others = begun
+                    answered += further
+                    running.add(others)
                     self.metrics.batch_size.observe(len(running.rows))
 
     def _begin(self, more: list[Answering]) -> tuple[list[tuple[Answering, Row]], OpenBatch] | None:
