@@ -78,6 +78,7 @@ def test_a_limit_on_pixels_holds_before_memory_is_taken(tmp_path):
 
 GROWTH = """
 import pathlib, re, sys
+from bt_adapter.data import VideoError
 from bt_adapter.data.stream import FrameStream
 content, status = pathlib.Path(sys.argv[1]).read_bytes(), pathlib.Path("/proc/self/status")
 def mebibytes(name):
@@ -86,7 +87,7 @@ pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark sta
 before = mebibytes("VmRSS")
 try:
     FrameStream(content, 1, max_pixels=4096 * 2176)
-except ValueError as error:
+except VideoError as error:
     print(error)
 print(mebibytes("VmHWM") - before)
 """
